@@ -1,0 +1,32 @@
+"""`sat-ext demo`: a small real data set to try things on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from sat_ext.demo_data import write_demo
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="where to write; must be empty or absent")],
+    clips: Annotated[int, typer.Option(min=1, help="clips to train on")] = 48,
+    stills: Annotated[int, typer.Option(min=1, help="stills to train on")] = 48,
+    held_out: Annotated[int, typer.Option(min=1, help="clips, and as many stills, to evaluate on")] = 16,
+    seed: Annotated[int, typer.Option(help="another seed gives other shapes, places and captions")] = 0,
+) -> None:
+    """Write a mixed data set: H.264 clips, JPEG, PNG and WebP stills, one-frame MP4s, and a caption for each."""
+    with Progress() as progress:
+        task = progress.add_task("writing", total=clips + stills + 2 * held_out)
+        write_demo(
+            folder,
+            clips=clips,
+            stills=stills,
+            held_out=held_out,
+            seed=seed,
+            on_file=lambda: progress.advance(task),
+        )
+    print(f"{folder}: {clips} clips and {stills} stills in train/, {held_out} of each in heldout/")

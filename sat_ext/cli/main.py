@@ -1,0 +1,30 @@
+"""`sat-ext`: one file per subcommand."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from sat_ext.cli.demo import demo
+from sat_ext.cli.sample import sample
+from sat_ext.errors import SatExtError
+
+app = typer.Typer(
+    help="Train video diffusion models on images and videos together.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(sample)
+
+
+def main() -> None:
+    """Run a subcommand; a user's mistake ends in one sentence and exit code 2."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app()
+    except SatExtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

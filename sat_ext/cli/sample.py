@@ -1,0 +1,139 @@
+"""`sat-ext sample`: generate from a run's newest checkpoint."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import numpy as np
+import torch
+import typer
+
+from sat_ext.config import load
+from sat_ext.contact_sheet import Row, write_clip, write_sheet
+from sat_ext.data.config import DataConfig
+from sat_ext.data.decode import read_still
+from sat_ext.data.index import build_index
+from sat_ext.data.sources import SourceConfig
+from sat_ext.data.stream import JointStream
+from sat_ext.data.transform import to_bucket
+from sat_ext.errors import ConfigError
+from sat_ext.models.checkpoint import find_run, load_engine, read_run_config
+from sat_ext.models.engine import VideoDiffusionEngine
+from sat_ext.types import Bucket
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="the run's folder, or the folder of several (the newest is taken)")],
+    prompt: Annotated[
+        Optional[list[str]], typer.Option(help="what to show; may be given again. Default: held-out captions")
+    ] = None,
+    image: Annotated[Optional[Path], typer.Option(help="first frame, for image-to-video models")] = None,
+    frames: Annotated[Optional[int], typer.Option(help="1 or 4k+1; default: the longest bucket")] = None,
+    number: Annotated[int, typer.Option(min=1, help="held-out captions of each kind")] = 6,
+    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 30,
+    guidance: Annotated[float, typer.Option(help="strength of the caption; 1 is none")] = 3.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    sheet: Annotated[Path, typer.Option(help="contact sheet (PNG)")] = Path("samples.png"),
+    clip: Annotated[Path, typer.Option(help="clips side by side (MP4)")] = Path("samples.mp4"),
+) -> None:
+    """Generate stills and clips from captions, and show them beside what was asked for."""
+    folder = find_run(run)
+    config = read_run_config(folder)
+    engine, iteration = load_engine(folder)
+    data = load(DataConfig, config["data"].get("params") or {}, "data.params")
+    options = {"steps": steps, "guidance_scale": guidance}
+    generator = torch.Generator().manual_seed(seed)
+    if prompt:
+        bucket = _bucket(data, frames)
+        rows = [_from_prompt(engine, p, bucket, image, generator, options) for p in prompt]
+    else:
+        rows = _held_out(engine, config, data, number, generator, options)
+    write_sheet(rows, sheet)
+    print(f"checkpoint of step {iteration} in {folder}: {len(rows)} samples in {sheet}")
+    if any(len(s) > 1 for row in rows for s in row.strips.values()):
+        write_clip(rows, clip, data.fps)
+        print(f"clips in {clip}")
+
+
+def _bucket(data: DataConfig, frames: int | None) -> Bucket:
+    buckets = data.make_buckets()
+    wanted = max(b.frames for b in buckets) if frames is None else frames
+    fitting = [b for b in buckets if b.frames == wanted]
+    if not fitting:
+        raise ConfigError(
+            f"--frames: the model was not trained on {wanted} frames; use one of "
+            f"{', '.join(str(f) for f in sorted({b.frames for b in buckets}))}."
+        )
+    return fitting[0]
+
+
+def _from_prompt(
+    engine: VideoDiffusionEngine,
+    prompt: str,
+    bucket: Bucket,
+    image: Path | None,
+    generator: torch.Generator,
+    options: dict[str, Any],
+) -> Row:
+    first = None
+    strips = {}
+    if image is not None:
+        if engine.config.conditioning != "i2v":
+            raise ConfigError("--image: this model takes captions only; leave the option out.")
+        pixels = to_bucket(read_still(str(image)), bucket.height, bucket.width)
+        first = pixels.float() / 127.5 - 1
+        strips["first frame"] = pixels.permute(0, 2, 3, 1).numpy()
+    out = engine.sample(
+        [prompt], frames=bucket.frames, height=bucket.height, width=bucket.width, first_frames=first,
+        generator=generator, **options,
+    )  # fmt: skip
+    return Row(caption=prompt, strips={**strips, "generated": _to_uint8(out[0])})
+
+
+def _held_out(
+    engine: VideoDiffusionEngine,
+    config: dict[str, Any],
+    data: DataConfig,
+    number: int,
+    generator: torch.Generator,
+    options: dict[str, Any],
+) -> list[Row]:
+    """Captions of `args.valid_data`, `number` of each kind; an image-to-video model gets the clips' first frames."""
+    paths = config["args"].get("valid_data") or []
+    if not paths:
+        raise ConfigError("--prompt: missing, and the run has no args.valid_data to take captions from.")
+    index = build_index([SourceConfig(path=p) for p in paths], data)
+    sizes = dict.fromkeys(data.make_buckets(), number)
+    stream = JointStream(index, data, batch_sizes=sizes, world=1, dtype=torch.float32)
+    rows = []
+    for kind in ("image", "video"):
+        batch = _first_batch(stream, kind)
+        if batch is None:
+            continue
+        real = batch["mp4"]
+        first = real[:, 0] if kind == "video" and engine.config.conditioning == "i2v" else None
+        out = engine.sample(
+            batch["txt"], frames=real.shape[1], height=real.shape[3], width=real.shape[4], first_frames=first,
+            generator=generator, **options,
+        )  # fmt: skip
+        for caption, target, made in zip(batch["txt"], real, out):
+            rows.append(Row(caption=caption, strips={"generated": _to_uint8(made), "held out": _to_uint8(target)}))
+    return rows
+
+
+def _first_batch(stream: JointStream, kind: str) -> dict[str, Any] | None:
+    if not any((g.bucket.frames == 1) == (kind == "image") for g in stream.index.groups):
+        return None
+    steps = stream.schedule.steps()
+    for _ in count():
+        step = next(steps)
+        if (stream.schedule.cells[step.cell].bucket.frames == 1) == (kind == "image"):
+            return stream.batch(step, rank=0)
+    return None
+
+
+def _to_uint8(clip: torch.Tensor) -> np.ndarray:
+    """(T, C, H, W) in [-1, 1] to uint8 (T, H, W, C)."""
+    return ((clip.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,93 @@
+"""Samples as a picture and as a clip: what was asked for, beside what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CAPTION_WIDTH = 220
+MARGIN = 6
+STRIP_FRAMES = 5  # of a clip, evenly spread from the first to the last
+CELL = 96  # pixels a side of one frame, at least; small frames are enlarged by whole numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the sheet. `strips` maps a title to frames, uint8 (T, H, W, 3)."""
+
+    caption: str
+    strips: dict[str, np.ndarray]
+
+
+def write_sheet(rows: Sequence[Row], path: Path) -> None:
+    """A PNG with a line per row: the caption, then each strip of frames under its title."""
+    font = ImageFont.load_default(size=13)
+    shown = [{title: _enlarged(_spread(frames)) for title, frames in row.strips.items()} for row in rows]
+    titles = list(dict.fromkeys(title for strips in shown for title in strips))
+    widths = {
+        t: max(len(s[t]) * (s[t].shape[2] + 2) for s in shown if t in s) + 2 * MARGIN for t in titles
+    }
+    heights = [max(f.shape[1] for f in s.values()) + 2 * MARGIN for s in shown]
+    sheet = Image.new("RGB", (CAPTION_WIDTH + sum(widths.values()), 24 + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    left = {t: CAPTION_WIDTH + MARGIN + sum(list(widths.values())[:i]) for i, t in enumerate(titles)}
+    for title in titles:
+        draw.text((left[title], 5), title, fill="black", font=font)
+    top = 24
+    for row, strips, height in zip(rows, shown, heights):
+        draw.line((0, top, sheet.width, top), fill=(220, 220, 220))
+        draw.multiline_text((MARGIN, top + MARGIN), _wrapped(row.caption, draw, font), fill="black", font=font)
+        for title, frames in strips.items():
+            for i, frame in enumerate(frames):
+                sheet.paste(Image.fromarray(frame), (left[title] + i * (frame.shape[1] + 2), top + MARGIN))
+        top += height
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def write_clip(rows: Sequence[Row], path: Path, fps: int, columns: int = 4) -> None:
+    """An H.264 MP4 that plays the rows' clips side by side, each with its strips one below the other.
+
+    Rows need strips of one shape; stills among them are left out.
+    """
+    moving = [row for row in rows if len(next(iter(row.strips.values()))) > 1]
+    tiles = [np.concatenate([_enlarged(s) for s in row.strips.values()], axis=1) for row in moving]
+    while len(tiles) % columns:
+        tiles.append(np.full_like(tiles[0], 255))
+    lines = [np.concatenate(tiles[i : i + columns], axis=2) for i in range(0, len(tiles), columns)]
+    frames = np.concatenate(lines, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _spread(frames: np.ndarray) -> np.ndarray:
+    if len(frames) <= STRIP_FRAMES:
+        return frames
+    return frames[np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)]
+
+
+def _enlarged(frames: np.ndarray) -> np.ndarray:
+    factor = max(1, round(CELL / max(frames.shape[1:3])))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) > CAPTION_WIDTH - 2 * MARGIN and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""`data.params` of the YAML as one frozen dataclass, with the checks that need more than one key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Literal
+
+from sat_ext.config import convert
+from sat_ext.data.buckets import BucketConfig, batch_sizes, make_buckets
+from sat_ext.data.sources import SourceConfig
+from sat_ext.errors import ConfigError
+from sat_ext.types import Bucket
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSampleConfig:
+    """How many unreadable files a run endures: `skip` different ones in all, `consecutive` in a row."""
+
+    skip: int = 100
+    consecutive: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on.
+
+    `fps`: frames a second that the model sees. `video_size`: (height, width) in pixels, short for one entry in
+    `buckets.sizes`; `max_num_frames` (4k+1): short for `buckets.frames` up to it. `skip_frms_num`: frames left
+    out at both ends of a clip (CogVideo's name). `sources` stands for SAT's `train_data` where shares, samplers
+    or names are wanted. `batch`: `{cost: auto}`, or samples per rank by number of frames (`{1: 8, 49: 1}`).
+    `seed` decides the order of the data; it does not depend on the rank.
+    """
+
+    fps: int = 8
+    video_size: tuple[int, int] | None = None
+    max_num_frames: int | None = None
+    skip_frms_num: float = 0.0
+    sources: tuple[SourceConfig, ...] = ()
+    buckets: BucketConfig = field(default_factory=BucketConfig)
+    batch: dict[Any, Any] = field(default_factory=lambda: {"cost": "auto"})
+    short_clips: Literal["shorter_bucket", "loop", "pad_last", "drop"] = "shorter_bucket"
+    on_bad_sample: BadSampleConfig = field(default_factory=BadSampleConfig)
+    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ConfigError(f"data.params.fps: {self.fps} frames a second; give 1 or more.")
+        if self.skip_frms_num < 0:
+            raise ConfigError(f"data.params.skip_frms_num: {self.skip_frms_num} frames; give 0 or more.")
+        if self.batch != {"cost": "auto"}:
+            sizes = convert(dict[int, int], self.batch, "data.params.batch")
+            if not sizes or min(sizes.values()) < 1:
+                raise ConfigError(
+                    f"data.params.batch: {self.batch!r}; write {{cost: auto}}, or samples per frame count as in "
+                    "{1: 8, 49: 1}."
+                )
+        name_sources(self.sources, "data.params.sources")
+
+    def make_buckets(self) -> tuple[Bucket, ...]:
+        """The buckets, from `buckets` or its short forms. Raises `ConfigError`."""
+        return make_buckets(self.buckets, self.video_size, self.max_num_frames)
+
+    def batch_sizes(self, buckets: tuple[Bucket, ...], *, largest: int, hidden_size: int) -> dict[Bucket, int]:
+        """Samples per rank and step for each bucket; `largest` is SAT's micro-batch, for the costliest bucket."""
+        if self.batch == {"cost": "auto"}:
+            return batch_sizes(buckets, largest=largest, hidden_size=hidden_size)
+        by_frames = convert(dict[int, int], self.batch, "data.params.batch")
+        for bucket in buckets:
+            if bucket.frames not in by_frames:
+                raise ConfigError(
+                    f"data.params.batch: no size for the buckets of {bucket.frames} frames; add "
+                    f"'{bucket.frames}: 1', or write {{cost: auto}}."
+                )
+        return {bucket: by_frames[bucket.frames] for bucket in buckets}
+
+
+def name_sources(sources: tuple[SourceConfig, ...], where: str) -> dict[str, SourceConfig]:
+    """The sources by name; a source without one is called after its path. Raises `ConfigError` on a clash,
+    and where only some of them have a share."""
+    named: dict[str, SourceConfig] = {}
+    for source in sources:
+        name = source.name or PurePath(source.path).stem
+        if name in named:
+            raise ConfigError(
+                f"{where}: two sources are called '{name}' ({named[name].path} and {source.path}); "
+                "give each a 'name'."
+            )
+        named[name] = source
+    without = [n for n, s in named.items() if s.share is None]
+    if without and len(without) < len(named):
+        raise ConfigError(
+            f"{where}: '{without[0]}' has no share but others have; give every source a share, or none."
+        )
+    return named

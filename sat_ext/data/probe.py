@@ -1,0 +1,132 @@
+"""What a media file holds, or why it cannot be read. Headers and at most one frame are read, no more."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from itertools import pairwise
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from PIL import Image
+
+from sat_ext.errors import MediaError
+from sat_ext.media import UNTIMED_FORMATS, open_image, open_video
+from sat_ext.types import IMAGE_EXTENSIONS, MAX_PIXELS, MediaInfo
+
+_EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = frozenset({5, 6, 7, 8})  # the EXIF orientations that swap width and height
+
+
+def probe(path: str) -> MediaInfo:
+    """Size, length and rate of an image or a video.
+
+    Animated GIF and WebP files are clips. Where the rate varies, `fps` is the mean. Raises `MediaError` for
+    a file that is missing, empty, truncated, of no known format, without a video stream, or whose first frame
+    cannot be decoded. The pixels of a still and the later frames of a video are not looked at.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    return _probe_image(path) if suffix in IMAGE_EXTENSIONS else _probe_video(path)
+
+
+def _probe_image(path: str) -> MediaInfo:
+    with open_image(path) as image:
+        width, height = image.size
+        codec = (image.format or "").lower()
+        if codec in ("gif", "webp") and getattr(image, "is_animated", False):
+            return _probe_animated_webp(image) if codec == "webp" else _probe_video(path)
+        # The base class's method: PNG's own would decode the whole image, to find EXIF data behind it.
+        orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
+    if orientation in _SIDEWAYS and codec != "tiff":  # for TIFF, Pillow's size is the displayed one already
+        width, height = height, width
+    return MediaInfo(width=width, height=height, frames=1, fps=0.0, duration=0.0, codec=codec)
+
+
+def _probe_animated_webp(image: Image.Image) -> MediaInfo:
+    """FFmpeg does not read animated WebP. Pillow tells a frame's duration only when it has decoded it."""
+    milliseconds = 0
+    frames: int = image.n_frames  # type: ignore[attr-defined]
+    for number in range(frames):
+        image.seek(number)
+        image.load()
+        milliseconds += image.info["duration"]
+    return _clip(*image.size, frames=frames, duration=Fraction(milliseconds, 1000), codec="webp")
+
+
+def _probe_video(path: str) -> MediaInfo:
+    with open_video(path, headers_only=True) as (container, stream):
+        codec = stream.codec_context.name
+        counted = _count_from_header(path, container, stream)
+        width, height = _displayed_size(path, container, stream)
+    frames, duration = counted or _count_packets(path)
+    return _clip(width, height, frames=frames, duration=duration, codec=codec)
+
+
+def _clip(width: int, height: int, *, frames: int, duration: Fraction, codec: str) -> MediaInfo:
+    if frames == 1:
+        duration = Fraction(0)
+    fps = float(frames / duration) if duration else 0.0
+    return MediaInfo(width=width, height=height, frames=frames, fps=fps, duration=float(duration), codec=codec)
+
+
+def _displayed_size(path: str, container: InputContainer, stream: VideoStream) -> tuple[int, int]:
+    """Width and height of the first key frame, which alone tells the rotation in every container."""
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_keyframe:
+            continue
+        # Draining the decoder makes it give the frame out without those that it would reorder.
+        frames = packet.decode() or (stream.codec_context.decode(None) if packet.size else [])
+        if frames:
+            frame = frames[0]
+            assert isinstance(frame, av.VideoFrame)
+            if frame.width * frame.height > MAX_PIXELS:
+                raise MediaError(path, f"{frame.width}x{frame.height} pixels, over the limit of {MAX_PIXELS}")
+            sideways = round(frame.rotation / 90) % 2
+            return (frame.height, frame.width) if sideways else (frame.width, frame.height)
+        stream.codec_context.flush_buffers()
+    raise MediaError(path, "no frame can be decoded")
+
+
+def _count_from_header(path: str, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction] | None:
+    """Frames and duration from MP4's and MOV's index; None where that does not tell.
+
+    It does not where it is absent (fragments), where an edit list hides frames, and where the rate varies:
+    the header's duration is a sum of steps in decoding order, and may end before the last frame starts.
+    """
+    if "mp4" not in container.format.name or stream.duration is None or stream.time_base is None:
+        return None
+    entries = list(stream.index_entries)
+    end = max((e.pos + e.size for e in entries), default=0)
+    if end > container.size:
+        raise MediaError(path, f"truncated: its index reaches to byte {end} of {container.size}")
+    steps = {b.timestamp - a.timestamp for a, b in pairwise(entries)} or {0}
+    steady = max(steps) - min(steps) <= 1  # a tick of rounding
+    if not entries or len(entries) != stream.frames or any(e.is_discard for e in entries) or not steady:
+        return None
+    return len(entries), stream.duration * stream.time_base
+
+
+def _count_packets(path: str) -> tuple[int, Fraction]:
+    """Frames and duration by reading every packet, without decoding."""
+    starts: list[int] = []
+    end = 0
+    with open_video(path, headers_only=True) as (container, stream):
+        base = stream.time_base or Fraction(1)
+        rate = stream.average_rate or stream.guessed_rate
+        timed = container.format.name not in UNTIMED_FORMATS
+        for packet in container.demux(stream):
+            if not packet.size or packet.is_discard:
+                continue
+            start = packet.pts if packet.pts is not None else packet.dts
+            timed = timed and start is not None
+            starts.append(start or 0)
+            end = max(end, starts[-1] + (packet.duration or 0))
+    if not starts:
+        raise MediaError(path, "its video stream has no frames")
+    if not timed:
+        return len(starts), len(starts) / rate if rate else Fraction(0)
+    first, last = min(starts), max(starts)
+    if end == last:  # no durations: the last frame lasts as long as the others do on average
+        end += (last - first) // max(1, len(starts) - 1)
+    return len(starts), (end - first) * base

@@ -1,0 +1,231 @@
+"""A small real data set to try things on: flat coloured shapes, moving in clips and at rest in stills.
+
+A person sees at a look whether a caption is right, and a model of about a million parameters can learn it in
+minutes. The files are as mixed as a user's own: H.264 clips of several sizes, lengths and frame rates, JPEG,
+PNG and WebP stills, and videos of a single frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sat_ext.errors import DataError
+
+Direction = Literal["to the right", "to the left", "up", "down"]
+T = TypeVar("T")
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {
+    "red": (216, 32, 40),
+    "orange": (250, 140, 20),
+    "yellow": (245, 220, 40),
+    "green": (40, 170, 70),
+    "blue": (40, 90, 225),
+    "purple": (150, 50, 180),
+}
+BACKGROUNDS = {"dark": (24, 24, 30), "light": (232, 232, 226)}
+MOTIONS: dict[Direction, tuple[int, int]] = {
+    "to the right": (1, 0),
+    "to the left": (-1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
+
+# (width, height); the shape keeps inside the centre square, so that no crop to another format hides it.
+CLIP_SIZES = ((96, 96), (128, 96), (96, 128), (160, 120), (128, 128), (120, 160), (176, 96))
+STILL_SIZES = ((96, 96), (160, 120), (120, 160), (256, 256), (320, 240), (240, 320), (400, 224))
+FRAME_RATES = (8, 12, 16, 24, 25, 30)
+SECONDS = (1.125, 2.0)  # at least 9 frames at 8 fps, the first and the last included
+STILL_SUFFIXES = (".jpg", ".png", ".webp", ".jpg", ".png", ".webp", ".jpg", ".mp4")  # in turn
+SPEED = (0.30, 0.36)  # of the short side a second: 9 frames at 8 fps cross about a third of the picture
+DIAMETER = (0.35, 0.45)  # of the short side
+PLACE = (0.35, 0.65)  # of the centre square's side; with half of DIAMETER around it, never over the edge
+OVERSAMPLING = 4  # drawn so much larger and scaled down: smooth edges, motion by fractions of a pixel
+
+README = """Demo data of sat_ext: coloured shapes on plain backgrounds, with captions.
+
+train/videos/   {clips} H.264 clips of 5 to 60 frames, 8 to 30 frames a second; every eighth is under 9 frames
+train/labels/   their captions, a text file for each clip
+train/stills/   {stills} stills (JPEG, PNG, WebP, and videos of one frame), each beside its caption
+heldout/        the same from another draw, {held_out} clips and {held_out} stills, to measure the loss on
+
+Any of these folders, train/ as a whole too, can be named as a source.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """One shape on a background. Lengths are in parts of the picture's short side, from its centre square's
+    upper left corner; `velocity` is per second, and (0, 0) in a still."""
+
+    shape: str
+    colour: str
+    background: str
+    direction: Direction | None
+    width: int
+    height: int
+    diameter: float
+    start: tuple[float, float]
+    velocity: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def caption(self) -> str:
+        article = "an" if self.colour[0] in "aeiou" else "a"
+        motion = f" moving {self.direction}" if self.direction else ""
+        return f"{article} {self.colour} {self.shape}{motion} on a {self.background} background"
+
+    def draw(self, seconds: float = 0.0) -> Image.Image:
+        """The picture at a time, RGB, `width` x `height`."""
+        short = min(self.width, self.height)
+        scale = OVERSAMPLING * short
+        left, top = (self.width - short) / 2 * OVERSAMPLING, (self.height - short) / 2 * OVERSAMPLING
+        x = left + (self.start[0] + self.velocity[0] * seconds) * scale
+        y = top + (self.start[1] + self.velocity[1] * seconds) * scale
+        r = self.diameter / 2 * scale
+        size = (self.width * OVERSAMPLING, self.height * OVERSAMPLING)
+        image = Image.new("RGB", size, BACKGROUNDS[self.background])
+        pen, fill = ImageDraw.Draw(image), COLOURS[self.colour]
+        if self.shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif self.shape == "square":
+            side = r * 0.9  # of about the circle's area
+            pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
+        else:
+            pen.polygon(((x, y - r), (x + r, y + r), (x - r, y + r)), fill=fill)
+        return image.reduce(OVERSAMPLING)
+
+
+def write_demo(
+    folder: Path,
+    *,
+    clips: int = 48,
+    stills: int = 48,
+    held_out: int = 16,
+    seed: int = 0,
+    on_file: Callable[[], None] | None = None,
+) -> None:
+    """Write the data set into `folder`, which is made; the same `seed` gives the same pixels and captions.
+
+    `held_out` is the number of clips, and again of stills, under heldout/; so `on_file` is called
+    clips + stills + 2 * held_out times, once for every medium written. Raises `DataError` when `folder`
+    already holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: something is there already; name a folder that is new or empty.")
+    folder.mkdir(parents=True, exist_ok=True)
+    readme = README.format(clips=clips, stills=stills, held_out=held_out)
+    (folder / "README.txt").write_text(readme, encoding="utf-8")
+    on_file = on_file or (lambda: None)
+    _write_part(folder / "train", clips, stills, np.random.default_rng([seed, 0]), 8, on_file)
+    # no short clip here: a model for 9 frames at 8 fps is then measured on every clip as a clip
+    _write_part(folder / "heldout", held_out, held_out, np.random.default_rng([seed, 1]), None, on_file)
+
+
+def _write_part(
+    folder: Path,
+    clips: int,
+    stills: int,
+    rng: np.random.Generator,
+    short_every: int | None,
+    on_file: Callable[[], None],
+) -> None:
+    """`clips` into videos/ and labels/ (one in `short_every` under 9 frames), `stills` into stills/."""
+    for name in ("videos", "labels", "stills"):
+        (folder / name).mkdir(parents=True)
+    for i, scene in enumerate(_scenes(rng, clips, CLIP_SIZES, tuple(MOTIONS))):
+        is_short = short_every is not None and i % short_every == short_every - 1
+        frames, fps = _short_length(rng) if is_short else _length(rng, i)
+        scene = _moving(scene, (frames - 1) / fps, rng)
+        name = f"{i:03d}_{scene.colour}_{scene.shape}"
+        _write_video(folder / "videos" / f"{name}.mp4", [scene.draw(k / fps) for k in range(frames)], fps)
+        (folder / "labels" / f"{name}.txt").write_text(scene.caption + "\n", encoding="utf-8")
+        on_file()
+    for i, scene in enumerate(_scenes(rng, stills, STILL_SIZES, (None,))):
+        path = folder / "stills" / f"{i:03d}_{scene.colour}_{scene.shape}{STILL_SUFFIXES[i % len(STILL_SUFFIXES)]}"
+        if path.suffix == ".mp4":
+            _write_video(path, [scene.draw()], FRAME_RATES[0])
+        else:
+            scene.draw().save(path, quality=92)  # PNG has no quality, and Pillow lets that pass
+        path.with_suffix(".txt").write_text(scene.caption + "\n", encoding="utf-8")
+        on_file()
+
+
+def _scenes(
+    rng: np.random.Generator,
+    count: int,
+    sizes: Sequence[tuple[int, int]],
+    directions: Sequence[Direction | None],
+) -> Iterator[Scene]:
+    """`count` scenes at rest around the middle; every value of an attribute equally often."""
+    attributes = zip(
+        _balanced(SHAPES, count, rng),
+        _balanced(tuple(COLOURS), count, rng),
+        _balanced(tuple(BACKGROUNDS), count, rng),
+        _balanced(directions, count, rng),
+        _balanced(sizes, count, rng),
+    )
+    for shape, colour, background, direction, (width, height) in attributes:
+        diameter = float(rng.uniform(*DIAMETER))
+        x, y = rng.uniform(*PLACE, size=2)
+        yield Scene(
+            shape=shape,
+            colour=colour,
+            background=background,
+            direction=direction,
+            width=width,
+            height=height,
+            diameter=diameter,
+            start=(float(x), float(y)),
+        )
+
+
+def _balanced(values: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
+    """`count` of the values in random order, each as often as the others, give or take one."""
+    return [values[int(i) % len(values)] for i in rng.permutation(count)]
+
+
+def _length(rng: np.random.Generator, index: int) -> tuple[int, int]:
+    fps = FRAME_RATES[index % len(FRAME_RATES)]
+    return int(rng.integers(math.ceil(SECONDS[0] * fps), int(SECONDS[1] * fps) + 1)), fps
+
+
+def _short_length(rng: np.random.Generator) -> tuple[int, int]:
+    return int(rng.integers(5, 9)), 8  # too few for a bucket of 9 frames at 8 fps, enough to see a movement
+
+
+def _moving(scene: Scene, seconds: float, rng: np.random.Generator) -> Scene:
+    """The scene set in motion for so many seconds; the whole shape stays in the centre square throughout."""
+    assert scene.direction is not None
+    room = 1 - scene.diameter
+    path = min(float(rng.uniform(*SPEED)) * seconds, room)
+    margin = scene.diameter / 2
+    along = margin + float(rng.uniform(0, room - path))  # the end of the path that is nearer to 0
+    step_x, step_y = MOTIONS[scene.direction]
+    first = along if step_x + step_y > 0 else along + path
+    start = (first, scene.start[1]) if step_x else (scene.start[0], first)
+    return replace(scene, start=start, velocity=(step_x * path / seconds, step_y * path / seconds))
+
+
+def _write_video(path: Path, frames: Sequence[Image.Image], fps: int) -> None:
+    """H.264 in MP4, as cameras and sites write it: yuv420p, a key frame every second, B-frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "16", "preset": "veryfast", "threads": "1"}  # threads: same bytes every time
+        stream.codec_context.gop_size = fps
+        for k, image in enumerate(frames):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts, frame.time_base = k, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

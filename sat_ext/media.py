@@ -1,0 +1,123 @@
+"""What the stages share about media files: opening them, with `MediaError` for whatever fails, and colour."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from sat_ext.errors import MediaError
+from sat_ext.types import MAX_PIXELS
+
+# FFmpeg's log lock can deadlock threads, and what goes wrong is raised here anyway.
+av.logging.set_level(None)
+
+# Containers without presentation times that can be trusted: FFmpeg's are guesses, out of order where the
+# frames are (AVI), or wrong at key frames (MPEG program streams). Their frames are counted, at an even rate.
+UNTIMED_FORMATS = frozenset({"avi", "mpeg"})
+
+
+@contextmanager
+def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its video stream (not its cover art), with one decoding thread.
+
+    Raises `MediaError`, also for errors of FFmpeg inside the `with` block. FFmpeg decodes a few frames when
+    it opens a file, to learn what the headers do not say, above all how far B-frames reach; a reader without
+    that may get the first frames out of order. `headers_only` leaves it out: 3 ms instead of 30.
+    """
+    _require_content(path)
+    try:
+        with _open_container(path, headers_only) as container:
+            streams = [
+                s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
+            ]
+            if not streams:
+                raise MediaError(path, "no video stream")
+            context = streams[0].codec_context
+            if context is None:
+                raise MediaError(path, "no decoder for its video stream")
+            context.skip_frame = "DEFAULT"
+            context.thread_count = 1  # the data workers are the parallelism
+            yield container, streams[0]
+    except MediaError:
+        raise
+    except av.FFmpegError as error:
+        raise MediaError(path, f"not a readable video: {error.strerror}") from error
+
+
+@contextmanager
+def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The image, not yet decoded. Raises `MediaError`, also for what goes wrong inside the `with` block."""
+    _require_content(path)
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > max_pixels:
+                raise MediaError(path, f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
+            yield image
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        raise MediaError(path, "not a readable image: unknown format") from error
+    except Exception as error:  # Pillow's parsers leak whatever a broken file makes them stumble over
+        raise MediaError(path, f"not a readable image: {error or type(error).__name__}") from error
+
+
+def _open_container(path: str, headers_only: bool) -> InputContainer:
+    # An absolute path, because "a:b.mp4" would be taken for a protocol.
+    name = os.path.abspath(path)
+    if headers_only:
+        options: Any = [{"skip_frame": "all"}]
+        try:
+            return av.open(name, metadata_errors="replace", stream_options=options)
+        except av.FFmpegError:
+            raise
+        except ValueError:
+            pass  # MPEG program streams and FLV do not know their streams before frames were decoded
+    return av.open(name, metadata_errors="replace")
+
+
+def _require_content(path: str) -> None:
+    if not os.path.isfile(path):
+        raise MediaError(path, "no such file")
+    if os.path.getsize(path) == 0:
+        raise MediaError(path, "the file is empty (0 bytes)")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit sRGB, with transparency flattened on white. Raises `ValueError` for floating point pixels."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 16 bits of grey; Pillow's own conversion clips everything above 255 to white.
+        grey = np.clip(np.asarray(image), 0, 65535).astype(np.float32) / 257
+        image = Image.fromarray(np.rint(grey).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating point pixels have no defined range; save it with 8 or 16 bits")
+    transparent = image.has_transparency_data
+    profile = image.info.get("icc_profile")
+    if image.mode not in ("RGB", "RGBA", "L", "CMYK") or transparent:
+        image = image.convert("RGBA" if transparent else "RGB")
+    if profile:
+        image = _to_srgb(image, profile)
+    if not transparent:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The image in sRGB; as it is where its profile is broken or for another kind of pixels."""
+    with suppress(ImageCms.PyCMSError, OSError, ValueError):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):  # converting would only cost time
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+        return converted or image
+    return image

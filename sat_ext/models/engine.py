@@ -1,0 +1,234 @@
+"""The built-in engine: what SAT trains. Batch in, loss and per-kind losses out."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from sat_ext.models.conditioning import (
+    condition_latents,
+    drop_captions,
+    drop_mask,
+    noisy_first_frames,
+    pad_front,
+    padding_frames,
+    stills,
+)
+from sat_ext.models.config import folder_config, load_model_config, transformer_of
+from sat_ext.models.diffusion import NoiseSchedule, read_schedule, stratified_timesteps, uniform_timesteps
+from sat_ext.models.first_stage import build_first_stage
+from sat_ext.models.generate import generate
+from sat_ext.models.text import build_text
+from sat_ext.models.transformer import OFS, build_transformer, rotary_embedding
+
+ABSENT = -100.0  # SAT's mark for a metric that this rank has no value of; SAT averages the others
+KINDS = ("image", "video")
+
+
+class VideoDiffusionEngine(nn.Module):
+    """First stage, text encoder, transformer and noise schedule of a CogVideoX model.
+
+    `args.model_config` is the YAML's `model:` section. SAT's `get_model` constructs it, and
+    `disable_untrainable_params` is SAT's name for the method that marks what trains. The state dict holds
+    what the YAML cannot give back: first stage and text encoder are never in it, and neither are the base
+    weights of a pretrained folder under LoRA.
+    """
+
+    def __init__(self, args: Any, params_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        config = load_model_config(_as_mapping(args.model_config))
+        if config.pretrained is not None:
+            found = folder_config(config.pretrained, "scheduler", "scheduler_config.json")
+            schedule = read_schedule(found, f"{config.pretrained}/scheduler/scheduler_config.json")
+            config = replace(config, schedule=schedule)
+        self.config = config
+        # not called "transformer": SAT would take it for one of its own when it saves
+        self.network = build_transformer(config, params_dtype)
+        self.first_stage = build_first_stage(config, params_dtype)
+        self.text = build_text(config, params_dtype)
+        self.schedule = NoiseSchedule.make(config.schedule.snr_shift_scale)
+        self._generator: torch.Generator | None = None
+        self._seed = int(getattr(args, "seed", None) or 1234)
+        self.disable_untrainable_params()
+        self.register_state_dict_post_hook(_leave_out_fixed)
+        self.register_load_state_dict_post_hook(_forgive_fixed)
+
+    def disable_untrainable_params(self) -> None:
+        """Mark what trains: the transformer, or under LoRA its adapters alone."""
+        lora = self.config.train.mode == "lora"
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith("network.") and (not lora or "lora_" in name))
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether the YAML alone gives the weight of this name, so that checkpoints need not hold it."""
+        if not name.startswith("network."):
+            return True
+        return self.config.pretrained is not None and self.config.train.mode == "lora" and "lora_" not in name
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and `loss_image` and `loss_video`: -100 where it has no such sample.
+
+        `batch`: mp4 (B, T, C, H, W) in [-1, 1]; lists of B: txt, kind, source, key (the last two seed an
+        evaluation). An optional `seed`, an int, fixes every random draw of a training step; it must differ
+        between ranks.
+        """
+        losses = self._training_losses(batch) if self.training else self._evaluation_losses(batch)
+        weights = self.config.loss_weights
+        factors = torch.tensor([getattr(weights, kind) for kind in batch["kind"]], device=losses.device)
+        metrics = {f"loss_{kind}": _mean_of(losses.detach(), batch["kind"], kind) for kind in KINDS}
+        return (factors * losses).mean(), metrics
+
+    def predict(self, noisy: Tensor, text: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
+        """The transformer's velocity for noisy latents (B, T, C, H, W); T divides by its temporal patch.
+
+        `text` is (B, length, D), `timesteps` (B,), and `condition` is of the latents' shape, or None.
+        """
+        dtype = self.network.dtype
+        inputs = noisy if condition is None else torch.cat([noisy, condition.to(noisy.dtype)], dim=2)
+        frames, _, height, width = noisy.shape[1:]
+        ofs = None if transformer_of(self.config).ofs_embed_dim is None else inputs.new_full((1,), OFS)
+        prediction: Tensor = self.network(
+            hidden_states=inputs.to(dtype),
+            encoder_hidden_states=text.to(dtype),
+            timestep=timesteps,
+            ofs=ofs,
+            image_rotary_emb=rotary_embedding(self.config, frames, height, width, noisy.device),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    @torch.no_grad()
+    def sample(
+        self,
+        captions: Sequence[str],
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        first_frames: Tensor | None = None,
+        steps: int = 50,
+        guidance_scale: float = 6.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Generate (B, T, C, H, W) in [-1, 1]; see `sat_ext.models.generate.generate`."""
+        return generate(
+            self,
+            captions,
+            frames=frames,
+            height=height,
+            width=width,
+            first_frames=first_frames,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+        )
+
+    def _training_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B,) losses with one random noise level a sample, condition noise and dropout."""
+        pixels, count = self._pixels(batch), len(batch["txt"])
+        generator = self._train_generator(batch, pixels.device)
+        captions = drop_captions(batch["txt"], drop_mask(count, self.config.caption_dropout, generator))
+        latents = self.first_stage.encode(pixels, generator)
+        condition = None
+        if self.config.conditioning == "i2v":
+            first = self.first_stage.encode_condition(noisy_first_frames(pixels, generator), generator)
+            dropped = drop_mask(count, self.config.condition_dropout, generator)
+            condition = self._condition(first, latents, dropped, batch)
+        latents, condition, padding = self._padded(latents, condition)
+        timesteps = uniform_timesteps(count, generator)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        text = self.text.encode(captions, latents.device, self.network.dtype)
+        noisy = self.schedule.add_noise(latents, noise, timesteps)
+        prediction = self.predict(noisy, text, timesteps, condition)
+        return self.schedule.losses(prediction, latents, noise, timesteps, padding)
+
+    @torch.no_grad()
+    def _evaluation_losses(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B,) losses, a function of each sample's source and key and of the weights alone.
+
+        Each sample is looked at with `eval_timesteps` noise levels, one from each equal part of the range.
+        """
+        pixels = self._pixels(batch)
+        latents = self.first_stage.encode(pixels)
+        condition = None
+        if self.config.conditioning == "i2v":
+            first = self.first_stage.encode_condition(pixels[:, :1])
+            condition = self._condition(first, latents, torch.zeros(len(first), dtype=torch.bool), batch)
+        latents, condition, padding = self._padded(latents, condition)
+        text = self.text.encode(batch["txt"], latents.device, self.network.dtype)
+        names = [f"{source}/{key}" for source, key in zip(batch["source"], batch["key"], strict=True)]
+        seeds = [zlib.crc32(name.encode()) for name in names]
+        generators = [torch.Generator(latents.device).manual_seed(seed) for seed in seeds]
+        offsets = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
+        losses = []
+        for timesteps in stratified_timesteps(offsets, self.config.eval_timesteps):
+            draws = [torch.randn(latents.shape[1:], generator=g, device=g.device) for g in generators]
+            noise = torch.stack(draws)
+            noisy = self.schedule.add_noise(latents, noise, timesteps)
+            prediction = self.predict(noisy, text, timesteps, condition)
+            losses.append(self.schedule.losses(prediction, latents, noise, timesteps, padding))
+        return torch.stack(losses).mean(dim=0)
+
+    def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
+        pixels: Tensor = batch["mp4"].to(self.network.device)
+        assert pixels.ndim == 5 and pixels.shape[0] == len(batch["txt"]) == len(batch["kind"])
+        return pixels
+
+    def _condition(self, first: Tensor, latents: Tensor, dropped: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """The I2V condition; zero for stills, always, and for `dropped` samples."""
+        leaks = stills(batch["kind"], batch["mp4"].shape[1])
+        return condition_latents(first, latents.shape[1], leaks.to(dropped.device) | dropped)
+
+    def _padded(self, latents: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+        """Latents and condition with 1.5's padding, and how many frames it is.
+
+        The condition stays the first frame of all, in the padding's place, as in diffusers' pipeline.
+        """
+        padding = padding_frames(latents.shape[1], transformer_of(self.config).patch_size_t)
+        if condition is not None and padding:
+            condition = torch.cat([condition, torch.zeros_like(condition[:, :padding])], dim=1)
+        return pad_front(latents, padding), condition, padding
+
+    def _train_generator(self, batch: Mapping[str, Any], device: torch.device) -> torch.Generator:
+        """Where a training step's draws come from: the batch's `seed`, or a stream of this rank's own.
+
+        SAT gives every rank the same global seed, which would give every rank the same noise.
+        """
+        if "seed" in batch:
+            return torch.Generator(device).manual_seed(int(batch["seed"]))
+        if self._generator is None:
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            self._generator = torch.Generator(device).manual_seed(self._seed * 1_000_003 + rank)
+        return self._generator
+
+
+def _as_mapping(model_config: Any) -> Mapping[str, Any]:
+    if isinstance(model_config, DictConfig):
+        plain = OmegaConf.to_container(model_config, resolve=True)
+        assert isinstance(plain, dict)
+        return {str(key): value for key, value in plain.items()}
+    return model_config  # type: ignore[no-any-return]
+
+
+def _mean_of(losses: Tensor, kinds: Sequence[str], kind: str) -> Tensor:
+    """The mean of the losses of the samples of one kind, or SAT's mark where there are none."""
+    chosen = torch.tensor([k == kind for k in kinds], device=losses.device)
+    return losses[chosen].mean() if chosen.any() else losses.new_tensor(ABSENT)
+
+
+def _leave_out_fixed(engine: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    assert isinstance(engine, VideoDiffusionEngine)
+    for name in [n for n in state if n.startswith(prefix) and engine.is_fixed(n[len(prefix) :])]:
+        del state[name]
+
+
+def _forgive_fixed(engine: nn.Module, keys: _IncompatibleKeys) -> None:
+    assert isinstance(engine, VideoDiffusionEngine)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not engine.is_fixed(name)]

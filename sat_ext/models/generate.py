@@ -1,0 +1,134 @@
+"""Sampling: captions, and for I2V a first frame, to pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
+from torch import Tensor
+
+from sat_ext.errors import ConfigError
+from sat_ext.models.conditioning import condition_latents, padding_frames
+from sat_ext.models.config import (
+    ScheduleConfig,
+    check_bucket,
+    latent_channels,
+    latent_frames,
+    spatial_compression,
+    transformer_of,
+)
+from sat_ext.models.diffusion import SCHEDULER_CONSTANTS
+from sat_ext.types import Bucket
+
+if TYPE_CHECKING:
+    from sat_ext.models.engine import VideoDiffusionEngine
+
+SAMPLERS: dict[str, Any] = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+
+
+def make_scheduler(schedule: ScheduleConfig) -> Any:
+    """diffusers' CogVideoX scheduler, set as the published scheduler_config.json files are."""
+    return SAMPLERS[schedule.sampler](
+        **SCHEDULER_CONSTANTS,
+        snr_shift_scale=schedule.snr_shift_scale,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+
+
+def generate(
+    engine: VideoDiffusionEngine,
+    captions: Sequence[str],
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    first_frames: Tensor | None,
+    steps: int,
+    guidance_scale: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Pixels (B, T, C, H, W) in [-1, 1], float32, for B captions.
+
+    `first_frames`, (B, C, H, W) in [-1, 1], is what an I2V model animates; without it the condition is zero,
+    as in training's condition dropout. Guidance pushes away from the empty caption; a `guidance_scale` of 1
+    or less turns it off, and then each step costs half. Raises `ConfigError` for a size or frame count that
+    the model does not take and for first frames that it cannot use.
+    """
+    config = engine.config
+    check_bucket(config, Bucket(frames=frames, height=height, width=width))
+    _check_first_frames(engine, first_frames, (len(captions), 3, height, width), frames)
+    device, dtype = engine.network.device, engine.network.dtype
+    padding = padding_frames(latent_frames(frames), transformer_of(config).patch_size_t)
+    scale = spatial_compression(config)
+    size = (height // scale, width // scale)
+    shape = (len(captions), padding + latent_frames(frames), latent_channels(config), *size)
+    source = device if generator is None else generator.device
+    latents = torch.randn(shape, generator=generator, device=source).to(device)
+    condition = None
+    if config.conditioning == "i2v":
+        condition = torch.zeros_like(latents)
+        if first_frames is not None:
+            first = engine.first_stage.encode_condition(first_frames[:, None].to(device, dtype))
+            condition = condition_latents(first, shape[1], torch.zeros(len(captions), dtype=torch.bool))
+    text = engine.text.encode(list(captions), device, dtype)
+    empty = engine.text.encode([""] * len(captions), device, dtype) if guidance_scale > 1.0 else None
+    latents = _denoise(engine, latents, text, empty, condition, steps, guidance_scale, generator)
+    return engine.first_stage.decode(latents[:, padding:]).float()
+
+
+def _check_first_frames(
+    engine: VideoDiffusionEngine, first_frames: Tensor | None, shape: tuple[int, ...], frames: int
+) -> None:
+    if first_frames is None:
+        return
+    if engine.config.conditioning != "i2v":
+        raise ConfigError("sample: a first frame was given, but this model is text-to-video; leave it out.")
+    if frames == 1:
+        raise ConfigError("sample: a first frame was given, but frames is 1; ask for 5 frames or more.")
+    if tuple(first_frames.shape) != shape:
+        found = tuple(first_frames.shape)
+        raise ConfigError(f"sample: first frames of shape {found} do not fit; make them {shape}.")
+
+
+def _denoise(
+    engine: VideoDiffusionEngine,
+    latents: Tensor,
+    text: Tensor,
+    empty: Tensor | None,
+    condition: Tensor | None,
+    steps: int,
+    guidance_scale: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Pure noise to clean latents, in float32, both (B, T, C, H, W) with any padding."""
+    scheduler = make_scheduler(engine.config.schedule)
+    scheduler.set_timesteps(steps)
+    copies = 1 if empty is None else 2
+    texts = text if empty is None else torch.cat([empty, text])
+    conditions = None if condition is None else torch.cat([condition] * copies)
+    previous_estimate, previous_timestep = None, None
+    for timestep in scheduler.timesteps:
+        timesteps = timestep.to(latents.device).expand(copies * len(latents))
+        velocity = engine.predict(torch.cat([latents] * copies), texts, timesteps, conditions).float()
+        if empty is not None:
+            unguided, guided = velocity.chunk(2)
+            velocity = unguided + guidance_scale * (guided - unguided)
+        if isinstance(scheduler, CogVideoXDDIMScheduler):
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        else:
+            latents, previous_estimate = scheduler.step(
+                velocity,
+                previous_estimate,
+                timestep,
+                previous_timestep,
+                latents,
+                generator=generator,
+                return_dict=False,
+            )
+        latents, previous_timestep = latents.float(), timestep
+    return latents

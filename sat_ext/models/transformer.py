@@ -1,0 +1,132 @@
+"""The diffusion transformer: diffusers' CogVideoX module, for any frame count and size, with LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from diffusers.models.embeddings import CogVideoXPatchEmbed, get_3d_rotary_pos_embed
+from diffusers.models.normalization import CogVideoXLayerNormZero
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn import functional
+
+from sat_ext.errors import ConfigError
+from sat_ext.models.config import ModelConfig, TrainConfig, transformer_of
+
+OFS = 2.0  # what CogVideoX-1.5's I2V model was trained with (`ofs` in CogVideo's sat/sample_video.py)
+
+
+class LearnedPatchEmbed(CogVideoXPatchEmbed):
+    """CogVideoX-5B-I2V's patch embedding, for sizes and frame counts beside the native one.
+
+    diffusers' own raises for another size and takes sines that the model never saw for another frame count.
+    Here fewer frames take the first ones' embeddings, and other sizes take them resized.
+    """
+
+    pos_embedding: Tensor
+
+    def forward(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
+        """Tokens (B, text + T * H/2 * W/2, D) of text (B, text, E) and latents (B, T, C, H, W)."""
+        batch, frames, _, height, width = image_embeds.shape
+        patches = self.proj(image_embeds.flatten(0, 1))  # (B T, D, H/2, W/2)
+        tokens = patches.reshape(batch, frames, *patches.shape[1:]).flatten(3).transpose(2, 3).flatten(1, 2)
+        grid = (height // self.patch_size, width // self.patch_size)
+        positions = self.positions(frames, *grid).to(tokens.dtype)
+        text = self.text_proj(text_embeds) + self.pos_embedding[:, : text_embeds.shape[1]].to(tokens.dtype)
+        return torch.cat([text, tokens + positions], dim=1)
+
+    def positions(self, frames: int, rows: int, columns: int) -> Tensor:
+        """The learned embedding for a grid of patches, (1, frames * rows * columns, D)."""
+        native = (self.sample_height // self.patch_size, self.sample_width // self.patch_size)
+        learned = self.pos_embedding[:, self.max_text_seq_length :]
+        grids = learned.reshape(-1, *native, learned.shape[-1])
+        assert frames <= len(grids), "check_bucket limits the frames"
+        grids = grids[:frames]
+        if native != (rows, columns):
+            resized = functional.interpolate(
+                grids.permute(0, 3, 1, 2).float(), size=(rows, columns), mode="bicubic", antialias=True
+            )
+            grids = resized.permute(0, 2, 3, 1)
+        return grids.flatten(0, 2)[None]
+
+
+def rotary_embedding(
+    config: ModelConfig, frames: int, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines for latents of this shape (padding included), or None where the model has no rotary
+    embedding. 1.0 models stretch the native grid over the frame, 1.5 models count patches."""
+    transformer = transformer_of(config)
+    if not transformer.use_rotary_positional_embeddings:
+        return None
+    patch, patch_t = transformer.patch_size, transformer.patch_size_t
+    grid = (height // patch, width // patch)
+    native = (transformer.sample_height // patch, transformer.sample_width // patch)
+    if patch_t is None:
+        cosines, sines = get_3d_rotary_pos_embed(
+            transformer.attention_head_dim,
+            get_resize_crop_region_for_grid(grid, native[1], native[0]),
+            grid,
+            frames,
+            device=device,
+        )
+    else:
+        cosines, sines = get_3d_rotary_pos_embed(
+            transformer.attention_head_dim,
+            None,
+            grid,
+            frames // patch_t,
+            grid_type="slice",
+            max_size=(max(grid[0], native[0]), max(grid[1], native[1])),
+            device=device,
+        )
+    return cosines, sines
+
+
+def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """The transformer of the pretrained folder, or one of random weights, with adapters where LoRA trains."""
+    if config.pretrained is not None:
+        transformer = CogVideoXTransformer3DModel.from_pretrained(
+            config.pretrained,
+            subfolder="transformer",
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    else:
+        transformer = CogVideoXTransformer3DModel(**asdict(transformer_of(config)))
+        _start_at_identity(transformer)
+    if transformer_of(config).use_learned_positional_embeddings:
+        transformer.patch_embed.__class__ = LearnedPatchEmbed  # same weights, same names in the checkpoint
+    if config.train.mode == "lora":
+        add_lora(transformer, config.train)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def _start_at_identity(transformer: CogVideoXTransformer3DModel) -> None:
+    """Zero the modulation layers, so that every block of a new model starts as the identity.
+
+    CogVideo does so (`AdaLNMixin.reinit` in sat/dit_video_concat.py); diffusers' module does not.
+    """
+    for module in transformer.modules():
+        if isinstance(module, CogVideoXLayerNormZero):
+            torch.nn.init.zeros_(module.linear.weight)
+            torch.nn.init.zeros_(module.linear.bias)
+
+
+def add_lora(transformer: CogVideoXTransformer3DModel, train: TrainConfig) -> None:
+    """Give `transformer` adapters that start as the identity. `ConfigError` where a target is no layer."""
+    names = [name for name, _ in transformer.named_modules()]
+    for target in train.target_modules:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise ConfigError(
+                f"model.train.target_modules: no layer of the transformer is called '{target}'; "
+                "the attention layers are to_q, to_k, to_v and to_out.0."
+            )
+    transformer.add_adapter(
+        LoraConfig(r=train.rank, lora_alpha=train.alpha, target_modules=list(train.target_modules))
+    )

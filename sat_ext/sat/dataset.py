@@ -1,0 +1,207 @@
+"""What SAT's `create_dataset_function` must return: one joint stream of finished batches.
+
+SAT calls the function once for each entry of `train_data`, then for each of `valid_data` and `test_data`, and
+draws among the entries of one list with a seed that differs from rank to rank. Ranks must not diverge, so all
+entries of a list share one stream: whichever SAT draws, the next batch of the schedule comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from sat import mpu
+from sat.helpers import print_rank0
+from torch.utils.data import Dataset, get_worker_info
+from webdataset import DataPipeline
+
+from sat_ext.config import load
+from sat_ext.data.config import DataConfig
+from sat_ext.data.index import Index, build_index
+from sat_ext.data.sources import SourceConfig
+from sat_ext.data.stream import JointStream
+from sat_ext.errors import ConfigError, SatExtError
+from sat_ext.models.config import check_bucket, load_model_config, transformer_of
+from sat_ext.sat import fixes
+from sat_ext.sat.registry import dataset_registry
+from sat_ext.types import Bucket
+
+DEFAULT_HIDDEN_SIZE = 3072  # CogVideoX-5B
+SPLITS = ("train_data", "valid_data", "test_data")
+
+
+class SharedStream(DataPipeline):
+    """One entry of a SAT data list. All entries of the list hold the same `JointStream` and iterator."""
+
+    def __init__(self, stream: JointStream, args: argparse.Namespace, split: str, shared: list[Any]) -> None:
+        super().__init__()
+        self.stream, self.args, self.split, self._shared = stream, args, split, shared
+        self.rank = mpu.get_data_parallel_rank()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The list's one iterator; made anew when every entry has asked for it once."""
+        if not self._shared or self in self._shared[1]:
+            self._shared[:] = [self._batches(), []]
+        self._shared[1].append(self)
+        return self._shared[0]
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if self.split != "train_data":
+            return self.stream.batches(
+                start=0, rank=self.rank, worker=worker, workers=workers, cycle=self.args.eval_iters
+            )
+        # read here, not when SAT builds the data set: the checkpoint is loaded in between
+        start = getattr(self.args, "iteration", 0) * self.args.gradient_accumulation_steps
+        return self.stream.batches(start=start, rank=self.rank, worker=worker, workers=workers)
+
+
+class MapStyle(Dataset):
+    """The same samples one by one, for SAT's own batching; right only where a batch is one sample.
+
+    Item i is the sample of step i of a schedule of one rank, so shares hold over any run of items.
+    """
+
+    def __init__(self, stream: JointStream) -> None:
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return self.stream.index.table.num_rows
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        batch = self.stream.batch(next(self.stream.schedule.steps(item)), rank=0)
+        return {k: v[0] for k, v in batch.items()}
+
+
+@dataset_registry.register
+class JointImageVideoDataset:
+    """YAML target `sat_ext.JointImageVideoDataset`: stills, clips and first frames in one training run."""
+
+    @classmethod
+    def create_dataset_function(cls, path: str, args: argparse.Namespace, **params: Any) -> Any:
+        """For SAT: the data set of `path`, one entry of `args.train_data`, `valid_data` or `test_data`.
+
+        `params` are `data.params` of the YAML (see `DataConfig`). Raises `ConfigError` and `DataError`.
+        """
+        fixes.apply()
+        config = load(DataConfig, _plain(params), "data.params")
+        split = _next_split(args)
+        iterable = args.iterable_dataset if split == "train_data" else args.iterable_dataset_eval
+        if iterable and args.iterable_dataset == "custom":
+            entries = args.sat_ext_streams.setdefault(split, [])
+            if not entries:
+                stream = cls._stream(args, config, split, world=mpu.get_data_parallel_world_size())
+                entries += [stream, []]
+            return SharedStream(entries[0], args, split, entries[1])
+        if (args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size) == 1:
+            return MapStyle(cls._stream(args, config, split, world=1, paths=[path], largest=1))
+        raise ConfigError(
+            f"args.iterable_dataset: {args.iterable_dataset!r} makes SAT stack samples of different shapes; add "
+            "the two lines 'iterable_dataset: custom' and 'iterable_dataset_eval: custom' under 'args', or set "
+            "deepspeed.train_micro_batch_size_per_gpu to 1."
+        )
+
+    @classmethod
+    def sources(
+        cls, args: argparse.Namespace, config: DataConfig, paths: list[str], split: str
+    ) -> list[SourceConfig]:
+        """The sources of one list: `data.params.sources` for training where given, or one for each path."""
+        if split == "train_data" and config.sources:
+            return list(config.sources)
+        weights = args.train_data_weights if split == "train_data" and len(paths) == len(args.train_data) else None
+        shares = [None] * len(paths) if weights is None else [float(w) for w in weights]
+        return [SourceConfig(path=p, share=s) for p, s in zip(paths, shares)]
+
+    @classmethod
+    def _stream(
+        cls,
+        args: argparse.Namespace,
+        config: DataConfig,
+        split: str,
+        *,
+        world: int,
+        paths: list[str] | None = None,
+        largest: int | None = None,
+    ) -> JointStream:
+        buckets = config.make_buckets()
+        model = _plain(getattr(args, "model_config", {}))
+        _check_buckets(model, buckets)
+        sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
+        index = _on_first_rank(lambda: build_index(sources, config))
+        print_rank0(f"{split}: {index.summary()}")
+        per_rank = args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size
+        sizes = config.batch_sizes(buckets, largest=per_rank, hidden_size=_hidden_size(model))
+        if largest is not None:
+            sizes = dict.fromkeys(sizes, largest)
+        dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+        return JointStream(index, config, batch_sizes=sizes, world=world, dtype=dtype)
+
+
+@dataset_registry.register
+class FirstFrameDataset(JointImageVideoDataset):
+    """YAML target `sat_ext.FirstFrameDataset`: the first frame of every clip, and stills as they are."""
+
+    @classmethod
+    def sources(
+        cls, args: argparse.Namespace, config: DataConfig, paths: list[str], split: str
+    ) -> list[SourceConfig]:
+        """As for the joint data set, with the sampler `first_frame` for every source."""
+        return [replace(s, sampler="first_frame") for s in super().sources(args, config, paths, split)]
+
+
+def _next_split(args: argparse.Namespace) -> str:
+    """Which list SAT is building now: it goes through train, valid and test entries in this order."""
+    calls = args.sat_ext_calls = getattr(args, "sat_ext_calls", -1) + 1
+    if calls == 0:
+        args.sat_ext_streams = {}
+    for split in SPLITS:
+        entries = getattr(args, split, None) or []
+        if calls < len(entries):
+            return split
+        calls -= len(entries)
+    raise AssertionError("SAT asked for more data sets than args.train_data, valid_data and test_data name")
+
+
+def _on_first_rank(build: Callable[[], Index]) -> Index:
+    """The index, built once and sent to all ranks; an error of the first rank is raised on all of them."""
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [build()]
+        except SatExtError as error:
+            result = [error]
+    dist.broadcast_object_list(result, src=0)
+    if isinstance(result[0], SatExtError):
+        raise result[0]
+    return result[0]
+
+
+def _check_buckets(model: Mapping[str, Any], buckets: tuple[Bucket, ...]) -> None:
+    """Refuse shapes that the built-in model cannot take; CogVideo's own YAMLs describe their model otherwise."""
+    if model and "network_config" not in model:
+        config = load_model_config(model)
+        for bucket in buckets:
+            check_bucket(config, bucket)
+
+
+def _hidden_size(model: Mapping[str, Any]) -> int:
+    """The transformer's width, which decides how fast attention outgrows the rest."""
+    if "network_config" in model:
+        return int(model["network_config"]["params"]["hidden_size"])
+    if not model:
+        return DEFAULT_HIDDEN_SIZE
+    transformer = transformer_of(load_model_config(model))
+    return transformer.num_attention_heads * transformer.attention_head_dim
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Dicts and lists, of OmegaConf's containers too: CogVideo's script hands its YAML over as these."""
+    plain = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}

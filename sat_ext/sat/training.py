@@ -1,0 +1,148 @@
+"""The functions that SAT's `training_main` calls back: one forward pass, one evaluation, their metrics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from sat import mpu
+from sat.helpers import print_rank0
+from sat.training.deepspeed_training import evaluate_and_print_results
+
+from sat_ext.errors import ConfigError
+from sat_ext.sat.registry import get_dataset
+
+ABSENT = -100.0  # SAT's own mark for "this rank has no value of that metric in this step"
+PROGRESS_SECONDS = 5.0
+
+
+def get_target(name: str) -> Any:
+    """The object of a YAML `target`: a dotted path, or a name in the data set registry. Raises `ConfigError`."""
+    if "." not in name:
+        return get_dataset(name)
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"data.target: '{name}' cannot be imported ({error}); check the spelling.") from error
+
+
+class TrainingHooks:
+    """State between SAT's calls: the held-out losses so far, and what the progress line shows."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.root = Path(args.save) if args.save else None  # before SAT adds the experiment's name
+        self.evaluations: list[dict[str, float]] = []
+        self._started = 0.0
+        self._progress = Progress()
+
+    def forward_step(
+        self, data_iterator: Iterator[dict[str, Any]], model: Any, args: argparse.Namespace, timers: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One micro-step of training: the loss, and the loss per kind."""
+        if not self._started:
+            self._started = time.time()
+            self._write_config()
+            self._evaluate_first(model, timers)
+        batch = self._next(data_iterator, timers)
+        loss, metrics = model(batch)
+        self._progress.update(metrics, len(batch["txt"]) * mpu.get_data_parallel_world_size(), args)
+        return loss, metrics
+
+    def forward_step_eval(
+        self, data_iterator: Iterator[dict[str, Any]], model: Any, args: argparse.Namespace, timers: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One step of an evaluation."""
+        loss, metrics = model(self._next(data_iterator, timers))
+        return loss, metrics
+
+    def handle_metrics(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Means over the steps and ranks that had a value. SAT calls it on the first rank only."""
+        means = {k: v[v > ABSENT + 1].float().mean() for k, v in gathered.items() if (v > ABSENT + 1).any()}
+        record = {"iteration": self.args.iteration, **{k: round(float(v), 6) for k, v in means.items()}}
+        self.evaluations.append(record)
+        if self.args.save:
+            with (Path(self.args.save) / "heldout.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        return {k: v.reshape(1) for k, v in means.items()}
+
+    def write_result(self) -> None:
+        """`result.json` in the folder of `args.save`: held-out loss by kind, first and last, and seconds."""
+        if self.root is None or not self.evaluations or dist.get_rank() != 0:
+            return
+        kinds = {k: k.removeprefix("loss_") for k in self.evaluations[0] if k.startswith("loss_")}
+        result = {
+            "before": {kind: self.evaluations[0][k] for k, kind in kinds.items()},
+            "after": {kind: self.evaluations[-1][k] for k, kind in kinds.items()},
+            "seconds": round(time.time() - self._started, 1),
+            "run": str(self.args.save),
+        }
+        (self.root / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    def _next(self, data_iterator: Iterator[dict[str, Any]], timers: Any) -> dict[str, Any]:
+        timers("data loader").start()
+        batch = next(data_iterator)
+        timers("data loader").stop()
+        return {k: v.to(self.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def _write_config(self) -> None:
+        """The merged YAML beside the checkpoints, under the name that CogVideo's script gives it."""
+        if self.args.save and dist.get_rank() == 0:
+            folder = Path(self.args.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(self.args.resolved_config), folder / "training_config.yaml")
+
+    def _evaluate_first(self, model: Any, timers: Any) -> None:
+        """Held-out loss before the first step. SAT evaluates after steps only."""
+        streams = getattr(self.args, "sat_ext_streams", {})
+        if "valid_data" in streams and self.args.eval_interval:
+            batches = streams["valid_data"][0].batches(
+                start=0, rank=mpu.get_data_parallel_rank(), cycle=self.args.eval_iters
+            )
+            hooks = {"forward_step_eval": self.forward_step_eval, "handle_metrics": self.handle_metrics}
+            evaluate_and_print_results(
+                f"iteration {self.args.iteration}", batches, model, self.args.eval_iters, self.args, timers,
+                False, split="val", step=self.args.iteration, hooks=hooks,
+            )  # fmt: skip
+
+
+class Progress:
+    """A line every few seconds: the loss per kind (a running mean), samples a second, the time that is left."""
+
+    def __init__(self) -> None:
+        self._losses: dict[str, float] = {}
+        self._samples = 0
+        self._begin: tuple[float, int] | None = None
+        self._shown = 0.0
+
+    def update(self, metrics: dict[str, torch.Tensor], samples: int, args: argparse.Namespace) -> None:
+        """Count one micro-step of `samples` samples over all ranks."""
+        if dist.get_rank() != 0:
+            return
+        for name, value in metrics.items():
+            if (loss := float(value.detach())) > ABSENT + 1:
+                self._losses[name] = 0.95 * self._losses.get(name, loss) + 0.05 * loss
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin = now, args.iteration  # the first step pays for warming up
+            return
+        self._samples += samples
+        steps, seconds = args.iteration - self._begin[1], now - self._begin[0]
+        if now - self._shown < PROGRESS_SECONDS or steps == 0:
+            return
+        self._shown = now
+        left = int((args.train_iters - args.iteration) * seconds / steps)
+        losses = "  ".join(f"{k} {v:.3f}" for k, v in sorted(self._losses.items()))
+        print_rank0(
+            f"step {args.iteration}/{args.train_iters}  {losses}  {self._samples / seconds:.1f} samples/s  "
+            f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        )

@@ -1,0 +1,87 @@
+"""The values that pass between stages. Frozen: a stage hands on a new one, it never edits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["image", "video"]
+
+# Seconds by which a wanted time may fall short of a frame's start and still mean that frame: file times are
+# rounded to the container's clock, and arithmetic in seconds to binary fractions.
+TIME_TOLERANCE = 1e-3
+
+# What a folder is searched for. GIF and WebP are among the stills, and clips where they are animated.
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"})
+VIDEO_EXTENSIONS = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
+)
+
+# Pillow's own limit against decompression bombs (1 GiB / 4 / 3 pixels), held for frames of a video too.
+MAX_PIXELS = 89_478_485
+
+# What to do with a clip that is shorter than the longest bucket, by name.
+SHORT_CLIPS = ("shorter_bucket", "loop", "pad_last", "drop")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One row of a source, before its file was opened.
+
+    `key` is unique inside its source and stable between machines (the path relative to the source).
+    """
+
+    path: str
+    caption: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaInfo:
+    """What a file holds. Width and height are in pixels as displayed, after rotation.
+
+    A still, and a video of exactly one frame, has `frames` 1, `fps` 0.0 and `duration` 0.0.
+    `duration` is in seconds, from the first frame's start to the last frame's end.
+    """
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+    duration: float
+    codec: str
+
+    @property
+    def kind(self) -> Kind:
+        return "image" if self.frames == 1 else "video"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Bucket:
+    """The shape that every sample of one batch has: `frames` is 1 or 4k+1, sizes are in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One training sample.
+
+    `pixels` is uint8 of shape (T, C, H, W). `num_frames` counts the frames that are really there
+    (T less the repeated ones), `fps` is what they play at.
+    """
+
+    pixels: torch.Tensor
+    caption: str
+    num_frames: int
+    fps: int
+    kind: Kind
+    source: str
+    key: str

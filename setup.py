@@ -1,0 +1,48 @@
+"""Package metadata. Pinned versions that are tested together stand in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+# What SAT 0.4.12 imports and does not declare: a fresh environment cannot import it without these.
+SAT_UNDECLARED = [
+    "Pillow>=10.1",
+    "braceexpand",
+    "requests",
+    "tensorboardX",
+    "triton; platform_system == 'Linux'",
+    "wandb",
+]
+
+setup(
+    name="sat_ext",
+    version="0.1.0",
+    description="Train video diffusion models on images and videos together, on the SAT backend of CogVideoX",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["sat_ext", "sat_ext.*"]),
+    install_requires=[
+        "torch>=2.4",
+        "SwissArmyTransformer>=0.4.12",
+        "deepspeed>=0.16",
+        "diffusers>=0.35",
+        "transformers>=4.56",
+        "peft>=0.17",
+        "omegaconf>=2.3",
+        "webdataset>=0.2.86",
+        "av>=14",
+        "decord>=0.6.0; platform_machine == 'x86_64'",
+        "numpy",
+        "pyarrow>=14",
+        "PyYAML",
+        "safetensors",
+        "sentencepiece",
+        "rich",
+        "typer>=0.15",
+        *SAT_UNDECLARED,
+    ],
+    extras_require={
+        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "scikit-image", "scikit-video", "types-PyYAML"]
+    },
+    entry_points={"console_scripts": ["sat-ext = sat_ext.cli.main:main"]},
+)

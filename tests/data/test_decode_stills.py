@@ -1,0 +1,249 @@
+"""Stills and animations, the part of decode.py that Pillow reads."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from sat_ext.data.decode import read_frames, read_still
+from sat_ext.data.probe import probe
+from sat_ext.errors import MediaError
+from tests.media import index_of, indices_of, pattern, real_still
+
+GRADIENT = np.stack(np.broadcast_arrays(np.arange(64) * 4, np.arange(48)[:, None] * 5, 128), axis=2).astype(
+    np.uint8
+)
+
+
+def read(path: Path) -> np.ndarray:
+    out = read_still(str(path))
+    assert out.dtype == np.uint8 and out.ndim == 4 and out.shape[0] == 1 and out.shape[3] == 3
+    assert out.flags.writeable and out.flags.c_contiguous
+    info = probe(str(path))
+    assert out.shape[1:3] == (info.height, info.width)
+    return out[0]
+
+
+def near(a: np.ndarray, b: np.ndarray, limit: int = 8) -> bool:
+    return a.shape == b.shape and int(np.abs(a.astype(int) - b.astype(int)).max()) <= limit
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "jpg", "avif", "gif"])
+def test_every_format_is_read(tmp_path, suffix):
+    flat = np.full((48, 64, 3), (200, 100, 50), np.uint8)
+    Image.fromarray(flat).save(tmp_path / f"a.{suffix}")
+    assert near(read(tmp_path / f"a.{suffix}"), flat)
+
+
+def test_lossless_formats_are_exact(tmp_path):
+    for suffix, options in (("png", {}), ("bmp", {}), ("tiff", {}), ("webp", {"lossless": True})):
+        Image.fromarray(GRADIENT).save(tmp_path / f"a.{suffix}", **options)
+        assert np.array_equal(read(tmp_path / f"a.{suffix}"), GRADIENT)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path, suffix, orientation):
+    stored = Image.fromarray(
+        np.kron(np.array([[250, 10], [120, 60], [180, 90]], np.uint8), np.ones((32, 32), np.uint8))
+    )
+    turn = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.T,
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).T,
+        8: lambda a: np.rot90(a, 1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.convert("RGB").save(tmp_path / f"a.{suffix}", exif=exif)
+    expected = turn(np.asarray(stored))[16::32, 16::32]
+    assert near(read(tmp_path / f"a.{suffix}")[16::32, 16::32, 0], expected)
+
+
+def test_transparency_is_flattened_on_white(tmp_path):
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[..., 0], rgba[0, :, 3], rgba[1, :, 3] = 200, 255, 128  # opaque, half, and two rows clear
+    for name in ("a.png", "a.tiff", "a.webp"):
+        options = {"lossless": True, "exact": True} if name == "a.webp" else {}
+        Image.fromarray(rgba).save(tmp_path / name, **options)
+        out = read(tmp_path / name)
+        assert out[0, 0].tolist() == [200, 0, 0] and out[3, 3].tolist() == [255, 255, 255]
+        assert near(out[1, 0], np.array([227, 127, 127], np.uint8), 1)
+    Image.fromarray(rgba).convert("LA").save(tmp_path / "b.png")
+    assert read(tmp_path / "b.png")[3, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB", "1"])
+def test_a_transparent_color_is_flattened_on_white(tmp_path, mode):
+    picture = Image.new("RGB", (8, 8), (255, 255, 255))
+    picture.paste((0, 0, 0), (0, 0, 4, 8))
+    key = (0, 0, 0) if mode == "RGB" else 0
+    picture.convert(mode).save(tmp_path / "a.png", transparency=key)
+    assert read(tmp_path / "a.png").min() == 255
+
+
+def test_palettes_grey_and_black_and_white_become_rgb(tmp_path):
+    picture = Image.fromarray(np.kron(np.array([[0, 255], [90, 160]], np.uint8), np.ones((8, 8), np.uint8)))
+    picture.save(tmp_path / "a.png")
+    grey = np.asarray(picture)
+    assert np.array_equal(read(tmp_path / "a.png"), np.stack([grey] * 3, 2))
+    Image.fromarray(GRADIENT).quantize(200).save(tmp_path / "b.png")
+    assert near(read(tmp_path / "b.png"), GRADIENT, 40)
+    picture.convert("1", dither=Image.Dither.NONE).save(tmp_path / "c.png")
+    assert set(np.unique(read(tmp_path / "c.png"))) == {0, 255}
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    grey = (np.arange(64 * 48).reshape(48, 64) * 21).astype(np.uint16)
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(grey).save(tmp_path / name)
+        assert np.array_equal(read(tmp_path / name)[..., 1], np.rint(grey / 257).astype(np.uint8))
+    write_rgb48(tmp_path / "b.png", GRADIENT.astype(np.uint16) * 257)
+    assert np.array_equal(read(tmp_path / "b.png"), GRADIENT)
+
+
+def write_rgb48(path: Path, pixels: np.ndarray) -> None:
+    """A PNG of 16 bits a channel, which Pillow reads but does not write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+    ]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [*chunks, (b"IEND", b"")]:
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(content)
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(MediaError, match="floating point pixels have no defined range; save it with 8 or 16 bits"):
+        read_still(str(tmp_path / "a.tiff"))
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+    assert near(read(tmp_path / "a.jpg")[8, 8], np.array([255, 0, 0], np.uint8), 4)
+
+
+def swapped_profile() -> bytes:
+    """sRGB with its red and green primaries exchanged: what it calls red is our green."""
+    content = bytearray(
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"s\0R\0G\0B", b"t\0e\0s\0t")
+    )
+    count = struct.unpack(">I", content[128:132])[0]
+    entries = {bytes(content[132 + 12 * i : 136 + 12 * i]): 132 + 12 * i for i in range(count)}
+    red, green = entries[b"rXYZ"], entries[b"gXYZ"]
+    content[red : red + 4], content[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(content)
+
+
+def test_color_profiles_are_converted_to_srgb(tmp_path):
+    for mode, red in (("RGB", (250, 10, 10)), ("RGBA", (250, 10, 10, 255))):
+        Image.new(mode, (8, 8), red).save(tmp_path / "a.png", icc_profile=swapped_profile())
+        out = read(tmp_path / "a.png")[0, 0].astype(int)
+        assert out[1] > 200 and out[0] < 60
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(GRADIENT).save(tmp_path / "b.png", icc_profile=srgb)
+    assert np.array_equal(read(tmp_path / "b.png"), GRADIENT)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_broken_or_unfit_color_profile_is_left_aside(tmp_path, mode):
+    for profile in (b"not a profile", swapped_profile() if mode != "RGB" else b"\0" * 200):
+        Image.new(mode, (8, 8), 100 if mode == "L" else (0,) * len(mode)).save(
+            tmp_path / "a.tiff", icc_profile=profile
+        )
+        assert len(np.unique(read(tmp_path / "a.tiff"))) == 1
+
+
+def test_broken_stills_say_what_is_wrong(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(GRADIENT).save(buffer, "JPEG", quality=95)
+    for name, content, reason in [
+        ("cut.jpg", buffer.getvalue()[:-600], "not a readable image: .*[Tt]runcated"),
+        ("text.png", b"not an image", "not a readable image: unknown format"),
+        ("empty.webp", b"", "the file is empty"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(MediaError, match=reason):
+            read_still(str(tmp_path / name))
+    with pytest.raises(MediaError, match=r"gone\.png: no such file"):
+        read_still(str(tmp_path / "gone.png"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_still_over_the_pixel_limit_is_refused_before_it_is_decoded(tmp_path):
+    Image.fromarray(GRADIENT).save(tmp_path / "a.png")
+    with pytest.raises(MediaError, match="64x48 pixels, over the limit of 3071"):
+        read_still(str(tmp_path / "a.png"), max_pixels=64 * 48 - 1)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "b.png")
+    with pytest.raises(MediaError, match="limit"):
+        read_still(str(tmp_path / "b.png"), max_pixels=10**10)
+
+
+@pytest.mark.parametrize(
+    "name", ["astronaut.png", "coffee.png", "camera.png", "rocket.jpg", "logo.png", "horse.png"]
+)
+def test_real_stills_are_read(name):
+    path = real_still(name)
+    out = read(path)
+    with Image.open(path) as image:
+        if image.mode in ("RGB", "L") and "icc_profile" not in image.info:
+            assert near(out, np.asarray(image.convert("RGB")), 0)
+    assert out.std() > 5
+
+
+def animation(path: Path) -> Path:
+    """Frames 0..5, the third for 0.3 s and the others for 0.1 s."""
+    frames = [Image.fromarray(pattern(i)) for i in range(6)]
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], duration=[100, 100, 300, 100, 100, 100], **options
+    )
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+@pytest.mark.parametrize("decoder", ["auto", "decord"])
+def test_animations_are_read_by_time(tmp_path, suffix, decoder):
+    path = str(animation(tmp_path / f"a.{suffix}"))
+    times = [0, 0.05, 0.1, 0.2, 0.49, 0.5, 0.7, 5.0, 0.0]
+    assert indices_of(read_frames(path, times, decoder=decoder)) == [0, 0, 1, 2, 2, 3, 5, 5, 0]
+    assert indices_of(read_frames(path, [0.6], decoder=decoder)) == [4]
+    assert index_of(read_still(path)[0]) == 0
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_an_animation_is_flattened_on_white(tmp_path, suffix):
+    frames = []
+    for i in range(3):
+        frame = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+        frame.paste((200, 0, 0, 255), (i * 4, 0, i * 4 + 4, 16))
+        frame.putpixel((15, 15), (0, 0, 0, 128))  # or WebP's encoder calls a cut-out of the frame opaque
+        frames.append(frame)
+    path = tmp_path / f"a.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {"disposal": 2}
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
+    for i, frame in enumerate(read_frames(str(path), [0.0, 0.1, 0.2])):
+        assert near(frame[8, i * 4 + 1], np.array([200, 0, 0], np.uint8), 2)
+        assert (frame[:, (i * 4 + 8) % 16] == 255).all()
+
+
+def test_a_broken_animation_is_an_error(tmp_path):
+    path = animation(tmp_path / "a.webp")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(MediaError, match="not a readable image"):
+        read_frames(str(path), [0.0, 0.7])

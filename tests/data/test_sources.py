@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sat_ext.data.sources import SourceConfig, read_source
+from sat_ext.errors import ConfigError, DataError
+
+
+def put(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def pair(folder: Path, name: str, caption: str = "a caption") -> None:
+    put(folder / name)
+    put((folder / name).with_suffix(".txt"), caption)
+
+
+def test_a_folder_gives_every_file_with_its_caption_in_natural_order(tmp_path):
+    for name in ("clip10.mp4", "clip2.mp4", "deep/er/still.JPG", "clip1.webm"):
+        pair(tmp_path, name, f"caption of {name}")
+    items = read_source(str(tmp_path))
+    assert [i.key for i in items] == ["clip1.webm", "clip2.mp4", "clip10.mp4", "deep/er/still.JPG"]
+    assert [i.caption for i in items] == [f"caption of {i.key}" for i in items]
+    assert all(Path(i.path) == tmp_path / i.key for i in items)
+
+
+def test_names_with_spaces_and_unicode_are_read(tmp_path):
+    for name in ("my clip, 1.mp4", "größe/猫 の 動画.mp4", "emoji 🐈.png"):
+        pair(tmp_path, name, name)
+    assert {i.key: i.caption for i in read_source(str(tmp_path))} == {
+        name: name for name in ("my clip, 1.mp4", "größe/猫 の 動画.mp4", "emoji 🐈.png")
+    }
+
+
+def test_a_caption_file_is_joined_to_one_line_and_loses_its_byte_order_mark(tmp_path):
+    put(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_bytes("\ufeff  A cat \r\n\r\n on a mat.\n".encode())
+    assert read_source(str(tmp_path))[0].caption == "A cat on a mat."
+
+
+@pytest.mark.parametrize("folder", ["videos", "images"])
+def test_captions_may_lie_in_labels_beside_videos_or_images(tmp_path, folder):
+    put(tmp_path / folder / "deep" / "1.mp4")
+    put(tmp_path / "labels" / "deep" / "1.txt", "from labels")
+    for root in (tmp_path, tmp_path / folder):
+        assert [i.caption for i in read_source(str(root))] == ["from labels"]
+
+
+def test_a_sidecar_wins_over_labels(tmp_path):
+    pair(tmp_path, "videos/1.mp4", "beside")
+    put(tmp_path / "labels" / "1.txt", "from labels")
+    assert read_source(str(tmp_path))[0].caption == "beside"
+
+
+def test_hidden_files_and_other_files_are_left_out(tmp_path):
+    pair(tmp_path, "a.mp4")
+    put(tmp_path / "._a.mp4")
+    put(tmp_path / ".cache" / "b.mp4")
+    put(tmp_path / "notes.md")
+    assert [i.key for i in read_source(str(tmp_path))] == ["a.mp4"]
+
+
+def test_links_are_followed_and_loops_of_links_end(tmp_path):
+    pair(tmp_path / "elsewhere", "b.mp4")
+    pair(tmp_path / "set", "sub/a.mp4")
+    os.symlink(tmp_path / "set", tmp_path / "set" / "sub" / "up")
+    os.symlink(tmp_path / "set" / "sub", tmp_path / "set" / "again")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "linked")
+    items = read_source(str(tmp_path / "set"))
+    assert [Path(i.path).name for i in items] == ["a.mp4", "b.mp4"]
+
+
+def test_missing_captions_are_counted_named_and_say_where_they_were_looked_for(tmp_path):
+    for n in range(5):
+        put(tmp_path / "videos" / f"{n}.mp4")
+    with pytest.raises(
+        DataError, match=r"5 of 5 media files have no caption \('videos/0.mp4', .*'videos/2.mp4', \.\.\."
+    ) as e:
+        read_source(str(tmp_path))
+    assert str(tmp_path / "labels" / "0.txt") in str(e.value) and str(tmp_path / "videos" / "0.txt") in str(
+        e.value
+    )
+    for n in range(4):
+        put(tmp_path / "videos" / f"{n}.txt", "here")
+    with pytest.raises(DataError, match=r"1 of 5 media files have no caption \('videos/4.mp4'; looked for"):
+        read_source(str(tmp_path))
+
+
+def test_a_folder_without_media_is_an_error_that_lists_what_is_known(tmp_path):
+    put(tmp_path / "a.txt", "text")
+    with pytest.raises(DataError, match=r"no image or video in this folder or below it; known are .*\.mp4"):
+        read_source(str(tmp_path))
+
+
+def test_a_caption_that_is_not_utf8_names_its_file_and_byte(tmp_path):
+    put(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.txt: byte 3 is not UTF-8; save the caption as UTF-8"):
+        read_source(str(tmp_path))
+
+
+def test_what_is_no_source_says_what_would_be(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such file or folder; check sources or train_data"):
+        read_source(str(tmp_path / "nowhere"))
+    put(tmp_path / "a.xlsx")
+    with pytest.raises(
+        DataError, match=r"'\.xlsx' is not a kind of source; give a folder, or a table \.jsonl or \.csv"
+    ):
+        read_source(str(tmp_path / "a.xlsx"))
+
+
+@pytest.mark.parametrize("path_column", ["path", "file", "video", "image", "file_name"])
+@pytest.mark.parametrize("caption_column", ["caption", "text", "prompt"])
+def test_jsonl_rows_are_read_under_every_accepted_name(tmp_path, path_column, caption_column):
+    rows = [{path_column: f"sub/{n}.mp4", caption_column: f"number {n}", "more": n} for n in (10, 9)]
+    table = put(tmp_path / "t.jsonl", "\n\n".join(json.dumps(r) for r in rows) + "\n")
+    items = read_source(str(table))
+    assert [(i.key, i.caption) for i in items] == [("sub/9.mp4", "number 9"), ("sub/10.mp4", "number 10")]
+    assert items[0].path == str(tmp_path / "sub" / "9.mp4")
+
+
+def test_a_table_may_name_absolute_paths_and_one_file_twice(tmp_path):
+    rows = [{"path": "/data/a.mp4", "caption": c} for c in ("one", "two")]
+    items = read_source(str(put(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))))
+    assert [(i.path, i.key, i.caption) for i in items] == [
+        ("/data/a.mp4", "/data/a.mp4", "one"),
+        ("/data/a.mp4", "/data/a.mp4#2", "two"),
+    ]
+
+
+def test_csv_with_a_byte_order_mark_quotes_and_line_breaks_is_read(tmp_path):
+    table = tmp_path / "t.csv"
+    text = 'path, caption\r\nb 2.mp4,"A cat, a ""big"" one,\r\non a mat"\r\na.mp4,größer\r\n'
+    table.write_bytes(("\ufeff" + text).encode())
+    assert [(i.key, i.caption) for i in read_source(str(table))] == [
+        ("a.mp4", "größer"),
+        ("b 2.mp4", 'A cat, a "big" one, on a mat'),
+    ]
+
+
+def test_a_missing_column_names_those_there_are_and_those_accepted(tmp_path):
+    table = put(tmp_path / "t.csv", "clip,caption\na.mp4,x\n")
+    with pytest.raises(
+        DataError, match=r"no path column among 'clip', 'caption'; name one of them 'path' or 'file' or"
+    ):
+        read_source(str(table))
+    table = put(tmp_path / "t.jsonl", '{"path": "a.mp4", "caption": "x"}\n{"path": "b.mp4", "label": "x"}\n')
+    with pytest.raises(
+        DataError, match=r"t\.jsonl, line 2: no caption column among 'path', 'label'; name one of them 'capt"
+    ):
+        read_source(str(table))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"path": "a.mp4"',
+            r"a\.jsonl, line 1: not JSON \(.*\); write one object a line, such as",
+        ),
+        ("a.jsonl", '["a.mp4"]', r"line 1: a JSON list; write one object a line"),
+        (
+            "a.jsonl",
+            '{"path": 3, "caption": "x"}',
+            r"line 1: 'path' is 3; it must be the path of a media file",
+        ),
+        ("a.jsonl", '{"path": "", "caption": "x"}', r"line 1: 'path' is ''; it must be the path"),
+        ("a.jsonl", '{"path": "a", "caption": 3}', r"line 1: the caption is 3; it must be a string"),
+        (
+            "a.jsonl",
+            '{"path": "a", "caption": null}',
+            r"1 of 1 rows have no caption \(line 1\); fill them in",
+        ),
+        ("a.jsonl", "\n", r"a\.jsonl: no rows; every row names one media file"),
+        ("a.csv", "", r"a\.csv: no rows"),
+        ("a.csv", "path,caption\n", r"a\.csv: no rows"),
+        ("a.csv", "path,caption\na.mp4\nb.mp4,x\n", r"1 of 2 rows have no caption \(line 2\)"),
+        (
+            "a.csv",
+            "path,caption\na.mp4,a cat, a mat\n",
+            r"line 2: 3 cells under 2 columns; put quotes around",
+        ),
+        ("a.csv", 'path,caption\na.mp4,"a cat\n', r"not CSV \(.*\); mend the quotes"),
+    ],
+)
+def test_a_table_that_cannot_be_used_says_where_and_why(tmp_path, name, text, message):
+    with pytest.raises(DataError, match=message):
+        read_source(str(put(tmp_path / name, text)))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_table_that_is_not_utf8_says_so(tmp_path, name):
+    (tmp_path / name).write_bytes('path,caption\na.mp4,"café"\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"not UTF-8 \(.*\); save the table as UTF-8|not JSON"):
+        read_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("share", [0, -1, float("nan"), float("inf")])
+def test_a_share_must_be_a_positive_number(share):
+    with pytest.raises(ConfigError, match="of 'clips' must be a number above 0"):
+        SourceConfig(path="clips", share=share)
+
+
+def test_a_source_needs_a_path():
+    with pytest.raises(ConfigError, match="a path is empty"):
+        SourceConfig(path="")
+    assert SourceConfig(path="clips", share=0.5).sampler == "random_start"

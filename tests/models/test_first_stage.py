@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sat_ext.demo_data import BACKGROUNDS, COLOURS
+from sat_ext.models.config import load_model_config
+from sat_ext.models.first_stage import AutoencoderFirstStage, CosineFirstStage, build_first_stage
+from tests.models.conftest import write_pretrained
+
+
+def moving_circles(frames: int) -> torch.Tensor:
+    """A circle of each demo colour that moves 3 pixels a frame, (12, frames, 3, 64, 64) in [-1, 1]."""
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    clips = []
+    for background in BACKGROUNDS.values():
+        for colour in COLOURS.values():
+            shown = []
+            for frame in range(frames):
+                distance = ((rows - 30) ** 2 + (columns - 18 - 3 * frame) ** 2).sqrt()
+                mask = (12.5 - distance).clamp(0, 1)[None]  # smooth edge
+                front, back = (torch.tensor(c)[:, None, None] / 127.5 - 1 for c in (colour, background))
+                shown.append(mask * front + (1 - mask) * back)
+            clips.append(torch.stack(shown))
+    return torch.stack(clips)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return 10 * math.log10(4.0 / (a - b).square().mean().item())
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_cosine_roundtrip_is_recognisable(frames: int) -> None:
+    pixels, stage = moving_circles(frames), CosineFirstStage()
+    latents = stage.encode(pixels)
+    assert latents.shape == (12, (frames - 1) // 4 + 1, 16, 16, 16)
+    assert psnr(stage.decode(latents), pixels) > 27.0
+
+
+def test_cosine_latents_have_about_unit_variance() -> None:
+    latents = CosineFirstStage().encode(moving_circles(9))
+    deviations = latents[:, 1:].transpose(1, 2).transpose(0, 1).flatten(1).square().mean(1).sqrt()
+    assert deviations.min() > 0.3 and deviations.max() < 2.0
+
+
+def test_cosine_latents_within_the_kept_frequencies_come_back_exactly() -> None:
+    stage, latents = CosineFirstStage(), torch.randn(2, 3, 16, 4, 4) * 0.05
+    latents[:, 0, [1, 2, 3, 6, 7, 9, 13]] = 0  # a first frame has no motion
+    torch.testing.assert_close(stage.encode(stage.decode(latents)), latents, rtol=0, atol=1e-5)
+
+
+def test_a_still_has_the_latent_of_a_clips_first_frame() -> None:
+    stage, pixels = CosineFirstStage(), moving_circles(9)
+    torch.testing.assert_close(stage.encode(pixels[:, :1]), stage.encode(pixels)[:, :1])
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_autoencoder_shapes_and_scale(pretrained: Callable[..., Path], frames: int) -> None:
+    config = load_model_config({"pretrained": str(pretrained()), "conditioning": "i2v"})
+    stage = build_first_stage(config, torch.float32)
+    assert isinstance(stage, AutoencoderFirstStage)
+    pixels = torch.rand(1, frames, 3, 16, 32) * 2 - 1
+    latents = stage.encode(pixels)
+    assert latents.shape == (1, (frames - 1) // 4 + 1, 4, 2, 4)
+    raw = stage.vae.encode(pixels.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+    torch.testing.assert_close(latents, raw * 0.7)
+    assert stage.decode(latents).shape == pixels.shape
+
+
+def test_autoencoder_draws_from_the_posterior_with_a_generator(pretrained: Callable[..., Path]) -> None:
+    config = load_model_config({"pretrained": str(pretrained()), "conditioning": "i2v"})
+    stage, pixels = build_first_stage(config, torch.float32), torch.rand(1, 1, 3, 16, 16)
+    one, same, other = (stage.encode(pixels, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(stage.encode(pixels), stage.encode(pixels))
+
+
+def test_condition_scale_follows_invert_scale_latents(tmp_path: Path) -> None:
+    folder = write_pretrained(tmp_path, "1.5-5b-i2v", invert_scale_latents=True)
+    config = load_model_config({"pretrained": str(folder), "conditioning": "i2v"})
+    stage, frame = build_first_stage(config, torch.float32), torch.rand(1, 1, 3, 16, 16)
+    torch.testing.assert_close(stage.encode_condition(frame), stage.encode(frame) / 0.7**2)
+    explicit = replace(config, first_stage=replace(config.first_stage, condition_scale=1.0))
+    stage = build_first_stage(explicit, torch.float32)
+    torch.testing.assert_close(stage.encode_condition(frame), stage.encode(frame) / 0.7)
+
+
+def test_frozen_parts_stay_in_evaluation_mode(pretrained: Callable[..., Path]) -> None:
+    config = load_model_config({"pretrained": str(pretrained()), "conditioning": "i2v"})
+    stage = build_first_stage(config, torch.float32)
+    assert not stage.train().training and not any(p.requires_grad for p in stage.parameters())

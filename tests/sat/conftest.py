@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from sat import mpu
+
+from sat_ext.demo_data import write_demo
+
+
+@pytest.fixture(scope="session")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One gloo rank, with SAT's own groups."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    mpu.initialize_model_parallel(1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    write_demo(folder, clips=12, stills=8, held_out=4)
+    return folder
+
+
+@pytest.fixture
+def sat_args(process_group: None, demo: Path) -> Callable[..., Namespace]:
+    """The arguments that SAT hands to `create_dataset_function`."""
+
+    def make(**changes: Any) -> Namespace:
+        values = {
+            "train_data": [str(demo / "train")],
+            "valid_data": [str(demo / "heldout")],
+            "test_data": None,
+            "train_data_weights": None,
+            "iterable_dataset": "custom",
+            "iterable_dataset_eval": "custom",
+            "batch_size": 2,
+            "eval_batch_size": None,
+            "eval_iters": 3,
+            "gradient_accumulation_steps": 1,
+            "num_workers": 0,
+            "fp16": False,
+            "bf16": True,
+            "seed": 1234,
+        }
+        return Namespace(**{**values, **changes})
+
+    return make

@@ -1,0 +1,161 @@
+"""The data class as SAT uses it: through its own make_data_loader, AlterDataset and argument names."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sat.data_utils.configure_data import make_data_loader, make_dataset_full
+
+import sat_ext
+from sat_ext.errors import ConfigError, DataError
+
+PARAMS = {"video_size": [64, 64], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0.0}
+MakeArgs = Callable[..., Namespace]
+
+
+def sat_iterator(args: Namespace, params: dict[str, Any] = PARAMS, split: str = "train_data") -> Iterator[dict[str, Any]]:
+    """What SAT makes of our class: its data set, its loader, its iterator."""
+
+    def create(path: str, args: Namespace) -> Any:
+        return sat_ext.JointImageVideoDataset.create_dataset_function(path, args, **params)
+
+    weights = args.train_data_weights
+    train = make_dataset_full(args.train_data, [1.0], args, create, dataset_weights=weights, is_train_data=True)
+    if split == "train_data":
+        data = train
+    else:
+        data = make_dataset_full(args.valid_data, [1.0], args, create)
+    args.strict_eval, args.prefetch_factor = False, 2
+    return iter(make_data_loader(data, args.batch_size, args, split))
+
+
+def keys(batches: Iterator[dict[str, Any]], count: int) -> list[list[str]]:
+    return [b["key"] for b in islice(batches, count)]
+
+
+def test_batches_have_the_documented_keys_shapes_and_values(sat_args: MakeArgs) -> None:
+    seen = set()
+    for batch in islice(sat_iterator(sat_args()), 8):
+        b, t, c, h, w = batch["mp4"].shape
+        assert (c, h, w) == (3, 64, 64)
+        assert batch["mp4"].dtype == torch.bfloat16
+        assert batch["mp4"].abs().max() <= 1
+        assert batch["num_frames"].dtype == batch["fps"].dtype == torch.int64
+        assert len(batch["txt"]) == len(batch["kind"]) == len(batch["key"]) == len(batch["num_frames"]) == b
+        assert t == (1 if batch["kind"][0] == "image" else 9)
+        seen.add((batch["kind"][0], b))
+    images = {b for kind, b in seen if kind == "image"}
+    assert {kind for kind, _ in seen} == {"image", "video"}
+    assert max(images) > 1  # image batches are larger by cost: 2 clips of 9 frames take as much as 3 stills
+
+
+def test_workers_do_not_change_the_batches(sat_args: MakeArgs) -> None:
+    alone = list(islice(sat_iterator(sat_args()), 6))
+    workers = list(islice(sat_iterator(sat_args(num_workers=2)), 6))
+    for a, b in zip(alone, workers):
+        assert a["key"] == b["key"]
+        assert torch.equal(a["mp4"], b["mp4"])
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(sat_args: MakeArgs) -> None:
+    straight = keys(sat_iterator(sat_args(gradient_accumulation_steps=2)), 12)
+    args = sat_args(gradient_accumulation_steps=2)
+    iterator_later = sat_iterator_after(args, iteration=4)
+    assert keys(iterator_later, 4) == straight[8:]
+
+
+def sat_iterator_after(args: Namespace, iteration: int) -> Iterator[dict[str, Any]]:
+    """SAT builds the data set first, loads the checkpoint, and only then asks for the iterator."""
+
+    def create(path: str, args: Namespace) -> Any:
+        return sat_ext.JointImageVideoDataset.create_dataset_function(path, args, **PARAMS)
+
+    data = make_dataset_full(args.train_data, [1.0], args, create, is_train_data=True)
+    loader = make_data_loader(data, args.batch_size, args, "train")
+    args.iteration = iteration
+    return iter(loader)
+
+
+def test_all_entries_of_train_data_share_one_stream(sat_args: MakeArgs, demo: Path) -> None:
+    """SAT draws among entries with a seed that differs per rank: whatever it draws, the same batches come."""
+    entries = [str(demo / "train" / "videos"), str(demo / "train" / "stills")]
+    runs = [keys(sat_iterator(sat_args(train_data=entries, seed=seed)), 8) for seed in (1, 2)]
+    assert runs[0] == runs[1]
+    sources = [b["source"][0] for b in islice(sat_iterator(sat_args(train_data=entries)), 20)]
+    assert set(sources) == {"videos", "stills"}
+
+
+def test_train_data_weights_are_shares(sat_args: MakeArgs, demo: Path) -> None:
+    entries = [str(demo / "train" / "videos"), str(demo / "train" / "stills")]
+    batches = islice(sat_iterator(sat_args(train_data=entries, train_data_weights=[3, 1])), 60)
+    counts = {"videos": 0, "stills": 0}
+    for batch in batches:
+        counts[batch["source"][0]] += len(batch["txt"])
+    assert abs(counts["videos"] - 0.75 * sum(counts.values())) <= 4
+
+
+def test_the_same_folder_may_be_trained_and_evaluated_on(sat_args: MakeArgs, demo: Path) -> None:
+    same = [str(demo / "train")]
+    args = sat_args(train_data=same, valid_data=same)
+    batches = sat_iterator(args, split="val")
+    assert keys(batches, 6)[:3] == keys(sat_iterator(sat_args(train_data=same, valid_data=same), split="val"), 3)
+
+
+def test_every_evaluation_sees_the_same_samples(sat_args: MakeArgs) -> None:
+    seen = keys(sat_iterator(sat_args(num_workers=2), split="val"), 9)
+    assert seen[:3] == seen[3:6] == seen[6:9]
+    assert len({k for batch in seen[:3] for k in batch}) > 3
+
+
+def test_first_frame_sources_give_stills_of_clips(sat_args: MakeArgs, demo: Path) -> None:
+    videos = str(demo / "train" / "videos")
+    params = {
+        **PARAMS,
+        "sources": [
+            {"name": "clips", "path": videos, "share": 0.5},
+            {"name": "first", "path": videos, "share": 0.5, "sampler": "first_frame"},
+        ],
+    }
+    kinds: dict[str, set[str]] = {"clips": set(), "first": set()}
+    for batch in islice(sat_iterator(sat_args(), params), 12):
+        kinds[batch["source"][0]].add(batch["kind"][0])
+        assert (batch["num_frames"] == 1).all() or batch["kind"][0] == "video"
+    assert kinds["first"] == {"image"}
+    assert "video" in kinds["clips"]
+
+
+def test_first_frame_dataset_needs_no_sources(sat_args: MakeArgs) -> None:
+    data = sat_ext.FirstFrameDataset.create_dataset_function(sat_args().train_data[0], sat_args(), **PARAMS)
+    assert {b["kind"][0] for b in islice(iter(data), 6)} == {"image"}
+
+
+def test_without_iterable_dataset_the_two_missing_lines_are_shown(sat_args: MakeArgs) -> None:
+    with pytest.raises(ConfigError, match=r"add the two lines 'iterable_dataset: custom' and 'iterable_dataset_eval: custom'"):
+        sat_iterator(sat_args(iterable_dataset=False, iterable_dataset_eval="", epochs=None, train_iters=5))
+
+
+def test_a_micro_batch_of_one_works_map_style(sat_args: MakeArgs) -> None:
+    args = sat_args(iterable_dataset=False, iterable_dataset_eval="", epochs=None, train_iters=5, batch_size=1)
+    shapes = {tuple(b["mp4"].shape) for b in islice(sat_iterator(args), 12)}
+    assert shapes == {(1, 1, 3, 64, 64), (1, 9, 3, 64, 64)}
+
+
+def test_an_unknown_key_names_the_nearest(sat_args: MakeArgs) -> None:
+    with pytest.raises(ConfigError, match=r"data\.params: unknown key 'video_sizes'; did you mean 'video_size'\?"):
+        sat_iterator(sat_args(), {**PARAMS, "video_sizes": [64, 64]})
+
+
+def test_a_size_the_model_cannot_take_is_refused_before_it_is_built(sat_args: MakeArgs) -> None:
+    with pytest.raises(ConfigError, match=r"video_size: \[60, 64\] \(height, width\) is not in multiples of 16; use \[64, 64\]"):
+        sat_iterator(sat_args(), {**PARAMS, "video_size": [60, 64]})
+
+
+def test_an_empty_folder_is_refused(sat_args: MakeArgs, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no image or video|holds no"):
+        sat_iterator(sat_args(train_data=[str(tmp_path)]))

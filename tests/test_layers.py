@@ -1,0 +1,70 @@
+"""Imports point downwards only (the layers of the design), and files stay short enough to read."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sat_ext"
+# The first matching prefix decides. Within layer 1, and within `cli`, siblings do not import each other.
+LAYERS = [
+    ("errors", 0),
+    ("types", 0),
+    ("media", 0),
+    ("data.stream", 3),
+    ("data.index", 2),
+    ("data.config", 2),
+    ("data", 1),
+    ("config", 0),
+    ("contact_sheet", 1),
+    ("demo_data", 1),
+    ("models", 2),
+    ("sat", 4),
+    ("cli", 5),
+]
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def layer_of(module: str) -> int:
+    return next(layer for prefix, layer in LAYERS if module == prefix or module.startswith(prefix + "."))
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {n for n in names if n}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_downwards(path: Path) -> None:
+    module = name_of(path)
+    own = {n.removeprefix("sat_ext.") for n in imports_of(path) if n.startswith("sat_ext.")}
+    known = {name_of(p) for p in MODULES}
+    for other in own & known:
+        assert layer_of(other) <= layer_of(module), f"{module} must not import {other}"
+        if layer_of(module) == 1:
+            assert layer_of(other) == 0, f"{module} and {other} are siblings of layer 1"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_seam_imports_sat_and_deepspeed(path: Path) -> None:
+    roots = {n.split(".")[0] for n in imports_of(path)}
+    if not name_of(path).startswith("sat."):
+        assert not roots & {"sat", "deepspeed"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 330

@@ -1,0 +1,146 @@
+"""The entry script in real processes: every launcher, every ZeRO stage, and what a user gets to see."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sat_ext.demo_data import write_demo
+
+ROOT = Path(__file__).parent.parent
+MODEL = {
+    "conditioning": "i2v",
+    "first_stage": {"kind": "cosine"},
+    "text": {"kind": "words", "max_length": 12},
+    "transformer": {
+        "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 32, "out_channels": 16,
+        "time_embed_dim": 16, "text_embed_dim": 16, "max_text_seq_length": 12, "use_rotary_positional_embeddings": True,
+    },
+}  # fmt: skip
+LAUNCHERS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29610"],
+    "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29620"],
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train") / "data"
+    write_demo(folder, clips=12, stills=12, held_out=4)
+    return folder
+
+
+def settings(demo: Path, save: Path, **args: Any) -> dict[str, Any]:
+    return {
+        "model": MODEL,
+        "args": {
+            "experiment_name": "test", "train_iters": 4, "eval_interval": 2, "eval_iters": 3, "log_interval": 1,
+            "lr_decay_style": "constant", "warmup": 0.0, "num_workers": 0, "save": str(save), "save_interval": 100,
+            "train_data": [str(demo / "train")], "valid_data": [str(demo / "heldout")], **args,
+        },
+        "data": {
+            "target": "sat_ext.JointImageVideoDataset",
+            "params": {"video_size": [64, 64], "fps": 8, "max_num_frames": 9},
+        },
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": False},
+            "optimizer": {"params": {"torch_adam": True, "lr": 1e-3}},
+        },
+    }  # fmt: skip
+
+
+def train(launcher: str, folder: Path, config: dict[str, Any], zero: int = 1) -> subprocess.CompletedProcess[str]:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [*LAUNCHERS[launcher], str(ROOT / "train_video.py")]
+    command += ["--base", str(ROOT / f"configs/zero/zero{zero}.yaml"), str(file)]
+    return subprocess.run(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+    )
+
+
+def losses(run: subprocess.CompletedProcess[str]) -> list[float]:
+    assert run.returncode == 0, run.stdout[-4000:]
+    return [float(x) for x in re.findall(r"total loss (\S+)", run.stdout)]
+
+
+@pytest.fixture(scope="module")
+def by_stage(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[list[float], str, Path]]:
+    """Two ranks, four steps, with every ZeRO stage; the launchers take turns."""
+    runs = {}
+    for stage, launcher in enumerate(["torchrun", "deepspeed", "torchrun", "deepspeed"]):
+        folder = tmp_path_factory.mktemp(f"zero{stage}")
+        run = train(launcher, folder, settings(demo, folder / "save"), zero=stage)
+        runs[stage] = losses(run), run.stdout, folder
+    return runs
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_zero_stage_trains_with_the_same_losses(by_stage: Any, stage: int) -> None:
+    expected, got = by_stage[0][0], by_stage[stage][0]
+    assert len(expected) == 4
+    assert expected[0] != expected[3]
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_leaves_its_configuration_losses_and_weights(by_stage: Any, stage: int) -> None:
+    folder = by_stage[stage][2]
+    result = json.loads((folder / "save" / "result.json").read_text())
+    assert result["before"].keys() == result["after"].keys() == {"image", "video"}
+    assert result["after"] != result["before"]
+    (run,) = folder.glob("save/test-*")
+    config = yaml.safe_load((run / "training_config.yaml").read_text())
+    assert config["deepspeed"]["zero_optimization"]["stage"] == stage
+    evaluations = [json.loads(line) for line in (run / "heldout.jsonl").read_text().splitlines()]
+    assert [e["iteration"] for e in evaluations] == [0, 2, 4]
+    assert list((folder / "save" / "runs").rglob("events.out.tfevents.*"))  # TensorBoard, by SAT's writer
+
+    from sat_ext.models.checkpoint import load_engine
+
+    engine, iteration = load_engine(run)
+    assert iteration == 4
+    assert all(p.isfinite().all() and p.numel() > 0 for p in engine.parameters())
+
+
+@pytest.mark.multiprocess
+def test_the_progress_line_tells_losses_by_kind_speed_and_time_left(by_stage: Any) -> None:
+    output = by_stage[2][1]
+    assert re.search(r"step \d/4  .*loss_(image|video) \d\.\d+.*  [\d.]+ samples/s  ETA 0:00:\d\d", output)
+    assert re.search(r"validation loss at iteration 4 .*loss_image .*loss_video", output)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("data", "params", "fsp", 8), "error: data.params: unknown key 'fsp'; did you mean 'fps'?"),
+        (("args", "trainiters", 8), "error: args: unknown key 'trainiters'; did you mean 'train_iters'?"),
+        (("modell", {}), "unknown key 'modell'; did you mean 'model'?"),
+        (("args", "train_data", ["nowhere"]), "error: nowhere: "),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(demo: Path, tmp_path: Path, change: Any, message: str) -> None:
+    config = settings(demo, tmp_path / "save")
+    section: Any = config
+    for key in change[:-2]:
+        section = section[key]
+    section[change[-2]] = change[-1]
+    run = train("python", tmp_path, config)
+    assert run.returncode != 0
+    assert message in run.stdout
+    assert "Traceback" not in run.stdout
+    assert "building VideoDiffusionEngine" not in run.stdout
