@@ -1,5 +1,7 @@
 """Package metadata. Pinned versions that are tested together stand in constraints.txt."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # What SAT 0.4.12 imports and does not declare: a fresh environment cannot import it without these.
@@ -16,7 +18,7 @@ setup(
     name="sat_ext",
     version="0.1.0",
     description="Train video diffusion models on images and videos together, on the SAT backend of CogVideoX",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
@@ -42,7 +44,16 @@ setup(
         *SAT_UNDECLARED,
     ],
     extras_require={
-        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "scikit-image", "scikit-video", "types-PyYAML"]
+        "test": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "scikit-image",
+            "scikit-video",
+            "types-PyYAML",
+        ]
     },
     entry_points={"console_scripts": ["sat-ext = sat_ext.cli.main:main"]},
 )

@@ -30,9 +30,7 @@ def write_sheet(rows: Sequence[Row], path: Path) -> None:
     font = ImageFont.load_default(size=13)
     shown = [{title: _enlarged(_spread(frames)) for title, frames in row.strips.items()} for row in rows]
     titles = list(dict.fromkeys(title for strips in shown for title in strips))
-    widths = {
-        t: max(len(s[t]) * (s[t].shape[2] + 2) for s in shown if t in s) + 2 * MARGIN for t in titles
-    }
+    widths = {t: max(len(s[t]) * (s[t].shape[2] + 2) for s in shown if t in s) + 2 * MARGIN for t in titles}
     heights = [max(f.shape[1] for f in s.values()) + 2 * MARGIN for s in shown]
     sheet = Image.new("RGB", (CAPTION_WIDTH + sum(widths.values()), 24 + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)

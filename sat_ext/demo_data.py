@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from sat_ext.errors import DataError
 
-Direction = Literal["to the right", "to the left", "up", "down"]
+Direction = Literal["right", "left", "up", "down"]
 T = TypeVar("T")
 
 SHAPES = ("circle", "square", "triangle")
@@ -32,10 +32,10 @@ COLOURS = {
     "blue": (40, 90, 225),
     "purple": (150, 50, 180),
 }
-BACKGROUNDS = {"dark": (24, 24, 30), "light": (232, 232, 226)}
+BACKGROUNDS = {"black": (24, 24, 30), "white": (232, 232, 226)}
 MOTIONS: dict[Direction, tuple[int, int]] = {
-    "to the right": (1, 0),
-    "to the left": (-1, 0),
+    "right": (1, 0),
+    "left": (-1, 0),
     "up": (0, -1),
     "down": (0, 1),
 }
@@ -79,9 +79,10 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """What is seen, in words."""
         article = "an" if self.colour[0] in "aeiou" else "a"
         motion = f" moving {self.direction}" if self.direction else ""
-        return f"{article} {self.colour} {self.shape}{motion} on a {self.background} background"
+        return f"{article} {self.colour} {self.shape}{motion} on {self.background}"
 
     def draw(self, seconds: float = 0.0) -> Image.Image:
         """The picture at a time, RGB, `width` x `height`."""

@@ -55,6 +55,7 @@ class MediaInfo:
 
     @property
     def kind(self) -> Kind:
+        """A file of one frame is an image, whatever its container."""
         return "image" if self.frames == 1 else "video"
 
 

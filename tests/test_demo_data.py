@@ -14,9 +14,9 @@ from sat_ext.errors import DataError
 
 CAPTION = re.compile(
     r"(?:a|an) (?P<colour>\w+) (?P<shape>circle|square|triangle)(?: moving (?P<motion>.+))?"
-    r" on a (?P<background>dark|light) background"
+    r" on (?P<background>black|white)"
 )
-MOTIONS = {"to the right": (1, 0), "to the left": (-1, 0), "up": (0, -1), "down": (0, 1)}
+MOTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 FILLED = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of the smallest box around the shape
 
 

@@ -5,24 +5,34 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
+import torch
 import yaml
+from PIL import Image
+from typer.testing import CliRunner
 
+from sat_ext.cli.main import app
 from sat_ext.demo_data import write_demo
+from sat_ext.errors import ConfigError
+from sat_ext.models.checkpoint import find_run, load_engine
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
     "conditioning": "i2v",
     "first_stage": {"kind": "cosine"},
-    "text": {"kind": "words", "max_length": 12},
+    "text": {"kind": "byt5", "max_length": 48},
+    "sampling": {"number": 2, "steps": 2},
     "transformer": {
         "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 32, "out_channels": 16,
-        "time_embed_dim": 16, "text_embed_dim": 16, "max_text_seq_length": 12, "use_rotary_positional_embeddings": True,
+        "time_embed_dim": 16, "text_embed_dim": 16, "max_text_seq_length": 48,
+        "use_rotary_positional_embeddings": True,
     },
 }  # fmt: skip
 LAUNCHERS = {
@@ -62,11 +72,21 @@ def train(launcher: str, folder: Path, config: dict[str, Any], zero: int = 1) ->
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     command = [*LAUNCHERS[launcher], str(ROOT / "train_video.py")]
     command += ["--base", str(ROOT / f"configs/zero/zero{zero}.yaml"), str(file)]
     return subprocess.run(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+        command,
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
     )
 
 
@@ -109,8 +129,6 @@ def test_a_run_leaves_its_configuration_losses_and_weights(by_stage: Any, stage:
     assert [e["iteration"] for e in evaluations] == [0, 2, 4]
     assert list((folder / "save" / "runs").rglob("events.out.tfevents.*"))  # TensorBoard, by SAT's writer
 
-    from sat_ext.models.checkpoint import load_engine
-
     engine, iteration = load_engine(run)
     assert iteration == 4
     assert all(p.isfinite().all() and p.numel() > 0 for p in engine.parameters())
@@ -144,3 +162,48 @@ def test_a_mistake_ends_in_one_sentence(demo: Path, tmp_path: Path, change: Any,
     assert message in run.stdout
     assert "Traceback" not in run.stdout
     assert "building VideoDiffusionEngine" not in run.stdout
+
+
+@pytest.mark.multiprocess
+def test_samples_of_each_kind_are_kept_for_every_evaluation(by_stage: Any) -> None:
+    for stage in range(4):
+        (run,) = by_stage[stage][2].glob("save/test-*")
+        names = sorted(p.name for p in (run / "samples").iterdir())
+        assert names == [f"{i:08d}_{kind}.png" for i in (0, 2, 4) for kind in ("image", "video")]
+
+
+@pytest.mark.multiprocess
+def test_sample_command_shows_held_out_captions_and_prompts(by_stage: Any, tmp_path: Path) -> None:
+    folder = by_stage[2][2] / "save"
+    sheet, clip = tmp_path / "s.png", tmp_path / "s.mp4"
+    options = ["--steps", "2", "--sheet", str(sheet), "--clip", str(clip)]
+    done = CliRunner().invoke(app, ["sample", str(folder), "--number", "2", *options])
+    assert done.exit_code == 0, done.output
+    assert "checkpoint of step 4" in done.output
+    assert "4 samples in" in done.output
+    with Image.open(sheet) as image:
+        assert image.width > 500
+    with av.open(str(clip)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 9
+    done = CliRunner().invoke(
+        app, ["sample", str(folder), "--prompt", "a red circle on black", "--frames", "1", *options]
+    )
+    assert "1 samples in" in done.output
+
+
+@pytest.mark.multiprocess
+def test_sample_command_names_what_is_wrong(by_stage: Any, tmp_path: Path) -> None:
+    folder = by_stage[2][2] / "save"
+    with pytest.raises(ConfigError, match="no checkpoint here"):
+        find_run(tmp_path)
+    done = CliRunner().invoke(app, ["sample", str(folder), "--prompt", "x", "--frames", "3"])
+    assert "the model was not trained on 3 frames; use one of 1, 9" in str(done.exception)
+    broken = tmp_path / "run"
+    shutil.copytree(find_run(folder), broken)
+    weights = broken / "4" / "mp_rank_00_model_states.pt"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="not a checkpoint of ours, or a truncated one"):
+        load_engine(broken)
+    torch.save({"module": {}, "code": Path}, weights)  # a checkpoint must not bring code of its own
+    with pytest.raises(ConfigError, match="not a checkpoint of ours"):
+        load_engine(broken)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 
@@ -21,19 +19,22 @@ from sat_ext.data.transform import to_bucket
 from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import find_run, load_engine, read_run_config
 from sat_ext.models.engine import VideoDiffusionEngine
+from sat_ext.models.show import sample_rows, to_uint8
 from sat_ext.types import Bucket
 
 
 def sample(
     run: Annotated[Path, typer.Argument(help="the run's folder, or the folder of several (the newest is taken)")],
     prompt: Annotated[
-        Optional[list[str]], typer.Option(help="what to show; may be given again. Default: held-out captions")
+        list[str] | None, typer.Option(help="what to show; may be given again. Default: held-out captions")
     ] = None,
-    image: Annotated[Optional[Path], typer.Option(help="first frame, for image-to-video models")] = None,
-    frames: Annotated[Optional[int], typer.Option(help="1 or 4k+1; default: the longest bucket")] = None,
+    image: Annotated[Path | None, typer.Option(help="first frame, for image-to-video models")] = None,
+    frames: Annotated[int | None, typer.Option(help="1 or 4k+1; default: the longest bucket")] = None,
     number: Annotated[int, typer.Option(min=1, help="held-out captions of each kind")] = 6,
-    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 30,
-    guidance: Annotated[float, typer.Option(help="strength of the caption; 1 is none")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: the model's YAML")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="strength of the caption, 1 is none; default: the model's YAML")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     sheet: Annotated[Path, typer.Option(help="contact sheet (PNG)")] = Path("samples.png"),
     clip: Annotated[Path, typer.Option(help="clips side by side (MP4)")] = Path("samples.mp4"),
@@ -43,7 +44,11 @@ def sample(
     config = read_run_config(folder)
     engine, iteration = load_engine(folder)
     data = load(DataConfig, config["data"].get("params") or {}, "data.params")
-    options = {"steps": steps, "guidance_scale": guidance}
+    sampling = engine.config.sampling
+    options = {
+        "steps": sampling.steps if steps is None else steps,
+        "guidance_scale": sampling.guidance_scale if guidance is None else guidance,
+    }
     generator = torch.Generator().manual_seed(seed)
     if prompt:
         bucket = _bucket(data, frames)
@@ -89,7 +94,7 @@ def _from_prompt(
         [prompt], frames=bucket.frames, height=bucket.height, width=bucket.width, first_frames=first,
         generator=generator, **options,
     )  # fmt: skip
-    return Row(caption=prompt, strips={**strips, "generated": _to_uint8(out[0])})
+    return Row(caption=prompt, strips={**strips, "generated": to_uint8(out[0])})
 
 
 def _held_out(
@@ -100,7 +105,7 @@ def _held_out(
     generator: torch.Generator,
     options: dict[str, Any],
 ) -> list[Row]:
-    """Captions of `args.valid_data`, `number` of each kind; an image-to-video model gets the clips' first frames."""
+    """Captions of `args.valid_data`, `number` of each kind."""
     paths = config["args"].get("valid_data") or []
     if not paths:
         raise ConfigError("--prompt: missing, and the run has no args.valid_data to take captions from.")
@@ -112,28 +117,14 @@ def _held_out(
         batch = _first_batch(stream, kind)
         if batch is None:
             continue
-        real = batch["mp4"]
-        first = real[:, 0] if kind == "video" and engine.config.conditioning == "i2v" else None
-        out = engine.sample(
-            batch["txt"], frames=real.shape[1], height=real.shape[3], width=real.shape[4], first_frames=first,
-            generator=generator, **options,
-        )  # fmt: skip
-        for caption, target, made in zip(batch["txt"], real, out):
-            rows.append(Row(caption=caption, strips={"generated": _to_uint8(made), "held out": _to_uint8(target)}))
+        rows += sample_rows(engine, batch, generator, **options)
     return rows
 
 
 def _first_batch(stream: JointStream, kind: str) -> dict[str, Any] | None:
     if not any((g.bucket.frames == 1) == (kind == "image") for g in stream.index.groups):
         return None
-    steps = stream.schedule.steps()
-    for _ in count():
-        step = next(steps)
-        if (stream.schedule.cells[step.cell].bucket.frames == 1) == (kind == "image"):
-            return stream.batch(step, rank=0)
-    return None
-
-
-def _to_uint8(clip: torch.Tensor) -> np.ndarray:
-    """(T, C, H, W) in [-1, 1] to uint8 (T, H, W, C)."""
-    return ((clip.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    steps = stream.schedule.steps()  # every cell's turn comes
+    return stream.batch(
+        next(s for s in steps if (stream.schedule.cells[s.cell].bucket.frames == 1) == (kind == "image")), rank=0
+    )

@@ -103,14 +103,29 @@ def assign(info: MediaInfo, buckets: Sequence[Bucket], *, available: int, still:
     return min((b for b in buckets if b.frames == length), key=distance)
 
 
-def tokens(bucket: Bucket, text_length: int = TEXT_TOKENS) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceShape:
+    """What decides the transformer's work on a sample. The defaults are CogVideoX-5B's.
+
+    `pixels_per_token` is a side in pixels; `latents_per_token` the temporal patch (2 in CogVideoX 1.5);
+    `text_length` counts the caption's tokens.
+    """
+
+    hidden_size: int = 3072
+    text_length: int = TEXT_TOKENS
+    pixels_per_token: int = SIZE_STEP
+    latents_per_token: int = 1
+
+
+def tokens(bucket: Bucket, shape: SequenceShape = SequenceShape()) -> int:
     """Length of the transformer's sequence for one sample, text included.
 
     >>> tokens(Bucket(frames=49, height=480, width=720))  # 13 x 30 x 45 + 226
     17776
     """
     latent_frames = (bucket.frames - 1) // FRAME_STEP + 1
-    return latent_frames * (bucket.height // SIZE_STEP) * (bucket.width // SIZE_STEP) + text_length
+    rows, columns = bucket.height // shape.pixels_per_token, bucket.width // shape.pixels_per_token
+    return math.ceil(latent_frames / shape.latents_per_token) * rows * columns + shape.text_length
 
 
 def step_cost(tokens: int, hidden_size: int) -> float:
@@ -126,7 +141,7 @@ def step_cost(tokens: int, hidden_size: int) -> float:
     return float(tokens) * (6 * hidden_size + tokens)
 
 
-def batch_sizes(buckets: Sequence[Bucket], *, largest: int, hidden_size: int) -> dict[Bucket, int]:
+def batch_sizes(buckets: Sequence[Bucket], *, largest: int, shape: SequenceShape) -> dict[Bucket, int]:
     """Samples per batch and rank for each bucket, where the costliest bucket gets `largest`.
 
     A bucket gets as many samples as cost no more than that batch, and hold no more tokens than it
@@ -135,13 +150,14 @@ def batch_sizes(buckets: Sequence[Bucket], *, largest: int, hidden_size: int) ->
     limits the smaller buckets, and their steps are cheaper by their smaller share of attention.
 
     >>> buckets = make_buckets(BucketConfig(frames=(1, 17, 49)), (480, 720), 49)
-    >>> {str(b): n for b, n in batch_sizes(buckets, largest=1, hidden_size=3072).items()}
+    >>> {str(b): n for b, n in batch_sizes(buckets, largest=1, shape=SequenceShape()).items()}
     {'1x480x720': 11, '17x480x720': 2, '49x480x720': 1}
     """
     assert buckets and largest >= 1
-    most_tokens = largest * max(tokens(b) for b in buckets)
-    most_cost = largest * max(step_cost(tokens(b), hidden_size) for b in buckets)
-    return {b: min(most_tokens // tokens(b), int(most_cost // step_cost(tokens(b), hidden_size))) for b in buckets}
+    length = {b: tokens(b, shape) for b in buckets}
+    cost = {b: step_cost(length[b], shape.hidden_size) for b in buckets}
+    most_tokens, most_cost = largest * max(length.values()), largest * max(cost.values())
+    return {b: min(most_tokens // length[b], int(most_cost // cost[b])) for b in buckets}
 
 
 def _default_lengths(longest: int | None) -> tuple[int, ...]:

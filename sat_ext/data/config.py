@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from sat_ext.config import convert
-from sat_ext.data.buckets import BucketConfig, batch_sizes, make_buckets
+from sat_ext.data.buckets import BucketConfig, SequenceShape, batch_sizes, make_buckets
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
@@ -62,10 +62,10 @@ class DataConfig:
         """The buckets, from `buckets` or its short forms. Raises `ConfigError`."""
         return make_buckets(self.buckets, self.video_size, self.max_num_frames)
 
-    def batch_sizes(self, buckets: tuple[Bucket, ...], *, largest: int, hidden_size: int) -> dict[Bucket, int]:
+    def batch_sizes(self, buckets: tuple[Bucket, ...], *, largest: int, shape: SequenceShape) -> dict[Bucket, int]:
         """Samples per rank and step for each bucket; `largest` is SAT's micro-batch, for the costliest bucket."""
         if self.batch == {"cost": "auto"}:
-            return batch_sizes(buckets, largest=largest, hidden_size=hidden_size)
+            return batch_sizes(buckets, largest=largest, shape=shape)
         by_frames = convert(dict[int, int], self.batch, "data.params.batch")
         for bucket in buckets:
             if bucket.frames not in by_frames:

@@ -100,7 +100,7 @@ def build_index(
     dropped: list[tuple[str, str]] = []
     for name, item, info in probing(_probe_all(found), len(found)):
         if isinstance(info, MediaError):
-            log.warning("left out: %s", info)
+            log.warning("left out, mend or remove it: %s", info)
             bad.append((info.path, info.reason))
             continue
         bucket = _bucket_of(info, named[name], buckets, config)
@@ -158,8 +158,8 @@ def _refuse_if_spoilt(
 ) -> None:
     if len(bad) > config.on_bad_sample.skip:
         raise DataError(
-            f"{len(bad)} files cannot be read, more than data.params.on_bad_sample.skip ({config.on_bad_sample.skip}) "
-            f"allows: {_first(bad)}; mend or remove them, or raise the limit."
+            f"{len(bad)} files cannot be read, more than data.params.on_bad_sample.skip "
+            f"({config.on_bad_sample.skip}) allows: {_first(bad)}; mend or remove them, or raise the limit."
         )
     for name, source in named.items():
         if name not in present:

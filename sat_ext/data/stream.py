@@ -1,4 +1,4 @@
-"""The composer: schedule -> clip -> decode -> transform -> collate, one batch a step, the same bucket everywhere."""
+"""The composer: schedule -> clip -> decode -> transform -> collate. One batch a step, of one bucket."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Faults:
             listed = "; ".join(f"{path}: {reason}" for path, reason in list(self.bad.values())[-20:])
             raise DataError(
                 f"{len(self.bad)} files could not be read, {self._in_a_row} in a row, more than "
-                f"data.params.on_bad_sample allows (skip {self.budget.skip}, consecutive {self.budget.consecutive}); "
-                f"mend or remove them: {listed}"
+                f"data.params.on_bad_sample allows (skip {self.budget.skip}, "
+                f"consecutive {self.budget.consecutive}); mend or remove them: {listed}"
             ) from None
 
     def clear_run(self) -> None:

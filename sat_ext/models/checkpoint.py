@@ -67,7 +67,7 @@ def load_engine(run: Path) -> tuple[VideoDiffusionEngine, int]:
     missing, unexpected = engine.load_state_dict(state["module"], strict=False)
     if missing or unexpected:
         raise ConfigError(
-            f"{file}: {len(missing)} weights of the model in {CONFIG_NAME} are missing and {len(unexpected)} belong to "
-            f"another; first: {(missing or unexpected)[0]}."
+            f"{file}: {len(missing)} weights of the model in {CONFIG_NAME} are missing and {len(unexpected)} "
+            f"belong to another; first: {(missing or unexpected)[0]}."
         )
     return engine.eval(), int(state.get("iteration", 0))

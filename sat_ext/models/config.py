@@ -17,7 +17,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
 TEMPORAL_COMPRESSION = 4  # pixel frames per latent frame after the first, in every CogVideoX model
-COSINE_BLOCK = 4  # pixels per latent pixel of the cosine first stage, each way
+COSINE_BLOCK = 8  # pixels per latent pixel of the cosine first stage, each way
 COSINE_CHANNELS = 16  # as many as CogVideoX's autoencoder has
 
 
@@ -77,9 +77,10 @@ class FirstStageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Captions to embeddings: `t5` is a folder's encoder, `words` gives each word a fixed random vector."""
+    """Captions to embeddings: `t5` is a folder's encoder; `byt5` is a small random one over bytes, for
+    models without a folder."""
 
-    kind: Literal["t5", "words"] = "t5"
+    kind: Literal["t5", "byt5"] = "t5"
     max_length: int | None = None  # tokens; null is the transformer's `max_text_seq_length`
 
 
@@ -111,6 +112,16 @@ class LossWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How samples are made, in an evaluation (`number` of each kind, 0 for none) and by `sat-ext sample`. Steps
+    and guidance default to those of CogVideo's sampler (`num_steps`, DynamicCFG's `scale`, tag v1.0)."""
+
+    number: int = 1
+    steps: int = 50
+    guidance_scale: float = 6.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The YAML's `model:`.
 
@@ -127,6 +138,7 @@ class ModelConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss_weights: LossWeights = field(default_factory=LossWeights)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     caption_dropout: float = 0.1
     condition_dropout: float = 0.05
     gradient_checkpointing: bool = False
@@ -139,7 +151,7 @@ class ModelConfig:
         if self.eval_timesteps < 1:
             raise ConfigError(f"model.eval_timesteps: {self.eval_timesteps} is too few; use at least 1.")
         if self.pretrained is None and self.text.kind == "t5":
-            raise ConfigError("model.text.kind: t5 needs a folder; set model.pretrained, or kind: words.")
+            raise ConfigError("model.text.kind: t5 needs a folder; set model.pretrained, or kind: byt5.")
 
 
 def load_model_config(mapping: Mapping[str, Any], where: str = "model") -> ModelConfig:
@@ -188,9 +200,7 @@ def _with_folder(config: ModelConfig, where: str) -> ModelConfig:
                     f"{where}.transformer.{key} is {expected}; use the YAML of the model in that folder."
                 )
     autoencoder = _architecture(AutoencoderConfig, folder_config(config.pretrained, "vae"))
-    return replace(
-        config, transformer=found, first_stage=replace(config.first_stage, autoencoder=autoencoder)
-    )
+    return replace(config, transformer=found, first_stage=replace(config.first_stage, autoencoder=autoencoder))
 
 
 def _architecture(cls: type[Any], values: Mapping[str, Any]) -> Any:
@@ -237,7 +247,7 @@ def text_length(config: ModelConfig) -> int:
 def size_multiple(config: ModelConfig) -> int:
     """Heights and widths, in pixels, must be multiples of this: one patch of the transformer.
 
-    >>> size_multiple(load_model_config({"text": {"kind": "words"}}))
+    >>> size_multiple(load_model_config({"text": {"kind": "byt5"}}))
     16
     """
     return spatial_compression(config) * transformer_of(config).patch_size

@@ -56,6 +56,7 @@ class NoiseSchedule:
 
     @staticmethod
     def make(snr_shift_scale: float) -> NoiseSchedule:
+        """CogVideoX's schedule; `snr_shift_scale` is 3.0 for 2B and 1.0 for the other published models."""
         signal = alphas_cumprod(snr_shift_scale)
         return NoiseSchedule(snr_shift_scale, signal.sqrt().float(), (1.0 - signal).sqrt().float())
 

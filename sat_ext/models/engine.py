@@ -37,8 +37,8 @@ class VideoDiffusionEngine(nn.Module):
 
     `args.model_config` is the YAML's `model:` section. SAT's `get_model` constructs it, and
     `disable_untrainable_params` is SAT's name for the method that marks what trains. The state dict holds
-    what the YAML cannot give back: first stage and text encoder are never in it, and neither are the base
-    weights of a pretrained folder under LoRA.
+    what the YAML cannot give back: first stage and text encoder are never in it, and neither are the
+    base weights of a pretrained folder under LoRA.
     """
 
     def __init__(self, args: Any, params_dtype: torch.dtype = torch.float32) -> None:
@@ -61,7 +61,7 @@ class VideoDiffusionEngine(nn.Module):
         self.register_load_state_dict_post_hook(_forgive_fixed)
 
     def disable_untrainable_params(self) -> None:
-        """Mark what trains: the transformer, or under LoRA its adapters alone."""
+        """Mark what trains: the transformer, or under LoRA its adapters alone; a text encoder without a folder."""
         lora = self.config.train.mode == "lora"
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("network.") and (not lora or "lora_" in name))
@@ -214,7 +214,8 @@ def _as_mapping(model_config: Any) -> Mapping[str, Any]:
         plain = OmegaConf.to_container(model_config, resolve=True)
         assert isinstance(plain, dict)
         return {str(key): value for key, value in plain.items()}
-    return model_config  # type: ignore[no-any-return]
+    assert isinstance(model_config, Mapping)
+    return model_config
 
 
 def _mean_of(losses: Tensor, kinds: Sequence[str], kind: str) -> Tensor:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import re
-import zlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from sat_ext.models.config import ModelConfig, folder_config, text_length, transformer_of
 
-WORD_SEED = 1  # of the words' vectors; changing it makes every checkpoint of a tiny model useless
+# Of the small encoder. Changing one makes every checkpoint of a tiny model useless.
+BYT5_SEED = 1
+HEAD_WIDTH = 16
+HEAD_FOCUS = 12.0  # in logits: all but about exp(-12) of each head's attention
 
 
 class T5Text(nn.Module):
     """A T5 encoder and its tokenizer. Captions are padded to `length` tokens, without an attention mask,
     as CogVideo's FrozenT5Embedder and diffusers' pipelines do."""
 
-    def __init__(self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.length = length
 
     def train(self, mode: bool = True) -> T5Text:
-        return super().train(False)  # T5 has dropout
+        """Stay in evaluation mode, whatever is asked: T5 has dropout."""
+        return super().train(False)
 
     @torch.no_grad()
     def encode(self, captions: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -41,42 +44,11 @@ class T5Text(nn.Module):
         return self.encoder(tokens.input_ids.to(device))[0].to(dtype)
 
 
-class WordText(nn.Module):
-    """Each word its own fixed random vector: the text encoder of the tiny models.
-
-    A frozen T5 with random weights mixes the letters of a caption so that captions of different meaning end
-    up close together; independent vectors are as far apart as they can be. A word's vector comes from its
-    letters alone, so there is no vocabulary and no file. Words that are left over pad with zeros.
-    """
-
-    def __init__(self, dimension: int, length: int) -> None:
-        super().__init__()
-        self.dimension = dimension
-        self.length = length
-        self._vectors: dict[str, Tensor] = {}
-
-    def _vector(self, word: str) -> Tensor:
-        if word not in self._vectors:
-            generator = torch.Generator().manual_seed(zlib.crc32(word.encode()) + WORD_SEED)
-            self._vectors[word] = torch.randn(self.dimension, generator=generator)
-        return self._vectors[word]
-
-    def encode(self, captions: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Embeddings, (B, length, D). Longer captions are cut."""
-        embeddings = torch.zeros(len(captions), self.length, self.dimension)
-        for row, caption in zip(embeddings, captions, strict=True):
-            for place, word in enumerate(re.findall(r"\w+", caption.lower())[: self.length]):
-                row[place] = self._vector(word)
-        return embeddings.to(device, dtype)
-
-
-TextEncoder = T5Text | WordText
-
-
-def build_text(config: ModelConfig, dtype: torch.dtype) -> TextEncoder:
+def build_text(config: ModelConfig, dtype: torch.dtype) -> T5Text:
     """The text encoder that `config` asks for."""
-    if config.text.kind == "words":
-        return WordText(transformer_of(config).text_embed_dim, text_length(config))
+    length = text_length(config)
+    if config.text.kind == "byt5":
+        return T5Text(small_byt5(transformer_of(config).text_embed_dim).to(dtype), ByT5Tokenizer(), length)
     assert config.pretrained is not None, "ModelConfig checks it"
     folder_config(config.pretrained, "text_encoder")
     folder_config(config.pretrained, "tokenizer", "tokenizer_config.json")
@@ -84,4 +56,30 @@ def build_text(config: ModelConfig, dtype: torch.dtype) -> TextEncoder:
         config.pretrained, subfolder="text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
     )
     tokenizer = AutoTokenizer.from_pretrained(config.pretrained, subfolder="tokenizer", local_files_only=True)
-    return T5Text(encoder, tokenizer, text_length(config))
+    return T5Text(encoder, tokenizer, length)
+
+
+def small_byt5(width: int) -> nn.Module:
+    """A T5 encoder of one layer over bytes, for tiny models: random, and the same on every machine.
+
+    Head h looks at the byte h places before, so that an embedding tells the last few letters. With plain random
+    weights every head would average over the caption, and words would hardly differ.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(BYT5_SEED)
+        shape = T5Config(
+            vocab_size=len(ByT5Tokenizer()),
+            d_model=width,
+            d_kv=HEAD_WIDTH,
+            d_ff=2 * width,
+            num_heads=max(1, width // HEAD_WIDTH),
+            num_layers=1,
+            dropout_rate=0.0,
+        )
+        # only the stack: the model around it would name the embedding a second time
+        encoder: Any = T5EncoderModel(shape).encoder
+    # T5's first buckets of relative position are 0, 1, 2, ... places before
+    bias = encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    with torch.no_grad():
+        bias.copy_(HEAD_FOCUS * torch.eye(*bias.shape))
+    return encoder

@@ -21,17 +21,17 @@ from torch.utils.data import Dataset, get_worker_info
 from webdataset import DataPipeline
 
 from sat_ext.config import load
+from sat_ext.data.buckets import SequenceShape
 from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError, SatExtError
-from sat_ext.models.config import check_bucket, load_model_config, transformer_of
+from sat_ext.models.config import check_bucket, load_model_config, size_multiple, text_length, transformer_of
 from sat_ext.sat import fixes
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.types import Bucket
 
-DEFAULT_HIDDEN_SIZE = 3072  # CogVideoX-5B
 SPLITS = ("train_data", "valid_data", "test_data")
 
 
@@ -136,7 +136,7 @@ class JointImageVideoDataset:
         index = _on_first_rank(lambda: build_index(sources, config))
         print_rank0(f"{split}: {index.summary()}")
         per_rank = args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size
-        sizes = config.batch_sizes(buckets, largest=per_rank, hidden_size=_hidden_size(model))
+        sizes = config.batch_sizes(buckets, largest=per_rank, shape=_sequence_shape(model))
         if largest is not None:
             sizes = dict.fromkeys(sizes, largest)
         dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
@@ -190,14 +190,20 @@ def _check_buckets(model: Mapping[str, Any], buckets: tuple[Bucket, ...]) -> Non
             check_bucket(config, bucket)
 
 
-def _hidden_size(model: Mapping[str, Any]) -> int:
-    """The transformer's width, which decides how fast attention outgrows the rest."""
+def _sequence_shape(model: Mapping[str, Any]) -> SequenceShape:
+    """What the cost of a batch follows from, of our model section or of CogVideo's."""
     if "network_config" in model:
-        return int(model["network_config"]["params"]["hidden_size"])
+        return SequenceShape(hidden_size=int(model["network_config"]["params"]["hidden_size"]))
     if not model:
-        return DEFAULT_HIDDEN_SIZE
-    transformer = transformer_of(load_model_config(model))
-    return transformer.num_attention_heads * transformer.attention_head_dim
+        return SequenceShape()
+    config = load_model_config(model)
+    transformer = transformer_of(config)
+    return SequenceShape(
+        hidden_size=transformer.num_attention_heads * transformer.attention_head_dim,
+        text_length=text_length(config),
+        pixels_per_token=size_multiple(config),
+        latents_per_token=transformer.patch_size_t or 1,
+    )
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from sat import mpu
 from sat.helpers import print_rank0
 from sat.training.deepspeed_training import evaluate_and_print_results
 
+from sat_ext.contact_sheet import write_sheet
 from sat_ext.errors import ConfigError
+from sat_ext.models.show import sample_rows
 from sat_ext.sat.registry import get_dataset
 
 ABSENT = -100.0  # SAT's own mark for "this rank has no value of that metric in this step"
@@ -44,6 +46,7 @@ class TrainingHooks:
         self.evaluations: list[dict[str, float]] = []
         self._started = 0.0
         self._progress = Progress()
+        self._sampled: dict[str, int] = {}
 
     def forward_step(
         self, data_iterator: Iterator[dict[str, Any]], model: Any, args: argparse.Namespace, timers: Any
@@ -61,8 +64,13 @@ class TrainingHooks:
     def forward_step_eval(
         self, data_iterator: Iterator[dict[str, Any]], model: Any, args: argparse.Namespace, timers: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One step of an evaluation."""
-        loss, metrics = model(self._next(data_iterator, timers))
+        """One step of an evaluation; the first batch of each kind is also sampled from."""
+        batch = self._next(data_iterator, timers)
+        kind = batch["kind"][0]
+        if self._sampled.get(kind) != args.iteration:
+            self._sampled[kind] = args.iteration
+            self._write_samples(getattr(model, "module", model), batch, kind)
+        loss, metrics = model(batch)
         return loss, metrics
 
     def handle_metrics(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -93,6 +101,21 @@ class TrainingHooks:
         batch = next(data_iterator)
         timers("data loader").stop()
         return {k: v.to(self.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def _write_samples(self, engine: Any, batch: dict[str, Any], kind: str) -> None:
+        """`samples/<iteration>_<kind>.png` in the run's folder. Every rank takes part: ZeRO-3 gathers weights."""
+        sampling = engine.config.sampling
+        if sampling.number == 0 or not self.args.save:
+            return
+        rows = sample_rows(
+            engine,
+            {k: v[: sampling.number] for k, v in batch.items()},
+            torch.Generator(self.args.device).manual_seed(0),
+            steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+        )
+        if dist.get_rank() == 0:
+            write_sheet(rows, Path(self.args.save) / "samples" / f"{self.args.iteration:08d}_{kind}.png")
 
     def _write_config(self) -> None:
         """The merged YAML beside the checkpoints, under the name that CogVideo's script gives it."""

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sat_ext.data import buckets
-from sat_ext.data.buckets import AreaConfig, BucketConfig, assign, batch_sizes, make_buckets, step_cost, tokens
+from sat_ext.data.buckets import (
+    AreaConfig,
+    BucketConfig,
+    SequenceShape,
+    assign,
+    batch_sizes,
+    make_buckets,
+    step_cost,
+    tokens,
+)
 from sat_ext.errors import ConfigError
 from sat_ext.types import SHORT_CLIPS, Bucket, MediaInfo
 
@@ -239,7 +248,7 @@ def test_there_is_a_rule_for_every_policy():
 
 def test_tokens_are_those_of_the_published_model():
     assert tokens(Bucket(frames=49, height=480, width=720)) == 17776  # 17550 + 226, CogVideoX 1.0
-    assert tokens(Bucket(frames=1, height=480, width=720), text_length=0) == 30 * 45
+    assert tokens(Bucket(frames=1, height=480, width=720), shape=SequenceShape(text_length=0)) == 30 * 45
 
 
 def test_cost_is_the_flops_of_a_layer_over_4d():
@@ -251,7 +260,7 @@ def test_cost_is_the_flops_of_a_layer_over_4d():
 
 @given(bucket_sets, st.integers(1, 64), st.sampled_from([64, 1920, 3072]))
 def test_no_batch_costs_or_holds_more_than_the_costliest_and_none_could_be_larger(made, largest, width):
-    got = batch_sizes(made, largest=largest, hidden_size=width)
+    got = batch_sizes(made, largest=largest, shape=SequenceShape(hidden_size=width))
     longest = max(made, key=tokens)
     most_tokens = largest * tokens(longest)
     most_cost = largest * step_cost(tokens(longest), width)

@@ -16,7 +16,7 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from sat_ext.models.engine import VideoDiffusionEngine
 
-# The five published models' architectures, small. Native size: 32x32 pixels with the cosine first stage.
+# The five published models' architectures, small. Native size: 9 frames of 64x64 pixels.
 SMALL = {
     "num_layers": 2,
     "num_attention_heads": 2,
@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def small_config(family: str, **changes: Any) -> dict[str, Any]:
     """The `model:` section of one of `FAMILIES`, weights random, on the cosine first stage."""
-    return {"first_stage": {"kind": "cosine"}, "text": {"kind": "words"}, **FAMILIES[family], **changes}
+    return {"first_stage": {"kind": "cosine"}, "text": {"kind": "byt5"}, **FAMILIES[family], **changes}
 
 
 def make_engine(model_config: Mapping[str, Any]) -> VideoDiffusionEngine:

@@ -40,8 +40,8 @@ def test_noise_and_velocity_equal_diffusers() -> None:
 
 
 def test_loss_is_sats_weighted_denoising_loss() -> None:
-    """SAT: estimate = root_signal * noisy - root_noise * prediction; loss = (estimate - latents)^2 / (1 - alpha)."""
-    schedule = NoiseSchedule.make(1.0)
+    """SAT's estimate of the latents is root_signal * noisy - root_noise * prediction, and its loss is the
+    squared error of that over 1 - alpha."""
     schedule = NoiseSchedule(1.0, torch.full((1000,), 0.6), torch.full((1000,), 0.8))  # alpha = 0.36
     latents, noise, timesteps = torch.full((1, 1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, 1, 1), torch.tensor([5])
     noisy = schedule.add_noise(latents, noise, timesteps)
@@ -90,9 +90,7 @@ def test_stratified_timesteps_take_one_of_each_part() -> None:
 
 
 def test_schedule_of_a_folder_is_read() -> None:
-    published = dict(
-        CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True).config
-    )
+    published = dict(CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True).config)
     assert read_schedule(published, "f") == ScheduleConfig(snr_shift_scale=3.0, sampler="ddim")
     dpm = {**published, "_class_name": "CogVideoXDPMScheduler", "snr_shift_scale": 1.0}
     assert read_schedule(dpm, "f") == ScheduleConfig(snr_shift_scale=1.0, sampler="dpm")

@@ -38,19 +38,20 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_cosine_roundtrip_is_recognisable(frames: int) -> None:
     pixels, stage = moving_circles(frames), CosineFirstStage()
     latents = stage.encode(pixels)
-    assert latents.shape == (12, (frames - 1) // 4 + 1, 16, 16, 16)
-    assert psnr(stage.decode(latents), pixels) > 27.0
+    assert latents.shape == (12, (frames - 1) // 4 + 1, 16, 8, 8)
+    assert psnr(stage.decode(latents), pixels) > 25.0
 
 
 def test_cosine_latents_have_about_unit_variance() -> None:
     latents = CosineFirstStage().encode(moving_circles(9))
-    deviations = latents[:, 1:].transpose(1, 2).transpose(0, 1).flatten(1).square().mean(1).sqrt()
-    assert deviations.min() > 0.3 and deviations.max() < 2.0
+    assert 0.8 < latents.square().mean().sqrt() < 1.3
+    deviations = latents[:, 1:].transpose(1, 2).transpose(0, 1).flatten(1).std(dim=1)
+    assert deviations.min() > 0.2 and deviations.max() < 4.0
 
 
 def test_cosine_latents_within_the_kept_frequencies_come_back_exactly() -> None:
     stage, latents = CosineFirstStage(), torch.randn(2, 3, 16, 4, 4) * 0.05
-    latents[:, 0, [1, 2, 3, 6, 7, 9, 13]] = 0  # a first frame has no motion
+    latents[:, 0, [1, 4, 5, 9, 13]] = 0  # a first frame has no motion
     torch.testing.assert_close(stage.encode(stage.decode(latents)), latents, rtol=0, atol=1e-5)
 
 

@@ -19,7 +19,9 @@ PARAMS = {"video_size": [64, 64], "fps": 8, "max_num_frames": 9, "skip_frms_num"
 MakeArgs = Callable[..., Namespace]
 
 
-def sat_iterator(args: Namespace, params: dict[str, Any] = PARAMS, split: str = "train_data") -> Iterator[dict[str, Any]]:
+def sat_iterator(
+    args: Namespace, params: dict[str, Any] = PARAMS, split: str = "train_data"
+) -> Iterator[dict[str, Any]]:
     """What SAT makes of our class: its data set, its loader, its iterator."""
 
     def create(path: str, args: Namespace) -> Any:
@@ -27,10 +29,7 @@ def sat_iterator(args: Namespace, params: dict[str, Any] = PARAMS, split: str = 
 
     weights = args.train_data_weights
     train = make_dataset_full(args.train_data, [1.0], args, create, dataset_weights=weights, is_train_data=True)
-    if split == "train_data":
-        data = train
-    else:
-        data = make_dataset_full(args.valid_data, [1.0], args, create)
+    data = train if split == "train_data" else make_dataset_full(args.valid_data, [1.0], args, create)
     args.strict_eval, args.prefetch_factor = False, 2
     return iter(make_data_loader(data, args.batch_size, args, split))
 
@@ -136,7 +135,9 @@ def test_first_frame_dataset_needs_no_sources(sat_args: MakeArgs) -> None:
 
 
 def test_without_iterable_dataset_the_two_missing_lines_are_shown(sat_args: MakeArgs) -> None:
-    with pytest.raises(ConfigError, match=r"add the two lines 'iterable_dataset: custom' and 'iterable_dataset_eval: custom'"):
+    with pytest.raises(
+        ConfigError, match=r"add the two lines 'iterable_dataset: custom' and 'iterable_dataset_eval: custom'"
+    ):
         sat_iterator(sat_args(iterable_dataset=False, iterable_dataset_eval="", epochs=None, train_iters=5))
 
 
@@ -152,7 +153,9 @@ def test_an_unknown_key_names_the_nearest(sat_args: MakeArgs) -> None:
 
 
 def test_a_size_the_model_cannot_take_is_refused_before_it_is_built(sat_args: MakeArgs) -> None:
-    with pytest.raises(ConfigError, match=r"video_size: \[60, 64\] \(height, width\) is not in multiples of 16; use \[64, 64\]"):
+    with pytest.raises(
+        ConfigError, match=r"video_size: \[60, 64\] \(height, width\) is not in multiples of 16; use \[64, 64\]"
+    ):
         sat_iterator(sat_args(), {**PARAMS, "video_size": [60, 64]})
 
 

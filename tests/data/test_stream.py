@@ -1,0 +1,190 @@
+"""Index and stream over real files: what is left out, what is replaced, what ends a run."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sat_ext.config import load
+from sat_ext.data.config import DataConfig
+from sat_ext.data.index import Index, build_index
+from sat_ext.data.sources import SourceConfig
+from sat_ext.data.stream import JointStream
+from sat_ext.demo_data import write_demo
+from sat_ext.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    write_demo(tmp_path / "demo", clips=12, stills=8, held_out=1)
+    return tmp_path / "demo" / "train"
+
+
+def config(**changes: Any) -> DataConfig:
+    return load(DataConfig, {"video_size": [64, 64], "max_num_frames": 9, **changes}, "data.params")
+
+
+def stream_of(index: Index, data: DataConfig, world: int = 1, batch: int = 2) -> JointStream:
+    sizes = dict.fromkeys(data.make_buckets(), batch)
+    return JointStream(index, data, batch_sizes=sizes, world=world, dtype=torch.float32)
+
+
+def test_every_file_lands_in_a_bucket_and_is_read(demo: Path) -> None:
+    index = build_index([SourceConfig(path=str(demo))], config())
+    assert index.table.num_rows == 20
+    assert sum(len(g.rows) for g in index.groups) == 20
+    assert not index.bad
+    assert not index.dropped
+    batches = islice(stream_of(index, config()).batches(start=0, rank=0), 12)
+    assert {b["kind"][0] for b in batches} == {"image", "video"}
+
+
+def test_unreadable_files_are_left_out_and_named(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    still = next(demo.glob("stills/*.png"))
+    still.write_bytes(b"")
+    clip = next(demo.glob("videos/*.mp4"))
+    clip.write_bytes(clip.read_bytes()[:300])
+    with caplog.at_level(logging.WARNING):
+        index = build_index([SourceConfig(path=str(demo))], config())
+    assert {path for path, _ in index.bad} == {str(still), str(clip)}
+    assert f"left out, mend or remove it: {still}: the file is empty (0 bytes)" in caplog.text
+    assert "2 unreadable" in index.summary()
+
+
+def test_too_many_unreadable_files_are_an_error_that_lists_them(demo: Path) -> None:
+    for still in demo.glob("stills/*.png"):
+        still.write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"files cannot be read, more than .*skip \(0\) allows: .*\.png \(the file is empty"
+    ):
+        build_index([SourceConfig(path=str(demo))], config(on_bad_sample={"skip": 0}))
+
+
+def test_a_source_without_a_bucket_is_an_error(demo: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"source 'stills' .* not one record can be used: .*a still, but no bucket has 1 frame"
+    ):
+        build_index([SourceConfig(path=str(demo / "stills"))], config(buckets={"frames": [9]}))
+
+
+def test_a_file_that_breaks_during_the_run_is_replaced_from_its_bucket(
+    demo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = build_index([SourceConfig(path=str(demo / "videos"))], config(buckets={"frames": [9]}))
+    stream = stream_of(index, config(buckets={"frames": [9]}))
+    before = [b["key"] for b in islice(stream.batches(start=0, rank=0), 6)]
+    victim = before[0][0]
+    (demo / "videos" / victim).write_bytes(b"gone")
+    with caplog.at_level(logging.WARNING):
+        after = [b["key"] for b in islice(stream.batches(start=0, rank=0), 6)]
+    assert all(victim not in keys for keys in after)
+    assert [len(k) for k in after] == [len(k) for k in before]
+    for old, new in zip(before, after):
+        assert all(b == a for a, b in zip(old, new) if a != victim)  # only the bad one was replaced
+    assert caplog.text.count("skipped: ") == 1
+
+
+def test_past_the_budget_the_run_stops_with_the_list(demo: Path) -> None:
+    data = config(buckets={"frames": [9]}, on_bad_sample={"skip": 2, "consecutive": 20})
+    stream = stream_of(build_index([SourceConfig(path=str(demo / "videos"))], data), data)
+    for clip in demo.glob("videos/*.mp4"):
+        clip.write_bytes(b"gone")
+    with pytest.raises(
+        DataError, match=r"3 files could not be read.*on_bad_sample allows \(skip 2, consecutive 20\).*\.mp4: "
+    ):
+        next(stream.batches(start=0, rank=0))
+
+
+def test_shares_and_records_hold_over_ranks_and_workers(demo: Path) -> None:
+    data = config(buckets={"frames": [1, 9]}, short_clips="drop")
+    sources = [
+        SourceConfig(name="clips", path=str(demo / "videos"), share=0.5),
+        SourceConfig(name="stills", path=str(demo / "stills"), share=0.5),
+    ]
+    stream = stream_of(build_index(sources, data), data, world=2, batch=1)
+    ranks = [list(islice(stream.batches(start=0, rank=r), 24)) for r in (0, 1)]
+    for a, b in zip(*ranks):
+        assert a["mp4"].shape == b["mp4"].shape
+        assert a["source"] == b["source"]
+        assert not set(a["key"]) & set(b["key"])
+    counts = Counter(s for rank in ranks for batch in rank for s in batch["source"])
+    assert abs(counts["clips"] - counts["stills"]) <= 2
+    workers = [list(islice(stream.batches(start=0, rank=0, worker=w, workers=2), 12)) for w in (0, 1)]
+    merged = [b["key"] for pair in zip(*workers) for b in pair]
+    assert merged == [b["key"] for b in ranks[0]]
+
+
+def test_short_clips_are_filled_and_counted_truly(demo: Path) -> None:
+    for policy in ("loop", "pad_last"):
+        data = config(buckets={"frames": [9]}, short_clips=policy)
+        index = build_index([SourceConfig(path=str(demo / "videos"))], data)
+        assert index.table.num_rows == 12
+        batches = islice(stream_of(index, data, batch=1).batches(start=0, rank=0), 12)
+        frames = [int(n) for b in batches for n in b["num_frames"]]
+        assert min(frames) < 9 == max(frames)
+
+
+def test_decord_and_pyav_give_the_same_batches(demo: Path) -> None:
+    batches = []
+    for decoder in ("pyav", "decord"):
+        data = config(decoder=decoder)
+        index = build_index([SourceConfig(path=str(demo / "videos"))], data)
+        batches.append(list(islice(stream_of(index, data).batches(start=0, rank=0), 4)))
+    for a, b in zip(*batches):
+        np.testing.assert_array_equal(a["mp4"], b["mp4"])
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (
+            [{"path": "a/clips"}, {"path": "b/clips"}],
+            r"two sources are called 'clips' \(a/clips and b/clips\); give each",
+        ),
+        (
+            [{"path": "a", "share": 1}, {"path": "b"}],
+            "'b' has no share but others have; give every source a share",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_told_apart_or_mixed_are_refused(
+    sources: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(sources=sources)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": {9: 0}}, r"data\.params\.batch: .* write \{cost: auto\}"),
+        ({"batch": {"cost": "free"}}, r"data\.params\.batch"),
+        ({"fps": 0}, r"data\.params\.fps: 0 frames a second; give 1 or more"),
+        ({"decoder": "decor"}, r"data\.params\.decoder: 'decor' is not one of .*did you mean 'decord'"),
+        (
+            {"buckets": {"sizes": {"aera": 4096}}},
+            r"data\.params\.buckets\.sizes: unknown key 'aera'; did you mean 'area'",
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_a_bucket_without_a_batch_size_is_named() -> None:
+    data = config(batch={1: 4})
+    with pytest.raises(ConfigError, match="no size for the buckets of 9 frames; add '9: 1'"):
+        data.batch_sizes(data.make_buckets(), largest=1, shape=None)  # type: ignore[arg-type]
+
+
+def test_sizes_by_area_are_read_from_yaml() -> None:
+    data = load(DataConfig, {"buckets": {"frames": [1], "sizes": {"area": 4096, "ratios": [1.0]}}}, "data.params")
+    assert [str(b) for b in data.make_buckets()] == ["1x64x64"]

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+import sat_ext
+from sat_ext.errors import ConfigError
+from sat_ext.sat import registry
+from sat_ext.sat.training import get_target
+
+
+def test_our_classes_are_registered_and_importable_by_their_targets() -> None:
+    for name in ("JointImageVideoDataset", "FirstFrameDataset"):
+        assert get_target(f"sat_ext.{name}") is get_target(name) is getattr(sat_ext, name)
+
+
+def test_another_package_adds_a_data_set_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("Theirs", "collections:OrderedDict", registry.ENTRY_POINT_GROUP)
+
+    def points(group: str) -> list[Any]:
+        return [point] if group == registry.ENTRY_POINT_GROUP else []
+
+    monkeypatch.setattr(registry, "entry_points", points)
+    monkeypatch.setattr(registry.dataset_registry, "member", dict(registry.dataset_registry.member))
+    from collections import OrderedDict
+
+    assert get_target("Theirs") is OrderedDict
+
+
+def test_an_unknown_data_set_names_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="no data set is called 'Nobody'; registered: .*JointImageVideoDataset"):
+        get_target("Nobody")
+    with pytest.raises(ConfigError, match=r"data\.target: 'sat_ext\.Nobody' cannot be imported"):
+        get_target("sat_ext.Nobody")
