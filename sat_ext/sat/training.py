@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -45,6 +46,7 @@ class TrainingHooks:
         self.root = Path(args.save) if args.save else None  # before SAT adds the experiment's name
         self.evaluations: list[dict[str, float]] = []
         self._started = 0.0
+        self._micro_step = 0
         self._progress = Progress()
         self._sampled: dict[str, int] = {}
 
@@ -54,9 +56,14 @@ class TrainingHooks:
         """One micro-step of training: the loss, and the loss per kind."""
         if not self._started:
             self._started = time.time()
+            self._micro_step = args.iteration * args.gradient_accumulation_steps
             self._write_config()
             self._evaluate_first(model, timers)
         batch = self._next(data_iterator, timers)
+        # noise and dropout follow from the step and the rank alone: a resumed run draws what the first would have
+        seeds = np.random.SeedSequence([args.seed, self._micro_step, dist.get_rank()])
+        batch["seed"] = int(seeds.generate_state(1)[0])
+        self._micro_step += 1
         loss, metrics = model(batch)
         self._progress.update(metrics, len(batch["txt"]) * mpu.get_data_parallel_world_size(), args)
         return loss, metrics
