@@ -1,6 +1,7 @@
-"""Train a video diffusion model on images and videos together.
+r"""Train a video diffusion model on images and videos together.
 
-    python train_video.py --base configs/model/tiny.yaml configs/data/demo.yaml configs/zero/zero1.yaml
+    python train_video.py --base configs/model/tiny.yaml configs/data/demo.yaml configs/zero/zero1.yaml \
+        configs/train/demo.yaml
     torchrun --nproc_per_node 2 train_video.py --base ...
     deepspeed train_video.py --base ...
 
@@ -34,7 +35,9 @@ def main() -> None:
         forward_step_function=hooks.forward_step,
         forward_step_eval=hooks.forward_step_eval,
         handle_metrics_function=hooks.handle_metrics,
-        create_dataset_function=partial(data_class.create_dataset_function, **(args.data_config["params"] or {})),
+        create_dataset_function=partial(
+            data_class.create_dataset_function, **(args.data_config.get("params") or {})
+        ),
     )
     hooks.write_result()
 
@@ -43,4 +46,5 @@ if __name__ == "__main__":
     try:
         main()
     except SatExtError as error:
-        sys.exit(f"error: {error}")
+        # an error of a data worker arrives with the worker's traceback before it
+        sys.exit(f"error: {str(error).rsplit('Error: ', 1)[-1].strip()}")

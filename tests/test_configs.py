@@ -37,6 +37,7 @@ def test_any_training_data_and_zero_files_merge(
     args = parse_args(["--base", *(str(CONFIGS / f) for f in files), "--train-iters", "7"])
     assert args.train_iters == 7  # a flag beats the YAML
     assert args.deepspeed_config["zero_optimization"]["stage"] == int(zero.removeprefix("zero")[0])
+    assert args.resolved_config["args"]["train_iters"] == 7
     assert args.lr == args.deepspeed_config["optimizer"]["params"]["lr"]
     buckets = load(DataConfig, args.data_config["params"], "data.params").make_buckets()
     if data == "demo":
@@ -63,3 +64,28 @@ def test_a_broken_yaml_is_named(tmp_path: Path, text: str, message: str) -> None
 def test_a_missing_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no file nowhere.yaml"):
         parse_args(["--base", "nowhere.yaml"])
+
+
+TINY = [str(CONFIGS / f) for f in ("model/tiny.yaml", "data/joint.yaml", "zero/zero1.yaml", "train/full.yaml")]
+
+
+def test_the_order_of_zero_and_train_files_does_not_change_the_learning_rate() -> None:
+    swapped = [*TINY[:2], TINY[3], TINY[2]]
+    assert parse_args(["--base", *TINY]).lr == parse_args(["--base", *swapped]).lr == 1e-5
+
+
+def test_flags_beat_the_deepspeed_section_too() -> None:
+    args = parse_args(["--base", *TINY, "--lr", "0.5", "--batch-size=7", "--gradient-accumulation-steps", "3"])
+    assert args.deepspeed_config["optimizer"]["params"]["lr"] == args.lr == 0.5
+    assert args.deepspeed_config["train_micro_batch_size_per_gpu"] == args.batch_size == 7
+    assert args.deepspeed_config["gradient_accumulation_steps"] == 3
+
+
+def test_a_misspelt_deepspeed_key_and_a_missing_target_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("deepspeed: {zero_optimisation: {stage: 3}}")
+    with pytest.raises(ConfigError, match="unknown key 'zero_optimisation'; did you mean 'zero_optimization'"):
+        parse_args(["--base", *TINY, str(file)])
+    file.write_text("data: {target: null}")
+    with pytest.raises(ConfigError, match="data.target: missing; add 'target: sat_ext.JointImageVideoDataset'"):
+        parse_args(["--base", *TINY, str(file)])

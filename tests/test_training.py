@@ -149,6 +149,7 @@ def test_the_progress_line_tells_losses_by_kind_speed_and_time_left(by_stage: An
         (("args", "trainiters", 8), "error: args: unknown key 'trainiters'; did you mean 'train_iters'?"),
         (("modell", {}), "unknown key 'modell'; did you mean 'model'?"),
         (("args", "train_data", ["nowhere"]), "error: nowhere: "),
+        (("data", "params", "sources", [{"path": "x", "sampler": "frist_frame"}]), "did you mean 'first_frame'?"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(demo: Path, tmp_path: Path, change: Any, message: str) -> None:
@@ -207,3 +208,33 @@ def test_sample_command_names_what_is_wrong(by_stage: Any, tmp_path: Path) -> No
     torch.save({"module": {}, "code": Path}, weights)  # a checkpoint must not bring code of its own
     with pytest.raises(ConfigError, match="not a checkpoint of ours"):
         load_engine(broken)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_goes_on_from_its_checkpoint(by_stage: Any, demo: Path, tmp_path: Path, stage: int) -> None:
+    (run,) = by_stage[stage][2].glob("save/test-*")
+    config = settings(demo, tmp_path / "save", load=str(run), train_iters=6)
+    resumed = train("torchrun", tmp_path, config, zero=stage)
+    assert len(losses(resumed)) == 2
+    assert re.search(r"iteration +5/ +6 ", resumed.stdout)
+    before = (run / "heldout.jsonl").read_text().splitlines()[-1]
+    first = next(tmp_path.glob("save/*/heldout.jsonl")).read_text().splitlines()[0]
+    assert json.loads(first) == pytest.approx(json.loads(before), rel=1e-4)
+
+
+@pytest.mark.multiprocess
+def test_files_that_all_break_end_the_run_in_one_sentence(demo: Path, tmp_path: Path) -> None:
+    """The error starts in a data worker of each of two ranks; nothing hangs."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for file in (demo / "train" / "stills").glob("*.png"):
+        (folder / file.name).write_bytes(file.read_bytes()[:100])  # the header says that all is well
+        shutil.copy(file.with_suffix(".txt"), folder)
+    config = settings(demo, tmp_path / "save", train_data=[str(folder)], num_workers=1)
+    config["data"]["params"]["on_bad_sample"] = {"skip": 1, "consecutive": 3}
+    run = train("torchrun", tmp_path, config)
+    assert run.returncode != 0
+    assert re.search(
+        r"^error: \d+ files could not be read, .*more than data.params.on_bad_sample allows", run.stdout, re.M
+    )

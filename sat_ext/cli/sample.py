@@ -106,7 +106,7 @@ def _held_out(
     options: dict[str, Any],
 ) -> list[Row]:
     """Captions of `args.valid_data`, `number` of each kind."""
-    paths = config["args"].get("valid_data") or []
+    paths = (config.get("args") or {}).get("valid_data") or []
     if not paths:
         raise ConfigError("--prompt: missing, and the run has no args.valid_data to take captions from.")
     index = build_index([SourceConfig(path=p) for p in paths], data)

@@ -98,7 +98,7 @@ def sample_times(
             f"sampler: '{sampler}' gives single frames, but {frames} were asked for; "
             "add 1 to data.params.buckets.frames, or choose another sampler."
         )
-    window = _window(info, skip_frames)
+    window = _window(info, 0 if sampler == "first_frame" else skip_frames)  # the first is the first
     real = min(frames, _available(window, fps))
     assert real == frames or short in _FILL, "a clip too short for its bucket, and no policy that fills it"
     times, rate = SAMPLERS[sampler](window, real, fps, rng)

@@ -307,6 +307,7 @@ def _is_mirrored(frame: av.VideoFrame) -> bool:
     return not any(np.array_equal(turned, np.rot90(np.arange(4).reshape(2, 2), k)) for k in range(4))
 
 
+# PyAV by default: decord cannot read AV1, fails on VP9, and does not notice damage that FFmpeg conceals.
 DECODERS: dict[str, Callable[[str, Sequence[float]], np.ndarray]] = {
     "auto": _read_pyav,
     "pyav": _read_pyav,

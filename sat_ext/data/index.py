@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -126,10 +127,12 @@ def build_index(
 
 
 def _probe_all(found: list[tuple[str, Item]]) -> Iterable[Probed]:
+    probed_once = cache(probe)  # a folder can be the path of several sources
+
     def one(entry: tuple[str, Item]) -> Probed:
         name, item = entry
         try:
-            return name, item, probe(item.path)
+            return name, item, probed_once(item.path)
         except MediaError as error:
             return name, item, error
 

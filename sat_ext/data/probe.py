@@ -1,4 +1,8 @@
-"""What a media file holds, or why it cannot be read. Headers and at most one frame are read, no more."""
+"""What a media file holds, or why it cannot be read.
+
+Headers are read, one frame for its rotation, and packets where headers do not tell the length. Animated WebP is
+decoded: nothing else tells how long its frames last.
+"""
 
 from __future__ import annotations
 

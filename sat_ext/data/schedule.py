@@ -127,9 +127,12 @@ class Schedule:
                 out[chosen] = low + permute(place[chosen] - low, size, keys)
         return permute(out, n, np.full(out.shape, key))
 
-    def rng(self, cell: int, position: int) -> np.random.Generator:
-        """The random numbers of one visit (which part of a clip, say): the same on every machine and rank."""
-        return np.random.default_rng([int(self._keys[cell]), position])
+    def rng(self, cell: int, position: int, attempt: int = 0) -> np.random.Generator:
+        """The random numbers of one visit (which part of a clip, say): the same on every machine and rank.
+
+        `attempt` counts the files tried before, which could not be read.
+        """
+        return np.random.default_rng([int(self._keys[cell]), position, attempt])
 
     def _due(self, used: Sequence[int]) -> int:
         """The cell whose batch is due next."""

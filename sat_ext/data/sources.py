@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Item
@@ -36,7 +36,7 @@ class SourceConfig:
     path: str
     name: str | None = None
     share: float | None = None
-    sampler: str = "random_start"
+    sampler: Literal["start", "random_start", "middle", "uniform", "first_frame", "random_frame"] = "random_start"
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,6 @@ class JointStream:
         batch_sizes: dict[Bucket, int],
         world: int,
         dtype: torch.dtype,
-        used: tuple[int, ...] | None = None,
     ) -> None:
         self.index, self.config, self.dtype = index, config, dtype
         cells = [
@@ -84,7 +83,7 @@ class JointStream:
                     "source '%s' has %d records in bucket %s for %d ranks: a step can hold one of them twice",
                     cell.source, cell.records, cell.bucket, world,
                 )  # fmt: skip
-        self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, used=used)
+        self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world)
         self._faults = Faults(config.on_bad_sample)
 
     def batches(
@@ -114,9 +113,11 @@ class JointStream:
     def sample(self, cell: int, position: int) -> Sample:
         """The sample at `position` of a cell's stream; a bad file gives way to another of the same cell."""
         group = self.index.groups[cell]
-        rng = self.schedule.rng(cell, position)
         row = int(group.rows[self.schedule.records(cell, np.array([position]))[0]])
-        while True:
+        for attempt in count():
+            rng = self.schedule.rng(cell, position, attempt)
+            if attempt:
+                row = int(group.rows[rng.integers(len(group.rows))])
             try:
                 if row in self._faults.bad:
                     raise MediaError(*self._faults.bad[row])
@@ -125,7 +126,7 @@ class JointStream:
                 return sample
             except MediaError as error:
                 self._faults.add(row, error)
-                row = int(group.rows[rng.integers(len(group.rows))])
+        raise AssertionError("the budget of faults ends the loop")
 
     def _load(self, row: int, source: str, bucket: Bucket, rng: np.random.Generator) -> Sample:
         item, info = self.index.item(row)

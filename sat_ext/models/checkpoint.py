@@ -51,7 +51,11 @@ def read_run_config(run: Path) -> dict[str, Any]:
 
 def load_engine(run: Path) -> tuple[VideoDiffusionEngine, int]:
     """The engine of the newest checkpoint, in evaluation mode, and its iteration. Raises `ConfigError`."""
-    engine = VideoDiffusionEngine(Namespace(model_config=read_run_config(run)["model"]))
+    config = read_run_config(run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = bool(config.get("deepspeed", {}).get("bf16", {}).get("enabled"))
+    dtype = torch.bfloat16 if bf16 and device == "cuda" else torch.float32
+    engine = VideoDiffusionEngine(Namespace(model_config=config["model"]), params_dtype=dtype).to(device)
     tag = (run / "latest").read_text().strip()
     file = run / tag / "mp_rank_00_model_states.pt"
     try:

@@ -1,6 +1,6 @@
 """The `model:` section of the YAML, and the checks on it that need no weights.
 
-Imports neither torch nor diffusers, so that the data set, the memory planner and the command line can ask
+Imports neither diffusers nor transformers, so that the data set and the command line can ask
 what a model accepts without loading one.
 """
 
@@ -116,7 +116,7 @@ class SamplingConfig:
     """How samples are made, in an evaluation (`number` of each kind, 0 for none) and by `sat-ext sample`. Steps
     and guidance default to those of CogVideo's sampler (`num_steps`, DynamicCFG's `scale`, tag v1.0)."""
 
-    number: int = 1
+    number: int = 0
     steps: int = 50
     guidance_scale: float = 6.0
 

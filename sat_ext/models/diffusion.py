@@ -86,9 +86,28 @@ class NoiseSchedule:
         return error[:, padding:].square().flatten(1).mean(dim=1)
 
 
-def uniform_timesteps(count: int, generator: torch.Generator) -> Tensor:
+def timestep_interval(rank: int, world: int) -> tuple[int, int]:
+    """The timesteps [low, high) that a rank draws from: the ranks share out the range, so that a step covers it.
+
+    As CogVideo's configurations have it (`uniform_sampling: True` of `DiscreteSampling`, in
+    sat/sgm/modules/diffusionmodules/sigma_sampling.py at tag v1.0): the parts are equal, and where the number of
+    ranks does not divide the range, neighbours draw from the same part.
+
+    >>> [timestep_interval(rank, 4) for rank in range(4)]
+    [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    >>> timestep_interval(2, 3)
+    (0, 1000)
+    """
+    parts = next(n for n in range(world, 0, -1) if world % n == 0 and TIMESTEPS % n == 0)
+    part, width = rank // (world // parts), TIMESTEPS // parts
+    return part * width, (part + 1) * width
+
+
+def uniform_timesteps(
+    count: int, generator: torch.Generator, interval: tuple[int, int] = (0, TIMESTEPS)
+) -> Tensor:
     """`count` independent timesteps for training, (count,) int64, on the generator's device."""
-    return torch.randint(TIMESTEPS, (count,), generator=generator, device=generator.device)
+    return torch.randint(*interval, (count,), generator=generator, device=generator.device)
 
 
 def stratified_timesteps(offsets: Tensor, strata: int) -> Tensor:

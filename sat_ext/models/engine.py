@@ -22,7 +22,13 @@ from sat_ext.models.conditioning import (
     stills,
 )
 from sat_ext.models.config import folder_config, load_model_config, transformer_of
-from sat_ext.models.diffusion import NoiseSchedule, read_schedule, stratified_timesteps, uniform_timesteps
+from sat_ext.models.diffusion import (
+    NoiseSchedule,
+    read_schedule,
+    stratified_timesteps,
+    timestep_interval,
+    uniform_timesteps,
+)
 from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.generate import generate
 from sat_ext.models.text import build_text
@@ -61,7 +67,7 @@ class VideoDiffusionEngine(nn.Module):
         self.register_load_state_dict_post_hook(_forgive_fixed)
 
     def disable_untrainable_params(self) -> None:
-        """Mark what trains: the transformer, or under LoRA its adapters alone; a text encoder without a folder."""
+        """Mark what trains: the transformer, or under LoRA its adapters alone."""
         lora = self.config.train.mode == "lora"
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("network.") and (not lora or "lora_" in name))
@@ -142,7 +148,7 @@ class VideoDiffusionEngine(nn.Module):
             dropped = drop_mask(count, self.config.condition_dropout, generator)
             condition = self._condition(first, latents, dropped, batch)
         latents, condition, padding = self._padded(latents, condition)
-        timesteps = uniform_timesteps(count, generator)
+        timesteps = uniform_timesteps(count, generator, timestep_interval(*_rank_and_world()))
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         text = self.text.encode(captions, latents.device, self.network.dtype)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
@@ -204,9 +210,15 @@ class VideoDiffusionEngine(nn.Module):
         if "seed" in batch:
             return torch.Generator(device).manual_seed(int(batch["seed"]))
         if self._generator is None:
-            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            rank, _ = _rank_and_world()
             self._generator = torch.Generator(device).manual_seed(self._seed * 1_000_003 + rank)
         return self._generator
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _as_mapping(model_config: Any) -> Mapping[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,13 @@ from sat_ext.config import reject_unknown_keys
 from sat_ext.errors import ConfigError
 
 SECTIONS = ("args", "model", "data", "deepspeed")
+# Top level keys of DeepSpeed's configuration that a training YAML may hold (deepspeed.ai/docs/config-json).
+DEEPSPEED_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
+    "fp16", "bf16", "zero_optimization", "gradient_clipping", "prescale_gradients", "gradient_predivide_factor",
+    "communication_data_type", "steps_per_print", "wall_clock_breakdown", "dump_state", "activation_checkpointing",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "checkpoint", "data_types",
+)  # fmt: skip
 
 
 def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
@@ -76,16 +85,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     reject_unknown_keys(settings, [k for k in vars(known) if k not in ("base", "deepspeed_config")], "args")
     # argparse fills in a default only where the namespace has no value yet: so YAML lies below the flags
     args = parser.parse_args(argv, argparse.Namespace(**settings))
-    args.resolved_config = config
+    explicit = {a.dest for a in parser._actions for o in a.option_strings if _given(o, argv)}
     args.model_config, args.data_config = config["model"], config["data"]
     reject_unknown_keys(args.data_config, ("target", "params"), "data")
+    if not args.data_config.get("target"):
+        raise ConfigError("data.target: missing; add 'target: sat_ext.JointImageVideoDataset'.")
     args.deepspeed_config = config["deepspeed"]
-    _fill_in(args)
+    _check_deepspeed(args.deepspeed_config)
+    _fill_in(args, explicit)
+    flags = {name: getattr(args, name) for name in explicit & set(vars(known)) - {"base"}}
+    args.resolved_config = {**config, "args": {**settings, **flags}}
     return args
 
 
-def _fill_in(args: argparse.Namespace) -> None:
-    """What SAT expects to be set, from the environment and the DeepSpeed section."""
+def _given(option: str, argv: Sequence[str] | None) -> bool:
+    return any(a == option or a.startswith(option + "=") for a in (sys.argv[1:] if argv is None else argv))
+
+
+def _check_deepspeed(config: dict[str, Any]) -> None:
+    """DeepSpeed ignores what it does not know: refuse what looks like a misspelt key."""
+    for key in config:
+        near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.85)
+        if near and key not in DEEPSPEED_KEYS:
+            raise ConfigError(f"deepspeed: unknown key '{key}'; did you mean '{near[0]}'?")
+
+
+def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
+    """What SAT expects to be set, from the environment and the DeepSpeed section; flags in `explicit` win."""
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, default)  # DeepSpeed reads them even for a single process
     args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -100,13 +126,18 @@ def _fill_in(args: argparse.Namespace) -> None:
     ds = args.deepspeed_config
     args.fp16 = bool(ds.get("fp16", {}).get("enabled"))
     args.bf16 = bool(ds.get("bf16", {}).get("enabled"))
-    args.batch_size = ds.setdefault("train_micro_batch_size_per_gpu", args.batch_size)
-    args.gradient_accumulation_steps = ds.setdefault(
-        "gradient_accumulation_steps", args.gradient_accumulation_steps
-    )
-    optimizer = ds.get("optimizer", {}).setdefault("params", {})
-    args.lr = optimizer.setdefault("lr", args.lr)
-    args.weight_decay = optimizer.setdefault("weight_decay", args.weight_decay)
+    optimizer = ds.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
+    for name, section, key in (
+        ("batch_size", ds, "train_micro_batch_size_per_gpu"),
+        ("gradient_accumulation_steps", ds, "gradient_accumulation_steps"),
+        ("lr", optimizer, "lr"),
+        ("weight_decay", optimizer, "weight_decay"),
+    ):
+        if name in explicit or key not in section:
+            section[key] = getattr(args, name)
+        setattr(args, name, section[key])
+    # SAT saves no state of its random tracker, and fails when it looks for it; our draws follow from the step
+    args.no_load_rng = True
 
     if not args.train_data and (args.data_config.get("params") or {}).get("sources"):
         args.train_data = ["data.params.sources"]  # SAT builds a data set for each entry, and none without any
@@ -118,7 +149,7 @@ def _fill_in(args: argparse.Namespace) -> None:
         raise ConfigError("args.train_iters: missing; say how many optimizer steps to train.")
     args.iterable_dataset = args.iterable_dataset or "custom"
     args.iterable_dataset_eval = args.iterable_dataset_eval or args.iterable_dataset
-    args.split = "1,0,0" if args.iterable_dataset else args.split  # SAT cannot split a stream
+    args.split = "1,0,0"  # SAT cannot split a stream
     args.summary_dir = args.summary_dir or args.save or ""
 
 

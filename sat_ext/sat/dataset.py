@@ -8,13 +8,15 @@ entries of a list share one stream: whichever SAT draws, the next batch of the s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from rich.progress import track
 from sat import mpu
 from sat.helpers import print_rank0
 from torch.utils.data import Dataset, get_worker_info
@@ -23,7 +25,7 @@ from webdataset import DataPipeline
 from sat_ext.config import load
 from sat_ext.data.buckets import SequenceShape
 from sat_ext.data.config import DataConfig
-from sat_ext.data.index import Index, build_index
+from sat_ext.data.index import Index, Probed, build_index
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError, SatExtError
@@ -32,6 +34,7 @@ from sat_ext.sat import fixes
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.types import Bucket
 
+MANY_FILES = 500  # some seconds of probing
 SPLITS = ("train_data", "valid_data", "test_data")
 
 
@@ -116,7 +119,9 @@ class JointImageVideoDataset:
             return list(config.sources)
         weights = args.train_data_weights if split == "train_data" and len(paths) == len(args.train_data) else None
         shares = [None] * len(paths) if weights is None else [float(w) for w in weights]
-        return [SourceConfig(path=p, share=s) for p, s in zip(paths, shares)]
+        stems = [PurePath(p).stem for p in paths]
+        names = [None if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]
+        return [SourceConfig(path=p, name=n, share=s) for p, n, s in zip(paths, names, shares)]
 
     @classmethod
     def _stream(
@@ -133,14 +138,17 @@ class JointImageVideoDataset:
         model = _plain(getattr(args, "model_config", {}))
         _check_buckets(model, buckets)
         sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
-        index = _on_first_rank(lambda: build_index(sources, config))
+        index = _on_first_rank(lambda: build_index(sources, config, probing=_with_progress_bar))
         print_rank0(f"{split}: {index.summary()}")
         per_rank = args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size
         sizes = config.batch_sizes(buckets, largest=per_rank, shape=_sequence_shape(model))
         if largest is not None:
             sizes = dict.fromkeys(sizes, largest)
         dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
-        return JointStream(index, config, batch_sizes=sizes, world=world, dtype=dtype)
+        stream = JointStream(index, config, batch_sizes=sizes, world=world, dtype=dtype)
+        batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
+        print_rank0(f"{split}: samples per rank and step: {batches}")
+        return stream
 
 
 @dataset_registry.register
@@ -183,11 +191,22 @@ def _on_first_rank(build: Callable[[], Index]) -> Index:
 
 
 def _check_buckets(model: Mapping[str, Any], buckets: tuple[Bucket, ...]) -> None:
-    """Refuse shapes that the built-in model cannot take; CogVideo's own YAMLs describe their model otherwise."""
-    if model and "network_config" not in model:
+    """Refuse shapes that the model cannot take, or must not."""
+    if "network_config" in model:  # CogVideo's own engine
+        if model.get("noised_image_input") and any(b.frames == 1 for b in buckets):
+            raise ConfigError(
+                "data.params.buckets.frames: CogVideo's own image-to-video engine would show a still its target "
+                "as the condition; leave 1 out of the list, or train its text-to-video model, or our engine."
+            )
+    elif model:
         config = load_model_config(model)
         for bucket in buckets:
             check_bucket(config, bucket)
+
+
+def _with_progress_bar(found: Iterable[Probed], total: int) -> Iterable[Probed]:
+    """A bar on the terminal of the first rank, where there are files enough to wait for."""
+    return track(found, description="probing files", total=total, disable=total < MANY_FILES)
 
 
 def _sequence_shape(model: Mapping[str, Any]) -> SequenceShape:

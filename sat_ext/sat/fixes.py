@@ -73,6 +73,8 @@ def save() -> bool:
             return original(iteration, model, wrapped, lr_scheduler, args)
         weights = model._zero3_consolidated_16bit_state_dict()  # a collective: every rank takes part
         if mpu.get_data_parallel_rank() == 0:
+            is_fixed = getattr(model.module, "is_fixed", lambda name: False)  # what the YAML gives back
+            weights = {name: weight for name, weight in weights.items() if not is_fixed(name)}
             name = model_io.get_checkpoint_name(args.save, iteration)
             os.makedirs(os.path.dirname(name), exist_ok=True)
             torch.save({"module": weights, "iteration": iteration}, name)
@@ -107,12 +109,39 @@ def zero3_build() -> bool:
     return True
 
 
+def lr_schedule() -> bool:
+    """Symptom: a resumed run warms up again for 100 steps, and divides by zero where `warmup` is 0; the last step
+    of the linear decay has a learning rate below zero.
+
+    A resumed run goes on with the rate that it would have had, and no rate is below zero.
+    """
+    from sat.training import deepspeed_training
+    from sat.training.learning_rates import AnnealingLR
+
+    make, get_lr = deepspeed_training.get_learning_rate_scheduler, AnnealingLR.get_lr
+
+    def get_learning_rate_scheduler(optimizer: Any, iteration: int, args: Any, **kwargs: Any) -> Any:
+        if iteration > 0:
+            kwargs["auto_warmup_steps"] = 0
+        return make(optimizer, iteration, args, **kwargs)
+
+    def rate(self: Any) -> float:
+        if self.warmup_iter == 0 and self.num_iters <= self.init_step + self.auto_warmup_steps:
+            return float(self.start_lr * self.auto_warmup_rate)
+        return max(0.0, get_lr(self))
+
+    deepspeed_training.get_learning_rate_scheduler = get_learning_rate_scheduler
+    AnnealingLR.get_lr = rate
+    return True
+
+
 FIXES: dict[str, Callable[[], bool]] = {
     "cpu_training": cpu_training,
     "no_compiler": no_compiler,
     "resume": resume,
     "save": save,
     "zero3_build": zero3_build,
+    "lr_schedule": lr_schedule,
 }
 
 

@@ -10,6 +10,7 @@ or with the decorator: `@dataset_registry.register`.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -26,6 +27,7 @@ def get_dataset(name: str) -> Any:
 
     Raises `ConfigError` when nothing has that name.
     """
+    import_module("sat_ext.sat.dataset")  # registers ours
     if name not in dataset_registry.member:
         for point in entry_points(group=ENTRY_POINT_GROUP):
             if point.name == name:

@@ -20,10 +20,11 @@ from sat.training.deepspeed_training import evaluate_and_print_results
 
 from sat_ext.contact_sheet import write_sheet
 from sat_ext.errors import ConfigError
+from sat_ext.models.checkpoint import CONFIG_NAME
+from sat_ext.models.engine import ABSENT
 from sat_ext.models.show import sample_rows
 from sat_ext.sat.registry import get_dataset
 
-ABSENT = -100.0  # SAT's own mark for "this rank has no value of that metric in this step"
 PROGRESS_SECONDS = 5.0
 
 
@@ -82,7 +83,7 @@ class TrainingHooks:
 
     def handle_metrics(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Means over the steps and ranks that had a value. SAT calls it on the first rank only."""
-        means = {k: v[v > ABSENT + 1].float().mean() for k, v in gathered.items() if (v > ABSENT + 1).any()}
+        means = {k: v[v != ABSENT].float().mean() for k, v in gathered.items() if (v != ABSENT).any()}
         record = {"iteration": self.args.iteration, **{k: round(float(v), 6) for k, v in means.items()}}
         self.evaluations.append(record)
         if self.args.save:
@@ -96,8 +97,8 @@ class TrainingHooks:
             return
         kinds = {k: k.removeprefix("loss_") for k in self.evaluations[0] if k.startswith("loss_")}
         result = {
-            "before": {kind: self.evaluations[0][k] for k, kind in kinds.items()},
-            "after": {kind: self.evaluations[-1][k] for k, kind in kinds.items()},
+            "before": {kind: self.evaluations[0].get(k) for k, kind in kinds.items()},
+            "after": {kind: self.evaluations[-1].get(k) for k, kind in kinds.items()},
             "seconds": round(time.time() - self._started, 1),
             "run": str(self.args.save),
         }
@@ -129,7 +130,7 @@ class TrainingHooks:
         if self.args.save and dist.get_rank() == 0:
             folder = Path(self.args.save)
             folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(self.args.resolved_config), folder / "training_config.yaml")
+            OmegaConf.save(OmegaConf.create(self.args.resolved_config), folder / CONFIG_NAME)
 
     def _evaluate_first(self, model: Any, timers: Any) -> None:
         """Held-out loss before the first step. SAT evaluates after steps only."""
@@ -159,7 +160,7 @@ class Progress:
         if dist.get_rank() != 0:
             return
         for name, value in metrics.items():
-            if (loss := float(value.detach())) > ABSENT + 1:
+            if (loss := float(value.detach())) != ABSENT:
                 self._losses[name] = 0.95 * self._losses.get(name, loss) + 0.05 * loss
         now = time.monotonic()
         if self._begin is None:

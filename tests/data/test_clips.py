@@ -127,7 +127,7 @@ def test_random_frame_reaches_every_frame_that_is_not_skipped():
 def test_each_sampler_takes_the_part_it_is_named_for():
     info = media(61, 30.0)
     assert sample("start", info, 9, skip_frames=3).times[0] == pytest.approx(0.1)
-    assert sample("first_frame", info, 1, skip_frames=3).times == (0.1,)
+    assert sample("first_frame", info, 1, skip_frames=3).times == (0.0,)
     assert sample("middle", info, 1).times == (1.0,)
     whole = sample("uniform", info, 5)
     assert whole.times == (0.0, 0.5, 1.0, 1.5, 2.0)

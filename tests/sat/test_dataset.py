@@ -162,3 +162,20 @@ def test_a_size_the_model_cannot_take_is_refused_before_it_is_built(sat_args: Ma
 def test_an_empty_folder_is_refused(sat_args: MakeArgs, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image or video|holds no"):
         sat_iterator(sat_args(train_data=[str(tmp_path)]))
+
+
+def test_stills_under_cogvideos_own_i2v_engine_are_refused(sat_args: MakeArgs) -> None:
+    model = {"noised_image_input": True, "network_config": {"params": {"hidden_size": 3072}}}
+    with pytest.raises(ConfigError, match="would show every still its target as the condition; leave 1 out"):
+        sat_iterator(sat_args(model_config=model))
+    clips = sat_iterator(sat_args(model_config=model), {**PARAMS, "buckets": {"frames": [9]}})
+    assert next(clips)["kind"][0] == "video"
+    text_to_video = {"network_config": {"params": {"hidden_size": 1920}}}
+    batches = islice(sat_iterator(sat_args(model_config=text_to_video)), 8)
+    assert {b["kind"][0] for b in batches} == {"image", "video"}
+
+
+def test_entries_of_one_name_are_told_apart_by_their_paths(sat_args: MakeArgs, demo: Path) -> None:
+    entries = [str(demo / "train" / "videos"), str(demo / "heldout" / "videos")]
+    batches = islice(sat_iterator(sat_args(train_data=entries)), 20)
+    assert {b["source"][0] for b in batches} == set(entries)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -14,6 +16,12 @@ from sat_ext.sat.training import get_target
 def test_our_classes_are_registered_and_importable_by_their_targets() -> None:
     for name in ("JointImageVideoDataset", "FirstFrameDataset"):
         assert get_target(f"sat_ext.{name}") is get_target(name) is getattr(sat_ext, name)
+
+
+def test_a_registered_name_is_found_in_a_fresh_process() -> None:
+    code = "from sat_ext.sat.training import get_target; print(get_target('FirstFrameDataset').__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "FirstFrameDataset"
 
 
 def test_another_package_adds_a_data_set_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
