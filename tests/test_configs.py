@@ -13,7 +13,13 @@ from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, check_bucket, load_model_config
 from sat_ext.sat.arguments import parse_args, read_yaml
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parent.parent.resolve() / "configs"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading arguments makes the folder of args.save."""
+    monkeypatch.chdir(tmp_path)
 
 
 def names(folder: str) -> list[str]:
@@ -88,4 +94,24 @@ def test_a_misspelt_deepspeed_key_and_a_missing_target_are_named(tmp_path: Path)
         parse_args(["--base", *TINY, str(file)])
     file.write_text("data: {target: null}")
     with pytest.raises(ConfigError, match="data.target: missing; add 'target: sat_ext.JointImageVideoDataset'"):
+        parse_args(["--base", *TINY, str(file)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("args: {train_data: my_data}", "args.train_data: expected a list, got 'my_data'"),
+        ("args: {train_iters: many}", "args.train_iters: expected int, got 'many'"),
+        ("args: {seed: 0}", "args.seed: 0; give 1 or more"),
+        ("args: {strict_eval: true}", "args.strict_eval: a stream has no last batch"),
+        ("args: {valid_data: null}", "args.eval_interval: there is nothing to evaluate on"),
+        ("args: {train_data: [a, b], train_data_weights: [1]}", "1 weights for 2 entries"),
+        ("args: {save: /proc/nowhere}", "args.save: /proc/nowhere cannot be made"),
+        ("deepspeed: {train_micro_batch_size_per_gpu: 0}", "args.batch_size: 0; give 1 or more"),
+    ],
+)
+def test_values_that_sat_would_stumble_over_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
         parse_args(["--base", *TINY, str(file)])

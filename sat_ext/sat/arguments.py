@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sat import arguments as sat_arguments
 from yaml import YAMLError
 
-from sat_ext.config import reject_unknown_keys
+from sat_ext.config import convert, reject_unknown_keys
 from sat_ext.errors import ConfigError
 
 SECTIONS = ("args", "model", "data", "deepspeed")
@@ -83,6 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             )
     settings = config.get("args") or {}
     reject_unknown_keys(settings, [k for k in vars(known) if k not in ("base", "deepspeed_config")], "args")
+    settings = _typed(settings, parser)
     # argparse fills in a default only where the namespace has no value yet: so YAML lies below the flags
     args = parser.parse_args(argv, argparse.Namespace(**settings))
     explicit = {a.dest for a in parser._actions for o in a.option_strings if _given(o, argv)}
@@ -93,9 +94,47 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.deepspeed_config = config["deepspeed"]
     _check_deepspeed(args.deepspeed_config)
     _fill_in(args, explicit)
+    _check(args)
     flags = {name: getattr(args, name) for name in explicit & set(vars(known)) - {"base"}}
     args.resolved_config = {**config, "args": {**settings, **flags}}
     return args
+
+
+def _typed(settings: dict[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The YAML's `args` in the types that the flags of the same names have. Raises `ConfigError`."""
+    typed = dict(settings)
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        if value is None or action.dest.startswith("iterable_dataset"):
+            continue
+        kind: Any = bool if action.nargs == 0 else action.type or str
+        if action.nargs in ("+", "*"):
+            kind = list[kind]
+        typed[action.dest] = convert(kind, value, f"args.{action.dest}")
+    return typed
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Values that SAT would stumble over later. Raises `ConfigError`."""
+    for name in ("seed", "batch_size", "gradient_accumulation_steps", "log_interval"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"args.{name}: {getattr(args, name)}; give 1 or more.")
+    if args.strict_eval:
+        raise ConfigError("args.strict_eval: a stream has no last batch; leave it out, eval_iters says how many.")
+    if args.eval_interval and not args.valid_data:
+        raise ConfigError("args.eval_interval: there is nothing to evaluate on; name folders in args.valid_data.")
+    if args.train_data_weights and len(args.train_data_weights) != len(args.train_data):
+        raise ConfigError(
+            f"args.train_data_weights: {len(args.train_data_weights)} weights for {len(args.train_data)} entries "
+            "of args.train_data; give one for each."
+        )
+    if args.save:
+        try:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"args.save: {args.save} cannot be made ({error.strerror}); name another."
+            ) from error
 
 
 def _given(option: str, argv: Sequence[str] | None) -> bool:

@@ -34,9 +34,12 @@ def get_target(name: str) -> Any:
         return get_dataset(name)
     module, _, attribute = name.rpartition(".")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        target = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"data.target: '{name}' cannot be imported ({error}); check the spelling.") from error
+    if not hasattr(target, "create_dataset_function"):
+        raise ConfigError(f"data.target: '{name}' has no create_dataset_function; name a data set class.")
+    return target
 
 
 class TrainingHooks:

@@ -166,7 +166,7 @@ def test_an_empty_folder_is_refused(sat_args: MakeArgs, tmp_path: Path) -> None:
 
 def test_stills_under_cogvideos_own_i2v_engine_are_refused(sat_args: MakeArgs) -> None:
     model = {"noised_image_input": True, "network_config": {"params": {"hidden_size": 3072}}}
-    with pytest.raises(ConfigError, match="would show every still its target as the condition; leave 1 out"):
+    with pytest.raises(ConfigError, match="would show a still its target as the condition; leave 1 out"):
         sat_iterator(sat_args(model_config=model))
     clips = sat_iterator(sat_args(model_config=model), {**PARAMS, "buckets": {"frames": [9]}})
     assert next(clips)["kind"][0] == "video"

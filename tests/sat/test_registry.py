@@ -42,3 +42,5 @@ def test_an_unknown_data_set_names_those_there_are() -> None:
         get_target("Nobody")
     with pytest.raises(ConfigError, match=r"data\.target: 'sat_ext\.Nobody' cannot be imported"):
         get_target("sat_ext.Nobody")
+    with pytest.raises(ConfigError, match="'os.path' has no create_dataset_function; name a data set class"):
+        get_target("os.path")
