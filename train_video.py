@@ -46,5 +46,7 @@ if __name__ == "__main__":
     try:
         main()
     except SatExtError as error:
-        # an error of a data worker arrives with the worker's traceback before it
-        sys.exit(f"error: {str(error).rsplit('Error: ', 1)[-1].strip()}")
+        text = str(error)
+        if text.startswith("Caught "):  # in a data worker: torch puts the worker's traceback before the sentence
+            text = text.rsplit("Error: ", 1)[-1].strip()
+        sys.exit(f"error: {text}")

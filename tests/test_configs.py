@@ -102,6 +102,8 @@ def test_a_misspelt_deepspeed_key_and_a_missing_target_are_named(tmp_path: Path)
     [
         ("args: {train_data: my_data}", "args.train_data: expected a list, got 'my_data'"),
         ("args: {train_iters: many}", "args.train_iters: expected int, got 'many'"),
+        ("args: {lr_decay_style: cosin}", "args.lr_decay_style: 'cosin' is not one of constant, linear"),
+        ("args: {iterable_dataset: true}", "write 'iterable_dataset: custom'"),
         ("args: {seed: 0}", "args.seed: 0; give 1 or more"),
         ("args: {strict_eval: true}", "args.strict_eval: a stream has no last batch"),
         ("args: {valid_data: null}", "args.eval_interval: there is nothing to evaluate on"),

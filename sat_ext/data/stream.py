@@ -46,6 +46,15 @@ class Faults:
                 f"consecutive {self.budget.consecutive}); mend or remove them: {listed}"
             ) from None
 
+    def require_another(self, rows: np.ndarray, source: str, bucket: Bucket) -> None:
+        """Raise `DataError` when not one of the rows is left to stand in for a bad one."""
+        if all(int(row) in self.bad for row in rows):
+            path, reason = self.bad[int(rows[0])]
+            raise DataError(
+                f"source '{source}': no file of bucket {bucket} can be read, {path} for one ({reason}); mend "
+                "or remove them."
+            )
+
     def clear_run(self) -> None:
         """A file was read: the next bad one starts a new row of failures."""
         self._in_a_row = 0
@@ -118,9 +127,10 @@ class JointStream:
             rng = self.schedule.rng(cell, position, attempt)
             if attempt:
                 row = int(group.rows[rng.integers(len(group.rows))])
+            if row in self._faults.bad:
+                self._faults.require_another(group.rows, group.source, group.bucket)
+                continue
             try:
-                if row in self._faults.bad:
-                    raise MediaError(*self._faults.bad[row])
                 sample = self._load(row, group.source, group.bucket, rng)
                 self._faults.clear_run()
                 return sample

@@ -97,7 +97,8 @@ def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTrans
         )
     else:
         transformer = CogVideoXTransformer3DModel(**asdict(transformer_of(config)))
-        _start_at_identity(transformer)
+        if config.train.mode == "full":  # closed gates would keep every gradient from adapters
+            _start_at_identity(transformer)
     if transformer_of(config).use_learned_positional_embeddings:
         transformer.patch_embed.__class__ = LearnedPatchEmbed  # same weights, same names in the checkpoint
     if config.train.mode == "lora":

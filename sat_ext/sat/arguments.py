@@ -65,7 +65,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises `ConfigError` for an unknown key and for a missing section.
     """
     parser = argparse.ArgumentParser(
-        description="Train a video diffusion model on images and videos together, with SAT and DeepSpeed."
+        description="Train a video diffusion model on images and videos together, with SAT and DeepSpeed.",
+        allow_abbrev=False,
     )
     parser.add_argument("--base", nargs="+", required=True, metavar="YAML", help="merged from left to right")
     parser.add_argument("--device", type=int, default=-1, help=argparse.SUPPRESS)
@@ -111,6 +112,15 @@ def _typed(settings: dict[str, Any], parser: argparse.ArgumentParser) -> dict[st
         if action.nargs in ("+", "*"):
             kind = list[kind]
         typed[action.dest] = convert(kind, value, f"args.{action.dest}")
+        if action.choices and typed[action.dest] not in action.choices:
+            raise ConfigError(
+                f"args.{action.dest}: {value!r} is not one of {', '.join(map(str, action.choices))}."
+            )
+    if settings.get("iterable_dataset") not in (None, "custom"):
+        raise ConfigError(
+            f"args.iterable_dataset: {settings['iterable_dataset']!r}; write 'iterable_dataset: custom' and "
+            "'iterable_dataset_eval: custom', or leave both out."
+        )
     return typed
 
 

@@ -28,7 +28,7 @@ from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, Probed, build_index
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
-from sat_ext.errors import ConfigError, SatExtError
+from sat_ext.errors import ConfigError, DataError, SatExtError
 from sat_ext.models.config import check_bucket, load_model_config, size_multiple, text_length, transformer_of
 from sat_ext.sat import fixes
 from sat_ext.sat.registry import dataset_registry
@@ -184,6 +184,8 @@ def _on_first_rank(build: Callable[[], Index]) -> Index:
             result = [build()]
         except SatExtError as error:
             result = [error]
+        except UnicodeEncodeError as error:
+            result = [DataError(f"{error.object!r}: not valid UTF-8; rename the file, or mend its caption.")]
     dist.broadcast_object_list(result, src=0)
     if isinstance(result[0], SatExtError):
         raise result[0]

@@ -102,6 +102,21 @@ def test_past_the_budget_the_run_stops_with_the_list(demo: Path) -> None:
         next(stream.batches(start=0, rank=0))
 
 
+def test_one_bad_file_alone_in_its_bucket_is_named(demo: Path) -> None:
+    data = config(buckets={"frames": [9]}, short_clips="loop")
+    other = demo.parent / "alone"
+    other.mkdir()
+    clip = next(demo.glob("videos/*.mp4"))
+    (other / "a.mp4").write_bytes(clip.read_bytes())
+    (other / "a.txt").write_text("a shape")
+    index = build_index([SourceConfig(path=str(other))], data)
+    (other / "a.mp4").write_bytes(b"gone")
+    with pytest.raises(
+        DataError, match=r"source 'alone': no file of bucket 9x64x64 can be read, .*mend or remove"
+    ):
+        next(stream_of(index, data).batches(start=0, rank=0))
+
+
 def test_shares_and_records_hold_over_ranks_and_workers(demo: Path) -> None:
     data = config(buckets={"frames": [1, 9]}, short_clips="drop")
     sources = [

@@ -243,3 +243,9 @@ def test_engine_runs_in_half_precision(pretrained: Callable[..., Path], dtype: t
     batch = make_batch(5)
     loss, _ = engine({**batch, "mp4": batch["mp4"].to(dtype)})
     assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_adapters_without_a_folder_get_a_gradient() -> None:
+    engine = make_engine(small_config("5b", train={"mode": "lora", "rank": 4, "alpha": 4}))
+    engine(make_batch(5, count=2, seed=0))[0].backward()
+    assert max(p.grad.abs().max() for p in engine.parameters() if p.grad is not None) > 0
