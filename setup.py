@@ -6,8 +6,6 @@ from setuptools import find_packages, setup
 
 # What SAT 0.4.12 imports and does not declare: a fresh environment cannot import it without these.
 SAT_UNDECLARED = [
-    "Pillow>=10.1",
-    "braceexpand",
     "requests",
     "tensorboardX",
     "triton; platform_system == 'Linux'",
@@ -23,6 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["sat_ext", "sat_ext.*"]),
+    package_data={"sat_ext.preview": ["page.html.j2", "page.css"]},
     install_requires=[
         "torch>=2.4",
         "SwissArmyTransformer>=0.4.12",
@@ -33,27 +32,37 @@ setup(
         "omegaconf>=2.3",
         "webdataset>=0.2.86",
         "av>=14",
+        "braceexpand",
         "decord>=0.6.0; platform_machine == 'x86_64'",
+        "fsspec>=2024.5",
+        "jinja2",
         "numpy",
+        "Pillow>=11.3",
         "pyarrow>=14",
         "PyYAML",
         "safetensors",
         "sentencepiece",
+        "simplejpeg",
         "rich",
         "typer>=0.15",
         *SAT_UNDECLARED,
     ],
     extras_require={
+        "http": ["aiohttp"],  # sources behind http(s)://
+        "s3": ["s3fs>=2024.5"],  # sources behind s3://
         "test": [
+            "aiohttp",
             "hypothesis",
+            "moto[server]",
             "mypy",
             "pytest",
             "pytest-timeout",
             "ruff",
+            "s3fs>=2024.5",
             "scikit-image",
             "scikit-video",
             "types-PyYAML",
-        ]
+        ],
     },
     entry_points={"console_scripts": ["sat-ext = sat_ext.cli.main:main"]},
 )

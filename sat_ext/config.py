@@ -1,4 +1,4 @@
-"""Strict loading of YAML values into frozen dataclasses: an unknown key is an error, never ignored."""
+"""YAML files, and strict loading of their values into frozen dataclasses: an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -7,11 +7,47 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sat_ext.errors import ConfigError
 
 T = TypeVar("T")
+
+SECTIONS = ("args", "model", "data", "deepspeed")
+
+
+def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
+    """Merge the YAML files, the later over the earlier, into plain dicts and lists.
+
+    Raises `ConfigError` when a file is missing, is not YAML, or has an unknown section.
+    """
+    if not paths:
+        raise ConfigError(
+            "--base: no YAML was given; for example --base configs/model/tiny.yaml configs/data/demo.yaml."
+        )
+    parts = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise ConfigError(f"--base: there is no file {path} (looked from {Path.cwd()}).")
+        try:
+            part = OmegaConf.load(path)
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not OmegaConf.is_dict(part):
+            raise ConfigError(f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(part).__name__}.")
+        reject_unknown_keys([str(k) for k in part], SECTIONS, path)
+        parts.append(part)
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"--base: {' '.join(str(error).split())}") from error
+    assert isinstance(merged, dict)
+    return {str(k): v for k, v in merged.items()}
 
 
 def reject_unknown_keys(keys: Iterable[str], known: Sequence[str], where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import av
@@ -14,7 +14,8 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from sat_ext.errors import MediaError
+from sat_ext.errors import MediaError, SatExtError
+from sat_ext.files import is_local, open_binary, size_of, suffix_of
 from sat_ext.types import MAX_PIXELS
 
 # FFmpeg's log lock can deadlock threads, and what goes wrong is raised here anyway.
@@ -23,6 +24,17 @@ av.logging.set_level(None)
 # Containers without presentation times that can be trusted: FFmpeg's are guesses, out of order where the
 # frames are (AVI), or wrong at key frames (MPEG program streams). Their frames are counted, at an even rate.
 UNTIMED_FORMATS = frozenset({"avi", "mpeg"})
+
+# The containers that may be opened. FFmpeg knows more, and some of them are playlists (HLS, DASH, concat) that
+# would make it open whatever other files and addresses they name.
+_DEMUXERS = (
+    *("mov", "matroska", "avi", "flv", "asf", "mpeg", "mpegts", "mpegvideo", "gif", "apng", "ogg", "mxf", "nut"),
+    *("ivf", "obu", "h264", "hevc", "m4v", "dv", "rm", "yuv4mpegpipe"),
+    *("jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe"),
+)
+
+# Whose headers name every stream, so that no packet need be read to find them.
+_FULL_HEADERS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 
 
 @contextmanager
@@ -33,9 +45,11 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
     it opens a file, to learn what the headers do not say, above all how far B-frames reach; a reader without
     that may get the first frames out of order. `headers_only` leaves it out: 3 ms instead of 30.
     """
-    _require_content(path)
+    if is_local(path):
+        size_of(path)
     try:
-        with _open_container(path, headers_only) as container:
+        with ExitStack() as stack:
+            container = _open_container(path, headers_only, stack)
             streams = [
                 s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
             ]
@@ -44,51 +58,64 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
             context = streams[0].codec_context
             if context is None:
                 raise MediaError(path, "no decoder for its video stream")
+            if context.width * context.height > MAX_PIXELS:
+                size = f"{context.width}x{context.height} pixels"
+                raise MediaError(path, f"{size}, over the limit of {MAX_PIXELS}; scale it down")
+            context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame's own header may declare another size
             context.skip_frame = "DEFAULT"
             context.thread_count = 1  # the data workers are the parallelism
             yield container, streams[0]
-    except MediaError:
+    except SatExtError:
         raise
     except av.FFmpegError as error:
         raise MediaError(path, f"not a readable video: {error.strerror}") from error
 
 
+def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """Width and height in square pixels after rotation. To be asked once a frame of the stream was decoded."""
+    ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    # Beyond 8 to 1 it is a slip of the muxer; true ones end at 4 (anamorphic DV in half-width formats).
+    width = round(frame.width * ratio) if ratio and 1 / 8 <= ratio <= 8 else frame.width
+    return (frame.height, width) if round(frame.rotation / 90) % 2 else (width, frame.height)
+
+
 @contextmanager
 def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The image, not yet decoded. Raises `MediaError`, also for what goes wrong inside the `with` block."""
-    _require_content(path)
     try:
-        with Image.open(path) as image:
+        with open_binary(path) as file, Image.open(file) as image:
             if image.width * image.height > max_pixels:
                 raise MediaError(path, f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
             yield image
-    except MediaError:
+    except SatExtError:
         raise
     except UnidentifiedImageError as error:
         raise MediaError(path, "not a readable image: unknown format") from error
     except Exception as error:  # Pillow's parsers leak whatever a broken file makes them stumble over
-        raise MediaError(path, f"not a readable image: {error or type(error).__name__}") from error
+        raise MediaError(path, f"not a readable image: {str(error) or type(error).__name__}") from error
 
 
-def _open_container(path: str, headers_only: bool) -> InputContainer:
+def _open_container(path: str, headers_only: bool, stack: ExitStack) -> InputContainer:
     # An absolute path, because "a:b.mp4" would be taken for a protocol.
-    name = os.path.abspath(path)
+    file: Any = os.path.abspath(path) if is_local(path) else stack.enter_context(open_binary(path))
+    options = {"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "file"}
+    decoder = {"max_pixels": str(MAX_PIXELS)}
+    limit = {}
     if headers_only:
-        options: Any = [{"skip_frame": "all"}]
-        try:
-            return av.open(name, metadata_errors="replace", stream_options=options)
-        except av.FFmpegError:
-            raise
-        except ValueError:
-            pass  # MPEG program streams and FLV do not know their streams before frames were decoded
-    return av.open(name, metadata_errors="replace")
-
-
-def _require_content(path: str) -> None:
-    if not os.path.isfile(path):
-        raise MediaError(path, "no such file")
-    if os.path.getsize(path) == 0:
-        raise MediaError(path, "the file is empty (0 bytes)")
+        decoder["skip_frame"] = "all"
+        # Without a limit, FFmpeg reads a megabyte in search of the pixel format, which decoding would tell.
+        limit = {"probesize": "4096"} if suffix_of(path) in _FULL_HEADERS else {}
+    streams: Any = [decoder]
+    try:
+        return stack.enter_context(
+            av.open(file, metadata_errors="replace", options=options | limit, stream_options=streams)
+        )
+    except av.FFmpegError:
+        raise
+    except ValueError:  # MPEG program streams and FLV do not know their streams before frames were decoded
+        if not isinstance(file, str):
+            file.seek(0)
+    return stack.enter_context(av.open(file, metadata_errors="replace", options=options))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -106,7 +133,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if profile:
         image = _to_srgb(image, profile)
     if not transparent:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 

@@ -30,12 +30,24 @@ SHORT_CLIPS = ("shorter_bucket", "loop", "pad_last", "drop")
 class Item:
     """One row of a source, before its file was opened.
 
-    `key` is unique inside its source and stable between machines (the path relative to the source).
+    `path` says where the bytes are: a file, a URL, or a member of a container (see `sat_ext.files`). `key` is
+    unique inside its source and stable between machines (the path relative to the source). One of `captions` is
+    drawn at each visit, in proportion to `caption_weights` (none given: all alike).
+
+    The rest narrows the file down: from `start` to `end` in seconds (None: the file's end), inside `crop`
+    (left, top, width, height in pixels as displayed), played as if it had `fps` frames a second (None: as it
+    says itself). A record of `weight` 2 is visited twice an epoch.
     """
 
     path: str
-    caption: str
     key: str
+    captions: tuple[str, ...]
+    caption_weights: tuple[float, ...] = ()
+    start: float = 0.0
+    end: float | None = None
+    crop: tuple[int, int, int, int] | None = None
+    fps: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

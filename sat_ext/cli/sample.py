@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -15,12 +15,13 @@ from sat_ext.data.decode import read_still
 from sat_ext.data.index import build_index
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
-from sat_ext.data.transform import to_bucket
+from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import find_run, load_engine, read_run_config
-from sat_ext.models.engine import VideoDiffusionEngine
-from sat_ext.models.show import sample_rows, to_uint8
+from sat_ext.pixels import to_uint8
 from sat_ext.types import Bucket
+
+if TYPE_CHECKING:
+    from sat_ext.models.engine import VideoDiffusionEngine
 
 
 def sample(
@@ -40,6 +41,9 @@ def sample(
     clip: Annotated[Path, typer.Option(help="clips side by side (MP4)")] = Path("samples.mp4"),
 ) -> None:
     """Generate stills and clips from captions, and show them beside what was asked for."""
+    # here, because diffusers and transformers take seconds to import, which the other subcommands shall not
+    from sat_ext.models.checkpoint import find_run, load_engine, read_run_config
+
     folder = find_run(run)
     config = read_run_config(folder)
     engine, iteration = load_engine(folder)
@@ -87,7 +91,7 @@ def _from_prompt(
     if image is not None:
         if engine.config.conditioning != "i2v":
             raise ConfigError("--image: this model takes captions only; leave the option out.")
-        pixels = to_bucket(read_still(str(image)), bucket.height, bucket.width)
+        pixels = read_still(str(image), fit=Fit(bucket.height, bucket.width))
         first = pixels.float() / 127.5 - 1
         strips["first frame"] = pixels.permute(0, 2, 3, 1).numpy()
     out = engine.sample(
@@ -106,6 +110,8 @@ def _held_out(
     options: dict[str, Any],
 ) -> list[Row]:
     """Captions of `args.valid_data`, `number` of each kind."""
+    from sat_ext.models.show import sample_rows
+
     paths = (config.get("args") or {}).get("valid_data") or []
     if not paths:
         raise ConfigError("--prompt: missing, and the run has no args.valid_data to take captions from.")

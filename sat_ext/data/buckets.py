@@ -144,14 +144,36 @@ def step_cost(tokens: int, hidden_size: int) -> float:
 def batch_sizes(buckets: Sequence[Bucket], *, largest: int, shape: SequenceShape) -> dict[Bucket, int]:
     """Samples per batch and rank for each bucket, where the costliest bucket gets `largest`.
 
-    A bucket gets as many samples as cost no more than that batch, and hold no more tokens than it
-    (activations grow with tokens: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
-    Transformer Models", table 2). Cost grows faster than tokens, so with these formulas the tokens are what
-    limits the smaller buckets, and their steps are cheaper by their smaller share of attention.
+    A bucket gets as many samples as cost no more than that batch (`step_cost`), and fit where it fits. What a
+    batch adds to the memory grows with its tokens: some bytes for each token, for each of the L layers (34 d
+    without attention's scores, which flash attention does not keep; 2 d with gradient checkpointing), and for the
+    one layer that is recomputed (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+    Models", table 2). The first stage sees up to 4 frames for a latent frame, but one for a still: fewer pixels a
+    token in short buckets. So the limit is the tokens of the largest bucket's batch. L, the bytes a token, and
+    the passes of a step (the work of 3 forward passes, 4 with checkpointing) multiply all buckets alike and cancel
+    out: width and tokens decide.
 
-    >>> buckets = make_buckets(BucketConfig(frames=(1, 17, 49)), (480, 720), 49)
-    >>> {str(b): n for b, n in batch_sizes(buckets, largest=1, shape=SequenceShape()).items()}
-    {'1x480x720': 11, '17x480x720': 2, '49x480x720': 1}
+    A token of a long sequence costs more than one of a short, so with these formulas memory limits the smaller
+    buckets, and their steps are cheaper by their smaller share of attention (and by what is left over in whole
+    numbers). Ranks do not wait for each other because of it: in a step all have the same bucket. For 5B:
+
+    | bucket     | samples | cost of the step | samples by cost alone | cost | tokens |
+    |------------|---------|------------------|-----------------------|------|--------|
+    | 1x480x720  | 11      | 0.54             | 20                    | 0.98 | 1.77   |
+    | 17x480x720 | 2       | 0.55             | 3                     | 0.83 | 1.18   |
+    | 33x480x720 | 1       | 0.59             | 1                     | 0.59 | 0.70   |
+    | 49x480x720 | 1       | 1                | 1                     | 1    | 1      |
+
+    Who has memory to spare writes the numbers of the right half instead of `{cost: auto}`: `{1: 20, 17: 3, 33: 1,
+    49: 1}`. Samples of all buckets count alike in the loss either way (`Schedule.loss_weight`).
+
+    >>> buckets = make_buckets(BucketConfig(frames=(1, 17, 33, 49)), (480, 720), 49)
+    >>> sizes = batch_sizes(buckets, largest=1, shape=SequenceShape())
+    >>> {str(b): n for b, n in sizes.items()}
+    {'1x480x720': 11, '17x480x720': 2, '33x480x720': 1, '49x480x720': 1}
+    >>> most = step_cost(17776, 3072)
+    >>> [round(n * step_cost(tokens(b), 3072) / most, 2) for b, n in sizes.items()]
+    [0.54, 0.55, 0.59, 1.0]
     """
     assert buckets and largest >= 1
     length = {b: tokens(b, shape) for b in buckets}

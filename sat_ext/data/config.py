@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
 from sat_ext.config import convert
 from sat_ext.data.buckets import BucketConfig, SequenceShape, batch_sizes, make_buckets
+from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
@@ -15,10 +17,20 @@ from sat_ext.types import Bucket
 
 @dataclass(frozen=True, kw_only=True)
 class BadSampleConfig:
-    """How many unreadable files a run endures: `skip` different ones in all, `consecutive` in a row."""
+    """How many unreadable files a run endures: `skip` different ones in all, `consecutive` in a row.
+
+    A file that takes longer than `timeout` seconds to read counts as one.
+    """
 
     skip: int = 100
     consecutive: int = 20
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ConfigError(
+                f"data.params.on_bad_sample.timeout: {self.timeout} seconds; give more than 0 (60 is the default)."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +40,8 @@ class DataConfig:
     `fps`: frames a second that the model sees. `video_size`: (height, width) in pixels, short for one entry in
     `buckets.sizes`; `max_num_frames` (4k+1): short for `buckets.frames` up to it. `skip_frms_num`: frames left
     out at both ends of a clip (CogVideo's name). `sources` stands for SAT's `train_data` where shares, samplers
-    or names are wanted. `batch`: `{cost: auto}`, or samples per rank by number of frames (`{1: 8, 49: 1}`).
+    or names are wanted. `batch`: `{cost: auto}` (`buckets.batch_sizes` says what that gives), or samples per rank
+    by number of frames (`{1: 8, 49: 1}`).
     `seed` decides the order of the data; it does not depend on the rank.
     """
 
@@ -41,7 +54,7 @@ class DataConfig:
     batch: dict[Any, Any] = field(default_factory=lambda: {"cost": "auto"})
     short_clips: Literal["shorter_bucket", "loop", "pad_last", "drop"] = "shorter_bucket"
     on_bad_sample: BadSampleConfig = field(default_factory=BadSampleConfig)
-    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,7 +63,10 @@ class DataConfig:
         if self.skip_frms_num < 0:
             raise ConfigError(f"data.params.skip_frms_num: {self.skip_frms_num} frames; give 0 or more.")
         if self.batch != {"cost": "auto"}:
-            sizes = convert(dict[int, int], self.batch, "data.params.batch")
+            try:
+                sizes = convert(dict[int, int], self.batch, "data.params.batch")
+            except ConfigError:
+                sizes = {}
             if not sizes or min(sizes.values()) < 1:
                 raise ConfigError(
                     f"data.params.batch: {self.batch!r}; write {{cost: auto}}, or samples per frame count as in "
@@ -76,11 +92,23 @@ class DataConfig:
         return {bucket: by_frames[bucket.frames] for bucket in buckets}
 
 
+def sources_of(paths: Sequence[str], weights: Sequence[float] | None) -> list[SourceConfig]:
+    """One source for each path of SAT's `train_data`; `weights` are its `train_data_weights`."""
+    shares = [None] * len(paths) if weights is None else [float(w) for w in weights]
+    stems = [PurePath(p).stem for p in paths]
+    names = [None if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]
+    return [SourceConfig(path=p, name=n, share=s) for p, n, s in zip(paths, names, shares)]
+
+
 def name_sources(sources: tuple[SourceConfig, ...], where: str) -> dict[str, SourceConfig]:
     """The sources by name; a source without one is called after its path. Raises `ConfigError` on a clash,
-    and where only some of them have a share."""
+    for a sampler that is not known, and where only some of them have a share."""
     named: dict[str, SourceConfig] = {}
     for source in sources:
+        try:
+            find_sampler(source.sampler)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error.__cause__
         name = source.name or PurePath(source.path).stem
         if name in named:
             raise ConfigError(

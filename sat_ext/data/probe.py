@@ -6,7 +6,6 @@ decoded: nothing else tells how long its frames last.
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
 from itertools import pairwise
 
@@ -16,10 +15,12 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from sat_ext.errors import MediaError
-from sat_ext.media import UNTIMED_FORMATS, open_image, open_video
-from sat_ext.types import IMAGE_EXTENSIONS, MAX_PIXELS, MediaInfo
+from sat_ext.files import suffix_of
+from sat_ext.media import UNTIMED_FORMATS, displayed_size, open_image, open_video
+from sat_ext.types import IMAGE_EXTENSIONS, MediaInfo
 
 _EXIF_ORIENTATION = 0x0112
+_MAX_ANIMATION = 1 << 34  # pixels of all frames: a minute's decoding, at 300 million a second
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # the EXIF orientations that swap width and height
 
 
@@ -30,8 +31,7 @@ def probe(path: str) -> MediaInfo:
     a file that is missing, empty, truncated, of no known format, without a video stream, or whose first frame
     cannot be decoded. The pixels of a still and the later frames of a video are not looked at.
     """
-    suffix = os.path.splitext(path)[1].lower()
-    return _probe_image(path) if suffix in IMAGE_EXTENSIONS else _probe_video(path)
+    return _probe_image(path) if suffix_of(path) in IMAGE_EXTENSIONS else _probe_video(path)
 
 
 def _probe_image(path: str) -> MediaInfo:
@@ -39,12 +39,27 @@ def _probe_image(path: str) -> MediaInfo:
         width, height = image.size
         codec = (image.format or "").lower()
         if codec in ("gif", "webp") and getattr(image, "is_animated", False):
-            return _probe_animated_webp(image) if codec == "webp" else _probe_video(path)
+            if codec == "gif":
+                info = _probe_video(path)
+                _refuse_endless(path, width, height, info.frames)
+                return info
+            _refuse_endless(path, width, height, image.n_frames)  # type: ignore[attr-defined]
+            return _probe_animated_webp(image)
         # The base class's method: PNG's own would decode the whole image, to find EXIF data behind it.
         orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
     if orientation in _SIDEWAYS and codec != "tiff":  # for TIFF, Pillow's size is the displayed one already
         width, height = height, width
     return MediaInfo(width=width, height=height, frames=1, fps=0.0, duration=0.0, codec=codec)
+
+
+def _refuse_endless(path: str, width: int, height: int, frames: int) -> None:
+    """Animations are decoded from their start: a small file can keep a reader busy for hours."""
+    if width * height * frames > _MAX_ANIMATION:
+        raise MediaError(
+            path,
+            f"{frames} frames of {width}x{height}, over the limit of {_MAX_ANIMATION} pixels for an animation; "
+            "make it a video",
+        )
 
 
 def _probe_animated_webp(image: Image.Image) -> MediaInfo:
@@ -84,10 +99,7 @@ def _displayed_size(path: str, container: InputContainer, stream: VideoStream) -
         if frames:
             frame = frames[0]
             assert isinstance(frame, av.VideoFrame)
-            if frame.width * frame.height > MAX_PIXELS:
-                raise MediaError(path, f"{frame.width}x{frame.height} pixels, over the limit of {MAX_PIXELS}")
-            sideways = round(frame.rotation / 90) % 2
-            return (frame.height, frame.width) if sideways else (frame.width, frame.height)
+            return displayed_size(frame, stream)
         stream.codec_context.flush_buffers()
     raise MediaError(path, "no frame can be decoded")
 

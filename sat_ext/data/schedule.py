@@ -25,6 +25,7 @@ of steps by at most twice that, which for two sources is one batch.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ _SPLITMIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.ui
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """The records of one source in one bucket; `batch` is the number of samples per rank and step."""
+    """The `records` (visits an epoch) of one source in one bucket; `batch` is samples per rank and step."""
 
     source: str
     bucket: Bucket
@@ -79,30 +80,39 @@ class Schedule:
         _check_shares(shares, {c.source for c in cells})
         names = list(dict.fromkeys(c.source for c in cells))
         total = sum(shares[n] for n in names)
-        self._shares = [shares[n] / total for n in names]
-        self._members = [[i for i, c in enumerate(cells) if c.source == n] for n in names]
+        self._sources = [_Source(shares[n] / total, n, self.cells, world) for n in names]
         self._global = [c.batch * world for c in cells]
-        size = {n: sum(c.records for c in cells if c.source == n) for n in names}
-        self._stretch = [size[c.source] / c.records for c in cells]  # source time per sample of the cell
         self._keys = [_key(seed, c.source, str(c.bucket)) for c in cells]
+        per_batch = sum(source.rate * world for source in self._sources)
+        self._weights = [c.batch * per_batch for c in cells]
+
+    def loss_weight(self, cell: int) -> float:
+        """What the loss of a step of `cell` (a mean over its batch) is multiplied by, so that samples count alike.
+
+        Shares count samples. Let f_j be the part of all samples that cell j gives (its source's share, times
+        its part of the source's records), and B_j its batch. Then the steps of cell j are as f_j / B_j to
+        each other, and a sample of it moves the model by w_j / B_j, when w_j weighs its steps. Equal samples
+        ask for w_j = K B_j; a mean weight of 1 over the steps, which leaves the learning rate what it was, asks
+        for K sum(f_j / B_j) B_j / sum(f_j / B_j) = 1. With sum(f_j) = 1 that is
+
+            w_c = B_c * sum over j of f_j / B_j
+
+        Two sources of share 0.5, in batches of 11 stills and of 1 clip: sum = 0.5 / 11 + 0.5 = 6 / 11, so a step
+        of stills weighs 6 and one of clips 6 / 11. Of 12 steps 1 is of stills and 11 of clips: 6 for 11 stills,
+        and 11 * 6 / 11 = 6 for 11 clips. Without weights the stills would have 1 / 12 of the say, not a half.
+        Where a kind shall count for more than its share, `model.loss_weights` multiplies these by kind.
+        """
+        return self._weights[cell]
 
     def state(self, step: int) -> tuple[int, ...]:
         """Samples used per cell before `step`; give it to another `Schedule` as `used` to go on from there."""
-        used, done = list(self.base), 0
-        if step > 0:
-            used, done = self._prefix_before(step)
-        for _ in range(step - done):
-            cell = self._due(used)
-            used[cell] += self._global[cell]
-        return tuple(used)
+        return tuple(self._walk_from(step).used)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """The endless sequence of steps from `start` on. Finding the start needs no replay."""
-        used = list(self.state(start))
+        walk = self._walk_from(start)
         while True:
-            cell = self._due(used)
-            yield Step(cell, used[cell])
-            used[cell] += self._global[cell]
+            yield walk.advance()
 
     def positions(self, step: Step, rank: int) -> np.ndarray:
         """Positions (int64, one per sample of the batch) that `rank` takes from the step's cell."""
@@ -134,58 +144,108 @@ class Schedule:
         """
         return np.random.default_rng([int(self._keys[cell]), position, attempt])
 
-    def _due(self, used: Sequence[int]) -> int:
-        """The cell whose batch is due next."""
-        best, best_time = -1, math.inf
-        for share, members in zip(self._shares, self._members):
-            cell = min(members, key=lambda c: self._source_time(c, used[c]))
-            time = self._time(share, members, cell, used)
-            if time < best_time:
-                best, best_time = cell, time
-        return best
+    def _walk_from(self, step: int) -> _Walk:
+        """The schedule just before `step`: in closed form to a few steps a cell before it, then step by step.
 
-    def _source_time(self, cell: int, position: int) -> float:
-        return (position + self._global[cell] / 2) * self._stretch[cell]
-
-    def _time(self, share: float, members: Sequence[int], cell: int, used: Sequence[int]) -> float:
-        return (sum(used[c] for c in members) + self._global[cell] / 2) / share
-
-    def _prefix_before(self, step: int) -> tuple[list[int], int]:
-        """A state of the schedule at most a few cells' worth of steps before `step`, in closed form.
-
-        At global time T every source has done exactly the batches that are due by then. The number of steps
-        done by T grows like `rate` * T, give or take a batch per cell, so a T just before `step` is known.
+        At global time T every source has done exactly the batches that are due by then. Their number grows like
+        `rate` * T, give or take a batch per cell, so the first guess is right where the sources keep pace with
+        each other. Where they do not (`used` of other shares, or of files since added), guesses close in on it.
         """
-        rate = sum(
-            share * sum(1 / (self._global[c] * self._stretch[c]) for c in members)
-            for share, members in zip(self._shares, self._members)
-        )
-        slack = len(self.cells) + len(self._shares)
+        used, done = list(self.base), 0
+        rate, slack = sum(s.rate for s in self._sources), len(self.cells) + len(self._sources)
         time = sum(self.base) + (step - slack) / rate
-        while True:
-            used = list(self.base)
-            for share, members in zip(self._shares, self._members):
-                self._advance(used, share, members, time)
-            done = sum((u - b) // g for u, b, g in zip(used, self.base, self._global))
-            if done <= step:
-                return used, done
-            time -= (done - step + slack) / rate
+        earliest, latest = min(sum(self.base[i] for i in s.cells) / s.share for s in self._sources), math.inf
+        while step - done > 2 * slack:
+            guess = list(self.base)
+            for source in self._sources:
+                source.advance(guess, time)
+            count = sum((g - b) // n for g, b, n in zip(guess, self.base, self._global))
+            if count <= step:
+                used, done, earliest = guess, count, time
+            else:
+                latest = time
+            time += (step - slack - count) / rate
+            if not earliest < time < latest:
+                time = (earliest + latest) / 2
+        walk = _Walk(self._sources, used)
+        for _ in range(step - done):
+            walk.advance()
+        return walk
 
-    def _advance(self, used: list[int], share: float, members: Sequence[int], time: float) -> None:
-        """Move one source, in place, to its state at global `time`."""
-        limit = share * time - sum(self._global[c] for c in members)
-        for c in members:
-            # a batch more or less by rounding does not matter: the walk below ends at the exact place
-            done = math.floor((limit / self._stretch[c] - self.base[c]) / self._global[c] - 0.5)
-            used[c] += max(0, done) * self._global[c]
-        if sum(used[c] for c in members) > share * time:  # only where the base itself runs ahead
-            for c in members:
-                used[c] = self.base[c]
-        while True:
-            cell = min(members, key=lambda c: self._source_time(c, used[c]))
-            if self._time(share, members, cell, used) > time:
-                return
-            used[cell] += self._global[cell]
+
+class _Source:
+    """The cells of one source. A cell's next batch is `due` in source time, and comes at a global `time`."""
+
+    def __init__(self, share: float, name: str, cells: Sequence[Cell], world: int) -> None:
+        records = sum(c.records for c in cells if c.source == name)
+        self.share = share
+        self.cells = [i for i, c in enumerate(cells) if c.source == name]
+        self.batch = {i: cells[i].batch * world for i in self.cells}  # samples a step, over all ranks
+        self.stretch = {i: records / cells[i].records for i in self.cells}  # source time a sample
+        self.rate = share * sum(1 / (self.batch[i] * self.stretch[i]) for i in self.cells)  # batches a global time
+
+    def queue(self, used: Sequence[int]) -> list[tuple[float, int]]:
+        """A heap of when the next batch of each cell is due; of two at once the first cell's is ahead."""
+        queue = [(self.due(i, used[i]), i) for i in self.cells]
+        heapq.heapify(queue)
+        return queue
+
+    def due(self, cell: int, used: int) -> float:
+        return (used + self.batch[cell] / 2) * self.stretch[cell]
+
+    def time(self, cell: int, total: int) -> float:
+        return (total + self.batch[cell] / 2) / self.share
+
+    def advance(self, used: list[int], time: float) -> None:
+        """Move the source's entries of `used`, which hold the base, to its state at global `time`."""
+        base, most = [used[i] for i in self.cells], self.share * time
+        limit = most - sum(self.batch.values())
+        total = self._fill(used, base, limit)
+        while total > most:  # only where cells of the base run ahead, so that fewer cells make up the samples
+            moving = sum(1 / self.stretch[i] for i, start in zip(self.cells, base) if used[i] > start)
+            if not moving:
+                break
+            limit -= (total - most + sum(self.batch.values())) / moving
+            total = self._fill(used, base, limit)
+        queue = self.queue(used)
+        while self.time(queue[0][1], total) <= time:
+            cell = queue[0][1]
+            used[cell] += self.batch[cell]
+            total += self.batch[cell]
+            heapq.heapreplace(queue, (self.due(cell, used[cell]), cell))
+
+    def _fill(self, used: list[int], base: Sequence[int], limit: float) -> int:
+        """Set `used` to all batches due at source time `limit`, and return their samples, base included."""
+        for i, start in zip(self.cells, base):  # a batch off by rounding does not matter: the heap mends it
+            done = math.floor((limit / self.stretch[i] - start) / self.batch[i] - 0.5)
+            used[i] = start + max(0, done) * self.batch[i]
+        return sum(used[i] for i in self.cells)
+
+
+class _Walk:
+    """The schedule in motion: `used` counts samples per cell, and the heaps know what is due next."""
+
+    def __init__(self, sources: Sequence[_Source], used: list[int]) -> None:
+        self.used = used
+        self._sources = sources
+        self._queues = [s.queue(used) for s in sources]
+        self._totals = [sum(used[i] for i in s.cells) for s in sources]
+        self._next = [
+            (s.time(q[0][1], n), k) for k, (s, q, n) in enumerate(zip(sources, self._queues, self._totals))
+        ]
+        heapq.heapify(self._next)
+
+    def advance(self) -> Step:
+        """Do the step that is due, and return it. Of two sources that are due at once, the first."""
+        k = self._next[0][1]
+        source, queue = self._sources[k], self._queues[k]
+        cell = queue[0][1]
+        step = Step(cell, self.used[cell])
+        self.used[cell] += source.batch[cell]
+        self._totals[k] += source.batch[cell]
+        heapq.heapreplace(queue, (source.due(cell, self.used[cell]), cell))
+        heapq.heapreplace(self._next, (source.time(queue[0][1], self._totals[k]), k))
+        return step
 
 
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
@@ -198,15 +258,17 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
         return np.zeros_like(values)
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    rounds = [_mix(keys + np.uint64(i)) for i in range(FEISTEL_ROUNDS)]
     out = values.astype(np.uint64)
-    outside = np.ones(out.shape, dtype=bool)
-    while outside.any():
-        v, k = out[outside], keys[outside]
+    outside = np.arange(out.size)
+    while outside.size:
+        v = out[outside]
         left, right = v >> half_bits, v & mask
-        for i in range(FEISTEL_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ _mix(k + np.uint64(i))) & mask)
-        out[outside] = (left << half_bits) | right
-        outside = out >= size
+        for key in rounds:
+            left, right = right, left ^ (_mix(right ^ key[outside]) & mask)
+        v = (left << half_bits) | right
+        out[outside] = v
+        outside = outside[v >= size]
     return out.astype(np.int64)
 
 

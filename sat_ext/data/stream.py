@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
-from pathlib import Path
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,58 +13,38 @@ import torch
 
 from sat_ext.data.clips import sample_times
 from sat_ext.data.collate import collate
-from sat_ext.data.config import BadSampleConfig, DataConfig
+from sat_ext.data.config import DataConfig
 from sat_ext.data.decode import read_frames, read_still
-from sat_ext.data.index import Index
+from sat_ext.data.faults import Faults
+from sat_ext.data.guard import Guard
+from sat_ext.data.index import Group, Index
+from sat_ext.data.parts import file_times, part_info
 from sat_ext.data.schedule import Cell, Schedule, Step
-from sat_ext.data.transform import to_bucket
-from sat_ext.errors import DataError, MediaError
-from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Sample
+from sat_ext.data.transform import Fit
+from sat_ext.errors import MediaError
+from sat_ext.files import suffix_of
+from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, Sample
 
 log = logging.getLogger(__name__)
 
+_SLACK = 64  # bytes between the samples of a batch in shared memory
 
-class Faults:
-    """Counts the files that could not be read during a run, and ends the run past the budget."""
 
-    def __init__(self, budget: BadSampleConfig) -> None:
-        self.budget = budget
-        self.bad: dict[int, tuple[str, str]] = {}  # by row: path and reason, not the error, which holds frames
-        self._in_a_row = 0
+def read_pixels(path: str, times: Sequence[float] | None, decoder: str, fit: Fit) -> np.ndarray:
+    """The pixels of one sample, uint8 (T, 3, height, width): the frames at `times`, or a still where that is None.
 
-    def add(self, row: int, error: MediaError) -> None:
-        """Note one bad file. Raises `DataError` with the list of files when the budget is spent."""
-        if row not in self.bad:
-            log.warning("skipped: %s", error)
-        self.bad[row] = error.path, error.reason
-        self._in_a_row += 1
-        if len(self.bad) > self.budget.skip or self._in_a_row > self.budget.consecutive:
-            listed = "; ".join(f"{path}: {reason}" for path, reason in list(self.bad.values())[-20:])
-            raise DataError(
-                f"{len(self.bad)} files could not be read, {self._in_a_row} in a row, more than "
-                f"data.params.on_bad_sample allows (skip {self.budget.skip}, "
-                f"consecutive {self.budget.consecutive}); mend or remove them: {listed}"
-            ) from None
-
-    def require_another(self, rows: np.ndarray, source: str, bucket: Bucket) -> None:
-        """Raise `DataError` when not one of the rows is left to stand in for a bad one."""
-        if all(int(row) in self.bad for row in rows):
-            path, reason = self.bad[int(rows[0])]
-            raise DataError(
-                f"source '{source}': no file of bucket {bucket} can be read, {path} for one ({reason}); mend "
-                "or remove them."
-            )
-
-    def clear_run(self) -> None:
-        """A file was read: the next bad one starts a new row of failures."""
-        self._in_a_row = 0
+    Runs in the guard's process. Raises `MediaError`.
+    """
+    pixels = read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
+    return pixels.numpy()
 
 
 class JointStream:
     """Batches of an index in the order of its schedule. One object serves any rank, worker and start.
 
     `batch_sizes` gives samples per rank by bucket. Where a bucket of a source has few records, its batch is
-    smaller, so that no step holds a record twice.
+    smaller, so that no step holds a record twice. Files are read in a process of the stream's own (see
+    `guard`), in each data worker or, without workers, beside the training process.
     """
 
     def __init__(
@@ -93,7 +73,15 @@ class JointStream:
                     cell.source, cell.records, cell.bucket, world,
                 )  # fmt: skip
         self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world)
-        self._faults = Faults(config.on_bad_sample)
+        budget = config.on_bad_sample
+        self._faults = Faults(
+            skip=budget.skip, consecutive=budget.consecutive, rows=sum(c.records for c in self.schedule.cells)
+        )
+        # room for all samples of the largest batch
+        capacity = max(
+            c.batch * (_SLACK + 3 * prod((c.bucket.frames, c.bucket.height, c.bucket.width))) for c in cells
+        )
+        self._read = Guard(read_pixels, timeout=budget.timeout, capacity=capacity)
 
     def batches(
         self, *, start: int, rank: int, worker: int = 0, workers: int = 1, cycle: int | None = None
@@ -114,52 +102,69 @@ class JointStream:
 
     def batch(self, step: Step, rank: int) -> dict[str, Any]:
         """The batch of one step. Raises `DataError` when too many files cannot be read."""
-        return collate(
-            [self.sample(step.cell, int(p)) for p in self.schedule.positions(step, rank)],
-            self.dtype,
-        )
+        self._read.release()  # the samples of the last batch were copied into it
+        samples = [self.sample(step.cell, int(p)) for p in self.schedule.positions(step, rank)]
+        batch = collate(samples, self.dtype)
+        batch["loss_weight"] = torch.full((len(samples),), self.schedule.loss_weight(step.cell))
+        return batch
 
     def sample(self, cell: int, position: int) -> Sample:
-        """The sample at `position` of a cell's stream; a bad file gives way to another of the same cell."""
+        """The sample at `position` of a cell's stream; a bad file gives way to another of the same cell.
+
+        Its pixels hold until the next `batch`.
+        """
         group = self.index.groups[cell]
-        row = int(group.rows[self.schedule.records(cell, np.array([position]))[0]])
+        record = int(self.schedule.records(cell, np.array([position]))[0])
         for attempt in count():
             rng = self.schedule.rng(cell, position, attempt)
             if attempt:
-                row = int(group.rows[rng.integers(len(group.rows))])
-            if row in self._faults.bad:
+                record = int(rng.integers(len(group.rows)))
+            row = int(group.rows[record])
+            if row in self._faults:
                 self._faults.require_another(group.rows, group.source, group.bucket)
                 continue
             try:
-                sample = self._load(row, group.source, group.bucket, rng)
+                sample = self._load(group, record, rng)
                 self._faults.clear_run()
                 return sample
             except MediaError as error:
                 self._faults.add(row, error)
         raise AssertionError("the budget of faults ends the loop")
 
-    def _load(self, row: int, source: str, bucket: Bucket, rng: np.random.Generator) -> Sample:
-        item, info = self.index.item(row)
-        if info.frames == 1 and Path(item.path).suffix.lower() in IMAGE_EXTENSIONS:
-            frames, num_frames, fps = read_still(item.path), 1, self.config.fps
-        else:
+    def _load(self, group: Group, record: int, rng: np.random.Generator) -> Sample:
+        item, whole = self.index.item(int(group.rows[record]))
+        bucket = group.bucket
+        part = part_info(item, whole)
+        times, num_frames, fps = None, 1, self.config.fps
+        if whole.frames > 1 or suffix_of(item.path) not in IMAGE_EXTENSIONS:
             clip = sample_times(
-                self.index.samplers[source],
-                info=info,
+                self.index.samplers[group.source],
+                info=part,
                 frames=bucket.frames,
                 fps=self.config.fps,
                 rng=rng,
                 short=self.config.short_clips,
                 skip_frames=self.config.skip_frms_num,
+                window=0 if group.windows is None else int(group.windows[record]),
             )
-            frames = read_frames(item.path, clip.times, decoder=self.config.decoder)
-            num_frames, fps = clip.num_frames, clip.fps
+            times, num_frames, fps = file_times(item, whole, clip.times), clip.num_frames, clip.fps
+        caption = _draw_caption(item, rng)
+        fit = Fit(bucket.height, bucket.width, item.crop)
+        pixels = self._read(item.path, times, self.config.decoder, fit)
         return Sample(
-            pixels=to_bucket(frames, bucket.height, bucket.width),
-            caption=item.caption,
+            pixels=torch.from_numpy(pixels),
+            caption=caption,
             num_frames=num_frames,
             fps=fps,
             kind="image" if bucket.frames == 1 else "video",
-            source=source,
+            source=group.source,
             key=item.key,
         )
+
+
+def _draw_caption(item: Item, rng: np.random.Generator) -> str:
+    """One of the item's captions. A single one is not drawn for, so that it changes no other random number."""
+    if len(item.captions) == 1:
+        return item.captions[0]
+    weights = np.array(item.caption_weights or (1.0,) * len(item.captions))
+    return item.captions[int(rng.choice(len(weights), p=weights / weights.sum()))]

@@ -33,6 +33,7 @@ from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.generate import generate
 from sat_ext.models.text import build_text
 from sat_ext.models.transformer import OFS, build_transformer, rotary_embedding
+from sat_ext.pixels import to_model_range
 
 ABSENT = -100.0  # SAT's mark for a metric that this rank has no value of; SAT averages the others
 KINDS = ("image", "video")
@@ -81,13 +82,15 @@ class VideoDiffusionEngine(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and `loss_image` and `loss_video`: -100 where it has no such sample.
 
-        `batch`: mp4 (B, T, C, H, W) in [-1, 1]; lists of B: txt, kind, source, key (the last two seed an
-        evaluation). An optional `seed`, an int, fixes every random draw of a training step; it must differ
-        between ranks.
+        `batch`: mp4 (B, T, C, H, W), uint8 or in [-1, 1]; lists of B: txt, kind, source, key (the last two seed
+        an evaluation). Optional: `loss_weight` (B,), what each sample counts (`Schedule.loss_weight`), which
+        evaluations ignore; `seed`, an int that differs between ranks, fixes every draw of a training step.
         """
         losses = self._training_losses(batch) if self.training else self._evaluation_losses(batch)
         weights = self.config.loss_weights
         factors = torch.tensor([getattr(weights, kind) for kind in batch["kind"]], device=losses.device)
+        if self.training and "loss_weight" in batch:
+            factors = factors * batch["loss_weight"].to(losses.device)
         metrics = {f"loss_{kind}": _mean_of(losses.detach(), batch["kind"], kind) for kind in KINDS}
         return (factors * losses).mean(), metrics
 
@@ -183,7 +186,8 @@ class VideoDiffusionEngine(nn.Module):
         return torch.stack(losses).mean(dim=0)
 
     def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
-        pixels: Tensor = batch["mp4"].to(self.network.device)
+        given: Tensor = batch["mp4"].to(self.network.device)  # uint8 crosses to the device four times faster
+        pixels = to_model_range(given, self.network.dtype) if given.dtype == torch.uint8 else given
         assert pixels.ndim == 5 and pixels.shape[0] == len(batch["txt"]) == len(batch["kind"])
         return pixels
 

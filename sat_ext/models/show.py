@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from sat_ext.contact_sheet import Row
 from sat_ext.models.engine import VideoDiffusionEngine
+from sat_ext.pixels import to_model_range, to_uint8
 
 
 def sample_rows(
@@ -21,8 +21,8 @@ def sample_rows(
 ) -> list[Row]:
     """One row a sample: what the engine makes of its caption, and the sample itself.
 
-    `batch` holds `mp4` (B, T, C, H, W) in [-1, 1], `txt` and `kind`. An image-to-video engine gets the first
-    frames of clips; of stills it gets the caption alone, since the first frame would be the answer.
+    `batch` holds `mp4` (B, T, C, H, W), uint8 or in [-1, 1], `txt` and `kind`. An image-to-video engine gets
+    the first frames of clips; of stills it gets the caption alone, since the first frame would be the answer.
     """
     real = batch["mp4"]
     shows_first = engine.config.conditioning == "i2v" and batch["kind"][0] == "video"
@@ -31,7 +31,7 @@ def sample_rows(
         frames=real.shape[1],
         height=real.shape[3],
         width=real.shape[4],
-        first_frames=real[:, 0] if shows_first else None,
+        first_frames=to_model_range(real[:, 0], torch.float32) if shows_first else None,
         steps=steps,
         guidance_scale=guidance_scale,
         generator=generator,
@@ -40,8 +40,3 @@ def sample_rows(
         Row(caption=caption, strips={"generated": to_uint8(m), "held out": to_uint8(r)})
         for caption, m, r in zip(batch["txt"], made, real)
     ]
-
-
-def to_uint8(clip: torch.Tensor) -> np.ndarray:
-    """(T, C, H, W) in [-1, 1] to uint8 (T, H, W, C)."""
-    return ((clip.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

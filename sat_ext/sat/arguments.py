@@ -12,15 +12,11 @@ from typing import Any
 
 import deepspeed
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from sat import arguments as sat_arguments
-from yaml import YAMLError
 
-from sat_ext.config import convert, reject_unknown_keys
+from sat_ext.config import convert, read_yaml, reject_unknown_keys
 from sat_ext.errors import ConfigError
 
-SECTIONS = ("args", "model", "data", "deepspeed")
 # Top level keys of DeepSpeed's configuration that a training YAML may hold (deepspeed.ai/docs/config-json).
 DEEPSPEED_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
@@ -28,35 +24,6 @@ DEEPSPEED_KEYS = (
     "communication_data_type", "steps_per_print", "wall_clock_breakdown", "dump_state", "activation_checkpointing",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "checkpoint", "data_types",
 )  # fmt: skip
-
-
-def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
-    """Merge the YAML files, the later over the earlier, into plain dicts and lists.
-
-    Raises `ConfigError` when a file is missing, is not YAML, or has an unknown section.
-    """
-    if not paths:
-        raise ConfigError(
-            "--base: no YAML was given; for example --base configs/model/tiny.yaml configs/data/demo.yaml."
-        )
-    parts = []
-    for path in paths:
-        if not Path(path).is_file():
-            raise ConfigError(f"--base: there is no file {path} (looked from {Path.cwd()}).")
-        try:
-            part = OmegaConf.load(path)
-        except (YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-        if not OmegaConf.is_dict(part):
-            raise ConfigError(f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(part).__name__}.")
-        reject_unknown_keys([str(k) for k in part], SECTIONS, path)
-        parts.append(part)
-    try:
-        merged = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"--base: {' '.join(str(error).split())}") from error
-    assert isinstance(merged, dict)
-    return {str(k): v for k, v in merged.items()}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -8,13 +8,11 @@ entries of a list share one stream: whichever SAT draws, the next batch of the s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from rich.progress import track
 from sat import mpu
@@ -23,16 +21,15 @@ from torch.utils.data import Dataset, get_worker_info
 from webdataset import DataPipeline
 
 from sat_ext.config import load
-from sat_ext.data.buckets import SequenceShape
-from sat_ext.data.config import DataConfig
-from sat_ext.data.index import Index, Probed, build_index
+from sat_ext.data.config import DataConfig, sources_of
+from sat_ext.data.index import build_index
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
-from sat_ext.errors import ConfigError, DataError, SatExtError
-from sat_ext.models.config import check_bucket, load_model_config, size_multiple, text_length, transformer_of
+from sat_ext.errors import ConfigError
+from sat_ext.models.shape import check_buckets, sequence_shape
 from sat_ext.sat import fixes
 from sat_ext.sat.registry import dataset_registry
-from sat_ext.types import Bucket
+from sat_ext.sat.shared import share_from_first_rank
 
 MANY_FILES = 500  # some seconds of probing
 SPLITS = ("train_data", "valid_data", "test_data")
@@ -75,7 +72,7 @@ class MapStyle(Dataset):
         self.stream = stream
 
     def __len__(self) -> int:
-        return self.stream.index.table.num_rows
+        return sum(cell.records for cell in self.stream.schedule.cells)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         batch = self.stream.batch(next(self.stream.schedule.steps(item)), rank=0)
@@ -118,10 +115,7 @@ class JointImageVideoDataset:
         if split == "train_data" and config.sources:
             return list(config.sources)
         weights = args.train_data_weights if split == "train_data" and len(paths) == len(args.train_data) else None
-        shares = [None] * len(paths) if weights is None else [float(w) for w in weights]
-        stems = [PurePath(p).stem for p in paths]
-        names = [None if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]
-        return [SourceConfig(path=p, name=n, share=s) for p, n, s in zip(paths, names, shares)]
+        return sources_of(paths, weights)
 
     @classmethod
     def _stream(
@@ -136,16 +130,15 @@ class JointImageVideoDataset:
     ) -> JointStream:
         buckets = config.make_buckets()
         model = _plain(getattr(args, "model_config", {}))
-        _check_buckets(model, buckets)
+        check_buckets(model, buckets)
         sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
-        index = _on_first_rank(lambda: build_index(sources, config, probing=_with_progress_bar))
+        index = share_from_first_rank(lambda: build_index(sources, config, probing=_with_progress_bar))
         print_rank0(f"{split}: {index.summary()}")
         per_rank = args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size
-        sizes = config.batch_sizes(buckets, largest=per_rank, shape=_sequence_shape(model))
+        sizes = config.batch_sizes(buckets, largest=per_rank, shape=sequence_shape(model))
         if largest is not None:
             sizes = dict.fromkeys(sizes, largest)
-        dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
-        stream = JointStream(index, config, batch_sizes=sizes, world=world, dtype=dtype)
+        stream = JointStream(index, config, batch_sizes=sizes, world=world, dtype=_pixel_type(args, model))
         batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
         print_rank0(f"{split}: samples per rank and step: {batches}")
         return stream
@@ -176,55 +169,16 @@ def _next_split(args: argparse.Namespace) -> str:
     raise AssertionError("SAT asked for more data sets than args.train_data, valid_data and test_data name")
 
 
-def _on_first_rank(build: Callable[[], Index]) -> Index:
-    """The index, built once and sent to all ranks; an error of the first rank is raised on all of them."""
-    result: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = [build()]
-        except SatExtError as error:
-            result = [error]
-        except UnicodeEncodeError as error:
-            result = [DataError(f"{error.object!r}: not valid UTF-8; rename the file, or mend its caption.")]
-    dist.broadcast_object_list(result, src=0)
-    if isinstance(result[0], SatExtError):
-        raise result[0]
-    return result[0]
+def _pixel_type(args: argparse.Namespace, model: dict[str, Any]) -> torch.dtype:
+    """Our engine takes uint8, and converts it on its device; other engines want their training dtype."""
+    if model and "network_config" not in model:
+        return torch.uint8
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
 
 
-def _check_buckets(model: Mapping[str, Any], buckets: tuple[Bucket, ...]) -> None:
-    """Refuse shapes that the model cannot take, or must not."""
-    if "network_config" in model:  # CogVideo's own engine
-        if model.get("noised_image_input") and any(b.frames == 1 for b in buckets):
-            raise ConfigError(
-                "data.params.buckets.frames: CogVideo's own image-to-video engine would show a still its target "
-                "as the condition; leave 1 out of the list, or train its text-to-video model, or our engine."
-            )
-    elif model:
-        config = load_model_config(model)
-        for bucket in buckets:
-            check_bucket(config, bucket)
-
-
-def _with_progress_bar(found: Iterable[Probed], total: int) -> Iterable[Probed]:
+def _with_progress_bar(outcomes: Iterable[Any], total: int) -> Iterable[Any]:
     """A bar on the terminal of the first rank, where there are files enough to wait for."""
-    return track(found, description="probing files", total=total, disable=total < MANY_FILES)
-
-
-def _sequence_shape(model: Mapping[str, Any]) -> SequenceShape:
-    """What the cost of a batch follows from, of our model section or of CogVideo's."""
-    if "network_config" in model:
-        return SequenceShape(hidden_size=int(model["network_config"]["params"]["hidden_size"]))
-    if not model:
-        return SequenceShape()
-    config = load_model_config(model)
-    transformer = transformer_of(config)
-    return SequenceShape(
-        hidden_size=transformer.num_attention_heads * transformer.attention_head_dim,
-        text_length=text_length(config),
-        pixels_per_token=size_multiple(config),
-        latents_per_token=transformer.patch_size_t or 1,
-    )
+    return track(outcomes, description="probing files", total=total, disable=total < MANY_FILES)
 
 
 def _plain(config: Any) -> dict[str, Any]:

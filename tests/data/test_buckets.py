@@ -273,5 +273,37 @@ def test_no_batch_costs_or_holds_more_than_the_costliest_and_none_could_be_large
         assert (n + 1) * tokens(bucket) > most_tokens or (n + 1) * step_cost(tokens(bucket), width) > most_cost
 
 
+@given(
+    bucket_sets,
+    st.integers(1, 16),
+    st.sampled_from([64, 1920, 3072]),
+    st.integers(1, 60),
+    st.booleans(),
+)
+def test_layers_and_checkpointing_cancel_out(made, largest, width, layers, checkpointing):
+    def flops(bucket):
+        n = tokens(bucket)
+        return layers * (24 * n * width**2 + 4 * n**2 * width) * (4 if checkpointing else 3)
+
+    def memory(bucket):  # bytes of activations in bf16
+        return tokens(bucket) * width * (2 * layers + 34 if checkpointing else 34 * layers)
+
+    longest = max(made, key=tokens)
+    for bucket, n in batch_sizes(made, largest=largest, shape=SequenceShape(hidden_size=width)).items():
+        assert n == min(largest * f(longest) // f(bucket) for f in (flops, memory))
+
+
+def test_batches_by_cost_alone_are_those_of_the_documented_table():
+    table = {1: (11, 0.54, 20, 0.98, 1.77), 17: (2, 0.55, 3, 0.83, 1.18), 33: (1, 0.59, 1, 0.59, 0.70),
+             49: (1, 1.0, 1, 1.0, 1.0)}  # fmt: skip
+    made = make_buckets(BucketConfig(frames=tuple(table)), VIDEO_SIZE, 49)
+    most_tokens, most_cost = tokens(made[-1]), step_cost(tokens(made[-1]), 3072)
+    for bucket, n in batch_sizes(made, largest=1, shape=SequenceShape()).items():
+        cost = step_cost(tokens(bucket), 3072) / most_cost
+        alone = int(1 / cost)
+        row = n, round(n * cost, 2), alone, round(alone * cost, 2), round(alone * tokens(bucket) / most_tokens, 2)
+        assert row == table[bucket.frames]
+
+
 def test_the_examples_in_the_docstrings_hold():
     assert doctest.testmod(buckets).failed == 0

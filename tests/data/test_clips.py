@@ -1,18 +1,31 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sat_ext.data import clips
-from sat_ext.data.clips import SAMPLERS, STILL_SAMPLERS, ClipTimes, available_frames, sample_times
+from sat_ext.data.clips import (
+    SAMPLERS,
+    ClipTimes,
+    Window,
+    available_frames,
+    is_still_sampler,
+    records_of,
+    register_sampler,
+    sample_times,
+    samplers,
+)
 from sat_ext.errors import ConfigError
 from sat_ext.types import SHORT_CLIPS, TIME_TOLERANCE, MediaInfo
 
+STILL_SAMPLERS = {name for name in SAMPLERS if is_still_sampler(name)}
 CLIP_SAMPLERS = sorted(set(SAMPLERS) - STILL_SAMPLERS)
 FILLING = ("loop", "pad_last")
 
@@ -46,9 +59,18 @@ def sample(
     short: str = "pad_last",
     skip_frames: float = 0,
     seed: int = 0,
+    window: int = 0,
 ) -> ClipTimes:
-    rng = np.random.default_rng(seed)
-    return sample_times(sampler, info=info, frames=frames, fps=fps, rng=rng, short=short, skip_frames=skip_frames)
+    return sample_times(
+        sampler,
+        info=info,
+        frames=frames,
+        fps=fps,
+        rng=np.random.default_rng(seed),
+        short=short,
+        skip_frames=skip_frames,
+        window=window,
+    )
 
 
 def shown(times: ClipTimes, fps: float) -> list[int]:
@@ -187,7 +209,7 @@ def test_an_unknown_sampler_is_named_with_the_nearest_one():
         sample("randomstart", media(30, 8.0), 9)
     assert str(error.value) == (
         "sampler: 'randomstart' is not known; did you mean 'random_start'? "
-        "valid: random_start, start, middle, uniform, first_frame, random_frame."
+        "valid: random_start, start, middle, uniform, first_frame, random_frame, all_windows."
     )
 
 
@@ -203,5 +225,116 @@ def test_a_short_clip_under_a_policy_that_does_not_fill_is_our_own_mistake(short
         sample("start", media(5, 8.0), 9, short=short)
 
 
-def test_the_examples_in_the_docstrings_hold():
-    assert doctest.testmod(clips).failed == 0
+def test_the_samplers_of_stills_are_the_two_that_are_named_for_a_frame():
+    assert {"first_frame", "random_frame"} == STILL_SAMPLERS
+
+
+@given(st.sampled_from(sorted(set(SAMPLERS) - {"all_windows"})), files, st.integers(1, 60), target_rates, skips)
+def test_samplers_but_all_windows_make_one_record_of_a_file(sampler, info, frames, fps, skip):
+    assert records_of(sampler, info, frames=frames, fps=fps, skip_frames=skip) == 1
+
+
+@given(files, st.integers(1, 60), target_rates, skips)
+@settings(deadline=None)
+def test_all_windows_covers_a_clip_side_by_side_with_less_than_a_window_left_over(info, frames, fps, skip):
+    n = records_of("all_windows", info, frames=frames, fps=fps, skip_frames=skip)
+    available = available_frames(info, fps, skip)
+    assert n == max(1, available // frames)
+    if available < frames or n > 500:
+        return
+    windows = [sample("all_windows", info, frames, fps, skip_frames=skip, window=i) for i in range(n)]
+    left_out = min(int(skip), (info.frames - 1) // 2)
+    period = info.duration / info.frames
+    start, end = left_out * period, (info.frames - left_out) * period
+    length = frames / fps  # of one window, to the end of its last frame
+    assert all(w.num_frames == frames and w.fps == int(fps + 0.5) for w in windows)
+    assert windows[0].times[0] == pytest.approx(start)
+    for a, b in zip(windows, windows[1:]):
+        assert b.times[0] >= a.times[0] + length - 1e-6  # no moment is in two windows
+    gaps = [b.times[0] - a.times[0] - length for a, b in zip(windows, windows[1:])]
+    last = windows[-1].times[-1]
+    assert sum(gaps) < length + TIME_TOLERANCE + 1e-6
+    assert max(gaps, default=0.0) - min(gaps, default=0.0) < 1e-6  # evenly spread
+    if info.frames > 1:
+        assert last + TIME_TOLERANCE <= end + 1e-6  # not one of the frames that are skipped
+    if n > 1:
+        assert end - last <= max(period, 1 / fps) + 2 * TIME_TOLERANCE  # the last one ends where the clip does
+
+
+@given(files, st.integers(1, 30), seeds)
+def test_all_windows_draws_nothing(info, frames, seed):
+    n = records_of("all_windows", info, frames=frames, fps=8)
+    for i in (0, n - 1):
+        assert sample("all_windows", info, frames, window=i) == sample(
+            "all_windows", info, frames, window=i, seed=seed
+        )
+
+
+def test_all_windows_fills_a_short_clip_as_other_samplers_do():
+    assert sample("all_windows", media(5, 8.0), 9, short="loop") == sample("start", media(5, 8.0), 9, short="loop")
+
+
+def test_a_window_that_is_not_there_is_our_own_mistake():
+    with pytest.raises(AssertionError, match="window 1 of 1"):
+        sample("random_start", media(100, 8.0), 9, window=1)
+    with pytest.raises(AssertionError, match="window 11 of 11"):
+        sample("all_windows", media(100, 8.0), 9, window=11)
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    yield "ours"
+    SAMPLERS.pop("ours", None)
+
+
+def test_a_sampler_of_ones_own_is_used_by_its_name(name):
+    @register_sampler(name, still=True, whole=True)
+    def last(window, frames, fps, rng):
+        return [window.start + (window.frames - 1) * window.period]
+
+    assert sample(name, media(80, 8.0), 1, skip_frames=3).times == (9.875,)
+    assert is_still_sampler(name)
+    assert "did you mean 'ours'?" in str(refusal("our"))
+
+
+def refusal(sampler: str) -> ConfigError:
+    with pytest.raises(ConfigError) as error:
+        sample(sampler, media(80, 8.0), 2)
+    return error.value
+
+
+@pytest.mark.parametrize("times", [[0.0], [0.0, 0.0], [1.0, 0.5], [-1.0, 0.0], [9.0, 11.0], [0.0, float("nan")]])
+def test_times_that_a_sampler_must_not_give_are_refused(name, times):
+    register_sampler(name)(lambda window, frames, fps, rng: times)
+    assert str(refusal(name)) == (
+        f"sampler: 'ours' gave the times {times} for 2 frames; mend it, so that as many rise from 0.000 s to at "
+        "most 10.000 s."
+    )
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    points = [EntryPoint("ours", value, samplers.ENTRY_POINT_GROUP)]
+    monkeypatch.setattr(samplers, "entry_points", lambda *, group: points)
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+def test_a_sampler_of_another_package_is_found_by_its_entry_point(name, monkeypatch, decorated):
+    module = ModuleType("their_samplers")
+
+    def ours(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
+        return window.run(0.5, frames, fps)
+
+    module.__getattr__ = lambda _: register_sampler(name, still=True)(ours) if decorated else ours  # type: ignore
+    monkeypatch.setitem(sys.modules, "their_samplers", module)
+    offer(monkeypatch, "their_samplers:ours")
+    assert sample(name, media(80, 8.0), 1).times == (0.5,)
+    assert is_still_sampler(name) == decorated
+
+
+def test_a_package_that_cannot_be_loaded_is_named(name, monkeypatch):
+    offer(monkeypatch, "no_such_package:ours")
+    assert str(refusal(name)) == (
+        "sampler: 'ours' cannot be loaded from 'no_such_package:ours' (ModuleNotFoundError: No module named "
+        "'no_such_package'); mend or remove that package."
+    )
+    assert str(refusal("ourz")).startswith("sampler: 'ourz' is not known; did you mean 'ours'?")

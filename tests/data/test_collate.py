@@ -48,6 +48,16 @@ def test_pixels_become_minus_one_to_one_rounded_once(dtype):
     assert batch["mp4"].min() == -1 and batch["mp4"].max() == 1
 
 
+def test_uint8_is_handed_over_as_decoded():
+    samples = [sample(), sample(value=255)]
+    batch = collate(samples, torch.uint8)
+    assert batch["mp4"].dtype == torch.uint8 and batch["mp4"].shape == (2, 5, 3, 16, 32)
+    assert torch.equal(batch["mp4"], torch.stack([s.pixels for s in samples])) and batch["mp4"].is_contiguous()
+    before = batch["mp4"].clone()
+    samples[0].pixels.zero_()  # the stages' memory is used again
+    assert torch.equal(batch["mp4"], before)
+
+
 def test_an_image_batch_has_one_frame():
     batch = collate([sample(frames=1, value=255, kind="image")], torch.bfloat16)
     assert batch["mp4"].shape == (1, 1, 3, 16, 32) and batch["kind"] == ["image"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import av
@@ -11,6 +12,17 @@ from sat_ext.errors import ConfigError, MediaError
 from tests.media import index_of, indices_of, pattern, real_clip, remux, write_clip
 
 PLACES = [0, 1, 7, 11, 12, 13, 30, 48, 49]
+
+
+def has_torchcodec() -> bool:
+    try:
+        import torchcodec.decoders  # noqa: F401  # what it needs may be missing
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+READERS = ["pyav", "decord", *(["torchcodec"] if has_torchcodec() else [])]
 
 
 def read(path: Path, times: list[float], decoder: str = "auto") -> list[int]:
@@ -28,7 +40,7 @@ def clip(tmp_path_factory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "a.mp4", 50, 25)
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "ts", "avi", "flv", "mpg"])
 @pytest.mark.parametrize("b_frames", [0, 2])
 def test_frames_are_picked_by_time_in_every_container(tmp_path, suffix, b_frames, decoder):
@@ -47,23 +59,23 @@ def test_other_codecs_are_read(tmp_path, codec):
     assert read(path, [1.2]) == [30]
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_times_may_repeat_and_come_in_any_order(clip, decoder):
     assert read(clip, [1.0, 0.04, 1.0, 0.0, 1.96, 0.04], decoder) == [25, 1, 25, 0, 49, 1]
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_a_frame_is_shown_until_the_next_one_starts(clip, decoder):
     assert read(clip, [0.0389, 0.0391, 0.04, 0.0788, 0.0799], decoder) == [0, 1, 1, 1, 2]
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_the_last_frame_is_held_and_the_first_one_stands_for_what_is_before(clip, decoder):
     assert read(clip, [1.99, 2.0, 60.0], decoder) == [49, 49, 49]
     assert read(clip, [-0.5, 0.0], decoder) == [0, 0]
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_a_variable_frame_rate_is_read_by_the_clock(tmp_path, suffix, decoder):
     starts = [0, 0.1, 0.35, 0.4, 0.9, 1.0, 1.05, 1.9]
@@ -75,7 +87,7 @@ def test_a_variable_frame_rate_is_read_by_the_clock(tmp_path, suffix, decoder):
         assert read(path, [t], decoder) == [index]
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_times_count_from_the_first_frame_wherever_the_file_starts(tmp_path, clip, decoder):
     for name, options in (("a.mp4", {}), ("b.mp4", {"use_editlist": "0"}), ("c.mkv", {}), ("d.ts", {})):
         path = remux(clip, tmp_path / name, shift=3.2, options=options)
@@ -83,17 +95,26 @@ def test_times_count_from_the_first_frame_wherever_the_file_starts(tmp_path, cli
         assert read(path, [1.2], decoder) == [30]
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_frames_that_an_edit_list_hides_are_not_shown(tmp_path, clip, decoder):
     path = remux(clip, tmp_path / "a.mp4", shift=-15 / 25, options={"avoid_negative_ts": "disabled"})
     assert read(path, [0, 1 / 25, 8 / 25, 9 / 25, 34 / 25], decoder) == [15, 16, 23, 24, 49]
     assert read(path, [0.0], decoder) == [15]
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_fragmented_mp4_is_read(tmp_path, clip, decoder):
     path = remux(clip, tmp_path / "a.mp4", options={"movflags": "frag_keyframe+empty_moov"})
     assert read(path, [p / 25 for p in PLACES], decoder) == PLACES
+
+
+@pytest.mark.parametrize("decoder", READERS)
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_every_decoder_reads_open_groups(tmp_path, codec, decoder):
+    options = {f"{codec[3:]}-params": "open-gop=1:scenecut=0"}
+    path = write_clip(tmp_path / "a.mp4", 50, 25, codec=codec, options=options)
+    assert read(path, [p / 25 for p in range(50)], decoder) == list(range(50))
+    assert read(path, [11 / 25, 23 / 25], decoder) == [11, 23]
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
@@ -111,7 +132,7 @@ def test_a_stream_cut_between_key_frames_shows_its_first_whole_frame_first(tmp_p
     assert first == 12 and others[1] - others[0] == 5
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_a_video_of_one_frame_is_read(tmp_path, decoder):
     for suffix in ("mp4", "mkv", "avi", "webm"):
         codec = "libvpx-vp9" if suffix == "webm" else "libx264"
@@ -119,7 +140,7 @@ def test_a_video_of_one_frame_is_read(tmp_path, decoder):
         assert read(path, [0.0, 0.0, 5.0], decoder) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 @pytest.mark.parametrize("rotation", [0, 90, 180, -90])
 @pytest.mark.parametrize("mirror", [False, True])
 def test_frames_are_upright(tmp_path, rotation, mirror, decoder):
@@ -176,10 +197,10 @@ def test_concealed_damage_is_not_passed_on_with_the_frames_that_copy_from_it(tmp
     assert good >= 50 - 12
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_damage_that_stops_the_decoder_is_an_error(tmp_path, clip, decoder):
     path = damaged(tmp_path / "a.mp4", clip, 14, wholly=True)
-    reason = "not a readable video: Invalid data" if decoder == "pyav" else "cannot be decoded by decord: "
+    reason = "not a readable video: Invalid data" if decoder == "pyav" else f"cannot be decoded by {decoder}: "
     with pytest.raises(MediaError, match=rf"a\.mp4: {reason}"):
         read(path, [p / 25 for p in range(50)], decoder)
 
@@ -193,7 +214,7 @@ def test_a_file_without_its_end_is_not_filled_up_with_its_last_frame(tmp_path):
         read(path, [1.9])
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("decoder", READERS)
 def test_unreadable_files_say_why(tmp_path, decoder):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("not a video\n" * 100)
@@ -207,7 +228,7 @@ def test_unreadable_files_say_why(tmp_path, decoder):
 
 
 def test_an_unknown_decoder_names_the_known_ones(clip):
-    with pytest.raises(ConfigError, match="decoder: 'cuda' is not known; valid: auto, pyav, decord"):
+    with pytest.raises(ConfigError, match="decoder: 'cuda' is not known; valid: auto, pyav, decord, torchcodec"):
         read_frames(str(clip), [0.0], decoder="cuda")
     assert DECODERS["auto"] is DECODERS["pyav"]
 
@@ -226,21 +247,45 @@ def test_an_unknown_decoder_names_the_known_ones(clip):
     ],
     ids=str,
 )
-def test_pyav_and_decord_agree_exactly(tmp_path, changes):
+def test_decoders_agree_exactly(tmp_path, changes):
     path = write_clip(tmp_path / "a.mp4", 30, 25, **changes)
     times = [p / 8 for p in range(10)]
-    pyav, decord = (read_frames(str(path), times, decoder=d) for d in ("pyav", "decord"))
-    assert np.array_equal(pyav, decord)
+    pyav, *others = (read_frames(str(path), times, decoder=d) for d in READERS)
+    assert others and all(np.array_equal(pyav, other) for other in others)
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("libx265", "mp4"), ("libvpx-vp9", "webm")])
+def test_decoders_agree_exactly_on_other_codecs(tmp_path, codec, suffix):
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = write_clip(tmp_path / f"a.{suffix}", 30, 25, codec=codec, options=options)
+    pyav, *others = (read_frames(str(path), [p / 8 for p in range(10)], decoder=d) for d in READERS)
+    assert others and all(np.array_equal(pyav, other) for other in others)
+
+
+def test_a_decoder_that_is_not_installed_says_what_to_do(clip, monkeypatch):
+    for name, remedy in (
+        ("decord", "decoder: decord is not installed; pip install decord, or write pyav"),
+        ("torchcodec", r"decoder: torchcodec cannot be imported \(.*\); install one that fits this torch, and "
+         "FFmpeg's shared libraries, or write pyav"),
+    ):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ConfigError, match=remedy):
+            read_frames(str(clip), [0.0], decoder=name)
 
 
 @pytest.mark.parametrize("name", ["bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4"])
-def test_pyav_and_decord_agree_exactly_on_real_clips(name):
+def test_decoders_agree_exactly_on_real_clips(name):
     path = str(real_clip(name))
     times = [0.0, 0.03, 0.04, 1.5, 1.625, 1.75, 2.9, 3.1]
-    pyav, decord = (read_frames(path, times, decoder=d) for d in ("pyav", "decord"))
-    assert np.array_equal(pyav, decord)
+    pyav, *others = (read_frames(path, times, decoder=d) for d in READERS)
+    assert others and all(np.array_equal(pyav, other) for other in others)
     with av.open(path) as container:
-        straight = [(f.time, f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+        frames = [
+            (f.time, av.VideoFrame.from_ndarray(f.to_ndarray(format="rgb24"))) for f in container.decode(video=0)
+        ]
+        ratio = container.streams.video[0].sample_aspect_ratio or 1  # carphone's pixels are not square
+    wide = {"width": round(frames[0][1].width * ratio), "interpolation": "BICUBIC"} if ratio != 1 else {}
+    straight = [(start, f.to_ndarray(format="rgb24", **wide)) for start, f in frames]
     for t, frame in zip(times, pyav, strict=True):
         assert np.array_equal(frame, [pixels for start, pixels in straight if start <= t + 1e-3][-1])
 
@@ -262,6 +307,6 @@ def test_a_video_that_changes_size_is_refused(tmp_path):
 
 
 def test_frames_over_the_pixel_limit_are_refused(clip, monkeypatch):
-    monkeypatch.setattr("sat_ext.data.decode.MAX_PIXELS", 128 * 96 - 1)
+    monkeypatch.setattr("sat_ext.media.MAX_PIXELS", 128 * 96 - 1)
     with pytest.raises(MediaError, match="128x96 pixels, over the limit of 12287"):
         read(clip, [0.0])

@@ -130,6 +130,59 @@ def test_shares_hold_when_a_run_goes_on_with_other_ranks() -> None:
     assert abs(used[0] - 0.6 * sum(used)) <= 8 * 8 / 2
 
 
+@given(plans(), worlds, st.integers(0, 300), st.data())
+@settings(deadline=None, max_examples=50)
+def test_any_step_is_found_where_the_cells_do_not_keep_pace(
+    plan: Plan, world: int, step: int, data: st.DataObject
+) -> None:
+    """As after a run with other shares, or before files were added."""
+    cells, shares = plan
+    used = [data.draw(st.sampled_from([0, 10, 1000, 10**5])) for _ in cells]
+    schedule = Schedule(cells, shares, seed=9, world=world, used=used)
+    for done in walk(schedule, step):
+        assert done.first == used[done.cell]
+        used[done.cell] += cells[done.cell].batch * world
+    assert schedule.state(step) == tuple(used)
+
+
+def test_a_step_weighs_what_its_samples_do_worked_by_hand() -> None:
+    cells = [cell("stills", 1, 1100, 11), cell("clips", 49, 100, 1)]
+    schedule = Schedule(cells, {"stills": 0.5, "clips": 0.5}, seed=0, world=1)
+    # 0.5 / 11 + 0.5 / 1 = 6 / 11 batches a sample; times the batches of 11 and 1
+    assert schedule.loss_weight(0) == pytest.approx(6)
+    assert schedule.loss_weight(1) == pytest.approx(6 / 11)
+    steps = [s.cell for s in walk(schedule, 12)]
+    assert (steps.count(0), steps.count(1)) == (1, 11)
+    assert steps.count(0) * schedule.loss_weight(0) == pytest.approx(steps.count(1) * schedule.loss_weight(1))
+    assert sum(schedule.loss_weight(c) for c in steps) == pytest.approx(12)
+
+
+def test_a_source_in_two_buckets_weighs_by_its_records_in_each() -> None:
+    cells = [cell("stills", 1, 50, 8), cell("clips", 17, 300, 2), cell("clips", 49, 100, 1)]
+    schedule = Schedule(cells, {"stills": 1.0, "clips": 3.0}, seed=0, world=4)
+    # parts of the samples: 1/4, 3/4 * 3/4 = 9/16, 3/4 * 1/4 = 3/16; batches a sample: 1/32 + 9/32 + 6/32 = 1/2
+    assert [schedule.loss_weight(c) for c in range(3)] == pytest.approx([4, 1, 0.5])
+
+
+@given(plans(), worlds, st.integers(0, 10**6))
+@settings(deadline=None, max_examples=50)
+def test_with_its_loss_weight_every_sample_counts_alike_and_the_mean_weight_is_1(
+    plan: Plan, world: int, start: int
+) -> None:
+    cells, shares = plan
+    schedule = Schedule(cells, shares, seed=3, world=world)
+    weights = [schedule.loss_weight(c) for c in range(len(cells))]
+    assert np.ptp([w / c.batch for w, c in zip(weights, cells)]) < 1e-9 * max(weights)  # what one sample counts
+    n = 10**7
+    steps = np.subtract(schedule.state(start + n), schedule.state(start)) / [c.batch * world for c in cells]
+    assert steps.sum() == pytest.approx(n)
+    assert (steps * weights).sum() / n == pytest.approx(1, rel=1e-3)
+    names = list(shares)
+    say = [sum(s * w for s, w, c in zip(steps, weights, cells) if c.source == name) for name in names]
+    wanted = [n * shares[name] / sum(shares.values()) for name in names]
+    assert say == pytest.approx(wanted, rel=1e-3)  # of each source in the sum of all losses: its share
+
+
 @given(st.integers(1, 5000), st.integers(0, 2**64 - 1))
 @settings(deadline=None)
 def test_permute_is_a_permutation(size: int, key: int) -> None:

@@ -26,14 +26,14 @@ def test_a_folder_gives_every_file_with_its_caption_in_natural_order(tmp_path):
         pair(tmp_path, name, f"caption of {name}")
     items = read_source(str(tmp_path))
     assert [i.key for i in items] == ["clip1.webm", "clip2.mp4", "clip10.mp4", "deep/er/still.JPG"]
-    assert [i.caption for i in items] == [f"caption of {i.key}" for i in items]
+    assert [i.captions[0] for i in items] == [f"caption of {i.key}" for i in items]
     assert all(Path(i.path) == tmp_path / i.key for i in items)
 
 
 def test_names_with_spaces_and_unicode_are_read(tmp_path):
     for name in ("my clip, 1.mp4", "größe/猫 の 動画.mp4", "emoji 🐈.png"):
         pair(tmp_path, name, name)
-    assert {i.key: i.caption for i in read_source(str(tmp_path))} == {
+    assert {i.key: i.captions[0] for i in read_source(str(tmp_path))} == {
         name: name for name in ("my clip, 1.mp4", "größe/猫 の 動画.mp4", "emoji 🐈.png")
     }
 
@@ -41,7 +41,7 @@ def test_names_with_spaces_and_unicode_are_read(tmp_path):
 def test_a_caption_file_is_joined_to_one_line_and_loses_its_byte_order_mark(tmp_path):
     put(tmp_path / "a.mp4")
     (tmp_path / "a.txt").write_bytes("\ufeff  A cat \r\n\r\n on a mat.\n".encode())
-    assert read_source(str(tmp_path))[0].caption == "A cat on a mat."
+    assert read_source(str(tmp_path))[0].captions[0] == "A cat on a mat."
 
 
 @pytest.mark.parametrize("folder", ["videos", "images"])
@@ -49,13 +49,13 @@ def test_captions_may_lie_in_labels_beside_videos_or_images(tmp_path, folder):
     put(tmp_path / folder / "deep" / "1.mp4")
     put(tmp_path / "labels" / "deep" / "1.txt", "from labels")
     for root in (tmp_path, tmp_path / folder):
-        assert [i.caption for i in read_source(str(root))] == ["from labels"]
+        assert [i.captions[0] for i in read_source(str(root))] == ["from labels"]
 
 
 def test_a_sidecar_wins_over_labels(tmp_path):
     pair(tmp_path, "videos/1.mp4", "beside")
     put(tmp_path / "labels" / "1.txt", "from labels")
-    assert read_source(str(tmp_path))[0].caption == "beside"
+    assert read_source(str(tmp_path))[0].captions[0] == "beside"
 
 
 def test_hidden_files_and_other_files_are_left_out(tmp_path):
@@ -98,11 +98,49 @@ def test_a_folder_without_media_is_an_error_that_lists_what_is_known(tmp_path):
         read_source(str(tmp_path))
 
 
-def test_a_caption_that_is_not_utf8_names_its_file_and_byte(tmp_path):
+def test_a_caption_that_is_not_utf8_is_mended_and_named(tmp_path, caplog):
+    pair(tmp_path, "b.mp4")
     put(tmp_path / "a.mp4")
-    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.txt: byte 3 is not UTF-8; save the caption as UTF-8"):
-        read_source(str(tmp_path))
+    (tmp_path / "a.txt").write_bytes("a café".encode("latin-1"))
+    assert [i.captions for i in read_source(str(tmp_path))] == [("a caf\ufffd",), ("a caption",)]
+    assert "captions that are not UTF-8, their bad bytes replaced: 1 ('a.txt')" in caplog.text
+
+
+def test_empty_captions_are_kept_and_counted_in_one_warning(tmp_path, caplog):
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4"):
+        pair(tmp_path, name, " \n" if name < "e" else "full")
+    assert [i.captions for i in read_source(str(tmp_path))] == [("",)] * 4 + [("full",)]
+    assert len(caplog.records) == 1
+    assert "empty captions, to be trained without one: 4 ('a.mp4', 'b.mp4', 'c.mp4', ...)" in caplog.text
+
+
+def test_captions_of_100_kilobytes_are_kept_and_endless_ones_cut(tmp_path, caplog):
+    pair(tmp_path, "a.mp4", "x" * 100_000)
+    pair(tmp_path, "b.mp4", "ä" * (1 << 20))
+    table = put(tmp_path / "t.csv", "path,caption\na.mp4," + "y" * 200_000 + "\n")
+    first, second = read_source(str(tmp_path))
+    assert first.captions == ("x" * 100_000,)
+    assert second.captions == ("ä" * (1 << 19),) and "captions cut after 1 MiB: 1 ('b.txt')" in caplog.text
+    assert read_source(str(table))[0].captions == ("y" * 200_000,)
+
+
+@pytest.mark.skipif(
+    not os.path.supports_unicode_filenames and os.name != "posix", reason="names are bytes on POSIX"
+)
+def test_names_that_are_not_utf8_are_left_out_and_named(tmp_path, caplog):
+    pair(tmp_path, "a.mp4")
+    for name in (b"caf\xe9.mp4", b"caf\xe9.txt"):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_text("x")
+    assert [i.key for i in read_source(str(tmp_path))] == ["a.mp4"]
+    assert "files left out for their names, which are not UTF-8: 2" in caplog.text
+
+
+def test_names_with_line_breaks_and_hashes_are_read(tmp_path):
+    for name in ("new\nline.mp4", "a#b@1+2.png", "100%.mp4", "-dash.mp4", "q?.mp4"):
+        pair(tmp_path, name, name.replace("\n", " "))
+    items = read_source(str(tmp_path))
+    assert {i.key: i.captions[0] for i in items} == {i.key: i.key.replace("\n", " ") for i in items}
+    assert len(items) == 5 and all(Path(i.path).is_file() for i in items)
 
 
 def test_what_is_no_source_says_what_would_be(tmp_path):
@@ -110,7 +148,8 @@ def test_what_is_no_source_says_what_would_be(tmp_path):
         read_source(str(tmp_path / "nowhere"))
     put(tmp_path / "a.xlsx")
     with pytest.raises(
-        DataError, match=r"'\.xlsx' is not a kind of source; give a folder, or a table \.jsonl or \.csv"
+        DataError,
+        match=r"'\.xlsx' is not a kind of source; give a folder, a table \.jsonl or \.csv or \.parquet, or \.tar",
     ):
         read_source(str(tmp_path / "a.xlsx"))
 
@@ -121,14 +160,14 @@ def test_jsonl_rows_are_read_under_every_accepted_name(tmp_path, path_column, ca
     rows = [{path_column: f"sub/{n}.mp4", caption_column: f"number {n}", "more": n} for n in (10, 9)]
     table = put(tmp_path / "t.jsonl", "\n\n".join(json.dumps(r) for r in rows) + "\n")
     items = read_source(str(table))
-    assert [(i.key, i.caption) for i in items] == [("sub/9.mp4", "number 9"), ("sub/10.mp4", "number 10")]
+    assert [(i.key, i.captions[0]) for i in items] == [("sub/9.mp4", "number 9"), ("sub/10.mp4", "number 10")]
     assert items[0].path == str(tmp_path / "sub" / "9.mp4")
 
 
 def test_a_table_may_name_absolute_paths_and_one_file_twice(tmp_path):
     rows = [{"path": "/data/a.mp4", "caption": c} for c in ("one", "two")]
     items = read_source(str(put(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))))
-    assert [(i.path, i.key, i.caption) for i in items] == [
+    assert [(i.path, i.key, i.captions[0]) for i in items] == [
         ("/data/a.mp4", "/data/a.mp4", "one"),
         ("/data/a.mp4", "/data/a.mp4#2", "two"),
     ]
@@ -138,7 +177,7 @@ def test_csv_with_a_byte_order_mark_quotes_and_line_breaks_is_read(tmp_path):
     table = tmp_path / "t.csv"
     text = 'path, caption\r\nb 2.mp4,"A cat, a ""big"" one,\r\non a mat"\r\na.mp4,größer\r\n'
     table.write_bytes(("\ufeff" + text).encode())
-    assert [(i.key, i.caption) for i in read_source(str(table))] == [
+    assert [(i.key, i.captions[0]) for i in read_source(str(table))] == [
         ("a.mp4", "größer"),
         ("b 2.mp4", 'A cat, a "big" one, on a mat'),
     ]

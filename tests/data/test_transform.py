@@ -7,7 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sat_ext.data.transform import to_bucket
+from sat_ext.data.transform import Fit
+
+
+def to_bucket(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
+    return torch.stack([Fit(height, width)(frame) for frame in frames])
 
 
 def gradient(height: int, width: int, frames: int = 1) -> np.ndarray:
@@ -68,6 +72,61 @@ def test_read_only_and_strided_frames_are_taken():
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([(16, 16), (48, 64), (64, 48), (16, 96)]))
 def test_every_size_reaches_every_bucket(height, width, bucket):
     assert to_bucket(np.full((1, height, width, 3), 90, np.uint8), *bucket).unique().tolist() == [90]
+
+
+def test_the_crop_is_cut_out_before_the_centre():
+    image = gradient(100, 300)[0]
+    out = Fit(50, 50, crop=(200, 0, 80, 60))(image)
+    assert torch.equal(out, Fit(50, 50)(image[:60, 200:280]))
+    red, green = out[:2].float()
+    assert red.min() > 170 and green.max() < 160  # the right, and the upper part
+
+
+def test_a_crop_outside_the_frame_is_refused():
+    for crop in ((-1, 0, 10, 10), (95, 0, 10, 10), (0, 31, 100, 50)):
+        with pytest.raises(
+            ValueError, match=r"its crop \[.*\] \(left, top, width, height\) is outside its 100x80"
+        ):
+            Fit(48, 48, crop=crop)(gradient(80, 100)[0])
+
+
+def test_pixels_that_are_not_square_are_stretched():
+    """A circle that was stored at half of its width comes out round."""
+    y, x = np.mgrid[:200, :300]
+    round_one = np.repeat(((x - 150) ** 2 + (y - 100) ** 2 < 80**2)[..., None], 3, 2).astype(np.uint8) * 255
+    stored = np.ascontiguousarray(round_one[:, ::2])
+    for crop in (None, (40, 0, 200, 200)):
+        exact, stretched = Fit(96, 96, crop)(round_one), Fit(96, 96, crop)(stored, (300, 200))
+        assert (exact.int() - stretched.int()).abs().float().mean() < 3
+
+
+def test_a_picture_decoded_at_half_its_size_keeps_its_crop():
+    image = gradient(400, 600)[0]
+    half = np.ascontiguousarray(image[::2, ::2])
+    whole, smaller = Fit(48, 48, (300, 200, 200, 200))(image), Fit(48, 48, (300, 200, 200, 200))(half, (600, 400))
+    assert (whole.int() - smaller.int()).abs().max() <= 2
+
+
+def test_scaled_decoding_is_for_pictures_of_three_times_the_target_and_leaves_half_as_much_again():
+    fit = Fit(480, 720)
+    assert fit.least(2000, 1400) is None and fit.least(2160, 1400) is None
+    assert fit.least(2160, 1440) == (1080, 720)
+    assert fit.least(4000, 3000) == (1080, 810)
+    assert Fit(480, 720, (0, 0, 1440, 960)).least(4000, 3000) is None  # it is the crop that counts
+    assert Fit(480, 720, (0, 0, 9999, 960)).least(4000, 3000) is None
+
+
+def test_results_do_not_share_memory():
+    fit, one, other = Fit(32, 32), gradient(40, 90)[0], gradient(90, 40)[0]
+    first = fit(one)
+    kept = first.clone()
+    fit(other)
+    assert torch.equal(first, kept)
+    square = gradient(32, 40)[0]
+    first = fit(square)
+    kept = first.clone()
+    fit(gradient(32, 50)[0])
+    assert torch.equal(first, kept)
 
 
 def test_a_panorama_does_not_become_a_huge_intermediate_image():

@@ -249,3 +249,24 @@ def test_adapters_without_a_folder_get_a_gradient() -> None:
     engine = make_engine(small_config("5b", train={"mode": "lora", "rank": 4, "alpha": 4}))
     engine(make_batch(5, count=2, seed=0))[0].backward()
     assert max(p.grad.abs().max() for p in engine.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_uint8_pixels_are_the_same_batch(training: bool) -> None:
+    engine = make_engine(small_config("5b-i2v")).train(training)
+    batch = make_batch(5, seed=3)
+    pixels = ((batch["mp4"] + 1) * 127.5).round().to(torch.uint8)
+    as_float, as_uint8 = (
+        engine({**batch, "mp4": mp4})[0] for mp4 in (pixels.to(torch.float32).div(127.5).sub(1), pixels)
+    )
+    assert torch.equal(as_float, as_uint8)
+
+
+def test_loss_weights_of_the_schedule_count_in_training_and_not_in_evaluations() -> None:
+    engine, batch = make_engine(small_config("5b")), make_batch(5, seed=3)
+    weighted = {**batch, "loss_weight": torch.full((2,), 6.0)}
+    for training, factor in ((True, 6.0), (False, 1.0)):
+        engine.train(training)
+        (plain, reported), (loss, metrics) = engine(batch), engine(weighted)
+        torch.testing.assert_close(loss, factor * plain)
+        assert metrics["loss_video"] == reported["loss_video"]  # what is logged stays comparable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -13,8 +14,11 @@ import torch
 from sat.data_utils.configure_data import make_data_loader, make_dataset_full
 
 import sat_ext
+from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError, DataError
+from sat_ext.pixels import to_model_range
 
+TINY = str(Path(__file__).parents[2] / "configs" / "model" / "tiny.yaml")
 PARAMS = {"video_size": [64, 64], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0.0}
 MakeArgs = Callable[..., Namespace]
 
@@ -52,6 +56,61 @@ def test_batches_have_the_documented_keys_shapes_and_values(sat_args: MakeArgs) 
     images = {b for kind, b in seen if kind == "image"}
     assert {kind for kind, _ in seen} == {"image", "video"}
     assert max(images) > 1  # image batches are larger by cost: 2 clips of 9 frames take as much as 3 stills
+
+
+def test_our_engine_gets_uint8_and_others_their_training_dtype(sat_args: MakeArgs) -> None:
+    """uint8 is what the frames are; our engine makes [-1, 1] of it on its device, CogVideo's would not."""
+    ours = next(sat_iterator(sat_args(model_config=read_yaml([TINY])["model"])))["mp4"]
+    theirs = {"network_config": {"params": {"hidden_size": 1920}}}
+    for precision, dtype in (
+        ({"bf16": True}, torch.bfloat16),
+        ({"bf16": False, "fp16": True}, torch.float16),
+        ({"bf16": False}, torch.float32),
+    ):
+        pixels = next(sat_iterator(sat_args(model_config=theirs, **precision)))["mp4"]
+        assert pixels.dtype == dtype
+        assert pixels.abs().max() <= 1
+    assert ours.dtype == torch.uint8
+    assert ours.shape == pixels.shape
+    assert torch.equal(to_model_range(ours, torch.float32), pixels)
+
+
+def test_map_style_hands_our_engine_uint8_too(sat_args: MakeArgs) -> None:
+    own = {"iterable_dataset": False, "iterable_dataset_eval": "", "epochs": None, "train_iters": 5}
+    args = sat_args(**own, batch_size=1, model_config=read_yaml([TINY])["model"])
+    batches = list(islice(sat_iterator(args), 8))
+    assert {b["mp4"].dtype for b in batches} == {torch.uint8}
+    assert {tuple(b["mp4"].shape) for b in batches} == {(1, 1, 3, 64, 64), (1, 9, 3, 64, 64)}
+    assert all(b["num_frames"].shape == (1,) for b in batches)
+
+
+def test_map_style_is_as_long_as_an_epoch_has_records(sat_args: MakeArgs, demo: Path) -> None:
+    args = sat_args(iterable_dataset=False, iterable_dataset_eval="", batch_size=1)
+    lengths = []
+    for sampler in ("start", "all_windows"):
+        sources = [{"path": str(demo / "train" / "videos"), "sampler": sampler}]
+        params = {
+            **PARAMS,
+            "sources": sources,
+            "max_num_frames": 5,
+            "buckets": {"frames": [5]},
+            "short_clips": "loop",
+        }
+        args.sat_ext_calls = -1
+        lengths.append(len(sat_ext.JointImageVideoDataset.create_dataset_function("", args, **params)))
+    assert lengths[1] > lengths[0] == 12
+
+
+def test_a_progress_bar_is_shown_where_there_is_something_to_wait_for(
+    sat_args: MakeArgs, demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sat_ext.sat.dataset.MANY_FILES", 3)
+    for still in (demo / "train" / "stills").iterdir():
+        os.utime(still, ns=(0, 1))  # to be probed again
+    sat_iterator(sat_args())
+    assert "probing files" in capsys.readouterr().out
+    sat_iterator(sat_args())  # all are known by now
+    assert "probing files" not in capsys.readouterr().out
 
 
 def test_workers_do_not_change_the_batches(sat_args: MakeArgs) -> None:

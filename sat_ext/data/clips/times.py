@@ -1,0 +1,140 @@
+"""From a clip's length and rate to the times to decode, short clips filled up. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sat_ext.data.clips.samplers import Window, find_sampler, unknown_name
+from sat_ext.errors import ConfigError
+from sat_ext.types import SHORT_CLIPS, MediaInfo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipTimes:
+    """What to decode: `times` in seconds, one per frame of the bucket.
+
+    `num_frames` counts those that are not repeats made to fill a short clip; `fps` is what they play at.
+    """
+
+    times: tuple[float, ...]
+    num_frames: int
+    fps: int
+
+
+def available_frames(info: MediaInfo, fps: float, skip_frames: float = 0) -> int:
+    """How many frames the clip gives at `fps` frames a second, at least 1.
+
+    `skip_frames` source frames are left out at both ends, fewer where the clip is too short for that: at most
+    (n - 1) // 2 of n, so that one frame remains. A source slower than `fps` repeats frames in time, as a
+    player would, and these count.
+
+    >>> clip = MediaInfo(width=720, height=480, frames=181, fps=30.0, duration=181 / 30, codec="h264")
+    >>> available_frames(clip, 8)  # 0/8 s, 1/8 s, ... 48/8 s: the last source frame starts at 180/30 s
+    49
+    >>> available_frames(clip, 8, skip_frames=3)  # 175 frames are left, 5.83 s
+    47
+    """
+    return _window(info, skip_frames).available(fps)
+
+
+def records_of(sampler: str, info: MediaInfo, *, frames: int, fps: float, skip_frames: float = 0) -> int:
+    """How many records an epoch has of one file in a bucket of `frames` frames: 1, but for `all_windows`.
+
+    Raises `ConfigError` for an unknown name.
+
+    >>> clip = MediaInfo(width=96, height=96, frames=300, fps=30.0, duration=10.0, codec="h264")
+    >>> [records_of("all_windows", clip, frames=n, fps=8) for n in (17, 33, 49, 97)]  # 80 frames at 8 fps
+    [4, 2, 1, 1]
+    >>> records_of("random_start", clip, frames=17, fps=8)
+    1
+    """
+    found = find_sampler(sampler)
+    if found.records is None:
+        return 1
+    return found.records(_window(info, 0 if found.whole else skip_frames), frames, fps)
+
+
+def sample_times(
+    sampler: str,
+    *,
+    info: MediaInfo,
+    frames: int,
+    fps: float,
+    rng: np.random.Generator,
+    short: str,
+    skip_frames: float = 0,
+    window: int = 0,
+) -> ClipTimes:
+    """The times of `frames` frames at `fps` frames a second, by the sampler of that name.
+
+    Only the samplers called random draw from `rng`; `window` says which of its `records_of` records
+    `all_windows` shall give, and must be 0 for the others. A clip of fewer than `frames` frames (see
+    `available_frames`) is filled up by "loop" (start over) or "pad_last" (the last one again), as `short`
+    says; under the other policies such a clip must not come here. Times rise from frame to frame, but for
+    the jump back of "loop" and the standstill of "pad_last". Raises `ConfigError` for an unknown name, when a
+    sampler of stills is asked for more than one frame, and for times that are not what a sampler must give.
+
+    >>> clip = MediaInfo(width=96, height=96, frames=60, fps=30.0, duration=2.0, codec="h264")
+    >>> rng = np.random.default_rng(0)
+    >>> sample_times("start", info=clip, frames=5, fps=8, rng=rng, short="loop", skip_frames=3).times
+    (0.1, 0.225, 0.35, 0.475, 0.6)
+
+    Of a clip that gives three frames, five are made:
+
+    >>> clip = MediaInfo(width=96, height=96, frames=3, fps=8.0, duration=0.375, codec="h264")
+    >>> sample_times("start", info=clip, frames=5, fps=8, rng=rng, short="loop")
+    ClipTimes(times=(0.0, 0.125, 0.25, 0.0, 0.125), num_frames=3, fps=8)
+    >>> sample_times("start", info=clip, frames=5, fps=8, rng=rng, short="pad_last").times
+    (0.0, 0.125, 0.25, 0.25, 0.25)
+    """
+    assert frames >= 1 and fps > 0
+    found = find_sampler(sampler)
+    if short not in SHORT_CLIPS:
+        raise unknown_name("short_clips", short, SHORT_CLIPS)
+    if found.still and frames != 1:
+        raise ConfigError(
+            f"sampler: '{sampler}' gives single frames, but {frames} were asked for; "
+            "add 1 to data.params.buckets.frames, or choose another sampler."
+        )
+    part = _window(info, 0 if found.whole else skip_frames)
+    records = 1 if found.records is None else found.records(part, frames, fps)
+    assert 0 <= window < records, f"window {window} of {records}"
+    part = replace(part, number=window, records=records)
+    real = min(frames, part.available(fps))
+    assert real == frames or short in _FILL, "a clip too short for its bucket, and no policy that fills it"
+    times = [round(float(t), 9) for t in found.pick(part, real, fps, rng)]
+    _check_times(sampler, times, real, part)
+    rate = round((real - 1) / (times[-1] - times[0]), 6) if real > 1 else fps
+    if real < frames:
+        times = [times[_FILL[short](i, real)] for i in range(frames)]
+    return ClipTimes(times=tuple(times), num_frames=real, fps=max(1, math.floor(rate + 0.5)))
+
+
+def _check_times(sampler: str, times: Sequence[float], frames: int, window: Window) -> None:
+    end = window.start + window.length
+    rising = all(a < b for a, b in zip(times, times[1:]))
+    if len(times) != frames or not rising or times[0] < window.start - 1e-6 or times[-1] > end:
+        raise ConfigError(
+            f"sampler: '{sampler}' gave the times {[round(t, 3) for t in times]} for {frames} frames; mend it, so "
+            f"that as many rise from {window.start:.3f} s to at most {end:.3f} s."
+        )
+
+
+def _window(info: MediaInfo, skip_frames: float) -> Window:
+    assert info.frames >= 1 and skip_frames >= 0
+    if info.frames == 1 or info.duration <= 0:
+        return Window(start=0.0, period=0.0, frames=1)
+    skip = min(int(skip_frames), (info.frames - 1) // 2)
+    period = info.duration / info.frames  # the mean one, where the rate varies
+    return Window(start=skip * period, period=period, frames=info.frames - 2 * skip)
+
+
+# Which of the `real` frames stands at place i of a short clip.
+_FILL: dict[str, Callable[[int, int], int]] = {
+    "loop": lambda i, real: i % real,
+    "pad_last": lambda i, real: min(i, real - 1),
+}

@@ -1,0 +1,97 @@
+"""Media to uint8 RGB frames. Clips are read by time, so that every decoder and frame rate means the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, overload
+
+import numpy as np
+import torch
+
+from sat_ext.data.decode.decord import read_decord
+from sat_ext.data.decode.pick import Shape
+from sat_ext.data.decode.pyav import as_displayed, read_pyav
+from sat_ext.data.decode.stills import read_animated_webp, read_picture
+from sat_ext.data.decode.torchcodec import read_torchcodec
+from sat_ext.errors import ConfigError, MediaError
+from sat_ext.files import suffix_of
+from sat_ext.types import MAX_PIXELS
+
+# PyAV by default: decord cannot read AV1, fails on VP9, and does not notice damage that FFmpeg conceals.
+DECODERS: dict[str, Callable[[str, Sequence[float], Shape], np.ndarray]] = {
+    "auto": read_pyav,
+    "pyav": read_pyav,
+    "decord": read_decord,
+    "torchcodec": read_torchcodec,
+}
+
+
+class FrameFit(Protocol):
+    """What becomes of each frame as soon as it is decoded: `sat_ext.data.transform.Fit`."""
+
+    def __call__(self, pixels: np.ndarray, shown: tuple[int, int] | None = None) -> torch.Tensor:
+        """uint8 (H, W, 3) to uint8 (3, height, width); `shown`: (width, height) as displayed, where not (W, H)."""
+
+    def least(self, width: int, height: int) -> tuple[int, int] | None:
+        """How small (width, height) a picture of this size may be decoded, None where only whole will do."""
+
+
+@overload
+def read_still(path: str, *, fit: None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray: ...
+@overload
+def read_still(path: str, *, fit: FrameFit, max_pixels: int = MAX_PIXELS) -> torch.Tensor: ...
+def read_still(
+    path: str, *, fit: FrameFit | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray | torch.Tensor:
+    """An image in sRGB, upright after its EXIF data, transparency flattened on white.
+
+    uint8 (1, H, W, 3); with `fit` a tensor, uint8 (1, 3, height, width), and then a JPEG is decoded no larger than
+    it allows. Of an animation, the first frame. Raises `MediaError` for a file that is missing, damaged, of no
+    known format, larger than `max_pixels`, or that `fit` cannot be applied to.
+    """
+    if fit is None:
+        return read_picture(path, lambda pixels, _: np.array(pixels), least=None, max_pixels=max_pixels)
+    picture = read_picture(path, _shaped(path, fit), least=fit.least, max_pixels=max_pixels)
+    return torch.from_numpy(picture)
+
+
+@overload
+def read_frames(path: str, times: Sequence[float], *, decoder: str = "auto", fit: None = None) -> np.ndarray: ...
+@overload
+def read_frames(path: str, times: Sequence[float], *, decoder: str = "auto", fit: FrameFit) -> torch.Tensor: ...
+def read_frames(
+    path: str, times: Sequence[float], *, decoder: str = "auto", fit: FrameFit | None = None
+) -> np.ndarray | torch.Tensor:
+    """The frames on display at `times`, upright and with square pixels, as uint8 (len(times), H, W, 3).
+
+    With `fit` a tensor, uint8 (len(times), 3, height, width): each frame is fitted as it is decoded, so that the
+    large ones are never all in memory.
+
+    `times` are seconds from the start of the first frame, in any order. On display at t is the last frame
+    that starts at or before t + `TIME_TOLERANCE`; before the first frame the first, after the last the last.
+    The file is read once, from the key frame before the earliest time to the frame after the latest.
+
+    `decoder` is a name of `DECODERS`. Their results are equal on 8-bit video; on 10-bit video they differ in how
+    they round and enlarge colour, on real footage by 38 dB or (mostly) more.
+
+    Raises `ConfigError` for another name or one that is not installed, and `MediaError` when a wanted frame cannot
+    be had, or only with errors in it.
+    """
+    if decoder not in DECODERS:
+        raise ConfigError(f"decoder: '{decoder}' is not known; valid: {', '.join(DECODERS)}.")
+    assert len(times) > 0, "no times asked for"
+    shape = as_displayed if fit is None else _shaped(path, fit)
+    # FFmpeg does not read animated WebP.
+    read = read_animated_webp if suffix_of(path) == ".webp" else DECODERS[decoder]
+    frames = read(path, times, shape)
+    return frames if fit is None else torch.from_numpy(frames)
+
+
+def _shaped(path: str, fit: FrameFit) -> Shape:
+    def shape(pixels: np.ndarray, shown: tuple[int, int] | None) -> np.ndarray:
+        try:
+            return fit(pixels, shown).numpy()
+        except ValueError as error:
+            raise MediaError(path, str(error)) from error
+
+    return shape

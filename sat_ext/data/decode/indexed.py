@@ -1,0 +1,86 @@
+"""What decoders that address frames by number have in common: which numbers, and which files they misread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import av
+import numpy as np
+from av.video.stream import VideoStream
+
+from sat_ext.data.decode.pick import Picked, Shape
+from sat_ext.data.decode.pyav import display_matrix, read_pyav, upright
+from sat_ext.files import is_local
+from sat_ext.media import displayed_size, open_video
+from sat_ext.types import TIME_TOLERANCE
+
+AT_ONCE = 8  # frames fetched together, at full size
+
+
+class Miscounted(Exception):  # noqa: N818  # not an error of anybody: PyAV reads the file instead
+    """The decoder finds another number of frames in the file than there are."""
+
+
+def read_indexed(
+    path: str,
+    times: Sequence[float],
+    shape: Shape,
+    frames: Callable[[str, int, list[int]], Iterable[np.ndarray]],
+    *,
+    open_gops: bool,
+) -> np.ndarray:
+    """As `read_pyav`, where `frames` gives a local file's frames of some numbers, ascending, of so many in all.
+
+    Files that such decoders misread are left to PyAV: decord counts the frames that an edit list hides, seeks past
+    the mark in transport streams, has no times in AVI, turns mirrored videos upside down, and, without
+    `open_gops`, loses frames where a group begins with some that refer to the one before it (x265's default). So
+    are files that are not local, and those with pixels that are not square or have alpha.
+    """
+    starts = _starts(path, open_gops) if is_local(path) else None
+    if starts is None:
+        return read_pyav(path, times, shape)
+    places = np.clip(np.searchsorted(starts, np.asarray(times) + TIME_TOLERANCE, side="right") - 1, 0, None)
+    wanted = np.unique(places)
+    picked = Picked(path, len(times))
+    try:
+        for place, pixels in zip(wanted, frames(path, len(starts), wanted.tolist()), strict=True):
+            picked.keep(pixels, shape(pixels, None), np.flatnonzero(places == place).tolist())
+    except Miscounted:
+        return read_pyav(path, times, shape)
+    return picked.array()
+
+
+def _starts(path: str, open_gops: bool) -> np.ndarray | None:
+    """The frames' starts in seconds after the first one's, in order; None for a file that would be misread."""
+    with open_video(path) as (container, stream):
+        if not {"mp4", "matroska"} & set(container.format.name.split(",")):
+            return None
+        packets = [p for p in container.demux(stream) if p.size]
+        ticks = [p.pts for p in packets if p.pts is not None and not p.is_discard]
+        if len(ticks) < len(packets) or not ticks or not (open_gops or _are_closed(packets)):
+            return None
+        container.seek(min(ticks), stream=stream)
+        frame = next(container.decode(stream), None)
+        if frame is None or _is_misread(frame, stream):
+            return None
+        return (np.sort(np.array(ticks)) - min(ticks)) * float(stream.time_base or 0)
+
+
+def _are_closed(packets: Sequence[av.Packet]) -> bool:
+    """Whether no packet that follows a key frame is displayed before it."""
+    key = -math.inf
+    for packet in packets:
+        key = packet.pts if packet.is_keyframe and packet.pts is not None else key
+        if packet.pts is not None and packet.pts < key:
+            return False
+    return True
+
+
+def _is_misread(frame: av.VideoFrame, stream: VideoStream) -> bool:
+    if any(component.is_alpha for component in frame.format.components):
+        return True
+    if sorted(displayed_size(frame, stream)) != sorted((frame.width, frame.height)):
+        return True
+    turned = upright(np.arange(4).reshape(2, 2), display_matrix(frame))
+    return not any(np.array_equal(turned, np.rot90(np.arange(4).reshape(2, 2), k)) for k in range(4))

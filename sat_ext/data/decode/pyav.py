@@ -1,0 +1,271 @@
+"""Clips by PyAV: FFmpeg, with no more decoded than what the wanted frames need."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+
+from sat_ext.data.decode.order import DEEPEST_REORDER, Damage, Needed
+from sat_ext.data.decode.pick import Shape, pick
+from sat_ext.errors import MediaError
+from sat_ext.files import suffix_of
+from sat_ext.media import UNTIMED_FORMATS, displayed_size, open_video
+from sat_ext.types import TIME_TOLERANCE
+
+# Where a seek ends behind the wanted frame (open GOPs, transport streams): from earlier, then from the start.
+_SEEK_LEADS = (0.0, 10.0, math.inf)
+
+# Whose headers tell all that decoding needs, even how far B-frames reach. Matroska's do not tell the start.
+_FULL_HEADERS = frozenset({".mp4", ".m4v", ".mov"})
+
+# Whose packets hold one frame each, with its time, so that it is known before decoding whether it is wanted.
+_FRAMED_FORMATS = frozenset({"mp4", "matroska"})
+
+# Their decoders leave out frames that no other refers to with no change to the rest; dav1d and libvpx do not.
+_SKIPPING_CODECS = frozenset({"h264", "hevc"})
+
+# For which MP4's headers do so, beside those that have no B-frames at all.
+_ORDERED_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
+
+_LOOKAHEAD = 2 * DEEPEST_REORDER  # packets that are known before one is judged
+
+_Decoded = tuple[av.VideoFrame, bool]  # a frame, and whether it is damaged
+
+
+def read_pyav(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
+    """See `read_frames`."""
+    for lead in _SEEK_LEADS:
+        with _open(path) as (container, stream):
+            frames = _decode(path, container, stream, times, lead)
+            if frames is not None:
+                return pick(path, frames, times, _Converter(path, stream, shape))
+    raise AssertionError("reading from the start of a file seeks nowhere")
+
+
+@contextmanager
+def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """`open_video`, without the 25 ms that it decodes at open where the headers say all."""
+    if suffix_of(path) in _FULL_HEADERS:
+        with open_video(path, headers_only=True) as (container, stream):
+            if _headers_suffice(stream):
+                yield container, stream
+                return
+    with open_video(path) as opened:
+        yield opened
+
+
+def _headers_suffice(stream: VideoStream) -> bool:
+    context = stream.codec_context
+    known = stream.start_time is not None and stream.average_rate and context.width
+    return bool(known) and (context.name in _ORDERED_CODECS or context.codec.intra_only)
+
+
+def _decode(
+    path: str, container: InputContainer, stream: VideoStream, times: Sequence[float], lead: float
+) -> Iterator[tuple[float, _Decoded]] | None:
+    """Frames in order of display with their starts, from the one on display at the earliest time or earlier.
+
+    None when the seek, to `lead` seconds before, went too far.
+    """
+    first = min(times)
+    clip = _Clip(path, container, stream, times)
+    if not clip.timed or first <= lead or stream.start_time is None or stream.time_base is None:
+        return clip.frames()
+    ticks = math.floor((first - lead + TIME_TOLERANCE) / stream.time_base)
+    with suppress(av.FFmpegError):  # where a format cannot seek, reading starts at the start
+        container.seek(stream.start_time + ticks, stream=stream)
+    frames = clip.frames()
+    earliest = next(frames, None)
+    if earliest is None or earliest[0] > first + TIME_TOLERANCE:
+        return None
+    return chain([earliest], frames)
+
+
+class _Clip:
+    """An open file, read once from the next key frame on, as far as `times` need it."""
+
+    def __init__(self, path: str, container: InputContainer, stream: VideoStream, times: Sequence[float]) -> None:
+        self._path, self._container, self._stream = path, container, stream
+        self.timed = container.format.name not in UNTIMED_FORMATS
+        self._times = sorted(times)
+        rate = stream.average_rate or stream.guessed_rate
+        self._period = float(1 / rate) if rate else 0.0
+        self._base = float(stream.time_base or 0)
+        self._origin = stream.start_time
+        self._last_dts = -math.inf
+        self._whole = False  # read to its end
+
+    def frames(self) -> Iterator[tuple[float, _Decoded]]:
+        """Frames in order of display, each with its start in seconds after the stream's first frame.
+
+        Frames that are not on display at any of the times may be missing.
+        """
+        start = -self._period
+        damage = Damage()
+        held: deque[tuple[float, av.VideoFrame, int]] = deque()
+        for frame in self._decoded(damage):
+            if self.timed and frame.pts is not None:
+                self._origin = frame.pts if self._origin is None else self._origin
+                start = (frame.pts - self._origin) * self._base
+            else:
+                start += self._period
+            held.append((start, frame, damage.receive(frame.pts, is_corrupt=frame.is_corrupt)))
+            while held and (damage.is_settled(held[0][2]) or len(held) > DEEPEST_REORDER):
+                at, frame, place = held.popleft()
+                yield at, (frame, damage.reaches(place, is_key=frame.key_frame))
+        for at, frame, place in held:
+            yield at, (frame, damage.reaches(place, is_key=frame.key_frame))
+        # Reached only when a wanted time lies at the end of what was read.
+        if self._whole and self._last_dts < self._last_entry():
+            missing = f"its last frames are missing, from {start + self._period:.3f} s on"
+            raise MediaError(self._path, f"truncated: {missing}")
+
+    def _last_entry(self) -> float:
+        """The time of the last packet that the file's own index tells of."""
+        index = self._stream.index_entries
+        return index[-1].timestamp if "mp4" in self._container.format.name and len(index) else -math.inf
+
+    def _decoded(self, damage: Damage) -> Iterator[av.VideoFrame]:
+        context = self._stream.codec_context
+        for packet, is_needed in self._judged():
+            if not is_needed and context.codec.intra_only:
+                continue
+            context.skip_frame = "DEFAULT" if is_needed else "NONREF"
+            damage.send(packet.pts)
+            for frame in packet.decode():
+                assert isinstance(frame, av.VideoFrame)
+                yield frame
+        if not self._whole:  # at the file's end, an empty packet has done this
+            yield from context.decode(None)
+
+    def _judged(self) -> Iterator[tuple[av.Packet, bool]]:
+        """Packets in decoding order, and whether their frames are needed for themselves."""
+        needed = self._needed()
+        if needed is None:
+            yield from ((packet, True) for packet in self._packets())
+            return
+        ahead: deque[av.Packet] = deque()
+        for packet in self._packets():
+            # An edit list hides what is marked to be discarded; the empty packet at the end holds no frame.
+            if packet.pts is not None and not packet.is_discard:
+                needed.add(packet.pts)
+            ahead.append(packet)
+            if needed.is_complete or self._is_first_alone(packet):
+                while ahead and not self._is_needed(ahead[-1], needed):
+                    ahead.pop()
+                break
+            if len(ahead) > _LOOKAHEAD:
+                packet = ahead.popleft()
+                yield packet, self._is_needed(packet, needed)
+        for packet in ahead:
+            yield packet, self._is_needed(packet, needed)
+
+    @staticmethod
+    def _is_needed(packet: av.Packet, needed: Needed) -> bool:
+        return packet.pts is None or needed.is_on_display(packet.pts)
+
+    def _needed(self) -> Needed | None:
+        """None where every packet has to be decoded, up to the first frame behind the latest time."""
+        context, formats = self._stream.codec_context, set(self._container.format.name.split(","))
+        if not formats & _FRAMED_FORMATS or self._origin is None or not self._base:
+            return None
+        if context.name not in _SKIPPING_CODECS and not context.codec.intra_only:
+            return None
+        return Needed([self._origin + (t + TIME_TOLERANCE) / self._base for t in self._times])
+
+    def _is_first_alone(self, packet: av.Packet) -> bool:
+        """Whether the packet is all that is wanted: the first frame, for which no other is needed."""
+        return (
+            self._times[-1] <= 0
+            and packet.is_keyframe
+            and packet.pts is not None
+            and packet.pts == self._origin
+            and self._period > 2 * TIME_TOLERANCE
+        )
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """From the first key frame on: before it, a stream that was cut refers to frames that are missing."""
+        synchronised = False
+        for packet in self._container.demux(self._stream):
+            self._last_dts = max(self._last_dts, packet.dts if packet.dts is not None else -math.inf)
+            synchronised = synchronised or packet.is_keyframe
+            # An empty packet (a frame that the encoder dropped) would mean the end to the decoder, as the last
+            # one, without times, shall do.
+            if (packet.size and not synchronised) or (not packet.size and packet.dts is not None):
+                continue
+            self._whole = self._whole or not packet.size
+            yield packet
+
+
+class _Converter:
+    """Decoded frames of one clip to RGB, and to what is kept of them."""
+
+    def __init__(self, path: str, stream: VideoStream, shape: Shape) -> None:
+        self._path, self._stream, self._shape = path, stream, shape
+        self._reformatter = VideoReformatter()
+        self._matrix: Matrix | None = None
+        self._rotation: float | None = None
+
+    def __call__(self, decoded: _Decoded) -> tuple[np.ndarray, np.ndarray]:
+        frame, damaged = decoded
+        if damaged:
+            raise MediaError(self._path, f"the data of its frame at {frame.time or 0:.3f} s is damaged")
+        if frame.rotation != self._rotation:  # the first frame; to ask all of them would keep all in memory
+            self._matrix, self._rotation = display_matrix(frame), frame.rotation
+        pixels = upright(self._rgb(frame), self._matrix)
+        size = displayed_size(frame, self._stream)
+        return pixels, self._shape(pixels, None if size == pixels.shape[1::-1] else size)
+
+    def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        if any(component.is_alpha for component in frame.format.components):
+            rgba = self._reformatter.reformat(frame, format="rgba", threads=1).to_ndarray()
+            alpha = rgba[..., 3:].astype(np.uint16)
+            flat = rgba[..., :3] * alpha + 255 * (255 - alpha)  # on white, as stills are
+            return ((flat + 127) // 255).astype(np.uint8)
+        plane = self._reformatter.reformat(frame, format="rgb24", threads=1).planes[0]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+        return rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
+
+
+def as_displayed(pixels: np.ndarray, shown: tuple[int, int] | None) -> np.ndarray:
+    """The frame with square pixels: one that has others is stretched, as players do."""
+    if shown is None:
+        return pixels
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    return frame.reformat(*shown, interpolation="BICUBIC", threads=1).to_ndarray()
+
+
+Matrix = tuple[int, int, int, int]  # (a, b, c, d) of the display matrix
+
+
+def display_matrix(frame: av.VideoFrame) -> Matrix | None:
+    """How a frame is to be turned and mirrored, which neither FFmpeg nor PyAV does; None: not at all.
+
+    The matrix has rows (a, b, u), (c, d, v), (x, y, w) and sends (p, q) to (ap + cq + x, bp + dq + y):
+    FFmpeg's libavutil/display.h. A frame that was asked lives until Python collects its cycles.
+    """
+    content: Any = frame.side_data.get("DISPLAYMATRIX")
+    if content is None:
+        return None
+    a, b, _, c, d = (int(v) for v in np.frombuffer(content, np.int32)[:5])
+    return a, b, c, d
+
+
+def upright(pixels: np.ndarray, matrix: Matrix | None) -> np.ndarray:
+    """The pixels turned and mirrored. Only quarter turns and mirror images occur in files."""
+    if matrix is None:
+        return pixels
+    a, b, c, d = matrix
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

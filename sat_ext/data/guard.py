@@ -1,0 +1,285 @@
+"""Runs a function on files in a process of its own, so that no file can hang or crash the one that asks.
+
+    with Guard(probe, timeout=60) as guard:
+        info = guard(path)  # what probe(path) returns or raises, or MediaError
+
+- A call that takes longer than `timeout` seconds, or ends the process (SIGSEGV, SIGKILL by the kernel, an exit),
+  raises `MediaError(path, ...)`; the next call starts another process.
+- A call may take `memory` bytes more than the process has at its start; beyond, it is a `MediaError`.
+- The process is forked at the first call (some ms), not when the guard is made, and never shared: a guard that a
+  forked data worker inherits starts another there. `function` is inherited and need not be picklable; arguments
+  and results must be.
+- NumPy arrays in a result lie in memory that is shared with the process, one behind the other while `capacity`
+  bytes last, and are overwritten after `release`. What finds no room comes through the pipe, and is copied.
+- A guard serves one thread at a time; several threads take a guard each.
+
+Why a process and not a thread: nothing can interrupt the C code of FFmpeg and Pillow. Why not `multiprocessing`'s:
+data workers are daemonic, and these may not have children.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import logging
+import mmap
+import os
+import pickle
+import resource
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
+
+import torch
+
+from sat_ext.errors import MediaError, SatExtError
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+# A still of `types.MAX_PIXELS` takes up to 1.5 GiB on its way to 8-bit RGB; 16 reference frames of 8K in 10 bit,
+# which H.264 and HEVC may keep, 1.6 GiB.
+MEMORY = 4 << 30
+
+_ALIGNMENT = 64  # bytes, of the arrays in shared memory: a cache line
+_GRACE = 5.0  # seconds that a process in the kernel's hands is waited for, and that an orphan lives on
+_FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTERM)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_started: WeakSet[Guard[Any]] = WeakSet()
+_forking = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What a call raised: an error that names the file, or only the reason."""
+
+    error: SatExtError | None = None
+    reason: str = ""
+
+
+class Guard(Generic[R]):
+    """Calls `function(path, *args)` in a process of its own; the module tells how.
+
+    `timeout` is in seconds, and `setting` the place where the user can change it; `capacity` and `memory` are in
+    bytes.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., R],
+        *,
+        timeout: float,
+        setting: str = "data.params.on_bad_sample.timeout",
+        capacity: int = 0,
+        memory: int = MEMORY,
+    ) -> None:
+        assert timeout > 0
+        self.function, self.timeout, self.setting = function, timeout, setting
+        self.capacity, self.memory = capacity, memory
+        self.pid: int | None = None  # of the process, while there is one
+        self._pipe: Connection | None = None
+        self._end: Finalize | None = None
+        self._shared: mmap.mmap | None = None
+        self._used = 0
+
+    def __call__(self, path: str, *args: Any) -> R:
+        """What `function` returns. Raises `MediaError`, and what `function` raises for a user to mend."""
+        pipe = self._connection()
+        try:
+            pipe.send((path, args, self._used))
+            if not pipe.poll(self.timeout):
+                raise MediaError(path, f"reading it took longer than {self.timeout:g} s ({self.setting})")
+            answer, places = pipe.recv()
+        except (EOFError, ConnectionError):
+            raise MediaError(path, f"the process that read it {_fate(self._stop())}") from None
+        except BaseException:  # too slow, or Ctrl-C: nobody waits for the answer any more
+            self._stop()
+            raise
+        if isinstance(answer, _Failure):
+            raise answer.error or MediaError(path, answer.reason)
+        if places:
+            assert self._shared is not None
+            self._used = places[-1][1]
+        return pickle.loads(answer, buffers=[memoryview(self._shared)[a:b] for a, b in places])  # type: ignore[arg-type]
+
+    def __enter__(self) -> Guard[R]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> Any:
+        raise TypeError("a guard belongs to the process that made it; make another one there")
+
+    def release(self) -> None:
+        """Give up the arrays of earlier results: the next ones are written over them."""
+        self._used = 0
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._pipe is not None:
+            self._stop()
+
+    def _connection(self) -> Connection:
+        if self._pipe is not None and self._pipe.poll(0):  # it has nothing to say: it died since the last call
+            self._stop()
+        if self._pipe is None:
+            self._start()
+        assert self._pipe is not None
+        return self._pipe
+
+    def _start(self) -> None:
+        if self._shared is None and self.capacity:
+            self._shared = mmap.mmap(-1, self.capacity)
+        parent = os.getpid()
+        lasting = threading.current_thread() is threading.main_thread()
+        with _forking:  # or a process would inherit, and keep open, an end of another's pipe
+            here, there = Pipe()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    here.close()
+                    _prepare(parent if lasting else None, self.memory)
+                    _serve(there, self.function, self._shared, self.timeout)
+                finally:
+                    os._exit(0)
+            there.close()
+            _started.add(self)
+            self.pid, self._pipe = pid, here
+        # Unlike those of `atexit`, these are run by data workers too.
+        self._end = Finalize(self, _end, (pid, here), exitpriority=10)
+
+    def _stop(self) -> int | None:
+        """End the process; its status as of `os.waitpid`, None if that cannot be had."""
+        end, self._end, self._pipe, self.pid = self._end, None, None, None
+        _started.discard(self)
+        return None if end is None else end()
+
+    def _forget(self) -> None:
+        """In a process that was forked meanwhile: leave the parent its own."""
+        if self._pipe is not None:
+            self._pipe.close()
+        self._end = self._pipe = self.pid = self._shared = None
+        self._used = 0
+
+
+def _forget_all() -> None:
+    global _forking
+    _forking = threading.Lock()  # another thread may have held it, which this process does not have
+    for guard in list(_started):
+        guard._forget()
+    _started.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+def _end(pid: int, pipe: Connection) -> int | None:
+    """Kill and reap a process. One that has ended by itself keeps its own status."""
+    pipe.close()
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + _GRACE
+    with suppress(ChildProcessError):
+        while time.monotonic() < deadline:  # without end where a network file system does not answer the kernel
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return status
+            time.sleep(0.001)
+    return None
+
+
+def _fate(status: int | None) -> str:
+    if status is None:
+        return "ended"
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        hint = ", perhaps by the kernel for want of memory" if number == signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(number).name}{hint}"
+    return f"ended with exit code {os.WEXITSTATUS(status)}"
+
+
+# --- in the process ---
+
+
+def _prepare(parent: int | None, memory: int) -> None:
+    """Make the forked process harmless to the one that it was forked from, and easy to end.
+
+    It ends at once with `parent`; where that is None, when it next has nothing to do, or its timer goes off.
+    """
+    gc.freeze()  # what was inherited is not to be finalised here, nor copied by the collector's marks
+    faulthandler.disable()
+    warnings.simplefilter("ignore")  # Pillow's, about what it makes of broken files
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
+    for number in _FATAL:
+        signal.signal(number, signal.SIG_DFL)
+    if parent is not None:  # forked by the main thread: the signal comes when the forking *thread* ends
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    with suppress(OSError, ValueError):
+        # Address space, because nothing else is refused before it is used. CUDA alone may hold a terabyte of it.
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        soft = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard < 0 else min(soft, hard), hard))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel shall take this one, not the training
+    torch.set_num_threads(1)  # the thread pool was not forked
+
+
+def _serve(pipe: Connection, function: Callable[..., Any], shared: mmap.mmap | None, timeout: float) -> None:
+    while True:
+        try:
+            path, args, used = pipe.recv()
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)  # also the end of an orphan that hangs
+        answer = _call(function, path, args, shared, used)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send(answer)
+
+
+def _call(
+    function: Callable[..., Any], path: str, args: tuple[Any, ...], shared: mmap.mmap | None, used: int
+) -> tuple[bytes | _Failure, list[tuple[int, int]]]:
+    """The pickled result, without its arrays, and where in shared memory (from, to) these lie."""
+    places: list[tuple[int, int]] = []
+
+    def belongs_in_the_pickle(buffer: pickle.PickleBuffer) -> bool:
+        nonlocal used
+        raw = buffer.raw()
+        start = -(-used // _ALIGNMENT) * _ALIGNMENT
+        if shared is None or start + raw.nbytes > len(shared):
+            return True
+        used = start + raw.nbytes
+        memoryview(shared)[start:used] = raw
+        places.append((start, used))
+        return False
+
+    try:
+        result = function(path, *args)
+        return pickle.dumps(result, protocol=5, buffer_callback=belongs_in_the_pickle), places
+    except SatExtError as error:
+        return _Failure(error), []
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's is a RuntimeError
+            return _Failure(reason="reading it takes more memory than a file may"), []
+        log.debug("%s: %s", path, traceback.format_exc())
+        lines = str(error).splitlines() or [""]
+        return _Failure(reason=f"cannot be read: {type(error).__name__}: {lines[0]}"), []

@@ -1,0 +1,15 @@
+"""All records of a run: every file of every source probed once, and put into its bucket. Columnar (Arrow).
+
+| module | does |
+|---|---|
+| `columns.py` | items to Arrow columns, and back |
+| `cache.py` | what files held in earlier runs, by fingerprint |
+| `probing.py` | the others probed side by side, each file with a time limit |
+| `place.py` | rows to buckets, windows and visits |
+| `build.py` | these in order |
+"""
+
+from sat_ext.data.index.build import Group, Index, build_index
+from sat_ext.data.index.probing import probe_files
+
+__all__ = ["Group", "Index", "build_index", "probe_files"]

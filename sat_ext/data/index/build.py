@@ -1,0 +1,182 @@
+"""The index of a run: what its sources have, by source and bucket."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sat_ext.data.config import DataConfig, name_sources
+from sat_ext.data.index.columns import INFO_COLUMNS, ITEM_COLUMNS, item_batches, to_info, to_item
+from sat_ext.data.index.place import Placed, place_rows, placer, visits_by_weight
+from sat_ext.data.index.probing import Probing, read_files
+from sat_ext.data.sources import SourceConfig, read_source
+from sat_ext.errors import DataError
+from sat_ext.types import Bucket, Item, MediaInfo
+
+log = logging.getLogger(__name__)
+
+COLUMNS = pa.schema([("source", pa.dictionary(pa.int16(), pa.string())), *ITEM_COLUMNS, *INFO_COLUMNS])
+
+MOST_VISITS = 1000  # of one record in an epoch: each takes room
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The records of one source that fall into one bucket.
+
+    `rows` (uint32, into `Index.table`) has one entry for each record: a row is there once for each of its windows
+    (sampler `all_windows`), times its visits
+    (`visits_by_weight`). `windows` (uint16 or uint32, as long as
+    `rows`) says which window a record is; None where every row has one.
+    """
+
+    source: str
+    bucket: Bucket
+    rows: np.ndarray
+    windows: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """`table` holds every row of a source that can be trained on; `groups` sorts them by source and bucket.
+
+    `samplers` and `shares` are by source name; a share that is not given is the number of the source's records.
+    `bad` are the files, or parts of files, that could not be read and `dropped` those that fit no bucket or have
+    the weight 0, each as (path, reason).
+    """
+
+    table: pa.Table
+    groups: tuple[Group, ...]
+    samplers: dict[str, str]
+    shares: dict[str, float]
+    bad: tuple[tuple[str, str], ...]
+    dropped: tuple[tuple[str, str], ...]
+
+    def item(self, row: int) -> tuple[Item, MediaInfo]:
+        """The item of one row, and what the whole of its file holds."""
+        values = self.table.slice(row, 1).to_pylist()[0]
+        return to_item(values), to_info(values)
+
+    def summary(self) -> str:
+        """One line for the log: records by source and bucket, and what was left out."""
+        parts = [f"{g.source} {g.bucket}: {len(g.rows)}" for g in self.groups]
+        total = sum(len(g.rows) for g in self.groups)
+        left_out = f"{len(self.bad)} unreadable, {len(self.dropped)} in no bucket"
+        return f"{total} records ({', '.join(parts)}); {left_out}"
+
+
+def build_index(
+    sources: Sequence[SourceConfig],
+    config: DataConfig,
+    *,
+    probing: Probing = lambda outcomes, total: outcomes,
+) -> Index:
+    """Read and probe `sources`, and put each record into its bucket.
+
+    Files that have not changed since an earlier run are not probed again (see `cache`). `probing` wraps
+    the iteration over those that are, given their number: a progress bar. The order of rows and records is that
+    of the sources' items. Raises `DataError` when a source is empty, when more files are unreadable than
+    `on_bad_sample.skip` allows, when no record of a source fits a bucket, or when weights are too far apart.
+    """
+    named = name_sources(tuple(sources), "sources")
+    paths = dict.fromkeys(source.path for source in named.values())  # several sources may read one folder
+    items = {path: list(item_batches(read_source(path))) for path in paths}
+    infos = _infos(items, config, probing)
+    names = pa.array(list(named))
+    buckets = config.make_buckets()
+    batches: list[pa.RecordBatch] = []
+    placed: dict[str, Placed] = {}
+    groups: list[Group] = []
+    for number, (name, source) in enumerate(named.items()):
+        place = placer(source.sampler, buckets, config)
+        found = placed[name] = place_rows(items[source.path], infos[source.path], place)
+        groups += _groups(name, found, buckets, first_row=sum(batch.num_rows for batch in batches))
+        for batch in found.batches:
+            source_column = pa.DictionaryArray.from_arrays(np.full(batch.num_rows, number, np.int16), names)
+            batches.append(pa.record_batch([source_column, *batch.columns], schema=COLUMNS))
+    bad = tuple(dict.fromkeys(entry for found in placed.values() for entry in found.bad))  # each file once
+    for path, reason in bad:
+        log.warning("left out, mend or remove it: %s: %s", path, reason)
+    _refuse_if_spoilt(named, placed, bad, config)
+    counts = {name: sum(len(g.rows) for g in groups if g.source == name) for name in named}
+    return Index(
+        table=pa.Table.from_batches(batches, COLUMNS),
+        groups=tuple(groups),
+        samplers={name: s.sampler for name, s in named.items()},
+        shares={name: float(counts[name]) if s.share is None else s.share for name, s in named.items()},
+        bad=bad,
+        dropped=tuple(entry for found in placed.values() for entry in found.dropped),
+    )
+
+
+def _infos(
+    items: dict[str, list[pa.RecordBatch]], config: DataConfig, probing: Probing
+) -> dict[str, list[pa.Table]]:
+    """For each batch of items, by source path: the columns `INFO_COLUMNS` and `reason` of its files."""
+    columns = [batch.column("path").cast(pa.large_string()) for batches in items.values() for batch in batches]
+    every = pa.chunked_array(columns)
+    unique = pc.unique(every)
+    codes = pc.index_in(every, value_set=unique).to_numpy()
+    split = iter(np.split(codes, np.cumsum([len(column) for column in columns])))
+    by_source = {path: [next(split) for _ in batches] for path, batches in items.items()}
+    members = {path: np.unique(np.concatenate(own)).astype(np.int64) for path, own in by_source.items()}
+    entries = read_files(unique, members, timeout=config.on_bad_sample.timeout, probing=probing)
+    entries = entries.select([*INFO_COLUMNS.names, "reason"])
+    entries = entries.combine_chunks()  # or every `take` would do that
+    return {path: [entries.take(pa.array(part)) for part in own] for path, own in by_source.items()}
+
+
+def _groups(name: str, found: Placed, buckets: Sequence[Bucket], first_row: int) -> list[Group]:
+    """The records of a source by bucket; its rows in the index's table start at `first_row`."""
+    visits = visits_by_weight(found.weight) if len(found.weight) else found.windows
+    if len(visits) and visits.max() > MOST_VISITS:
+        raise DataError(
+            f"source '{name}': its weights reach from {found.weight.min():g} to {found.weight.max():g}, so that a "
+            f"record would come {visits.max()} times in an epoch (at most {MOST_VISITS}); bring them closer "
+            "together, or make two sources of it and give them shares."
+        )
+    groups = []
+    for number in np.unique(found.bucket):
+        rows = np.flatnonzero(found.bucket == number)
+        windows = found.windows[rows]
+        one = windows.max() == 1
+        rows, windows = np.repeat(rows, visits[rows]), np.repeat(windows, visits[rows])
+        which = None
+        if not one:
+            ends = np.cumsum(windows)  # counts from 0 inside each run of a row's windows
+            which = np.arange(ends[-1]) - np.repeat(ends - windows, windows)
+            which = which.astype(np.uint16 if windows.max() <= 1 << 16 else np.uint32)
+            rows = np.repeat(rows, windows)
+        records = (rows + first_row).astype(np.uint32)
+        groups.append(Group(source=name, bucket=buckets[number], rows=records, windows=which))
+    return groups
+
+
+def _refuse_if_spoilt(
+    named: dict[str, SourceConfig],
+    placed: dict[str, Placed],
+    bad: tuple[tuple[str, str], ...],
+    config: DataConfig,
+) -> None:
+    if len(bad) > config.on_bad_sample.skip:
+        raise DataError(
+            f"{len(bad)} files cannot be read, more than data.params.on_bad_sample.skip "
+            f"({config.on_bad_sample.skip}) allows: {_first(bad)}; mend or remove them, or raise the limit."
+        )
+    for name, source in named.items():
+        if not len(placed[name].bucket):
+            left_out = [*placed[name].bad, *placed[name].dropped]
+            raise DataError(
+                f"source '{name}' ({source.path}): not one record can be used: {_first(left_out)}; "
+                "mend the files, or change data.params.buckets."
+            )
+
+
+def _first(entries: Sequence[tuple[str, str]], count: int = 3) -> str:
+    more = f" and {len(entries) - count} more" if len(entries) > count else ""
+    return ", ".join(f"{path} ({reason})" for path, reason in entries[:count]) + more

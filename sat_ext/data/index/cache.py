@@ -1,0 +1,138 @@
+"""What files held when they were last probed, kept from run to run: one Arrow file for each source.
+
+It lies beside the data (`.sat_ext/index.arrow` in the source's folder) or, where that cannot be written, under
+`$SAT_EXT_CACHE` (else `~/.cache/sat_ext`), named after the source's path. An entry counts as long as the file's
+fingerprint is the same. Paths are kept relative to the source, so a data set may be moved or mounted elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import av
+import numpy as np
+import PIL
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sat_ext.files import is_url
+
+log = logging.getLogger(__name__)
+
+# Raise it when `probe` tells something else about a file than before: all files are then probed again.
+PROBER_VERSION = 1
+
+# Where these change, files that could not be read are probed again: the new versions may read them.
+LIBRARIES = f"av {av.__version__}, Pillow {PIL.__version__}"
+
+ENTRIES = pa.schema(
+    [
+        ("path", pa.large_string()),
+        ("fingerprint", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("frames", pa.int64()),
+        ("fps", pa.float64()),
+        ("duration", pa.float64()),
+        ("codec", pa.string()),
+        ("reason", pa.string()),
+    ]
+)  # `reason` says why a file cannot be read; what stands before it is then zero
+
+_ROWS = 1 << 20  # in one batch: Arrow's strings end at 2 GiB
+
+
+def places(source: str) -> tuple[Path, ...]:
+    """Where the cache of `source`, a path or URL of `SourceConfig`, may be, best first."""
+    name = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
+    folder = Path(os.environ.get("SAT_EXT_CACHE") or Path("~/.cache/sat_ext").expanduser())
+    own = folder / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.arrow"
+    beside = Path(name, ".sat_ext")
+    # a link could lead anywhere, and what lies in a data set is not to be trusted
+    return (beside / "index.arrow", own) if os.path.isdir(name) and not beside.is_symlink() else (own,)
+
+
+def load(source: str) -> list[pa.Table]:
+    """The entries (columns of `ENTRIES`) that are kept for `source`, mapped into memory, not read.
+
+    A cache that is broken is left out with a warning; one of another prober is left out.
+    """
+    return [table for place in places(source) if (table := _load(place)) is not None]
+
+
+def find(table: pa.Table, source: str, paths: pa.Array, fingerprints: pa.Array) -> np.ndarray:
+    """The row (int64) of `table` for each of `paths` as it is now, -1 where there is none."""
+    rows = pc.index_in(_relative(paths, source), value_set=table["path"].combine_chunks())
+    same = pc.equal(table["fingerprint"].combine_chunks().take(rows), fingerprints)
+    return pc.if_else(pc.fill_null(same, False), rows.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+
+
+def save(source: str, table: pa.Table) -> None:
+    """Keep `table` (columns of `ENTRIES`) for `source`, in the first place that can be written."""
+    table = table.set_column(0, ENTRIES.field("path"), _relative(table["path"], source))
+    kept = {"prober": str(PROBER_VERSION), "libraries": LIBRARIES, "source": source}
+    table = table.cast(ENTRIES).replace_schema_metadata(kept)
+    for place in places(source):
+        # Written aside and renamed: another run sees the old file or the new one, and may be writing its own.
+        aside = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table, max_chunksize=_ROWS)
+            os.replace(aside, place)
+            return
+        except OSError as error:
+            problem = error
+            with suppress(OSError):
+                aside.unlink()
+    log.warning(
+        "%s: what its files hold cannot be kept for the next run (%s); set SAT_EXT_CACHE to a folder that can "
+        "be written.", source, problem,
+    )  # fmt: skip
+
+
+def _load(place: Path) -> pa.Table | None:
+    try:
+        with pa.memory_map(str(place)) as file:
+            table = pa.ipc.open_file(file).read_all()
+        _require_sound(table)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, pa.ArrowException, ValueError) as error:
+        log.warning("%s: not a readable cache (%s); all files are probed again.", place, error)
+        return None
+    metadata = table.schema.metadata or {}
+    if metadata.get(b"prober") != str(PROBER_VERSION).encode():
+        return None
+    if metadata.get(b"libraries") != LIBRARIES.encode():
+        return table.filter(pc.is_null(table["reason"]))
+    return table
+
+
+def _require_sound(table: pa.Table) -> None:
+    """Raise `ValueError` for a table that could not be relied on: Arrow itself takes offsets on trust."""
+    if not table.schema.equals(ENTRIES):
+        raise ValueError("its columns are others")
+    table.validate(full=True)
+    good = table.filter(pc.is_null(table["reason"]))
+    if any(table[name].null_count for name in ENTRIES.names if name != "reason") or not (
+        all(pc.min(good[name]).as_py() >= 1 for name in ("width", "height", "frames")) if good.num_rows else True
+    ):
+        raise ValueError("it has values that no file can have")
+
+
+def _relative(paths: pa.Array | pa.ChunkedArray, source: str) -> pa.Array | pa.ChunkedArray:
+    """Paths below the source's folder (or the table's) without it; others as they are."""
+    root = source if is_url(source) else os.path.normpath(os.path.expanduser(source))
+    if not os.path.isdir(root):
+        root = os.path.dirname(root)
+    if not root.strip("/"):
+        return paths
+    root = os.path.join(root, "")
+    inside = pc.starts_with(paths, root)
+    return pc.if_else(inside, pc.utf8_slice_codeunits(paths, start=len(root)), paths)

@@ -1,0 +1,74 @@
+"""Items of sources to Arrow columns, and back. A million Python objects would take gigabytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from operator import attrgetter
+from typing import Any
+
+import pyarrow as pa
+
+from sat_ext.errors import DataError
+from sat_ext.types import Item, MediaInfo
+
+# The fields of `Item`; its `fps` is `item_fps`, beside the file's own.
+ITEM_COLUMNS = pa.schema(
+    [
+        ("path", pa.string()),
+        ("key", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("caption_weights", pa.list_(pa.float64())),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("crop", pa.list_(pa.int32())),
+        ("item_fps", pa.float64()),
+        ("weight", pa.float64()),
+    ]
+)
+
+# The fields of `MediaInfo`.
+INFO_COLUMNS = pa.schema(
+    [
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("frames", pa.int64()),
+        ("fps", pa.float64()),
+        ("duration", pa.float64()),
+        ("codec", pa.string()),
+    ]
+)
+
+_FIELDS = attrgetter(*("fps" if name == "item_fps" else name for name in ITEM_COLUMNS.names))
+_ROWS = 4096  # in a batch: Arrow's strings end at 2 GiB, and a caption may have 100 kB
+
+
+def item_batches(items: Iterable[Item]) -> Iterator[pa.RecordBatch]:
+    """The items in their order, as batches of `ITEM_COLUMNS`. Raises `DataError` for text that is not UTF-8."""
+    remaining = iter(items)
+    while part := list(islice(remaining, _ROWS)):
+        try:
+            columns = [pa.array(v, f.type) for v, f in zip(zip(*map(_FIELDS, part)), ITEM_COLUMNS)]
+        except UnicodeEncodeError as error:
+            raise DataError(f"{error.object!r}: not valid UTF-8; rename the file, or mend its caption.") from None
+        yield pa.record_batch(columns, schema=ITEM_COLUMNS)
+
+
+def to_item(values: Mapping[str, Any]) -> Item:
+    """The item of one row of `ITEM_COLUMNS`."""
+    return Item(
+        path=values["path"],
+        key=values["key"],
+        captions=tuple(values["captions"]),
+        caption_weights=tuple(values["caption_weights"]),
+        start=values["start"],
+        end=values["end"],
+        crop=None if values["crop"] is None else tuple(values["crop"]),
+        fps=values["item_fps"],
+        weight=values["weight"],
+    )
+
+
+def to_info(values: Mapping[str, Any]) -> MediaInfo:
+    """What the file of one row holds (`INFO_COLUMNS`)."""
+    return MediaInfo(**{name: values[name] for name in INFO_COLUMNS.names})

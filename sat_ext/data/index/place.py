@@ -1,0 +1,143 @@
+"""Rows of a source to their buckets: which can be used, how many windows they have, how often they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sat_ext.data.buckets import assign
+from sat_ext.data.clips import available_frames, is_still_sampler, records_of
+from sat_ext.data.config import DataConfig
+from sat_ext.data.index.columns import INFO_COLUMNS, ITEM_COLUMNS
+from sat_ext.data.parts import part_info
+from sat_ext.errors import MediaError
+from sat_ext.types import Bucket, Item, MediaInfo
+
+WEIGHT_TOLERANCE = 0.05  # by how much the visits of a record may miss its weight, as a part of it
+
+# What a row holds -> the number of its bucket and of its windows, or why it has no bucket
+Place = Callable[[MediaInfo], "tuple[int, int] | str"]
+
+_PART = ("start", "end", "crop", "item_fps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """The rows of a source that can be used, and what was left out, as (path, reason).
+
+    `batches` have the columns `ITEM_COLUMNS` and `INFO_COLUMNS`. `bucket` (a number), `windows` and `weight` have
+    one entry for each row.
+    """
+
+    batches: list[pa.RecordBatch]
+    bucket: np.ndarray
+    windows: np.ndarray
+    weight: np.ndarray
+    bad: list[tuple[str, str]]
+    dropped: list[tuple[str, str]]
+
+
+def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place: Place) -> Placed:
+    """Put every row into its bucket. `infos` say what its file holds: `INFO_COLUMNS`, and `reason` if bad."""
+    batches, numbers = [], []
+    bad: list[tuple[str, str]] = []
+    dropped: list[tuple[str, str]] = []
+    for batch, info in zip(items, infos):
+        found = np.full((batch.num_rows, 2), -1, np.int64)
+        for row, (path, weight, part, whole) in enumerate(_rows(batch, info)):
+            if isinstance(whole, str):
+                bad.append((path, whole))
+            elif weight == 0:
+                dropped.append((path, "its weight is 0"))
+            else:
+                try:
+                    verdict = place(part_info(part, whole) if part else whole)
+                except MediaError as error:
+                    bad.append((error.path, error.reason))
+                    continue
+                if isinstance(verdict, str):
+                    dropped.append((path, verdict))
+                else:
+                    found[row] = verdict
+        kept = found[:, 0] >= 0
+        columns = [*batch.columns, *(info[name].combine_chunks() for name in INFO_COLUMNS.names)]
+        whole_batch = pa.record_batch(columns, names=[*ITEM_COLUMNS.names, *INFO_COLUMNS.names])
+        batches.append(whole_batch if kept.all() else whole_batch.filter(pa.array(kept)))
+        numbers.append(found[kept])
+    bucket, windows = np.concatenate(numbers).T
+    weights = np.concatenate([batch.column("weight").to_numpy() for batch in batches])
+    return Placed(batches=batches, bucket=bucket, windows=windows, weight=weights, bad=bad, dropped=dropped)
+
+
+def placer(sampler: str, buckets: Sequence[Bucket], config: DataConfig) -> Place:
+    """The rule for the sources of one sampler. Numbers count from 0, in `buckets`."""
+    only_stills = is_still_sampler(sampler)
+    numbers = {bucket: number for number, bucket in enumerate(buckets)}
+
+    @lru_cache(maxsize=1 << 16)  # sizes and lengths repeat, and the buckets to compare with may be many
+    def assigned(width: int, height: int, still: bool, available: int) -> Bucket | str:
+        info = MediaInfo(width=width, height=height, frames=2 - still, fps=0.0, duration=0.0, codec="")
+        return assign(info, buckets, available=available, still=still, short=config.short_clips)
+
+    def place(info: MediaInfo) -> tuple[int, int] | str:
+        still = only_stills or info.frames == 1
+        available = 1 if still else available_frames(info, config.fps, config.skip_frms_num)
+        bucket = assigned(info.width, info.height, still, available)
+        if isinstance(bucket, str):
+            return bucket
+        skip = config.skip_frms_num
+        return numbers[bucket], records_of(sampler, info, frames=bucket.frames, fps=config.fps, skip_frames=skip)
+
+    return place
+
+
+def visits_by_weight(weights: np.ndarray) -> np.ndarray:
+    """How often an epoch visits the records of a source, of these weights (float64, above 0): int64.
+
+    They are the smallest whole numbers that are to each other as the weights are, give or take 5 % of each. The
+    smallest weight never makes more than ten visits: with ten, rounding is less than 5 % of every number.
+
+    >>> visits_by_weight(np.array([1.0, 1.5, 4.0])), visits_by_weight(np.array([0.3, 0.3]))
+    (array([2, 3, 8]), array([1, 1]))
+    """
+    unique, places = np.unique(weights, return_inverse=True)
+    for smallest in range(1, 11):
+        wanted = unique / unique[0] * smallest
+        if (np.abs(np.rint(wanted) - wanted) <= WEIGHT_TOLERANCE * wanted + 1e-9).all():
+            break
+    return np.rint(wanted).astype(np.int64)[places]
+
+
+def _rows(batch: pa.RecordBatch, info: pa.Table) -> Iterator[tuple[str, float, Item | None, MediaInfo | str]]:
+    """Path, weight, the item where it names a part of its file, and what the whole file holds or why it is bad."""
+    items = zip(*(_values(batch.column(name)) for name in ("path", "weight", *_PART)))
+    wholes = zip(*(_values(info[name].combine_chunks()) for name in ("reason", *INFO_COLUMNS.names)))
+    for (path, weight, *part), (reason, width, height, frames, fps, duration, codec) in zip(items, wholes):
+        item = None
+        if part != [0.0, None, None, None]:
+            start, end, crop, speed = part
+            crop = None if crop is None else tuple(crop)
+            item = Item(path=path, key="", captions=(), start=start, end=end, crop=crop, fps=speed)
+        yield (
+            path,
+            weight,
+            item,
+            reason
+            if reason is not None
+            else MediaInfo(width=width, height=height, frames=frames, fps=fps, duration=duration, codec=codec),
+        )
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """What `to_pylist` gives, in a tenth of its time where that can be."""
+    if column.null_count == len(column):
+        return [None] * len(column)
+    if pa.types.is_primitive(column.type) and not column.null_count:
+        column = column.to_numpy()
+        return list(column.tolist())
+    return list(column.to_pylist())

@@ -1,0 +1,62 @@
+"""The part of a file that an item names (from, to, crop, rate), as if it were a file of its own. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sat_ext.errors import MediaError
+from sat_ext.types import TIME_TOLERANCE, Item, MediaInfo
+
+
+def part_info(item: Item, info: MediaInfo) -> MediaInfo:
+    """What the item's part of a file holds, where `info` is what the whole file holds.
+
+    `start` and `end` are in the file's own seconds, `duration` and `fps` of the result in those of `item.fps`,
+    where that is given. A part of one frame is an image. Raises `MediaError` for a part outside the file.
+
+    >>> whole = MediaInfo(width=1280, height=720, frames=300, fps=30.0, duration=10.0, codec="h264")
+    >>> item = Item(path="a.mp4", key="a", captions=("",), start=2.0, end=4.0, crop=(280, 0, 720, 720), fps=60.0)
+    >>> part = part_info(item, whole)
+    >>> part.width, part.height, part.frames, part.fps, part.duration
+    (720, 720, 60, 60.0, 1.0)
+    """
+    if item.crop is not None:
+        left, top, width, height = item.crop
+        if min(left, top) < 0 or min(width, height) < 1 or left + width > info.width or top + height > info.height:
+            raise MediaError(
+                item.path,
+                f"its crop {list(item.crop)} (left, top, width, height) is outside its {info.width}x{info.height} "
+                "pixels; mend the crop",
+            )
+        info = replace(info, width=width, height=height)
+    if info.frames == 1:
+        return info
+    end = info.duration if item.end is None else min(item.end, info.duration)
+    if item.start < 0 or item.start >= info.duration or end < item.start:
+        until = "its end" if item.end is None else f"{item.end:g} s"
+        raise MediaError(
+            item.path,
+            f"its part from {item.start:g} s to {until} is outside its {info.duration:.3f} s; mend start and end",
+        )
+    if (item.start, end) != (0.0, info.duration):
+        frames = max(1, round((end - item.start) * info.frames / info.duration))
+        info = replace(info, frames=frames, duration=end - item.start)
+    if info.frames == 1:
+        return replace(info, fps=0.0, duration=0.0)
+    if item.fps is not None:
+        info = replace(info, fps=item.fps, duration=info.frames / item.fps)
+    return info
+
+
+def file_times(item: Item, info: MediaInfo, times: Sequence[float]) -> tuple[float, ...]:
+    """Times in the item's part as times in its file; `info` is of the whole file.
+
+    >>> whole = MediaInfo(width=1280, height=720, frames=300, fps=30.0, duration=10.0, codec="h264")
+    >>> item = Item(path="a.mp4", key="a", captions=("",), start=2.0, fps=60.0)
+    >>> file_times(item, whole, (0.0, 0.5))
+    (2.0, 3.0)
+    """
+    speed = item.fps * info.duration / info.frames if item.fps is not None and info.duration else 1.0
+    latest = info.duration if item.end is None else max(item.start, item.end - 2 * TIME_TOLERANCE)
+    return tuple(round(min(item.start + t * speed, latest), 9) for t in times)

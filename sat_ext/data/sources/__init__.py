@@ -1,0 +1,127 @@
+"""Sources to lists of items: paths, captions and what else their tables say. No media file is opened.
+
+| a source can be | captions |
+|---|---|
+| a folder of media, any nesting | `x.txt` beside `x.mp4`; or CogVideo's `labels/x.txt` for `videos/x.mp4` |
+| a `.jsonl`, `.csv` or `.parquet` table of paths or URLs | a column |
+| a `.parquet` table with files in its cells | a column |
+| a folder with `metadata.jsonl`, or of `.parquet` shards (Hugging Face) | a column |
+| a folder with `prompts.txt` and `videos.txt` (CogVideo's diffusers layout) | line by line |
+| a `.tar`, `shards/{0000..0009}.tar`, a folder of tars (WebDataset) | `x.txt` or `x.json` beside `x.mp4` |
+
+Each of them may lie behind a URL that fsspec reads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import braceexpand
+
+from sat_ext.data.sources.layouts import read_folder
+from sat_ext.data.sources.listing import Notes, list_folder, listed
+from sat_ext.data.sources.shards import read_shards
+from sat_ext.data.sources.tables import TABLES, read_table, suffix_of_table
+from sat_ext.errors import ConfigError, DataError
+from sat_ext.files import is_url
+from sat_ext.types import Item
+
+__all__ = ["SourceConfig", "read_source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One entry of `data.params.sources`.
+
+    `path` is a folder, a table or tar shards, local or a URL (see `sat_ext.data.sources`); `name` is for logs and
+    the batch, None for the path's own; `share` is the part of the samples that come from it, relative to the
+    other sources' shares; `sampler` names what a clip gives (see `sat_ext.data.clips`).
+    """
+
+    path: str
+    name: str | None = None
+    share: float | None = None
+    sampler: str = "random_start"
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("sources: a path is empty; give a folder, a table or tar shards.")
+        if self.share is not None and not 0 < self.share < float("inf"):
+            raise ConfigError(f"sources: share {self.share} of '{self.path}' must be a number above 0.")
+
+
+def read_source(path: str, *, captions_required: bool = True) -> list[Item]:
+    """Every item of a source. Folders are searched through all levels, links followed.
+
+    Items come in natural order of their keys (clip2 before clip10), whatever the file system's order is. What is
+    odd about a source but no reason to stop is logged once, with a count. Raises `DataError` when there is nothing
+    to read, not a caption for every file, or a value that cannot be meant. Without `captions_required`, a file
+    without a caption is an item whose `captions` are empty.
+    """
+    notes = Notes(captions_required=captions_required)
+    items = _read(path, notes)
+    notes.log(path)
+    items.sort(key=lambda item: _natural(item.key))
+    return items
+
+
+def _natural(key: str) -> tuple[str, str]:
+    """Sorts numbers inside names by value; the plain key last, so that the order is total."""
+    return re.sub(r"[0-9]+", lambda number: number[0].zfill(18), key.casefold()), key
+
+
+def _read(path: str, notes: Notes) -> list[Item]:
+    if not is_url(path):
+        path = os.path.normpath(os.path.expanduser(path))
+    if "{" in path and (is_url(path) or not os.path.exists(path)):
+        return _read_range(path, notes)
+    suffix = suffix_of_table(path)
+    if not is_url(path):
+        if os.path.isdir(path):
+            return read_folder(list_folder(path, notes), notes)
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file or folder; check sources or train_data.")
+    if suffix in TABLES:
+        return read_table(path, notes)
+    if suffix == ".tar":
+        return read_shards([(path, _file_name(path))], notes)
+    if is_url(path) and not suffix:
+        folder = list_folder(path, notes)
+        if not folder.names:
+            raise DataError(f"{path}: no such file or folder; check sources or train_data.")
+        return read_folder(folder, notes)
+    raise DataError(
+        f"{path}: '{suffix}' is not a kind of source; give a folder, a table {' or '.join(TABLES)}, or .tar."
+    )
+
+
+def _read_range(path: str, notes: Notes) -> list[Item]:
+    """Tars or tables by a brace range: `{0000..0009}` or `{a,b}`."""
+    try:
+        paths = list(braceexpand.braceexpand(path))
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not a range of files ({error}); write one as in shards/{{0000..0009}}.tar."
+        ) from error
+    if not is_url(path):
+        absent = [p for p in paths if not os.path.exists(p)]
+        if absent:
+            raise DataError(
+                f"{path}: {len(absent)} of its {len(paths)} files are missing ({listed(absent)}); mend the range."
+            )
+    suffixes = {suffix_of_table(p) for p in paths}
+    common = os.path.commonprefix([p.rpartition("/")[0] + "/" for p in paths]).rpartition("/")[0] + "/"
+    if suffixes == {".tar"}:
+        return read_shards([(p, p.removeprefix(common).partition("?")[0]) for p in paths], notes)
+    if len(suffixes) == 1 and suffixes <= set(TABLES):
+        prefixes = [p.removeprefix(common).partition("?")[0] + "/" for p in paths]
+        return [item for p, prefix in zip(paths, prefixes) for item in read_table(p, notes, prefix=prefix)]
+    raise DataError(
+        f"{path}: a range is of .tar, or of tables {' or '.join(TABLES)}; these end in {sorted(suffixes)}."
+    )
+
+
+def _file_name(path: str) -> str:
+    return path.partition("?")[0].rpartition("/")[2] if is_url(path) else os.path.basename(path)

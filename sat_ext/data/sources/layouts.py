@@ -1,0 +1,124 @@
+"""What a folder is: CogVideo's diffusers layout, a Hugging Face data set, shards, or media and captions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from sat_ext.data.sources.folder import is_media, read_sidecars
+from sat_ext.data.sources.listing import Folder, Notes, is_text, one_line, read_bytes, resolve
+from sat_ext.data.sources.shards import read_shards
+from sat_ext.data.sources.tables import read_table
+from sat_ext.errors import DataError
+from sat_ext.types import Item
+
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # Hugging Face's ImageFolder and VideoFolder
+_PROMPTS = ("prompts.txt", "prompt.txt")
+_TRAIN, _OTHER_SPLITS = ("train", "training"), ("test", "testing", "validation", "valid", "val", "dev", "eval")
+_SPLIT = re.compile(rf"({'|'.join(_TRAIN + _OTHER_SPLITS)})(?=[-_./]|$)")
+
+
+def read_folder(folder: Folder, notes: Notes) -> list[Item]:
+    """Every item of a folder, read as what it looks like, in this order:
+
+    1. `prompts.txt` with `videos.txt` or `images.txt`: the lines of one belong to those of the other;
+    2. `metadata.jsonl`, `.csv` or `.parquet`, in it or in its subfolders: Hugging Face's tables;
+    3. `.parquet` files, or 4. `.tar` files, at any depth;
+    5. images and videos with a `.txt` beside each, or in `labels/`.
+
+    Of a data set with splits (train, test, ...) only the training split is read; the other's folder may be given
+    as a source of its own. Raises `DataError`.
+    """
+    names = set(folder.names)
+    prompts = next((p for p in _PROMPTS if p in names), None)
+    if prompts and names & {"videos.txt", "images.txt"}:
+        return _read_lists(folder, prompts, names, notes)
+    tables = _one_split([n for n in folder.names if _is_metadata(n)], folder, notes)
+    if tables:
+        return [
+            item
+            for n in sorted(tables)
+            for item in read_table(folder.location(n), notes, prefix=n[: n.rfind("/") + 1])
+        ]
+    parquet = [n for n in folder.names if n.lower().endswith(".parquet")]
+    tars = [n for n in folder.names if n.lower().endswith(".tar")]
+    media = next((n for n in folder.names if is_media(n)), None)
+    kinds = [n for n in (*parquet[:1], *tars[:1], *([media] if media else [])) if n]
+    if len(kinds) > 1:
+        raise DataError(
+            f"{folder.root}: it holds '{kinds[0]}' and '{kinds[1]}', which may be the same data twice; put the "
+            "kinds of files into folders of their own, each a source."
+        )
+    if parquet:
+        return [
+            item
+            for n in sorted(_one_split(parquet, folder, notes))
+            for item in read_table(folder.location(n), notes, prefix=n[: n.rfind("/") + 1])
+        ]
+    if tars:
+        chosen = sorted(_one_split(tars, folder, notes))
+        return read_shards([(folder.location(n), n) for n in chosen], notes)
+    return read_sidecars(folder, notes)
+
+
+def _is_metadata(name: str) -> bool:
+    parent, _, file = name.rpartition("/")
+    return file in _METADATA and parent.count("/") == 0
+
+
+def _one_split(names: list[str], folder: Folder, notes: Notes) -> list[str]:
+    """Of files that are named after splits, or lie in their folders, those of the training split."""
+    splits = {name: _split_of(name) for name in names}
+    if not set(splits.values()) & set(_TRAIN):
+        return names
+    for name, split in splits.items():
+        if split in _OTHER_SPLITS:
+            notes.add("left out as of other splits than train; to use them, name them as a source", name)
+    return [name for name in names if splits[name] not in _OTHER_SPLITS]
+
+
+def _split_of(name: str) -> str | None:
+    found = (_SPLIT.match(part) for part in name.lower().split("/"))
+    return next((match[1] for match in found if match), None)
+
+
+def _read_lists(folder: Folder, prompts: str, names: set[str], notes: Notes) -> list[Item]:
+    """CogVideo's layout for its diffusers `finetune/`: line by line a prompt, a clip, and for I2V a first frame.
+
+    The first frames are not read: the condition of a clip is the frame that it starts with. Without
+    `videos.txt`, `images.txt` lists stills to train on.
+    """
+    lists = {n: _list(folder, n) for n in (prompts, "videos.txt", "images.txt") if n in names}
+    counts = {n: len(lines) for n, lines in lists.items()}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} in {n}" for n, count in counts.items())
+        raise DataError(
+            f"{folder.root}: its lists have different numbers of lines ({found}); they go line by line."
+        )
+    media = "videos.txt" if "videos.txt" in lists else "images.txt"
+    if not counts[media]:
+        raise DataError(f"{folder.root}: '{media}' is empty; write one path a line.")
+    if media == "videos.txt" and "images.txt" in lists:
+        notes.add(
+            "first frames that are not read, as a clip's condition is the frame it starts with", "images.txt"
+        )
+    uses: Counter[str] = Counter()
+    items = []
+    for number, (file, prompt) in enumerate(zip(lists[media], lists[prompts], strict=True), start=1):
+        where = f"{folder.location(media)}, line {number}"
+        if not is_text(file):
+            raise DataError(f"{where}: {file!r} is no path.")
+        uses[file] += 1
+        key = file if uses[file] == 1 else f"{file}#{uses[file]}"
+        items.append(Item(path=resolve(folder.root, file, where), key=key, captions=(one_line(prompt),)))
+    return items
+
+
+def _list(folder: Folder, name: str) -> list[str]:
+    """The lines that are not blank, as CogVideo reads them."""
+    where = folder.location(name)
+    try:
+        text = read_bytes(where).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8.") from None
+    return [line.strip() for line in text.split("\n") if line.strip()]

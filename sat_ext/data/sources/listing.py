@@ -1,0 +1,194 @@
+"""What lies in a folder, on a disk or behind a URL, and the text of its small files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote, urlsplit
+
+from sat_ext.errors import DataError, MediaError
+from sat_ext.files import filesystem, is_url, open_binary
+
+log = logging.getLogger(__name__)
+
+# A caption is cut there. No text encoder reads a hundredth of it, and a video called .txt shall not fill memory.
+MAX_CAPTION_BYTES = 1 << 20
+
+_LISTED = 3  # how many examples a message names
+_AT_ONCE = 256  # small files that are fetched together from a server
+
+
+class Notes:
+    """What is odd about a source but no reason to stop: one warning for each kind of it, with a count.
+
+    Where captions are not required, files without one are items without captions.
+    """
+
+    def __init__(self, *, captions_required: bool = True) -> None:
+        self.captions_required = captions_required
+        self._names: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()  # shards are read in threads
+
+    def add(self, what: str, name: str) -> None:
+        """`name` is one of `what`, such as "empty captions"."""
+        with self._lock:
+            self._counts[what] = self._counts.get(what, 0) + 1
+            if self._counts[what] <= _LISTED:
+                self._names.setdefault(what, []).append(name)
+
+    def log(self, source: str) -> None:
+        """Write them down."""
+        for what, count in self._counts.items():
+            log.warning("%s: %s: %d (%s)", source, what, count, listed(self._names[what], count))
+
+
+def listed(names: Sequence[str], count: int | None = None) -> str:
+    """The first few names for a message, out of `count`."""
+    count = len(names) if count is None else count
+    return ", ".join(f"'{n}'" for n in names[:_LISTED]) + (", ..." if count > _LISTED else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """`names`: every file below `root`, relative to it, with forward slashes, in any order. No hidden ones."""
+
+    root: str
+    names: list[str]
+
+    def location(self, name: str) -> str:
+        """Where the file `name` is."""
+        return f"{self.root}/{name}"
+
+    def texts(self, names: Sequence[str], notes: Notes) -> Iterator[str]:
+        """The text of each of the small files `names`: UTF-8, with or without a mark, what is not replaced."""
+        if not is_url(self.root):
+            for name in names:
+                yield text_of(_head(self.location(name)), name, notes)
+            return
+        fs, inner = filesystem(self.root)
+        for first in range(0, len(names), _AT_ONCE):
+            some = names[first : first + _AT_ONCE]
+            paths = [f"{inner.rstrip('/')}/{name}" for name in some]
+            found = fs.cat(paths, on_error="return")
+            for name, path in zip(some, paths, strict=True):
+                data = found.get(path)
+                if not isinstance(data, bytes):
+                    raise DataError(f"{self.location(name)}: cannot be read: {data}; check the server.")
+                yield text_of(data, name, notes)
+
+
+def _head(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_CAPTION_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove it.") from error
+
+
+def text_of(data: bytes, name: str, notes: Notes) -> str:
+    """One caption's bytes as text; what is wrong with them is noted under `name`."""
+    if len(data) > MAX_CAPTION_BYTES:
+        notes.add("captions cut after 1 MiB", name)
+        data = data[:MAX_CAPTION_BYTES]
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        notes.add("captions that are not UTF-8, their bad bytes replaced", name)
+        text = data.decode("utf-8-sig", errors="replace")
+    return text
+
+
+def one_line(text: str) -> str:
+    """The lines of a caption, joined by spaces. Never a character that cannot be written as UTF-8."""
+    if "\n" in text or "\r" in text or text != text.strip():
+        text = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def list_folder(root: str, notes: Notes) -> Folder:
+    """The folder with all its levels. Empty where there is none. Raises `DataError` for a server's errors."""
+    if is_url(root):
+        return _list_remote(root.rstrip("/"))
+    return Folder(root, list(_list_local(root, notes)))
+
+
+def _list_local(root: str, notes: Notes) -> Iterator[str]:
+    """A folder that links lead to more than once is read once, so loops of links end."""
+    seen = {os.path.realpath(root)}
+    for folder, below, names in os.walk(root, followlinks=True):
+        kept = []
+        for name in sorted(below):
+            real = os.path.realpath(os.path.join(folder, name))
+            # A leading dot marks what tools leave beside the files, such as macOS's '._clip.mp4'.
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        below[:] = kept
+        start = os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if start == "." else start + "/"
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            if not is_text(prefix + name):
+                notes.add("files left out for their names, which are not UTF-8", repr(prefix + name))
+                continue
+            yield prefix + name
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name can be written as UTF-8; names on a disk may be any bytes."""
+    if name.isascii():
+        return True
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _list_remote(root: str) -> Folder:
+    fs, inner = filesystem(root)
+    inner = inner.rstrip("/")
+    try:
+        found = fs.find(inner)
+    except FileNotFoundError:
+        found = []
+    except Exception as error:  # each file system of fsspec has errors of its own
+        raise DataError(f"{root}: cannot be listed ({error}); check the address and your rights.") from error
+    names = (path.removeprefix(inner).lstrip("/") for path in found)
+    return Folder(root, [n for n in names if n and not any(p.startswith(".") for p in n.split("/"))])
+
+
+def resolve(base: str, file: str, where: str) -> str:
+    """Where `file` of a table in the folder or URL `base` is: a URL, an absolute path, or relative to `base`."""
+    if is_url(file):
+        return file
+    if not is_url(base):
+        return os.path.join(base, file)
+    if file.startswith("/"):
+        raise DataError(
+            f"{where}: '{file}' is a local path in a table behind a URL; write a relative one or a URL."
+        )
+    return f"{base}/{quote(file) if base.startswith(('http://', 'https://')) else file}"
+
+
+def folder_of(path: str) -> str:
+    """The folder or URL that a table lies in."""
+    if not is_url(path):
+        return os.path.dirname(path) or "."
+    if path.startswith(("http://", "https://")):
+        path = urlsplit(path)._replace(query="", fragment="").geturl()
+    return path.rpartition("/")[0]
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole small file. Raises `DataError`."""
+    try:
+        with open_binary(path) as file:
+            return file.read()
+    except MediaError as error:
+        raise DataError(f"{path}: {error.reason}; check sources or train_data.") from error

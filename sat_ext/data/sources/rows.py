@@ -1,0 +1,149 @@
+"""One row of a table, or one JSON object beside a file, to what an `Item` says of its file. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sat_ext.data.sources.listing import one_line
+from sat_ext.errors import DataError
+
+PATH_COLUMNS = (
+    *("path", "file", "video", "image", "file_name", "video_path", "image_path", "url"),
+    *("video_file_name", "image_file_name"),
+)
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+OTHER_COLUMNS = ("captions", "caption_weights", "start", "end", "crop", "fps", "weight")
+
+Row = Mapping[str, Any]
+
+
+def column_of(row: Sequence[str] | Row, accepted: Sequence[str], what: str, where: str) -> str:
+    """The first accepted column that is there. Raises `DataError` with those that are."""
+    for name in accepted:
+        if name in row:
+            return name
+    raise DataError(
+        f"{where}: no {what} column among {', '.join(map(repr, row)) or 'none'}; "
+        f"name one of them {' or '.join(map(repr, accepted))}."
+    )
+
+
+def has_captions(row: Sequence[str] | Row) -> bool:
+    """Whether any column can hold captions."""
+    return "captions" in row or any(name in row for name in CAPTION_COLUMNS)
+
+
+def fields_of(row: Row, where: str) -> dict[str, Any]:
+    """Keyword arguments of `Item` out of a row: `captions` (empty where it has none) and what narrows it down.
+
+    A number may be text, and a list JSON in text, as CSV has them; None, NaN and empty text are no value.
+    Unknown columns are ignored. Raises `DataError`, starting with `where`, for a value that cannot be meant.
+
+    >>> fields_of({"caption": "A cat.", "start": "1.5", "crop": "[0, 0, 64, 64]", "id": 7}, "t.csv, line 2")
+    {'captions': ('A cat.',), 'start': 1.5, 'crop': (0, 0, 64, 64)}
+    """
+    fields: dict[str, Any] = {"captions": _captions(row, where)}
+    if row.get("caption_weights") is not None and fields["captions"]:
+        weights = _list(row, "caption_weights", where)
+        if weights is not None:
+            fields["caption_weights"] = _caption_weights(weights, len(fields["captions"]), where)
+    for name, what in _NUMBERS.items():
+        value = _number(row[name]) if row.get(name) is not None else None
+        if value is None:
+            continue
+        if not (value > 0 or (value == 0 and name in ("start", "weight"))) or value == math.inf:
+            raise DataError(f"{where}: '{name}' is {row[name]!r}; it must be {what}, or left out.")
+        fields[name] = value
+    if fields.get("end") is not None and fields["end"] <= fields.get("start", 0.0):
+        raise DataError(
+            f"{where}: 'end' is {fields['end']} s, not after its 'start' at {fields.get('start', 0.0)} s; "
+            "swap or mend them."
+        )
+    if row.get("crop") is not None and (crop := _list(row, "crop", where)) is not None:
+        fields["crop"] = _crop(crop, where)
+    return fields
+
+
+def _captions(row: Row, where: str) -> tuple[str, ...]:
+    value: Any = _list(row, "captions", where) if row.get("captions") is not None else None
+    if value is None:
+        name = next((n for n in CAPTION_COLUMNS if row.get(n) is not None), None)
+        value = row[name] if name is not None else []
+    if isinstance(value, float) and math.isnan(value):  # how pandas writes nothing
+        return ()
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list):
+        raise DataError(f"{where}: the caption is {value!r}; it must be a string, or a list of them.")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise DataError(f"{where}: the caption is {caption!r}; it must be a string, or a list of them.")
+    return tuple(map(one_line, captions))
+
+
+def _caption_weights(weights: list[Any], captions: int, where: str) -> tuple[float, ...]:
+    numbers = [_number(w) for w in weights]
+    if len(numbers) != captions:
+        raise DataError(
+            f"{where}: {len(numbers)} caption_weights for {captions} captions; give one for each, or none."
+        )
+    known = [n for n in numbers if n is not None and 0 <= n < math.inf]
+    if len(known) < len(numbers) or sum(known) <= 0:
+        raise DataError(f"{where}: 'caption_weights' is {weights!r}; they must be numbers, 0 or more, not all 0.")
+    return tuple(known)
+
+
+def _crop(crop: list[Any], where: str) -> tuple[int, int, int, int]:
+    numbers = [_number(c) for c in crop]
+    whole = [int(n) for n in numbers if n is not None and n == n // 1]
+    if len(crop) != 4 or len(whole) != 4 or min(whole[:2]) < 0 or min(whole[2:]) < 1:
+        raise DataError(
+            f"{where}: 'crop' is {crop!r}; it must be [left, top, width, height] in whole pixels inside the frame."
+        )
+    left, top, width, height = whole
+    return left, top, width, height
+
+
+def _number(value: Any) -> float | None:
+    """None for what stands for no value; NaN, which passes no check, for what is no number."""
+    if isinstance(value, bool):
+        return math.nan
+    if isinstance(value, (int, float)):
+        return None if value != value else float(value)
+    if not isinstance(value, str):
+        return math.nan
+    if not value.strip() or value.strip().lower() == "nan":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
+def _list(row: Row, name: str, where: str) -> list[Any] | None:
+    value = row[name]
+    if isinstance(value, str) and not value.strip() or isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            value = None
+    if not isinstance(value, list):
+        raise DataError(f"{where}: '{name}' is {row[name]!r}; it must be a list, such as {_EXAMPLES[name]}.")
+    return value
+
+
+_NUMBERS = {
+    "start": "seconds, 0 or more",
+    "end": "seconds above 0",
+    "fps": "frames a second above 0",
+    "weight": "0 or more",
+}
+_EXAMPLES = {
+    "captions": '["A cat.", "A black cat on a mat."]',
+    "caption_weights": "[3, 1]",
+    "crop": "[left, top, width, height]",
+}

@@ -1,0 +1,227 @@
+"""WebDataset shards: tars whose members belong together by name. Only headers and captions are read.
+
+Nothing is unpacked, and nothing but media, text and JSON is looked at: a `.pyd` or `.pth` member stays closed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from sat_ext.data.sources.folder import is_media
+from sat_ext.data.sources.listing import MAX_CAPTION_BYTES, Notes, is_text, listed, one_line, text_of
+from sat_ext.data.sources.rows import CAPTION_COLUMNS, fields_of
+from sat_ext.errors import DataError, MediaError
+from sat_ext.files import filesystem, is_url, member_location, open_binary
+from sat_ext.types import IMAGE_EXTENSIONS, Item
+
+_AT_ONCE = 8  # shards; behind a URL, reading one is mostly waiting
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_RESERVED = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What belongs together. `media`: (name, offset, size)."""
+
+    media: list[tuple[str, int, int]] = field(default_factory=list)
+    text: str | None = None
+    row: dict[str, Any] | None = None
+
+
+def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
+    """The samples of tars, each given as its location and the start of its samples' keys.
+
+    A sample is a clip or a still with its `.txt` or `.json`, by WebDataset's rule: names are equal up to the
+    first dot. Where there are several media of one name, clips win. `.json` holds what a table's row would.
+    SAT's `0000.meta.jsonl` beside `0000.tar` adds to the samples that its `key`s name, and wins.
+
+    A sample without a caption is left out, and noted. Raises `DataError` for what is no tar, for a member
+    whose path is absolute or leads upwards, and where not one sample is left.
+    """
+    with ThreadPoolExecutor(min(_AT_ONCE, len(shards))) as pool:
+        found = pool.map(lambda shard: list(_read_shard(shard[0], shard[1], notes)), shards)
+        items = [item for part in found for item in part]
+    if not items:
+        raise DataError(
+            f"{listed([tar for tar, _ in shards])}: no image or video with a caption; a sample is x.mp4 or x.jpg "
+            "with x.txt or x.json."
+        )
+    return items
+
+
+def _read_shard(tar: str, prefix: str, notes: Notes) -> Iterator[Item]:
+    samples = _samples(tar, notes)
+    extra = _meta_rows(tar)
+    for key, sample in samples.items():
+        where = f"{tar}, sample {key}"
+        row = dict(sample.row or {})
+        if sample.text is not None and row.get("captions") is None:
+            row["caption"] = sample.text
+        added = extra.get(_webdataset_key(key)) or {}
+        if any(added.get(name) is not None for name in CAPTION_COLUMNS):
+            row = {k: v for k, v in row.items() if k not in (*CAPTION_COLUMNS, "captions", "caption_weights")}
+        fields = fields_of(row | added, where)
+        if not fields["captions"] and notes.captions_required:
+            notes.add("samples left out for want of a caption", f"{prefix}/{key}")
+            continue
+        if fields["captions"] and not any(fields["captions"]):
+            notes.add("empty captions, to be trained without one", f"{prefix}/{key}")
+        # Stable: a clip before a still, the plainest name first.
+        name, offset, size = min(sample.media, key=lambda m: (_is_still(m[0]), len(m[0]), m[0]))
+        yield Item(path=member_location(tar, name, offset, size), key=f"{prefix}/{key}", **fields)
+
+
+def _is_still(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def _webdataset_key(name: str) -> str:
+    """A name up to the first dot after its last slash."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
+    """Samples with media by key, in the order of the tar.
+
+    Where names hold further dots, `a.b.mp4` goes with `a.b.txt` if that is there. Without it, it goes by
+    WebDataset's key, and is left out where that has plainer media: `a.seg.png` beside `a.jpg` is an annotation.
+    """
+    by_stem: dict[str, _Sample] = {}
+    for name, offset, size, data in _members(tar, notes):
+        stem, suffix = os.path.splitext(name.removeprefix("./"))
+        sample = by_stem.setdefault(stem, _Sample())
+        if data is None:
+            sample.media = [m for m in sample.media if m[0] != name]  # of two of one name, a tar means the last
+            sample.media.append((name, offset, size))
+        elif suffix.lower() == ".txt":
+            sample.text = one_line(text_of(data, f"{tar}#{name}", notes))
+        else:
+            sample.row = _object(data, f"{tar}#{name}", notes)
+    found: dict[str, _Sample] = {}
+    for stem, sample in by_stem.items():
+        key = _webdataset_key(stem)
+        plain = by_stem.get(key, _Sample())
+        if not sample.media or (stem != key and sample.text is None and sample.row is None and plain.media):
+            continue
+        if sample.text is None and sample.row is None:
+            sample.text, sample.row = plain.text, plain.row
+        found[stem] = sample
+    return found
+
+
+def _object(data: bytes, name: str, notes: Notes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(data) if len(data) <= MAX_CAPTION_BYTES else None
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        notes.add("members .json that are no JSON objects, left out", name)
+        return None
+    return row
+
+
+def _members(tar: str, notes: Notes) -> Iterator[tuple[str, int, int, bytes | None]]:
+    """Name, offset and size of the data of each member that is media, text or JSON; of the latter two the data."""
+    try:
+        with open_binary(tar) as file:
+            if file.read(6).startswith(_COMPRESSED):
+                raise DataError(
+                    f"{tar}: it is compressed, so that members cannot be read one by one; decompress it (media is "
+                    "compressed in itself)."
+                )
+            end = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := _next(archive, tar, notes)) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # they would add up to gigabytes
+                    kind = _kind(member, tar, notes)
+                    if kind is None:
+                        continue
+                    if member.offset_data + member.size > end:
+                        notes.add("tars that end before their last member does, which is left out", tar)
+                        continue
+                    data = None
+                    if kind == "text":
+                        file.seek(member.offset_data)
+                        data = file.read(min(member.size, MAX_CAPTION_BYTES + 1))
+                    yield member.name, member.offset_data, member.size, data
+    except tarfile.TarError as error:
+        raise DataError(f"{tar}: not a readable tar ({error}); write it anew.") from error
+    except MediaError as error:
+        raise DataError(f"{tar}: {error.reason}; check sources or train_data.") from error
+
+
+def _next(archive: tarfile.TarFile, tar: str, notes: Notes) -> tarfile.TarInfo | None:
+    try:
+        return archive.next()
+    except tarfile.TarError as error:
+        notes.add(f"damaged tars, read up to the damage ({error})", tar)
+        return None
+
+
+def _kind(member: tarfile.TarInfo, tar: str, notes: Notes) -> str | None:
+    """'media', 'text', or None for what is left out. Raises `DataError` for a path that leads out of the tar."""
+    name = member.name
+    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:[/\\]", name):
+        raise DataError(
+            f"{tar}: its member '{name}' has a path that is absolute or leads upwards, as in a tar that was "
+            "made to do harm; write it anew with relative names."
+        )
+    if _RESERVED.match(name) or os.path.basename(name).startswith(".") or member.isdir():
+        return None
+    text = name.lower().endswith((".txt", ".json"))
+    if not text and not is_media(name):
+        return None
+    if not member.isreg() or member.issparse():
+        notes.add("links and other members that are no plain files, left out", f"{tar}#{name}")
+        return None
+    if not is_text(name):
+        notes.add("members left out for their names, which are not UTF-8", repr(name))
+        return None
+    return "text" if text else "media"
+
+
+def _meta_rows(tar: str) -> dict[str, dict[str, Any]]:
+    """The rows of SAT's `.meta.jsonl` beside a tar, by key; none where there is none."""
+    path = next((p for p in _meta_paths(tar) if _exists(p)), None)
+    if path is None:
+        return {}
+    rows: dict[str, dict[str, Any]] = {}
+    with open_binary(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                key = row["key"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DataError(
+                    f"{path}, line {number}: not a JSON object with a 'key' ({error!r}); write lines such as "
+                    '{"key": "0001", "caption": "A cat."}.'
+                ) from None
+            rows.setdefault(str(key).removeprefix("./"), {}).update(row)
+    return rows
+
+
+def _meta_paths(tar: str) -> list[str]:
+    """`0000.meta.jsonl` for `0000.tar`; of a name with several dots SAT takes the part before the first one."""
+    if "?" in tar and is_url(tar):
+        return []  # a signed address holds for one file only
+    folder, slash, file = tar.rpartition("/")
+    names = dict.fromkeys((os.path.splitext(file)[0], file.partition(".")[0]))
+    return [f"{folder}{slash}{name}.meta.jsonl" for name in names]
+
+
+def _exists(path: str) -> bool:
+    if not is_url(path):
+        return os.path.isfile(path) and os.path.getsize(path) > 0
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))

@@ -1,0 +1,220 @@
+"""JSONL, CSV and Parquet tables: a row names a file, or holds it, and says how to use it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sat_ext.data.sources.folder import is_media
+from sat_ext.data.sources.listing import Notes, folder_of, is_text, resolve
+from sat_ext.data.sources.rows import (
+    CAPTION_COLUMNS,
+    OTHER_COLUMNS,
+    PATH_COLUMNS,
+    column_of,
+    fields_of,
+    has_captions,
+)
+from sat_ext.errors import DataError, MediaError
+from sat_ext.files import cell_location, is_url, open_binary
+from sat_ext.types import Item
+
+_LISTED = 3
+_LONGEST_CELL = 16 << 20  # of a CSV, in characters; Python's own limit is 128 KiB
+_ROWS_AT_ONCE = 4096
+_READ_BYTES = 1 << 20  # of a column; without it, Arrow reads all files of a row group to find how the first starts
+
+# The suffix of an embedded file that has no name, by how it starts.
+_MAGIC = (
+    (b"\xff\xd8\xff", ".jpg"),
+    (b"\x89PNG", ".png"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II*\0", ".tiff"),
+    (b"MM\0*", ".tiff"),
+    (b"\x1aE\xdf\xa3", ".mkv"),
+)
+
+
+def read_table(table: str, notes: Notes, *, prefix: str = "") -> list[Item]:
+    """The rows of a .jsonl, .csv or .parquet file, their keys after `prefix`.
+
+    Raises `DataError` for a table or a value in it that cannot be used, and where rows have no caption.
+    """
+    items: list[Item] = []
+    bare: list[str] = []
+    uses: Counter[str] = Counter()
+    for place, key, path, fields in TABLES[suffix_of_table(table)](table):
+        if not fields["captions"]:
+            bare.append(place)
+        elif not any(fields["captions"]):
+            notes.add("empty captions, to be trained without one", place)
+        uses[key] += 1
+        # The same file may be listed with several captions: its further uses get keys of their own.
+        key = prefix + (key if uses[key] == 1 else f"{key}#{uses[key]}")
+        items.append(Item(path=path, key=key, **fields))
+    if bare and notes.captions_required:
+        raise DataError(
+            f"{table}: {len(bare)} of {len(items)} rows have no caption "
+            f"({', '.join(bare[:_LISTED])}{', ...' if len(bare) > _LISTED else ''}); "
+            "fill them in or remove the rows."
+        )
+    if not items:
+        raise DataError(f"{table}: no rows; every row names one media file and its caption.")
+    return items
+
+
+def suffix_of_table(path: str) -> str:
+    """The lower-case extension, without the query of a URL."""
+    return os.path.splitext(urlsplit(path).path if is_url(path) else path)[1].lower()
+
+
+# What each reader gives for a row: its place in words, its key, the file's location, and `Item`'s other fields.
+_Rows = Iterator[tuple[str, str, str, dict[str, Any]]]
+
+
+def _jsonl(table: str) -> _Rows:
+    base = folder_of(table)
+    for number, line in enumerate(_lines(table), start=1):
+        if not line.strip():
+            continue
+        where = f"{table}, line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"{where}: not JSON ({error}); write one object a line, such as "
+                '{"path": "a.mp4", "caption": "A cat."}.'
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a JSON {type(row).__name__}; write one object a line.")
+        yield _named_file(row, base, f"line {number}", where)
+
+
+def _csv(table: str) -> _Rows:
+    """Comma-separated, with a header."""
+    base = folder_of(table)
+    csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.reader(_lines(table), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if header:
+            column_of(header, PATH_COLUMNS, "path", f"{table}, line 1")
+            _require_captions(header, f"{table}, line 1")
+        for cells in reader:
+            if not cells:
+                continue
+            place = f"line {reader.line_num}"
+            if len(cells) > len(header):
+                raise DataError(
+                    f"{table}, {place}: {len(cells)} cells under {len(header)} columns; "
+                    "put quotes around a caption that holds commas."
+                )
+            row = dict.fromkeys(header) | dict(zip(header, cells, strict=False))
+            yield _named_file(row, base, place, f"{table}, {place}")
+    except csv.Error as error:
+        raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}); mend the quotes.") from None
+
+
+def _named_file(row: dict[str, Any], base: str, place: str, where: str) -> tuple[str, str, str, dict[str, Any]]:
+    column = column_of(row, PATH_COLUMNS, "path", where)
+    file = row[column]
+    if not isinstance(file, str) or not file or not is_text(file):
+        raise DataError(f"{where}: '{column}' is {file!r}; it must be the path of a media file.")
+    _require_captions(row, where)
+    return place, file, resolve(base, file, where), fields_of(row, where)
+
+
+def _require_captions(row: Any, where: str) -> None:
+    if not has_captions(row):
+        column_of(row, CAPTION_COLUMNS, "caption", where)
+
+
+def _lines(table: str) -> Iterator[str]:
+    try:
+        with _open(table) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table}: not UTF-8 ({error.reason}); save the table as UTF-8.") from None
+    except MediaError as error:
+        raise DataError(f"{table}: {error.reason}; check sources or train_data.") from error
+
+
+def _open(table: str) -> Any:
+    # An empty local table is an error of its own, not that of a media file.
+    return open_binary(table) if is_url(table) else open(table, "rb")
+
+
+def _parquet(table: str) -> _Rows:
+    base, name = folder_of(table), os.path.basename(urlsplit(table).path if is_url(table) else table)
+    try:
+        with _open(table) as file:
+            source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+            names = source.schema_arrow.names
+            _require_captions(names, table)
+            wanted = [c for c in (*CAPTION_COLUMNS, *OTHER_COLUMNS) if c in names]
+            column = embedded_column(source.schema_arrow)
+            if column is None:
+                wanted.append(column_of(names, PATH_COLUMNS, "path", table))
+                for number, row in _parquet_rows(source, wanted):
+                    yield _named_file(row, base, f"row {number}", f"{table}, row {number}")
+                return
+            if pa.types.is_struct(source.schema_arrow.field(column).type):
+                wanted.append(f"{column}.path")
+            unnamed = _first_suffix(source, column)
+            for number, row in _parquet_rows(source, wanted):
+                inner = (row.get(column) or {}).get("path") or ""
+                suffix = os.path.splitext(inner)[1].lower() if is_media(inner) else unnamed
+                location = cell_location(table, column, number, suffix)
+                yield f"row {number}", f"{name}#{number}", location, fields_of(row, f"{table}, row {number}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{table}: not a readable Parquet file ({error}); write it anew.") from error
+    except MediaError as error:
+        raise DataError(f"{table}: {error.reason}; check sources or train_data.") from error
+
+
+def _parquet_rows(source: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    batches = source.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns, use_threads=False)
+    return enumerate(row for batch in batches for row in batch.to_pylist())
+
+
+def embedded_column(schema: pa.Schema) -> str | None:
+    """The column that holds whole files: binary, or Hugging Face's struct of bytes and path. Clips win."""
+
+    def holds_files(field: pa.Field) -> bool:
+        if pa.types.is_struct(field.type):
+            return {"bytes", "path"} <= {f.name for f in field.type}
+        binary = pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+        return binary and (field.name in ("video", "image", "bytes", "content") or field.name in _PLAIN_NAMES)
+
+    found = [field.name for field in schema if holds_files(field)]
+    return min(found, key=lambda name: ("video" not in name and name != "mp4", found.index(name)), default=None)
+
+
+_PLAIN_NAMES = frozenset({"mp4", "webm", "jpg", "jpeg", "png", "webp", "gif"})  # img2dataset's and video2dataset's
+
+
+def _first_suffix(source: pq.ParquetFile, column: str) -> str:
+    """The suffix of files without a name, after how the table's first one starts."""
+    struct = pa.types.is_struct(source.schema_arrow.field(column).type)
+    leaf = f"{column}.bytes" if struct else column
+    batch = next(source.iter_batches(batch_size=1, columns=[leaf], use_threads=False), None)
+    cell = batch.column(0)[0].as_py() if batch is not None else None
+    data = (cell["bytes"] if isinstance(cell, dict) else cell) or b""
+    if data[:4] == b"RIFF":
+        return ".webp" if data[8:12] == b"WEBP" else ".avi"
+    if data[4:8] == b"ftyp":
+        return ".avif" if data[8:12] in (b"avif", b"avis") else ".mp4"
+    return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), ".jpg")
+
+
+TABLES: dict[str, Callable[[str], _Rows]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

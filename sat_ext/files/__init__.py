@@ -1,0 +1,137 @@
+"""Where bytes are, said by one string everywhere in the package:
+
+- `clips/a.mp4`: a local file;
+- `s3://bucket/a.mp4`, `https://host/a.mp4`, or any other URL of fsspec;
+- `0007.tar#MEMBER@OFFSET+SIZE`: a tar's member, whose data starts at that byte; the tar a file or a URL;
+- `rows.parquet#COLUMN@ROW.jpg`: a cell of a Parquet file that holds a whole file, here a JPEG.
+
+URLs are read by ranges: a little at first, and more and more as long as the reading goes on in order. File systems
+are fsspec's, made in the process that uses them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from functools import lru_cache
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from sat_ext.errors import MediaError
+from sat_ext.files.cells import Cells
+from sat_ext.files.locations import (
+    Cell,
+    Member,
+    cell_location,
+    container_of,
+    inside_of,
+    is_local,
+    is_url,
+    member_location,
+    suffix_of,
+)
+from sat_ext.files.ranges import Window
+from sat_ext.files.remote import RemoteFile, filesystem, info_of, reason_of
+
+__all__ = [
+    "cell_location",
+    "container_of",
+    "filesystem",
+    "fingerprint",
+    "is_local",
+    "is_url",
+    "member_location",
+    "open_binary",
+    "size_of",
+    "suffix_of",
+]
+
+# Parquet files that stay open in a process. Each may hold a page, which for large files is a row group's column.
+_OPEN_TABLES = 2
+
+
+def size_of(path: str) -> int:
+    """Its size in bytes. Raises `MediaError` for what is missing, no regular file, or empty."""
+    inside = inside_of(path)
+    if isinstance(inside, Member):
+        size = inside.size
+    elif isinstance(inside, Cell):
+        size = len(_read_cell(path, inside))
+    elif is_url(path):
+        size = int(info_of(path).get("size") or 0)
+    else:
+        size = _stat(path).st_size
+    if size == 0:
+        raise MediaError(path, "the file is empty (0 bytes)")
+    return size
+
+
+def fingerprint(path: str) -> str:
+    """What changes when the file does, without reading it: size and time, for URLs what their server tells.
+
+    Of members and cells, their container's. Raises `MediaError`.
+    """
+    path = container_of(path)
+    if not is_url(path):
+        status = _stat(path)
+        return f"{status.st_size}-{status.st_mtime_ns}"
+    info = info_of(path)
+    told = ("ETag", "etag", "sha256", "md5Hash", "LastModified", "Last-Modified", "mtime", "updated", "created")
+    return "-".join(str(info[key]) for key in ("size", *told) if info.get(key) is not None)
+
+
+def open_binary(path: str) -> BinaryIO:
+    """`path` for reading, seekable; the caller closes it.
+
+    Raises `MediaError` when it is missing, empty or cannot be read, also from the file's own methods where a
+    URL is behind it; `ConfigError` for a kind of URL that no installed package reads.
+    """
+    inside = inside_of(path)
+    if isinstance(inside, Cell):
+        return io.BytesIO(_read_cell(path, inside))
+    if inside is None and not is_url(path):
+        size_of(path)
+        return io.BufferedReader(_open_local(path, path))
+    container = inside.container if inside else path
+    if isinstance(inside, Member):
+        size_of(path)
+    whole = RemoteFile(container, path) if is_url(container) else _open_local(container, path)
+    return io.BufferedReader(whole if inside is None else Window(whole, path, inside))
+
+
+def _open_local(path: str, named: str) -> io.FileIO:
+    _stat(path, named)
+    try:
+        return io.FileIO(path)
+    except OSError as error:
+        raise MediaError(named, reason_of(error)) from error
+
+
+def _stat(path: str, named: str | None = None) -> os.stat_result:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise MediaError(named or path, reason_of(error)) from error
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
+        raise MediaError(named or path, "no such file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    return status
+
+
+def _read_cell(path: str, cell: Cell) -> bytes:
+    try:
+        # By process, as open files and locks must not be taken over by forked workers.
+        data = _open_cells(os.getpid(), cell.container, cell.column).read(cell.row)
+    except MediaError as error:
+        raise MediaError(path, error.reason) from error
+    except (OSError, pa.ArrowException, KeyError, IndexError) as error:
+        raise MediaError(path, reason_of(error)) from error
+    if not data:
+        raise MediaError(path, "its cell is empty")
+    return data
+
+
+@lru_cache(maxsize=_OPEN_TABLES)
+def _open_cells(process: int, table: str, column: str) -> Cells:
+    return Cells(open_binary(table), column)

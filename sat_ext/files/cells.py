@@ -1,0 +1,69 @@
+"""Files that lie in the cells of Parquet tables, read one by one."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# Bytes that are read at a time, and of cells that were passed on the way to a wanted one and are kept.
+_READ_BYTES = 256 << 10
+_PASSED_BYTES = 16 << 20
+
+
+class Cells:
+    """One column of files in a Parquet table.
+
+    Parquet is read forwards from the start of a row group. Cells on the way are decoded one by one and kept up
+    to a limit, so that reading them in order costs one pass, and any other order at most a row group a cell.
+    What is held is a page of the file; writers that flush one for each row group make that a row group's column.
+    """
+
+    def __init__(self, file: BinaryIO, column: str) -> None:
+        self._lock = threading.Lock()
+        self._table = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+        field = self._table.schema_arrow.field(column)
+        self._leaf = f"{column}.bytes" if pa.types.is_struct(field.type) else column
+        groups = self._table.metadata
+        self._starts = [0]
+        for number in range(groups.num_row_groups):
+            self._starts.append(self._starts[-1] + groups.row_group(number).num_rows)
+        self._cells: Iterator[bytes | None] = iter(())
+        self._next, self._group = 0, -1
+        self._passed: OrderedDict[int, bytes | None] = OrderedDict()
+        self._passed_bytes = 0
+
+    def read(self, row: int) -> bytes | None:
+        """The cell in `row`, counted from 0. Raises `IndexError` behind the last one, and what Arrow raises."""
+        if row >= self._starts[-1]:
+            raise IndexError(f"row {row} of a table of {self._starts[-1]} rows")
+        with self._lock:
+            if row in self._passed:
+                return self._passed[row]
+            group = bisect_right(self._starts, row) - 1
+            if group != self._group or row < self._next:
+                self._group, self._next, self._cells = group, self._starts[group], self._iterate(group)
+            for data in self._cells:
+                at, self._next = self._next, self._next + 1
+                self._keep(at, data)
+                if at == row:
+                    return data
+            raise IndexError(f"row {row}: its row group ends before it")
+
+    def _iterate(self, group: int) -> Iterator[bytes | None]:
+        for batch in self._table.iter_batches(
+            batch_size=1, row_groups=[group], columns=[self._leaf], use_threads=False
+        ):
+            cell = batch.column(0)[0].as_py()
+            yield cell["bytes"] if isinstance(cell, dict) else cell
+
+    def _keep(self, row: int, data: bytes | None) -> None:
+        self._passed[row] = data
+        self._passed_bytes += len(data or b"")
+        while self._passed_bytes > _PASSED_BYTES and len(self._passed) > 1:
+            self._passed_bytes -= len(self._passed.popitem(last=False)[1] or b"")

@@ -1,0 +1,141 @@
+"""One object on every rank: made by the first, and held once in the memory of each machine."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from sat_ext.errors import SatExtError
+
+T = TypeVar("T")
+
+HEARTBEAT = 60.0  # seconds; the ranks that wait give up after 10 minutes (NCCL) or 30 (gloo) without a message
+_CHUNK = 64 << 20  # bytes in one message
+_ALIGNMENT = 64  # of buffers, as Arrow wants them
+
+
+def share_from_first_rank(make: Callable[[], T], *, heartbeat: float = HEARTBEAT) -> T:
+    """What `make` returns on rank 0, on every rank. A `SatExtError` of rank 0 is raised on all of them.
+
+    The arrays in it (Arrow's and NumPy's) are not copied for each rank: those of one machine map the same file
+    in the folder for temporary files, which is removed as soon as they have. Such arrays are read-only.
+    """
+    if dist.get_world_size() == 1:
+        return make()
+    buffers: list[pickle.PickleBuffer] = []
+    message: Any = None
+    if dist.get_rank() == 0:
+        message = _made(make, buffers, heartbeat)
+    while message is None:
+        message = _broadcast(None)
+    if isinstance(message, SatExtError):
+        raise message
+    header, spans, name = message
+    memory = _spread(buffers, spans, Path(tempfile.gettempdir(), name))
+    return pickle.loads(header, buffers=[memory[start:end] for start, end in spans])
+
+
+def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat: float) -> Any:
+    """On rank 0: the message that ends the others' waiting, sent to them. `buffers` gets the arrays' memory."""
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append(make())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # daemon, so that Ctrl-C ends the run at once
+    thread.start()
+    while thread.is_alive():
+        thread.join(heartbeat)
+        if thread.is_alive():
+            _broadcast(None)
+    if isinstance(result[0], BaseException) and not isinstance(result[0], SatExtError):
+        raise result[0]
+    message = result[0]
+    if not isinstance(message, SatExtError):
+        header = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+        message = header, _spans([b.raw().nbytes for b in buffers]), f"sat_ext-{uuid.uuid4().hex}"
+    return _broadcast(message)
+
+
+def _spans(sizes: list[int]) -> list[tuple[int, int]]:
+    """Where buffers of these sizes start and end, one behind the other."""
+    spans, end = [], 0
+    for size in sizes:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + size
+        spans.append((start, end))
+    return spans
+
+
+def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], path: Path) -> memoryview:
+    """The memory of all buffers, which rank 0 has: in a file at `path` on each machine, where that can be."""
+    first, size = dist.get_rank() == 0, max(1, spans[-1][1] if spans else 0)
+    memory = None
+    if first:
+        memory = _create(path, size)
+        for buffer, (start, end) in zip(buffers, spans):
+            memory[start:end] = buffer.raw()  # type: ignore[index]
+    dist.barrier()  # so that rank 0's machine maps rank 0's file
+    if not first:
+        memory = _create(path, size)
+    dist.barrier()
+    if memory is None and not path.exists():  # who made it found the disk full
+        memory = mmap.mmap(-1, size)
+    is_filled = first or memory is None
+    if not all(_gather(is_filled)):
+        for start in range(0, size, _CHUNK):
+            chunk = _broadcast(memory[start : start + _CHUNK] if first else None)  # type: ignore[index]
+            if not is_filled:
+                memory[start : start + _CHUNK] = chunk  # type: ignore[index]
+        dist.barrier()
+    if memory is None:
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    dist.barrier()  # all have mapped it
+    path.unlink(missing_ok=True)
+    return memoryview(memory).toreadonly()
+
+
+def _create(path: Path, size: int) -> mmap.mmap | None:
+    """Memory of `size` bytes: a new file's or, where none can be made, one's own. None: another rank made it.
+
+    The rank that makes it makes it whole before it meets the others, so what they find is not to grow.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return None
+    except OSError:
+        return mmap.mmap(-1, size)
+    try:
+        os.posix_fallocate(file, 0, size)  # a full disk would otherwise end the process when it is written to
+        return mmap.mmap(file, size)
+    except OSError:
+        path.unlink()
+        return mmap.mmap(-1, size)
+    finally:
+        os.close(file)
+
+
+def _broadcast(message: Any) -> Any:
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _gather(value: bool) -> list[bool]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

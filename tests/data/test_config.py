@@ -1,0 +1,69 @@
+"""What `data.params` accepts, and what it says otherwise. Sources and folders are tested with the stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sat_ext.config import load
+from sat_ext.data.clips import SAMPLERS, register_sampler
+from sat_ext.data.config import DataConfig
+from sat_ext.errors import ConfigError
+
+
+def config(**params: Any) -> DataConfig:
+    return load(DataConfig, {"video_size": [480, 720], "max_num_frames": 49, **params}, "data.params")
+
+
+def refusal(**params: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        config(**params)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_every_sampler_can_be_named_in_a_source(sampler):
+    assert config(sources=[{"path": "clips", "sampler": sampler}]).sources[0].sampler == sampler
+
+
+def test_a_sampler_of_ones_own_can_be_named_in_a_source():
+    @register_sampler("ours")
+    def ours(window, frames, fps, rng):
+        return window.run(0.0, frames, fps)
+
+    try:
+        assert config(sources=[{"path": "clips", "sampler": "ours"}]).sources[0].sampler == "ours"
+    finally:
+        del SAMPLERS["ours"]
+
+
+def test_an_unknown_sampler_is_named_before_anything_is_read_with_the_nearest_one():
+    assert refusal(sources=[{"path": "clips", "sampler": "all_window"}]) == (
+        "data.params.sources: sampler: 'all_window' is not known; did you mean 'all_windows'? valid: "
+        "random_start, start, middle, uniform, first_frame, random_frame, all_windows."
+    )
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"cost": "equal"},
+        {"cost": "auto", 1: 8},
+        {"costs": "auto"},
+        {"auto": True},
+        {},
+        {1: 0},
+        {"still": 8},
+        {1: "x"},
+    ],
+)
+def test_a_batch_that_is_neither_auto_nor_samples_by_frames_is_refused(batch):
+    assert refusal(batch=batch) == (
+        f"data.params.batch: {batch!r}; write {{cost: auto}}, or samples per frame count as in {{1: 8, 49: 1}}."
+    )
+
+
+def test_the_batch_is_by_cost_where_nothing_is_said():
+    assert config().batch == {"cost": "auto"}
+    assert config(batch={"1": 8, "49": 1}).batch == {"1": 8, "49": 1}  # YAML merged by OmegaConf may quote keys

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from sat_ext.data.decode import read_still
+from sat_ext.data.probe import probe
+from sat_ext.data.sources import read_source
+from sat_ext.errors import ConfigError, DataError
+from sat_ext.types import Item
+from tests.media import pattern, write_clip
+from tests.servers import Served, http_server, s3_server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Served]:
+    with http_server(tmp_path) as served:
+        yield served
+
+
+def fill(folder: Path) -> None:
+    """One data set of each kind, each in a folder."""
+    for kind in ("side", "cog/videos", "cog/labels", "shards", "data"):
+        (folder / kind).mkdir(parents=True)
+    clip = write_clip(folder / "side" / "clip.mp4").read_bytes()
+    (folder / "side" / "clip.txt").write_text("a clip")
+    (folder / "side" / "deep").mkdir()
+    Image.fromarray(pattern(3)).save(folder / "side" / "deep" / "still 1.png")
+    (folder / "side" / "deep" / "still 1.txt").write_text("a still")
+    (folder / "cog" / "videos" / "1.mp4").write_bytes(clip)
+    (folder / "cog" / "labels" / "1.txt").write_text("by label")
+    rows = [
+        {"path": "side/deep/still 1.png", "caption": "a still"},
+        {"path": "side/clip.mp4", "caption": "a clip"},
+    ]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "t.csv").write_text("path,caption\nside/clip.mp4,a clip\n")
+    for n in range(2):
+        with tarfile.open(folder / "shards" / f"{n}.tar", "w") as tar:
+            for name in ("clip.mp4", "clip.txt"):
+                tar.add(folder / "side" / name, name)
+    (folder / "shards" / "1.meta.jsonl").write_text('{"key": "clip", "caption": "from meta"}')
+    pq.write_table(pa.table({"video": [clip], "text": ["in a cell"]}), folder / "data" / "train-0.parquet")
+
+
+KINDS = ["side", "cog", "cog/videos", "t.jsonl", "t.csv", "shards", "shards/{0..1}.tar", "shards/0.tar", "data"]
+
+
+def check_same(folder: Path, url: str, kind: str) -> None:
+    """The items are those of the local folder, and their files can be read."""
+    local, items = read_source(f"{folder}/{kind}"), read_source(f"{url}/{kind}")
+
+    def told(item: Item) -> tuple[str, tuple[str, ...]]:
+        return item.key.replace("%20", " "), item.captions
+
+    assert [told(i) for i in items] == [told(i) for i in local]
+    for here, there in zip(local, items, strict=True):
+        assert there.path.startswith(url) and probe(there.path) == probe(here.path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_may_lie_behind_http(tmp_path, server, kind):
+    fill(tmp_path)
+    check_same(tmp_path, server.url, kind)
+
+
+def test_every_kind_of_source_may_lie_on_s3(tmp_path, monkeypatch):
+    fill(tmp_path)
+    with s3_server(monkeypatch) as url:
+        fsspec.filesystem("s3").put(f"{tmp_path}/", f"{url}/set", recursive=True)
+        for kind in KINDS:
+            check_same(tmp_path, f"{url}/set", kind)
+        still = next(i for i in read_source(f"{url}/set/side") if i.path.endswith(".png"))
+        assert np.array_equal(read_still(still.path)[0], pattern(3))
+        for path in ("none", "none.jsonl", "none.tar", "{0..1}.tar"):
+            with pytest.raises(DataError, match="no such file"):
+                read_source(f"{url}/{path}")
+
+
+def test_shards_are_listed_without_their_media(tmp_path, server):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for n in range(4):
+            (tmp_path / f"{n}.mp4").write_bytes(os.urandom(1 << 20))
+            (tmp_path / f"{n}.txt").write_text("x")
+            for suffix in (".mp4", ".txt"):
+                tar.add(tmp_path / f"{n}{suffix}", f"{n}{suffix}")
+    server.reset()
+    assert len(read_source(f"{server.url}/0.tar")) == 4
+    assert server.sent < 400_000
+
+
+def test_a_table_behind_a_url_may_not_name_local_files(tmp_path, server):
+    (tmp_path / "t.jsonl").write_text('{"path": "/etc/passwd.png", "caption": "x"}')
+    with pytest.raises(
+        DataError, match=r"line 1: '/etc/passwd\.png' is a local path in a table behind a URL; write"
+    ):
+        read_source(f"{server.url}/t.jsonl")
+
+
+def test_a_source_that_is_not_there_says_so(server):
+    for path in ("none", "none.jsonl", "none.csv", "none.parquet", "none.tar", "{0..1}.tar"):
+        with pytest.raises(DataError, match="no such file"):
+            read_source(f"{server.url}/{path}")
+    with pytest.raises(ConfigError, match="nonsense:// is no kind of URL"):
+        read_source("nonsense://data/set")
