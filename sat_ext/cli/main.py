@@ -7,7 +7,10 @@ import sys
 
 import typer
 
+from sat_ext.cli.bench import bench
+from sat_ext.cli.check import check
 from sat_ext.cli.demo import demo
+from sat_ext.cli.preview import preview
 from sat_ext.cli.sample import sample
 from sat_ext.errors import SatExtError
 
@@ -16,7 +19,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
+app.command()(check)
 app.command()(demo)
+app.command()(preview)
 app.command()(sample)
 
 

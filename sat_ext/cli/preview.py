@@ -1,0 +1,55 @@
+"""`sat-ext preview`: one page that shows what the model will see of the data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from sat_ext.cli.yaml_base import BaseOption, MoreYaml, load_base
+from sat_ext.data.config import name_sources
+from sat_ext.data.index import build_index
+from sat_ext.data.stream import JointStream
+from sat_ext.errors import ConfigError
+from sat_ext.preview.gather import gather
+from sat_ext.preview.page import render
+
+
+def preview(
+    base: BaseOption,
+    more: MoreYaml = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the page (HTML)")] = Path("report.html"),
+    gpus: Annotated[int, typer.Option(min=1, help="data-parallel ranks of the run")] = 1,
+) -> None:
+    """Write a page that shows what the model will see: samples of each bucket, shares, sizes, and what to mend."""
+    yaml = [*base, *(more or [])]
+    run = load_base(yaml)
+    console = Console(stderr=True)
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"-o: there is no folder {output.absolute().parent}; make it, or name another.")
+    index = build_index(
+        run.sources,
+        run.data,
+        probing=lambda found, total: track(found, description="probing files", total=total, console=console),
+    )
+    stream = JointStream(index, run.data, batch_sizes=run.batch_sizes, world=gpus, dtype=run.dtype)
+    with console.status("reading samples"):
+        report = gather(
+            yaml=yaml,
+            stream=stream,
+            model=run.model,
+            shape=run.shape,
+            batch_sizes=run.batch_sizes,
+            paths={n: s.path for n, s in name_sources(run.sources, "sources").items()},
+            accumulation=run.accumulation,
+            train_iters=run.train_iters,
+        )
+    page = render(report)
+    draft = output.with_name(output.name + ".part")
+    draft.write_text(page, encoding="utf-8", errors="backslashreplace")
+    os.replace(draft, output)
+    print(f"{output}: {len(report.findings)} findings, {len(report.buckets)} buckets, {len(page) / 1e6:.1f} MB")
