@@ -19,7 +19,7 @@ from sat_ext.errors import SatExtError
 from sat_ext.models.engine import VideoDiffusionEngine
 from sat_ext.sat import fixes
 from sat_ext.sat.arguments import initialize, parse_args
-from sat_ext.sat.training import TrainingHooks, get_target
+from sat_ext.sat.training import TrainingHooks, get_target, sentence_of
 
 
 def main() -> None:
@@ -45,8 +45,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except SatExtError as error:
-        text = str(error)
-        if text.startswith("Caught "):  # in a data worker: torch puts the worker's traceback before the sentence
-            text = text.rsplit("Error: ", 1)[-1].strip()
-        sys.exit(f"error: {text}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as the shell has it: 128 + SIGINT
+    except (SatExtError, RuntimeError) as error:
+        sys.exit(f"error: {sentence_of(error)}")

@@ -14,7 +14,7 @@ import gc
 import sys
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -36,6 +36,7 @@ SIZES = batch_sizes(BUCKETS, largest=1, shape=SHAPE)
 PARTS = {"clips": (0, 0, 0, 40, 20, 10, 50, 20, 6, 80, 20, 10), "stills": (128, 76, 52, 0, 0, 0, 0, 0, 0, 0, 0, 0)}
 WINDOWS = 2  # of every clip, as `all_windows` makes them
 SMALL = LEAST = 200_000  # records that are followed one by one through an epoch
+STEPS_OF_EVERY_RANK = 50
 
 Figures = dict[str, float]
 
@@ -273,9 +274,9 @@ def costs(schedule: Schedule, rng: np.random.Generator, start: int, steps: int) 
     size = {name: sum(c.records for c in cells if c.source == name) for name in SHARES}
     part = np.array([SHARES[c.source] * c.records / size[c.source] for c in cells])  # of all samples
     own = np.array([step.cell for step in islice(schedule.steps(start), steps)])
-    by_rank = np.tile(own, (schedule.world, 1))  # that the ranks agree is a figure of its own
-    drawn = rng.choice(len(cells), size=by_rank.shape, p=part / batch / (part / batch).sum())
-    singly = rng.choice(len(cells), size=by_rank.shape, p=part)
+    by_rank = np.array([list(_cells_of_a_rank(schedule, start)) for _ in range(schedule.world)])
+    drawn = rng.choice(len(cells), size=(schedule.world, steps), p=part / batch / (part / batch).sum())
+    singly = rng.choice(len(cells), size=(schedule.world, steps), p=part)
     weights = np.array([schedule.loss_weight(c) for c in range(len(cells))])[own]
     still = np.array([c.source == "stills" for c in cells])[own]
     return (
@@ -287,6 +288,12 @@ def costs(schedule: Schedule, rng: np.random.Generator, start: int, steps: int) 
         100 * weights[still].sum() / weights.sum(),
         100 * still.mean(),
     )
+
+
+def _cells_of_a_rank(schedule: Schedule, start: int) -> Iterator[int]:
+    """The cells that a rank takes at some steps from `start` on, by a schedule that it makes for itself."""
+    own = Schedule(schedule.cells, SHARES, seed=schedule.seed, world=schedule.world)
+    return (step.cell for step in islice(own.steps(start), STEPS_OF_EVERY_RANK))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--base: there is no file {path} (looked from {Path.cwd()}).")
         try:
             part = OmegaConf.load(path)
-        except (YAMLError, OmegaConfBaseException) as error:
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not OmegaConf.is_dict(part):
             raise ConfigError(f"{path}: expected sections ({', '.join(SECTIONS)}), got {type(part).__name__}.")
@@ -44,8 +44,9 @@ def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
         parts.append(part)
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"--base: {' '.join(str(error).split())}") from error
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in place of another file's mapping
+        files = " and ".join(paths)
+        raise ConfigError(f"--base: {files} do not merge: {' '.join(str(error).split())}") from error
     assert isinstance(merged, dict)
     return {str(k): v for k, v in merged.items()}
 

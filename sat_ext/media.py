@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -20,6 +22,8 @@ from sat_ext.types import MAX_PIXELS
 
 # FFmpeg's log lock can deadlock threads, and what goes wrong is raised here anyway.
 av.logging.set_level(None)
+# As are images that are too large, by the limit below.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Containers without presentation times that can be trusted: FFmpeg's are guesses, out of order where the
 # frames are (AVI), or wrong at key frames (MPEG program streams). Their frames are counted, at an even rate.
@@ -89,6 +93,10 @@ def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Ima
             yield image
     except SatExtError:
         raise
+    except Image.DecompressionBombError as error:
+        pixels = re.search("[0-9]+", str(error))  # Pillow's own limit, which comes before ours
+        size = f"{pixels[0]} pixels" if pixels else "too many pixels"
+        raise MediaError(path, f"{size}, over the limit of {MAX_PIXELS}") from error
     except UnidentifiedImageError as error:
         raise MediaError(path, "not a readable image: unknown format") from error
     except Exception as error:  # Pillow's parsers leak whatever a broken file makes them stumble over

@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def to_model_range(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 pixels (N, ...) as [-1, 1] in `dtype`, on their device; floating point pixels only change dtype.
+    """uint8 pixels (..., C, H, W) as [-1, 1] in `dtype`, on their device; floating point pixels only change dtype.
 
-    Entry by entry of the first dimension: the float32 copy, needed for exact rounding to `dtype`, stays small.
+    Frame by frame: the float32 copy, needed for exact rounding to `dtype`, then stays small, and in the cache.
     """
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
     out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
-    for row, entry in zip(out, pixels, strict=True):
-        row.copy_(entry.to(torch.float32).div_(127.5).sub_(1))
+    for row, frame in zip(out.flatten(0, -4), pixels.flatten(0, -4), strict=True):
+        row.copy_(frame.to(torch.float32).div_(127.5).sub_(1))
     return out
 
 

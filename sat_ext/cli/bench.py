@@ -43,11 +43,16 @@ def bench(
     )
     buckets = _by_stage(index, run, steps, console)
     seconds = _through_a_worker(index, run, steps, console)
+    seen = {times.bucket for times in buckets}
+    unseen = sorted({str(group.bucket) for group in index.groups} - seen)
     if as_json:
-        facts = _advice(seconds, run.num_workers, step_time)
-        print(json.dumps({"steps": steps, "buckets": [asdict(b) for b in buckets], **facts}))
-    else:
-        _show(buckets, seconds, run.num_workers, step_time)
+        facts = _advice(seconds, run, step_time)
+        print(json.dumps({"steps": steps, "buckets": [asdict(b) for b in buckets], "unseen": unseen, **facts}))
+        return
+    _show_stages(buckets)
+    if unseen:
+        print(f"Not among these {steps} batches, and not counted: {', '.join(unseen)}; raise --steps.")
+    _show_advice(seconds, run, step_time)
 
 
 @dataclass(kw_only=True)
@@ -116,16 +121,21 @@ def _by_stage(index: Index, run: Base, steps: int, console: Console) -> list[Buc
 
 
 class _Batches(IterableDataset[dict[str, Any]]):
-    def __init__(self, stream: JointStream, length: int) -> None:
-        self._stream, self._length = stream, length
+    """Batches from step `start` on."""
+
+    def __init__(self, stream: JointStream, start: int, length: int) -> None:
+        self._stream, self._start, self._length = stream, start, length
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return islice(self._stream.batches(start=0, rank=0), self._length)
+        return islice(self._stream.batches(start=self._start, rank=0), self._length)
 
 
 def _through_a_worker(index: Index, run: Base, steps: int, console: Console) -> float:
-    """Seconds a batch, on average, of one data worker: read under guard, collated and handed over."""
-    batches = DataLoader(_Batches(_stream(index, run), steps + 1), batch_size=None, num_workers=1)
+    """Seconds a batch, on average, of one data worker: read under guard, collated and handed over.
+
+    They are the steps after those of `_by_stage`, whose files are in the system's cache by now.
+    """
+    batches = DataLoader(_Batches(_stream(index, run), steps, steps + 1), batch_size=None, num_workers=1)
     start = end = 0.0
     for number, _ in enumerate(track(batches, "through a worker", total=steps + 1, console=console)):
         end = time.perf_counter()
@@ -134,17 +144,20 @@ def _through_a_worker(index: Index, run: Base, steps: int, console: Console) -> 
 
 
 def _stream(index: Index, run: Base) -> JointStream:
-    return JointStream(index, run.data, batch_sizes=run.batch_sizes, world=1, dtype=run.dtype)
+    dtype = run.dtype if "network_config" in run.model else torch.uint8  # what each engine is given
+    return JointStream(index, run.data, batch_sizes=run.batch_sizes, world=1, dtype=dtype)
 
 
-def _advice(seconds: float, workers: int, step_time: float | None) -> dict[str, float]:
-    facts: dict[str, float] = {"seconds_per_batch": seconds, "workers": workers}
+def _advice(seconds: float, run: Base, step_time: float | None) -> dict[str, float]:
+    """A training step of `step_time` seconds takes as many batches as the run accumulates gradients of."""
+    facts: dict[str, float] = {"seconds_per_batch": seconds, "workers": run.num_workers}
     if step_time is not None:
-        facts |= {"step_time": step_time, "workers_needed": math.ceil(seconds / step_time)}
+        needed = math.ceil(run.accumulation * seconds / step_time)
+        facts |= {"batches_per_step": run.accumulation, "step_time": step_time, "workers_needed": needed}
     return facts
 
 
-def _show(buckets: list[BucketTimes], seconds: float, workers: int, step_time: float | None) -> None:
+def _show_stages(buckets: list[BucketTimes]) -> None:
     table = Table("bucket", "kind", box=None)
     for column in ("samples", "decode ms", "fit ms", "collate ms", "samples/s"):
         table.add_column(column, justify="right")
@@ -152,12 +165,17 @@ def _show(buckets: list[BucketTimes], seconds: float, workers: int, step_time: f
         shown = [f"{ms:,.1f}" for ms in (times.decode, times.fit, times.collate)]
         table.add_row(times.bucket, times.kind, str(times.samples), *shown, f"{1e3 / times.total:,.1f}")
     Console().print(table)
+
+
+def _show_advice(seconds: float, run: Base, step_time: float | None) -> None:
+    workers, batches = run.num_workers, run.accumulation
     print(f"One worker makes a batch in {seconds:.3f} s, all included.")
+    of = f" of {batches} batches" if batches > 1 else ""
     if step_time is not None:
-        needed = math.ceil(seconds / step_time)
+        needed = int(_advice(seconds, run, step_time)["workers_needed"])
         whose = f"args.num_workers, per rank; it is {workers}"
-        print(f"Steps of {step_time:g} s are fed by {needed} workers ({whose}).")
+        print(f"Steps of {step_time:g} s{of} are fed by {needed} worker{'s' * (needed > 1)} ({whose}).")
     elif workers:
-        print(f"The {workers} of args.num_workers feed steps of {seconds / workers:.3f} s or more.")
+        print(f"The {workers} of args.num_workers feed steps{of} of {batches * seconds / workers:.3f} s or more.")
     else:
         print("args.num_workers is 0: each step waits for its batch.")

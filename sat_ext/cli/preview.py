@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,11 +31,15 @@ def preview(
     yaml = [*base, *(more or [])]
     run = load_base(yaml)
     console = Console(stderr=True)
+    if output.exists() and not output.is_file():  # a device or a folder, which the page would take the place of
+        raise ConfigError(f"-o: {output} is not a file; name one, such as report.html.")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"-o: there is no folder {output.absolute().parent}; make it, or name another.")
+    # what training would not endure is what the page has to show
+    unlimited = replace(run.data.on_bad_sample, skip=sys.maxsize)
     index = build_index(
         run.sources,
-        run.data,
+        replace(run.data, on_bad_sample=unlimited),
         probing=lambda found, total: track(found, description="probing files", total=total, console=console),
     )
     stream = JointStream(index, run.data, batch_sizes=run.batch_sizes, world=gpus, dtype=run.dtype)
@@ -50,6 +56,9 @@ def preview(
         )
     page = render(report)
     draft = output.with_name(output.name + ".part")
-    draft.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(draft, output)
+    try:
+        draft.write_text(page, encoding="utf-8", errors="backslashreplace")
+        os.replace(draft, output)
+    except OSError as error:
+        raise ConfigError(f"-o: {output} cannot be written ({error.strerror}); name another file.") from error
     print(f"{output}: {len(report.findings)} findings, {len(report.buckets)} buckets, {len(page) / 1e6:.1f} MB")

@@ -140,6 +140,11 @@ def _count(
 def _dtype(deepspeed: Mapping[str, Any]) -> torch.dtype:
     """The training dtype, as SAT reads it."""
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        if (deepspeed.get(name) or {}).get("enabled"):
+        section = deepspeed.get(name) or {}
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"deepspeed.{name}: expected a mapping of keys, got {section!r}; write enabled: true."
+            )
+        if section.get("enabled"):
             return dtype
     return torch.float32

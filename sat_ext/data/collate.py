@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from sat_ext.pixels import to_model_range
 from sat_ext.types import Sample
 
 
@@ -22,15 +23,9 @@ def collate(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any]:
     shapes = {tuple(s.pixels.shape) for s in samples}
     assert len(shapes) == 1, f"samples of several shapes in one batch: {sorted(shapes)}"
     assert all(s.pixels.dtype == torch.uint8 for s in samples)
-    if dtype == torch.uint8:
-        # In a data worker, PyTorch's own collation allocates in the memory that it shares with the trainer.
-        pixels = default_collate([s.pixels for s in samples])
-    else:
-        pixels = torch.empty((len(samples), *shapes.pop()), dtype=dtype)
-        for row, sample in zip(pixels, samples, strict=True):
-            # Frame by frame: the float32 copy, needed for exact rounding to `dtype`, then stays in the cache.
-            for out, frame in zip(row, sample.pixels, strict=True):
-                out.copy_(frame.to(torch.float32).div_(127.5).sub_(1))
+    clips = [s.pixels for s in samples]
+    # In a data worker, PyTorch's own collation allocates in the memory that it shares with the trainer.
+    pixels = default_collate(clips) if dtype == torch.uint8 else to_model_range(torch.stack(clips), dtype)
     return {
         "mp4": pixels,
         "txt": [s.caption for s in samples],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -13,6 +14,8 @@ from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
+
+_DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,14 @@ class BadSampleConfig:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
+        if not 0 < self.timeout <= _DAY:
             raise ConfigError(
-                f"data.params.on_bad_sample.timeout: {self.timeout} seconds; give more than 0 (60 is the default)."
+                f"data.params.on_bad_sample.timeout: {self.timeout} seconds; give more than 0 (60 is the default) "
+                f"and at most {_DAY}, a day."
             )
+        for name, count in (("skip", self.skip), ("consecutive", self.consecutive)):
+            if count < 0:
+                raise ConfigError(f"data.params.on_bad_sample.{name}: {count} files; give 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.fps < 1:
             raise ConfigError(f"data.params.fps: {self.fps} frames a second; give 1 or more.")
-        if self.skip_frms_num < 0:
+        if not 0 <= self.skip_frms_num < math.inf:
             raise ConfigError(f"data.params.skip_frms_num: {self.skip_frms_num} frames; give 0 or more.")
         if self.batch != {"cost": "auto"}:
             try:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 _COUNT = struct.Struct("<q")
 _ENTRY = struct.Struct("<qHH")  # row, bytes of the path, bytes of the reason
 _ENTRY_SIZE = 1024
+_MOST = 1 << 20  # entries, of 1 GiB: what a larger budget allows is neither listed nor remembered
 _LISTED = 20  # files in an error, the latest
 _PATIENCE = 10.0  # seconds for the lock, which a worker that was killed may hold
 
@@ -33,7 +34,7 @@ class Faults:
 
     def __init__(self, *, skip: int, consecutive: int, rows: int) -> None:
         self.skip, self.consecutive = skip, consecutive
-        self._room = min(skip, rows) + 1
+        self._room = min(skip, rows, _MOST) + 1
         self._list = mmap.mmap(-1, _COUNT.size + self._room * _ENTRY_SIZE)
         self._lock = get_context("fork").Lock()
         self._known: dict[int, tuple[str, str]] = {}  # by row, path and reason: this process's copy of the list

@@ -103,7 +103,7 @@ class Guard(Generic[R]):
             if not pipe.poll(self.timeout):
                 raise MediaError(path, f"reading it took longer than {self.timeout:g} s ({self.setting})")
             answer, places = pipe.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # before its answer, or amid it
             raise MediaError(path, f"the process that read it {_fate(self._stop())}") from None
         except BaseException:  # too slow, or Ctrl-C: nobody waits for the answer any more
             self._stop()
@@ -251,8 +251,8 @@ def _serve(pipe: Connection, function: Callable[..., Any], shared: mmap.mmap | N
             return
         signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)  # also the end of an orphan that hangs
         answer = _call(function, path, args, shared, used)
-        signal.setitimer(signal.ITIMER_REAL, 0)
         pipe.send(answer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _call(

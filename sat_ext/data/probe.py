@@ -75,7 +75,7 @@ def _probe_animated_webp(image: Image.Image) -> MediaInfo:
 
 def _probe_video(path: str) -> MediaInfo:
     with open_video(path, headers_only=True) as (container, stream):
-        codec = stream.codec_context.name
+        codec = stream.codec_context.codec.canonical_name  # not the decoder's, such as libdav1d
         counted = _count_from_header(path, container, stream)
         width, height = _displayed_size(path, container, stream)
     frames, duration = counted or _count_packets(path)

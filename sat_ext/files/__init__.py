@@ -44,6 +44,7 @@ __all__ = [
     "is_url",
     "member_location",
     "open_binary",
+    "reason_of",
     "size_of",
     "suffix_of",
 ]

@@ -62,12 +62,17 @@ def reason_group(reason: str) -> str:
 
 
 def _unreadable(facts: Facts) -> Iterator[Finding]:
-    bad = facts.index.bad
+    bad, endured = facts.index.bad, facts.data.on_bad_sample.skip
     if bad:
+        consequence = (
+            "Training leaves them out."
+            if len(bad) <= endured
+            else f"Training will not start: data.params.on_bad_sample.skip allows {endured}."
+        )
         yield Finding(
             level="problem",
             text=f"{_files(len(bad))} cannot be read.",
-            remedy="Mend or remove them; sat-ext check lists them all. Training leaves them out.",
+            remedy=f"Mend or remove them; sat-ext check lists them all. {consequence}",
             examples=tuple(f"{path}: {reason}" for path, reason in bad[:_LISTED]),
         )
 

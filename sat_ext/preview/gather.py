@@ -83,6 +83,7 @@ def gather(
         still_share=sum(b.share for b in buckets if b.frames == 1),
         still_work=sum(b.work_share for b in buckets if b.frames == 1),
         efficiency=_efficiency(schedule, looked, shape),
+        weighs="network_config" not in model,
         conditioning="none" if dropout is None else "i2v",
         findings=find(facts),
         sources=sources,

@@ -93,7 +93,8 @@ class Finding:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """The page. `looked` steps of the schedule were counted, for `world` GPUs; `still_share` and `still_work` are
-    the stills' parts of samples and work; `efficiency` is the mean work of a step over the costliest step's."""
+    the stills' parts of samples and work; `efficiency` is the mean work of a step over the costliest step's;
+    `weighs` says whether the engine knows the loss weights."""
 
     yaml: tuple[str, ...]
     clips: int
@@ -108,6 +109,7 @@ class Report:
     still_share: float
     still_work: float
     efficiency: float
+    weighs: bool
     conditioning: str
     findings: tuple[Finding, ...]
     sources: tuple[SourcePart, ...]

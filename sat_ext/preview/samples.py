@@ -34,10 +34,8 @@ def show(stream: JointStream, bucket: Bucket, number: int, *, conditioned: bool)
             sample = stream.sample(cell, position)
         except DataError as error:
             return shown, str(error)
-        if (
-            sample.source,
-            sample.key,
-        ) in seen:  # another window of a long clip, or a visit that its weight asks for
+        # another window of a long clip, or a visit that its weight asks for
+        if (sample.source, sample.key) in seen:
             continue
         seen.add((sample.source, sample.key))
         shown.append(_shown(sample, bucket, _origin(stream, cell, position, sample), conditioned))

@@ -19,7 +19,7 @@ from sat.helpers import print_rank0
 from sat.training.deepspeed_training import evaluate_and_print_results
 
 from sat_ext.contact_sheet import write_sheet
-from sat_ext.errors import ConfigError
+from sat_ext.errors import ConfigError, SatExtError
 from sat_ext.models.checkpoint import CONFIG_NAME
 from sat_ext.models.engine import ABSENT
 from sat_ext.models.show import sample_rows
@@ -147,6 +147,24 @@ class TrainingHooks:
                 f"iteration {self.args.iteration}", batches, model, self.args.eval_iters, self.args, timers,
                 False, split="val", step=self.args.iteration, hooks=hooks,
             )  # fmt: skip
+
+
+def sentence_of(error: SatExtError | RuntimeError) -> str:
+    """What a user can do something about, in one sentence; any other error is raised again.
+
+    PyTorch puts a data worker's traceback before the sentence that ended it, and raises wherever the training is
+    when a worker is killed.
+    """
+    text = str(error)
+    if text.startswith("DataLoader worker (pid"):  # PyTorch's words depend on who notices first
+        return (
+            f"a data worker of rank {dist.get_rank()} was ended, perhaps by the kernel for want of memory; lower "
+            f"args.num_workers or args.prefetch_factor ({' '.join(text.split()).rstrip('.')})."
+        )
+    if not isinstance(error, SatExtError):
+        raise error
+    kind = type(error)
+    return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 class Progress:

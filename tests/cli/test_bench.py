@@ -63,7 +63,25 @@ def test_a_person_reads_a_table_and_one_sentence(monkeypatch, capsys, base):
     assert "9x64x96" in out and "video" in out and "decode ms" in out
     assert "One worker makes a batch in " in out and "The 3 of args.num_workers feed steps of " in out
     assert run(monkeypatch, "--base", str(base), "--steps", "2", "--step-time", "1000") == 0
-    assert "Steps of 1000 s are fed by 1 workers (args.num_workers, per rank; it is 3)." in capsys.readouterr().out
+    assert "Steps of 1000 s are fed by 1 worker (args.num_workers, per rank; it is 3)." in capsys.readouterr().out
+
+
+def test_a_step_of_several_batches_needs_more_workers_and_unseen_buckets_are_named(
+    monkeypatch, capsys, tmp_path, base
+):
+    more = tmp_path / "more.yaml"
+    more.write_text("data: {params: {batch: {1: 1, 9: 1}}}\ndeepspeed: {gradient_accumulation_steps: 8}\n")
+    options = ("--base", str(base), str(more), "--steps", "2", "--step-time", "0.01")
+    assert run(monkeypatch, *options, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["batches_per_step"] == 8
+    needed = 8 * answer["seconds_per_batch"] / 0.01
+    assert needed <= answer["workers_needed"] < needed + 1
+    only_stills = tmp_path / "stills.yaml"
+    text = base.read_text().replace("/clips, share: 0.5", "/clips, share: 0.01")
+    only_stills.write_text(text)
+    assert run(monkeypatch, "--base", str(only_stills), "--steps", "2") == 0
+    assert "Not among these 2 batches, and not counted: 9x64x96; raise --steps." in capsys.readouterr().out
 
 
 def test_a_wrong_call_says_so(monkeypatch, capsys, tmp_path):

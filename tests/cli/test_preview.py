@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -149,6 +150,24 @@ def test_a_text_to_video_model_has_no_conditions(tmp_path: Path) -> None:
     assert "ondition" not in text
 
 
+def test_files_beyond_the_budget_are_shown_and_not_stumbled_over(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    text = Reader(write_page(write_base(tmp_path, params="on_bad_sample: {skip: 0}"))).text
+    assert "Training will not start: data.params.on_bad_sample.skip allows 0." in text
+
+
+def test_a_strip_says_how_many_of_its_frames_it_shows(page: Path) -> None:
+    assert "8 of the 9 frames are shown." in Reader(page).text
+
+
+def test_it_says_that_cogvideos_own_loss_does_not_weigh(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    model = "model: {network_config: {params: {hidden_size: 64}}}"
+    claim = "CogVideo's own loss does not know it"
+    assert claim in Reader(write_page(write_base(tmp_path, model=model))).text
+    assert claim not in Reader(write_page(write_base(tmp_path))).text
+
+
 def test_it_warns_in_plain_words(page: Path) -> None:
     text = Reader(page).text
     assert "1 problem to mend first, and" in text
@@ -192,16 +211,30 @@ def test_more_gpus_make_an_epoch_shorter(page: Path, tmp_path: Path) -> None:
     assert steps[1] < steps[0]
 
 
-def test_a_folder_that_is_not_there_is_a_wrong_call(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("no/r.html", r"there is no folder .*/no; make it.*"),
+        (".", r"\. is not a file; name one, such as report\.html\."),
+        ("pipe", r"pipe is not a file; name one, such as report\.html\."),
+    ],
+)
+def test_a_page_that_cannot_be_written_there_is_a_wrong_call(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    output: str,
+    message: str,
 ) -> None:
-    monkeypatch.setattr(
-        "sys.argv", ["sat-ext", "preview", "--base", str(page.parent / "run.yaml"), "-o", "no/r.html"]
-    )
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    monkeypatch.setattr("sys.argv", ["sat-ext", "preview", "--base", str(page.parent / "run.yaml"), "-o", output])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert re.fullmatch(r"error: -o: there is no folder .*/no; make it.*\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"error: -o: {message}\n", capsys.readouterr().err)
+    assert Path("pipe").is_fifo()
 
 
 def test_a_histogram_counts_every_record() -> None:

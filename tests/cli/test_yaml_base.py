@@ -71,6 +71,10 @@ def test_the_first_frame_target_takes_first_frames(tmp_path: Path) -> None:
         ),
         ("datas: {}", "unknown key 'datas'; did you mean 'data'"),
         ("a: [", "not valid YAML"),
+        (
+            DATA + "\ndeepspeed: {bf16: true}",
+            "deepspeed.bf16: expected a mapping of keys, got True; write enabled",
+        ),
         ("data: {params: {video_size: [64, 64], max_num_frames: 9}}", "args.train_data: nothing to train on"),
         ("data: {target: mine.Own}", "data.target: 'mine.Own' is not a class of sat_ext's; this command reads"),
         (DATA + "\nargs: {num_workers: -1}", "args.num_workers: -1; give 0 or more"),
@@ -94,3 +98,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_sat_is_not_imported() -> None:
     code = "import sys, sat_ext.cli.yaml_base; print({'sat', 'deepspeed', 'diffusers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_files_that_are_no_text_or_do_not_merge_are_named(tmp_path: Path) -> None:
+    paths = write(tmp_path, DATA, "data: {params: [1]}")
+    with pytest.raises(ConfigError, match=r"0\.yaml and .*1\.yaml do not merge"):
+        load_base(paths)
+    Path(paths[1]).write_bytes(b"data: \x82")
+    with pytest.raises(ConfigError, match=r"1\.yaml: not valid YAML"):
+        load_base(paths)

@@ -239,11 +239,11 @@ def test_samplers_but_all_windows_make_one_record_of_a_file(sampler, info, frame
 def test_all_windows_covers_a_clip_side_by_side_with_less_than_a_window_left_over(info, frames, fps, skip):
     n = records_of("all_windows", info, frames=frames, fps=fps, skip_frames=skip)
     available = available_frames(info, fps, skip)
-    assert n == max(1, available // frames)
+    left_out = min(int(skip), (info.frames - 1) // 2)
+    assert n == max(1, min(available // frames, info.frames - 2 * left_out))
     if available < frames or n > 500:
         return
     windows = [sample("all_windows", info, frames, fps, skip_frames=skip, window=i) for i in range(n)]
-    left_out = min(int(skip), (info.frames - 1) // 2)
     period = info.duration / info.frames
     start, end = left_out * period, (info.frames - left_out) * period
     length = frames / fps  # of one window, to the end of its last frame
@@ -253,7 +253,8 @@ def test_all_windows_covers_a_clip_side_by_side_with_less_than_a_window_left_ove
         assert b.times[0] >= a.times[0] + length - 1e-6  # no moment is in two windows
     gaps = [b.times[0] - a.times[0] - length for a, b in zip(windows, windows[1:])]
     last = windows[-1].times[-1]
-    assert sum(gaps) < length + TIME_TOLERANCE + 1e-6
+    if n == available // frames:  # and not as many as there are source frames
+        assert sum(gaps) < length + TIME_TOLERANCE + 1e-6
     assert max(gaps, default=0.0) - min(gaps, default=0.0) < 1e-6  # evenly spread
     if info.frames > 1:
         assert last + TIME_TOLERANCE <= end + 1e-6  # not one of the frames that are skipped
@@ -268,6 +269,11 @@ def test_all_windows_draws_nothing(info, frames, seed):
         assert sample("all_windows", info, frames, window=i) == sample(
             "all_windows", info, frames, window=i, seed=seed
         )
+
+
+def test_two_frames_that_claim_to_last_for_years_make_two_windows():
+    info = MediaInfo(width=64, height=64, frames=2, fps=2e-12, duration=1e12, codec="h264")
+    assert records_of("all_windows", info, frames=9, fps=8) == 2
 
 
 def test_all_windows_fills_a_short_clip_as_other_samplers_do():
@@ -310,6 +316,45 @@ def test_times_that_a_sampler_must_not_give_are_refused(name, times):
         f"sampler: 'ours' gave the times {times} for 2 frames; mend it, so that as many rise from 0.000 s to at "
         "most 10.000 s."
     )
+
+
+def test_a_time_that_is_no_number_is_refused_for_a_single_frame_too(name):
+    register_sampler(name)(lambda window, frames, fps, rng: [float("nan")])
+    with pytest.raises(ConfigError, match=r"gave the times \[nan\] for 1 frames"):
+        sample(name, media(80, 8.0), 1)
+
+
+@pytest.mark.parametrize(
+    ("times", "problem"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda: None, "TypeError: 'NoneType' object is not iterable"),
+        (lambda: "ab", "ValueError: could not convert string to float: 'a'"),
+    ],
+)
+def test_a_sampler_that_fails_is_named_with_the_place(name, times, problem):
+    register_sampler(name)(lambda window, frames, fps, rng: times())
+    message = str(refusal(name))
+    assert message.startswith(f"sampler: 'ours' failed with {problem} (")
+    assert message.endswith("); mend it.") and ".py, line " in message
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, None, "3", 10**9, float("nan")])
+def test_a_number_of_records_that_cannot_be_is_refused(name, count):
+    register_sampler(name, records=lambda window, frames, fps: count)(lambda window, frames, fps, rng: [0.0])
+    with pytest.raises(ConfigError, match=f"'ours' says that a clip makes {count!r} records; mend it, so that"):
+        records_of(name, media(80, 8.0), frames=9, fps=8)
+
+
+def test_a_number_of_records_that_cannot_be_told_is_the_samplers_fault(name):
+    register_sampler(name, records=lambda window, frames, fps: 1 // 0)(lambda window, frames, fps, rng: [0.0])
+    with pytest.raises(ConfigError, match="'ours' failed with ZeroDivisionError: "):
+        records_of(name, media(80, 8.0), frames=9, fps=8)
+
+
+def test_an_entry_point_that_is_no_function_is_refused(monkeypatch):
+    offer(monkeypatch, "math")
+    assert str(refusal("ours")) == "sampler: 'ours' is the module 'math'; have its package name a function."
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, value: str) -> None:

@@ -67,3 +67,24 @@ def test_a_batch_that_is_neither_auto_nor_samples_by_frames_is_refused(batch):
 def test_the_batch_is_by_cost_where_nothing_is_said():
     assert config().batch == {"cost": "auto"}
     assert config(batch={"1": 8, "49": 1}).batch == {"1": 8, "49": 1}  # YAML merged by OmegaConf may quote keys
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"skip": -1}, "data.params.on_bad_sample.skip: -1 files; give 0 or more."),
+        ({"consecutive": -1}, "data.params.on_bad_sample.consecutive: -1 files; give 0 or more."),
+        (
+            {"timeout": float("inf")},
+            "data.params.on_bad_sample.timeout: inf seconds; give more than 0 (60 is the default) and at most "
+            "86400, a day.",
+        ),
+    ],
+)
+def test_a_budget_of_faults_that_cannot_be_is_refused(budget, message):
+    assert refusal(on_bad_sample=budget) == message
+
+
+@pytest.mark.parametrize("frames", [-1.0, float("nan"), float("inf")])
+def test_frames_to_skip_that_are_no_number_are_refused(frames):
+    assert refusal(skip_frms_num=frames) == f"data.params.skip_frms_num: {frames} frames; give 0 or more."

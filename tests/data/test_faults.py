@@ -100,6 +100,12 @@ def test_a_summary_by_reason_comes_whenever_the_count_has_doubled(caplog: pytest
     )
 
 
+def test_a_budget_without_end_takes_no_memory_for_it() -> None:
+    found = Faults(skip=10**12, consecutive=20, rows=10**9)
+    found.add(10**9, bad(1))
+    assert found.known() == {10**9: ("clips/1.mp4", "no such file")}
+
+
 def test_long_and_undecodable_names_are_kept_as_far_as_they_fit() -> None:
     found = faults()
     found.add(1, MediaError("p" * 4000 + "/die Ente\n.mp4", "r" * 4000))

@@ -110,6 +110,24 @@ def test_a_crash_is_an_error_that_names_the_file_and_the_signal(
     assert capfd.readouterr().err == ""  # no dump of the process's stack for each bad file
 
 
+class Torn:
+    """A pipe whose other end goes while an answer is read."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.send, self.poll = pipe.send, pipe.poll
+
+    def recv(self) -> Any:
+        raise OSError("got end of file during message")
+
+
+def test_an_end_amid_an_answer_is_an_error_that_names_the_file(guard: Guard[Any]) -> None:
+    guard("a.mp4")
+    guard._pipe = Torn(guard._pipe)  # type: ignore[assignment]
+    with pytest.raises(MediaError, match=r"^b\.mp4: the process that read it was ended by SIGKILL"):
+        guard("b.mp4")
+    assert guard("c.mp4") == "c.mp4"
+
+
 @pytest.mark.parametrize("what", ["allocate", "torch"])
 def test_memory_beyond_the_limit_is_refused(what: str) -> None:
     with Guard(work, timeout=20, memory=256 << 20) as guard:

@@ -138,18 +138,24 @@ def test_a_relative_path_finds_the_same_cache(folder: Path, monkeypatch: pytest.
     assert build("data")[1] == 0
 
 
-@pytest.mark.parametrize("damage", ["noise", "cut", "empty", "other columns", "impossible"])
+@pytest.mark.parametrize("damage", ["noise", "cut", "empty", "other columns", "width", "fps", "duration", "pipe"])
 def test_a_broken_cache_is_rebuilt_with_a_warning(
     folder: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, _ = build(folder)
     file = folder / ".sat_ext" / "index.arrow"
+    impossible = {"width": -5, "fps": float("nan"), "duration": float("inf")}
     if damage == "other columns":
         table = pa.table({"path": ["a"]})
-    elif damage == "impossible":
+    elif damage in impossible:
         table = cached(folder)
-        table = table.set_column(2, table.schema.field(2), pa.array([-5] * len(table), pa.int32()))
-    if damage in ("other columns", "impossible"):
+        column = table.schema.get_field_index(damage)
+        values = pa.array([impossible[damage]] * len(table), table.schema.field(column).type)
+        table = table.set_column(column, table.schema.field(column), values)
+    if damage == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif damage == "other columns" or damage in impossible:
         with pa.ipc.new_file(str(file), table.schema) as writer:
             writer.write_table(table)
     else:

@@ -85,6 +85,12 @@ def test_hugging_faces_metadata_wins_over_files_beside(tmp_path):
     assert items[1].path == str(tmp_path / "sub" / "b.png")
 
 
+def test_hugging_faces_metadata_may_lie_deep(tmp_path):
+    metadata(tmp_path / "data" / "train", "a.png")
+    put(tmp_path / "data" / "train" / "a.png")
+    assert [i.captions[0] for i in read_source(str(tmp_path))] == ["caption of a.png"]
+
+
 def test_hugging_faces_metadata_may_be_csv_or_parquet(tmp_path):
     put(tmp_path / "csv" / "metadata.csv", "file_name,text\na.png,x\n")
     (tmp_path / "pq").mkdir()

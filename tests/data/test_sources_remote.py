@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from PIL import Image
 from sat_ext.data.decode import read_still
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import read_source
+from sat_ext.data.sources.listing import resolve
 from sat_ext.errors import ConfigError, DataError
+from sat_ext.files import open_binary
 from sat_ext.types import Item
 from tests.media import pattern, write_clip
 from tests.servers import Served, http_server, s3_server
@@ -113,3 +116,49 @@ def test_a_source_that_is_not_there_says_so(server):
             read_source(f"{server.url}/{path}")
     with pytest.raises(ConfigError, match="nonsense:// is no kind of URL"):
         read_source("nonsense://data/set")
+
+
+def test_names_that_mean_something_to_fsspec_are_names_on_s3(tmp_path, monkeypatch):
+    names = ("clip [HD]", "a*b", "q?x", "x::y", "100%", "per%20cent", "hash#tag", "{br}")
+    with s3_server(monkeypatch) as url:
+        fs = fsspec.filesystem("s3")
+        for name in names:
+            fs.pipe_file(f"{url}/odd [1]/{name}.png", name.encode())
+            fs.pipe_file(f"{url}/odd [1]/{name}.txt", f"caption of {name}".encode())
+        items = read_source(f"{url}/odd [1]")
+        assert {i.key: i.captions for i in items} == {f"{n}.png": (f"caption of {n}",) for n in names}
+        for item in items:
+            with open_binary(item.path) as file:
+                assert file.read().decode() == item.key.removesuffix(".png")
+
+
+@pytest.mark.parametrize(
+    ("base", "file", "found"),
+    [
+        ("s3://b/meta", "./a.mp4", "s3://b/meta/a.mp4"),
+        ("s3://b/meta", "../clips/x [1].mp4", "s3://b/clips/x [1].mp4"),
+        ("s3://b/meta", "../../../a.mp4", "s3://b/a.mp4"),
+        ("https://h/meta", "../clips/a b.mp4", "https://h/clips/a%20b.mp4"),
+    ],
+)
+def test_dots_in_a_table_behind_a_url_mean_folders(base, file, found):
+    assert resolve(base, file, "line 1") == found
+
+
+def test_a_server_that_is_not_there_is_told_from_an_empty_folder():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/data"
+    with pytest.raises(DataError, match=r"/data: cannot be read: Cannot connect .*; check the address"):
+        read_source(url)
+
+
+def test_a_file_system_that_cannot_start_is_one_sentence(monkeypatch):
+    def fail(url: str, **options: object) -> None:
+        raise OSError("Unable to load libjvm\ndlopen(a) failed\ndlopen(b) failed")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    with pytest.raises(
+        ConfigError, match=r"hdfs:// cannot be read \(Unable to load libjvm\); check its settings\.$"
+    ):
+        read_source("hdfs://data/set")

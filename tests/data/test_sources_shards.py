@@ -191,3 +191,51 @@ def test_what_is_no_tar_says_so(tmp_path):
         DataError, match=r"d\.tar': no image or video with a caption; a sample is x\.mp4 or x\.jpg with"
     ):
         read_source(write_tar(tmp_path / "d.tar", [("1.txt", "x")]))
+
+
+def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
+    """One block; the size in base 256, which can be negative, as no tool writes it."""
+    block = bytearray(512)
+    block[: len(name)], block[156:157], block[257:265] = name, kind, b"ustar\x0000"
+    block[124:136] = b"\xff\xff\xff\xff" + size.to_bytes(8, "big", signed=True) if size < 0 else b"%011o\0" % size
+    block[148:156] = b"        "
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(field: str) -> bytes:
+    text = f"{len(field) + 4} {field}\n".encode()
+    return header(b"pax", len(text), b"x") + text.ljust(512, b"\0")
+
+
+MALFORMED = {
+    "a size that leads back": header(b"b.png", -512),
+    "a long name that is endless": header(b"b.png", 8**11 - 1, b"L"),
+    "a long name of less than nothing": header(b"b.png", -1536, b"L"),
+    "a further size that leads back": pax("size=-5000") + header(b"b.png", 5) + bytes(512),
+    "holes without places": pax("GNU.sparse.map=a,b,c") + header(b"b.png", 5) + bytes(512),
+    "a header about a header about a header": header(b"b", 0, b"x") * 2000,
+    "noise": b"noise" * 500,
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_tar_is_read_up_to_a_header_that_makes_no_sense(tmp_path, caplog, what):
+    write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("a.txt", "x")])
+    whole = (tmp_path / "0.tar").read_bytes().rstrip(b"\0")
+    (tmp_path / "0.tar").write_bytes(
+        whole.ljust(-(-len(whole) // 512) * 512, b"\0") + MALFORMED[what] + bytes(1024)
+    )
+    assert [i.key for i in read_source(str(tmp_path / "0.tar"))] == ["0.tar/a"]
+    assert "damaged tars, read up to the damage" in caplog.text
+    (tmp_path / "1.tar").write_bytes(MALFORMED[what] + bytes(1024))
+    with pytest.raises(DataError, match=r"1\.tar: not a readable tar \(.*\); write it anew"):
+        read_source(str(tmp_path / "1.tar"))
+
+
+def test_why_a_tar_has_no_samples_is_told_before_the_error(tmp_path, caplog):
+    path = Path(write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("a.txt", "x")]))
+    path.write_bytes(path.read_bytes()[:520])
+    with pytest.raises(DataError, match="no image or video with a caption"):
+        read_source(str(path))
+    assert "tars that end before their last member does" in caplog.text

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,37 @@ def test_a_parquet_file_that_cannot_be_used_says_why(tmp_path):
     pq.write_table(pa.table({"path": ["a.mp4"], "caption": ["x"], "weight": [-1]}), path)
     with pytest.raises(DataError, match=r"t\.parquet, row 0: 'weight' is -1; it must be 0 or more"):
         read_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"path": "a.mp4", "caption": "x", "start": 1' + "0" * 5000 + "}", "line 1: not JSON"),
+        (
+            '{"path": "a.mp4", "caption": "x", "start": 1' + "0" * 400 + "}",
+            "'start' is 1000.*; it must be seconds",
+        ),
+        ('{"path": "a.mp4", "caption": "x", "crop": "[1' + "0" * 5000 + ']"}', "'crop' is .*; it must be a list"),
+        ('{"path": "a.mp4", "caption": [' + "1, " * 5000 + "2]}", "the caption is 1; it must be a string"),
+        ('{"path": [' + '"x", ' * 5000 + '"y"], "caption": "x"}', "'path' is .*; it must be the path"),
+    ],
+)
+def test_a_value_beyond_all_bounds_is_one_short_sentence(tmp_path, row, message):
+    (tmp_path / "t.jsonl").write_text(row)
+    with pytest.raises(DataError, match=message) as error:
+        read_source(str(tmp_path / "t.jsonl"))
+    assert len(str(error.value)) < len(str(tmp_path)) + 400
+
+
+def test_decimals_are_numbers(tmp_path):
+    table = pa.table({"path": ["a.mp4"], "caption": ["x"], "start": pa.array([Decimal("1.5")])})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert read_source(str(tmp_path / "t.parquet"))[0].start == 1.5
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.parquet", "a.txt"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    (tmp_path / "a.png").touch()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: not a regular file"):
+        read_source(str(tmp_path if name == "a.txt" else tmp_path / name))

@@ -37,6 +37,17 @@ def test_another_package_adds_a_data_set_by_an_entry_point(monkeypatch: pytest.M
     assert get_target("Theirs") is OrderedDict
 
 
+def test_a_package_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("Theirs", "no_such_package:Theirs", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    with pytest.raises(ConfigError) as error:
+        get_target("Theirs")
+    assert str(error.value) == (
+        "data.target: 'Theirs' cannot be loaded from 'no_such_package:Theirs' (ModuleNotFoundError: No module "
+        "named 'no_such_package'); mend or remove that package."
+    )
+
+
 def test_an_unknown_data_set_names_those_there_are() -> None:
     with pytest.raises(ConfigError, match="no data set is called 'Nobody'; registered: .*JointImageVideoDataset"):
         get_target("Nobody")

@@ -120,6 +120,11 @@ def find_sampler(name: str) -> Sampler:
             f"sampler: '{name}' cannot be loaded from '{points[name].value}' ({type(error).__name__}: {error}); "
             "mend or remove that package."
         ) from error
+    if name not in SAMPLERS and not callable(pick):
+        raise ConfigError(
+            f"sampler: '{name}' is the {type(pick).__name__} '{points[name].value}'; have its package name a "
+            "function."
+        )
     return SAMPLERS.setdefault(name, Sampler(pick=pick))  # the decorator may have put it there
 
 
@@ -136,7 +141,8 @@ def unknown_name(what: str, name: str, valid: Sequence[str]) -> ConfigError:
 
 
 def _windows(window: Window, frames: int, fps: float) -> int:
-    return max(1, window.available(fps) // frames)
+    # No more than source frames: a file may say that each of them lasts for years.
+    return max(1, min(window.available(fps) // frames, window.frames))
 
 
 @register_sampler("random_start")
@@ -218,7 +224,8 @@ def all_windows(window: Window, frames: int, fps: float, rng: np.random.Generato
 
     They are spread evenly: the first starts where the clip does, the last ends where it does, and what lies
     between them is together shorter than one window. A clip with room for one gives its start. In a bucket
-    of one frame (short clips come there under `short_clips: shorter_bucket`), each frame is a window.
+    of one frame (short clips come there under `short_clips: shorter_bucket`), each frame is a window. There are
+    never more windows than source frames.
 
     10 s at 8 fps are 80 frames, so four windows of 17 fit, and start 2.625 s apart, with gaps of 0.5 s:
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sat_ext.data.clips.samplers import Window, find_sampler, unknown_name
+from sat_ext.data.clips.samplers import Sampler, Window, find_sampler, unknown_name
 from sat_ext.errors import ConfigError
 from sat_ext.types import SHORT_CLIPS, MediaInfo
+
+MOST_RECORDS = 1 << 24  # of one clip: each takes room
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,7 @@ def available_frames(info: MediaInfo, fps: float, skip_frames: float = 0) -> int
 def records_of(sampler: str, info: MediaInfo, *, frames: int, fps: float, skip_frames: float = 0) -> int:
     """How many records an epoch has of one file in a bucket of `frames` frames: 1, but for `all_windows`.
 
-    Raises `ConfigError` for an unknown name.
+    Raises `ConfigError` for an unknown name, and for what is no number of records.
 
     >>> clip = MediaInfo(width=96, height=96, frames=300, fps=30.0, duration=10.0, codec="h264")
     >>> [records_of("all_windows", clip, frames=n, fps=8) for n in (17, 33, 49, 97)]  # 80 frames at 8 fps
@@ -53,9 +56,7 @@ def records_of(sampler: str, info: MediaInfo, *, frames: int, fps: float, skip_f
     1
     """
     found = find_sampler(sampler)
-    if found.records is None:
-        return 1
-    return found.records(_window(info, 0 if found.whole else skip_frames), frames, fps)
+    return _records(sampler, found, _window(info, 0 if found.whole else skip_frames), frames, fps)
 
 
 def sample_times(
@@ -101,12 +102,15 @@ def sample_times(
             "add 1 to data.params.buckets.frames, or choose another sampler."
         )
     part = _window(info, 0 if found.whole else skip_frames)
-    records = 1 if found.records is None else found.records(part, frames, fps)
+    records = _records(sampler, found, part, frames, fps)
     assert 0 <= window < records, f"window {window} of {records}"
     part = replace(part, number=window, records=records)
     real = min(frames, part.available(fps))
     assert real == frames or short in _FILL, "a clip too short for its bucket, and no policy that fills it"
-    times = [round(float(t), 9) for t in found.pick(part, real, fps, rng)]
+    try:
+        times = [round(float(t), 9) for t in found.pick(part, real, fps, rng)]
+    except Exception as error:  # whatever another package's sampler raises
+        raise _failure(sampler, error) from error
     _check_times(sampler, times, real, part)
     rate = round((real - 1) / (times[-1] - times[0]), 6) if real > 1 else fps
     if real < frames:
@@ -117,11 +121,35 @@ def sample_times(
 def _check_times(sampler: str, times: Sequence[float], frames: int, window: Window) -> None:
     end = window.start + window.length
     rising = all(a < b for a, b in zip(times, times[1:]))
-    if len(times) != frames or not rising or times[0] < window.start - 1e-6 or times[-1] > end:
+    if len(times) != frames or not rising or not window.start - 1e-6 <= times[0] <= times[-1] <= end:
         raise ConfigError(
             f"sampler: '{sampler}' gave the times {[round(t, 3) for t in times]} for {frames} frames; mend it, so "
             f"that as many rise from {window.start:.3f} s to at most {end:.3f} s."
         )
+
+
+def _records(sampler: str, found: Sampler, window: Window, frames: int, fps: float) -> int:
+    if found.records is None:
+        return 1
+    try:
+        count = found.records(window, frames, fps)
+    except Exception as error:
+        raise _failure(sampler, error) from error
+    if not isinstance(count, (int, np.integer)) or not 1 <= count <= MOST_RECORDS:
+        raise ConfigError(
+            f"sampler: '{sampler}' says that a clip makes {count!r} records; mend it, so that it is a whole "
+            f"number from 1 to {MOST_RECORDS}."
+        )
+    return int(count)
+
+
+def _failure(sampler: str, error: Exception) -> ConfigError:
+    """Says where in the sampler it was: the traceback is not shown."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return ConfigError(
+        f"sampler: '{sampler}' failed with {what} ({place.filename}, line {place.lineno}); mend it."
+    )
 
 
 def _window(info: MediaInfo, skip_frames: float) -> Window:

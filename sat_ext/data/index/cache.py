@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sat_ext.data.index.columns import INFO_COLUMNS
 from sat_ext.files import is_url
 
 log = logging.getLogger(__name__)
@@ -34,12 +36,7 @@ ENTRIES = pa.schema(
     [
         ("path", pa.large_string()),
         ("fingerprint", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("frames", pa.int64()),
-        ("fps", pa.float64()),
-        ("duration", pa.float64()),
-        ("codec", pa.string()),
+        *INFO_COLUMNS,
         ("reason", pa.string()),
     ]
 )  # `reason` says why a file cannot be read; what stands before it is then zero
@@ -98,6 +95,8 @@ def save(source: str, table: pa.Table) -> None:
 
 def _load(place: Path) -> pa.Table | None:
     try:
+        if not stat.S_ISREG(place.stat().st_mode):  # opening a pipe could wait for ever
+            raise ValueError("not a regular file")
         with pa.memory_map(str(place)) as file:
             table = pa.ipc.open_file(file).read_all()
         _require_sound(table)
@@ -120,8 +119,12 @@ def _require_sound(table: pa.Table) -> None:
         raise ValueError("its columns are others")
     table.validate(full=True)
     good = table.filter(pc.is_null(table["reason"]))
-    if any(table[name].null_count for name in ENTRIES.names if name != "reason") or not (
-        all(pc.min(good[name]).as_py() >= 1 for name in ("width", "height", "frames")) if good.num_rows else True
+    counts = [good[name].to_numpy() for name in ("width", "height", "frames")]
+    measures = [good[name].to_numpy() for name in ("fps", "duration")]
+    if (
+        any(table[name].null_count for name in ENTRIES.names if name != "reason")
+        or any((values < 1).any() for values in counts)
+        or not all((np.isfinite(values) & (values >= 0)).all() for values in measures)
     ):
         raise ValueError("it has values that no file can have")
 

@@ -143,6 +143,7 @@ def read_files(
             if time.monotonic() - saved > _SAVE_EVERY:
                 entries(save=True)
                 saved = time.monotonic()
+        next(outcomes, None)  # a progress bar is full when it is asked for one more
     finally:
         table = entries(save=True)
     if len(paths) > len(to_probe):

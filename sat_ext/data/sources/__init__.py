@@ -61,8 +61,10 @@ def read_source(path: str, *, captions_required: bool = True) -> list[Item]:
     without a caption is an item whose `captions` are empty.
     """
     notes = Notes(captions_required=captions_required)
-    items = _read(path, notes)
-    notes.log(path)
+    try:
+        items = _read(path, notes)
+    finally:
+        notes.log(path)
     items.sort(key=lambda item: _natural(item.key))
     return items
 
@@ -73,6 +75,8 @@ def _natural(key: str) -> tuple[str, str]:
 
 
 def _read(path: str, notes: Notes) -> list[Item]:
+    if not path:
+        raise DataError("sources: a path is empty; give a folder, a table or tar shards.")
     if not is_url(path):
         path = os.path.normpath(os.path.expanduser(path))
     if "{" in path and (is_url(path) or not os.path.exists(path)):

@@ -22,7 +22,7 @@ def read_folder(folder: Folder, notes: Notes) -> list[Item]:
     """Every item of a folder, read as what it looks like, in this order:
 
     1. `prompts.txt` with `videos.txt` or `images.txt`: the lines of one belong to those of the other;
-    2. `metadata.jsonl`, `.csv` or `.parquet`, in it or in its subfolders: Hugging Face's tables;
+    2. `metadata.jsonl`, `.csv` or `.parquet`, in it or below it: Hugging Face's tables;
     3. `.parquet` files, or 4. `.tar` files, at any depth;
     5. images and videos with a `.txt` beside each, or in `labels/`.
 
@@ -62,8 +62,7 @@ def read_folder(folder: Folder, notes: Notes) -> list[Item]:
 
 
 def _is_metadata(name: str) -> bool:
-    parent, _, file = name.rpartition("/")
-    return file in _METADATA and parent.count("/") == 0
+    return name.rpartition("/")[2] in _METADATA
 
 
 def _one_split(names: list[str], folder: Folder, notes: Notes) -> list[str]:

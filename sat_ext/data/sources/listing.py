@@ -7,10 +7,11 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from sat_ext.errors import DataError, MediaError
-from sat_ext.files import filesystem, is_url, open_binary
+from sat_ext.files import filesystem, is_url, open_binary, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +74,16 @@ class Folder:
         for first in range(0, len(names), _AT_ONCE):
             some = names[first : first + _AT_ONCE]
             paths = [f"{inner.rstrip('/')}/{name}" for name in some]
-            found = fs.cat(paths, on_error="return")
-            for name, path in zip(some, paths, strict=True):
-                data = found.get(path)
+            # Not `cat`, which would take the brackets of "clip [HD].txt" for a pattern.
+            for name, data in zip(some, fs.cat_ranges(paths, None, None, on_error="return"), strict=True):
                 if not isinstance(data, bytes):
                     raise DataError(f"{self.location(name)}: cannot be read: {data}; check the server.")
                 yield text_of(data, name, notes)
 
 
 def _head(path: str) -> bytes:
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe could wait for ever
+        raise DataError(f"{path}: not a regular file; mend or remove it.")
     try:
         with open(path, "rb") as file:
             return file.read(MAX_CAPTION_BYTES + 1)
@@ -159,8 +161,20 @@ def _list_remote(root: str) -> Folder:
         found = []
     except Exception as error:  # each file system of fsspec has errors of its own
         raise DataError(f"{root}: cannot be listed ({error}); check the address and your rights.") from error
+    if not found:
+        _refuse_unlistable(fs, root, inner)
     names = (path.removeprefix(inner).lstrip("/") for path in found)
     return Folder(root, [n for n in names if n and not any(p.startswith(".") for p in n.split("/"))])
+
+
+def _refuse_unlistable(fs: Any, root: str, inner: str) -> None:
+    """Raises `DataError` where `find` found nothing because the server is not there, which it does not tell."""
+    try:
+        fs.ls(inner)
+    except Exception as error:
+        reason = reason_of(error)
+        if reason != "no such file":
+            raise DataError(f"{root}: {reason}; check the address and your rights.") from error
 
 
 def resolve(base: str, file: str, where: str) -> str:
@@ -173,7 +187,14 @@ def resolve(base: str, file: str, where: str) -> str:
         raise DataError(
             f"{where}: '{file}' is a local path in a table behind a URL; write a relative one or a URL."
         )
-    return f"{base}/{quote(file) if base.startswith(('http://', 'https://')) else file}"
+    scheme, _, folder = base.partition("://")
+    parts = folder.split("/")
+    for part in file.split("/"):  # to S3, "./a.mp4" and "../a.mp4" are names of their own
+        if part == ".." and len(parts) > 1:
+            parts.pop()
+        elif part not in ("", ".", ".."):
+            parts.append(quote(part) if scheme in ("http", "https") else part)
+    return f"{scheme}://{'/'.join(parts)}"
 
 
 def folder_of(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from sat_ext.data.sources.listing import one_line
@@ -17,7 +18,15 @@ PATH_COLUMNS = (
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 OTHER_COLUMNS = ("captions", "caption_weights", "start", "end", "crop", "fps", "weight")
 
+_LONGEST_SHOWN = 100  # letters of a value in a message
+
 Row = Mapping[str, Any]
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long: it may be a whole file."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def column_of(row: Sequence[str] | Row, accepted: Sequence[str], what: str, where: str) -> str:
@@ -55,7 +64,7 @@ def fields_of(row: Row, where: str) -> dict[str, Any]:
         if value is None:
             continue
         if not (value > 0 or (value == 0 and name in ("start", "weight"))) or value == math.inf:
-            raise DataError(f"{where}: '{name}' is {row[name]!r}; it must be {what}, or left out.")
+            raise DataError(f"{where}: '{name}' is {shown(row[name])}; it must be {what}, or left out.")
         fields[name] = value
     if fields.get("end") is not None and fields["end"] <= fields.get("start", 0.0):
         raise DataError(
@@ -76,10 +85,10 @@ def _captions(row: Row, where: str) -> tuple[str, ...]:
         return ()
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list):
-        raise DataError(f"{where}: the caption is {value!r}; it must be a string, or a list of them.")
+        raise DataError(f"{where}: the caption is {shown(value)}; it must be a string, or a list of them.")
     for caption in captions:
         if not isinstance(caption, str):
-            raise DataError(f"{where}: the caption is {caption!r}; it must be a string, or a list of them.")
+            raise DataError(f"{where}: the caption is {shown(caption)}; it must be a string, or a list of them.")
     return tuple(map(one_line, captions))
 
 
@@ -91,7 +100,9 @@ def _caption_weights(weights: list[Any], captions: int, where: str) -> tuple[flo
         )
     known = [n for n in numbers if n is not None and 0 <= n < math.inf]
     if len(known) < len(numbers) or sum(known) <= 0:
-        raise DataError(f"{where}: 'caption_weights' is {weights!r}; they must be numbers, 0 or more, not all 0.")
+        raise DataError(
+            f"{where}: 'caption_weights' is {shown(weights)}; they must be numbers, 0 or more, not all 0."
+        )
     return tuple(known)
 
 
@@ -100,7 +111,8 @@ def _crop(crop: list[Any], where: str) -> tuple[int, int, int, int]:
     whole = [int(n) for n in numbers if n is not None and n == n // 1]
     if len(crop) != 4 or len(whole) != 4 or min(whole[:2]) < 0 or min(whole[2:]) < 1:
         raise DataError(
-            f"{where}: 'crop' is {crop!r}; it must be [left, top, width, height] in whole pixels inside the frame."
+            f"{where}: 'crop' is {shown(crop)}; it must be [left, top, width, height] in whole pixels inside the "
+            "frame."
         )
     left, top, width, height = whole
     return left, top, width, height
@@ -110,15 +122,13 @@ def _number(value: Any) -> float | None:
     """None for what stands for no value; NaN, which passes no check, for what is no number."""
     if isinstance(value, bool):
         return math.nan
-    if isinstance(value, (int, float)):
-        return None if value != value else float(value)
-    if not isinstance(value, str):
+    if not isinstance(value, (int, float, str, Decimal)):
         return math.nan
-    if not value.strip() or value.strip().lower() == "nan":
+    if value != value or isinstance(value, str) and value.strip().lower() in ("", "nan"):
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return math.nan
 
 
@@ -129,10 +139,10 @@ def _list(row: Row, name: str, where: str) -> list[Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             value = None
     if not isinstance(value, list):
-        raise DataError(f"{where}: '{name}' is {row[name]!r}; it must be a list, such as {_EXAMPLES[name]}.")
+        raise DataError(f"{where}: '{name}' is {shown(row[name])}; it must be a list, such as {_EXAMPLES[name]}.")
     return value
 
 

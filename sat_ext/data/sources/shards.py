@@ -12,17 +12,27 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sat_ext.data.sources.folder import is_media
 from sat_ext.data.sources.listing import MAX_CAPTION_BYTES, Notes, is_text, listed, one_line, text_of
 from sat_ext.data.sources.rows import CAPTION_COLUMNS, fields_of
-from sat_ext.errors import DataError, MediaError
+from sat_ext.errors import DataError, MediaError, SatExtError
 from sat_ext.files import filesystem, is_url, member_location, open_binary
 from sat_ext.types import IMAGE_EXTENSIONS, Item
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _AT_ONCE = 8  # shards; behind a URL, reading one is mostly waiting
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_LARGEST_EXTENSION = 32 << 10  # bytes of a header's extension (a long name); parsing is slow beyond
+_EXTENSIONS = (b"x", b"g", b"X", tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+# What a header that makes no sense makes `tarfile` raise; the end of a tar is another error.
+_MALFORMED = (
+    *(tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError),  # type: ignore[attr-defined]
+    *(ValueError, LookupError, RecursionError),
+)
 _RESERVED = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
 
@@ -139,15 +149,15 @@ def _members(tar: str, notes: Notes) -> Iterator[tuple[str, int, int, bytes | No
                 )
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (member := _next(archive, tar, notes)) is not None:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
+                while (member := _next(archive, end, tar, notes)) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # they would add up to gigabytes
                     kind = _kind(member, tar, notes)
                     if kind is None:
                         continue
                     if member.offset_data + member.size > end:
                         notes.add("tars that end before their last member does, which is left out", tar)
-                        continue
+                        return
                     data = None
                     if kind == "text":
                         file.seek(member.offset_data)
@@ -159,8 +169,36 @@ def _members(tar: str, notes: Notes) -> Iterator[tuple[str, int, int, bytes | No
         raise DataError(f"{tar}: {error.reason}; check sources or train_data.") from error
 
 
-def _next(archive: tarfile.TarFile, tar: str, notes: Notes) -> tarfile.TarInfo | None:
+class _Header(tarfile.TarInfo):
+    """A member's header. One that makes no sense is an error; to Python it ends the tar, crashes or loops."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Of 512 bytes; refuses sizes that would be read at once, or lead back."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in _EXTENSIONS and header.size > _LARGEST_EXTENSION):
+            raise tarfile.ReadError(f"a header of type {header.type!r} says {header.size} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """The next one, with its extensions. Raises `ReadError` for all that is wrong with it."""
+        try:
+            header = super().fromtarfile(archive)
+        except SatExtError:  # of reading the file
+            raise
+        except _MALFORMED as error:
+            raise tarfile.ReadError(str(error) or type(error).__name__) from error
+        if archive.offset <= header.offset:
+            raise tarfile.ReadError(f"a header says {header.size} bytes")
+        return header
+
+
+def _next(archive: tarfile.TarFile, end: int, tar: str, notes: Notes) -> tarfile.TarInfo | None:
     try:
+        is_first = archive.firstmember is not None  # type: ignore[attr-defined]
+        if not is_first and archive.offset > end:  # too far, perhaps, for any file to seek there
+            raise tarfile.ReadError("unexpected end of data")
         return archive.next()
     except tarfile.TarError as error:
         notes.add(f"damaged tars, read up to the damage ({error})", tar)

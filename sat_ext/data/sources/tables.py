@@ -23,6 +23,7 @@ from sat_ext.data.sources.rows import (
     column_of,
     fields_of,
     has_captions,
+    shown,
 )
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import cell_location, is_url, open_binary
@@ -90,7 +91,7 @@ def _jsonl(table: str) -> _Rows:
         where = f"{table}, line {number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where}: not JSON ({error}); write one object a line, such as "
                 '{"path": "a.mp4", "caption": "A cat."}.'
@@ -129,7 +130,7 @@ def _named_file(row: dict[str, Any], base: str, place: str, where: str) -> tuple
     column = column_of(row, PATH_COLUMNS, "path", where)
     file = row[column]
     if not isinstance(file, str) or not file or not is_text(file):
-        raise DataError(f"{where}: '{column}' is {file!r}; it must be the path of a media file.")
+        raise DataError(f"{where}: '{column}' is {shown(file)}; it must be the path of a media file.")
     _require_captions(row, where)
     return place, file, resolve(base, file, where), fields_of(row, where)
 
@@ -151,7 +152,8 @@ def _lines(table: str) -> Iterator[str]:
 
 def _open(table: str) -> Any:
     # An empty local table is an error of its own, not that of a media file.
-    return open_binary(table) if is_url(table) else open(table, "rb")
+    is_empty = not is_url(table) and os.path.isfile(table) and not os.path.getsize(table)
+    return io.BytesIO() if is_empty else open_binary(table)
 
 
 def _parquet(table: str) -> _Rows:
