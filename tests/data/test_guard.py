@@ -251,8 +251,10 @@ def test_every_data_worker_has_its_own_process_and_takes_it_along(guard: Guard[A
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 from sat_ext.data.guard import Guard
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
 
 def work(path):
     if path == "pid":
