@@ -37,6 +37,9 @@ _DEMUXERS = (
     *("jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe"),
 )
 
+_EXIF_ORIENTATION = 0x0112
+SIDEWAYS = frozenset({5, 6, 7, 8})
+
 # Whose headers name every stream, so that no packet need be read to find them.
 _FULL_HEADERS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 
@@ -101,6 +104,15 @@ def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Ima
         raise MediaError(path, "not a readable image: unknown format") from error
     except Exception as error:  # Pillow's parsers leak whatever a broken file makes them stumble over
         raise MediaError(path, f"not a readable image: {str(error) or type(error).__name__}") from error
+
+
+def orientation_of(image: Image.Image) -> Any:
+    """How an image is to be turned, by its EXIF data: 1 is not at all, and `SIDEWAYS` swap width and height.
+
+    In a broken file it may be anything.
+    """
+    # The base class's method: PNG's own would decode the whole image, to find EXIF data behind it.
+    return Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
 
 
 def _open_container(path: str, headers_only: bool, stack: ExitStack) -> InputContainer:

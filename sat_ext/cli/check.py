@@ -34,9 +34,8 @@ from sat_ext.media import open_image, open_video
 from sat_ext.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Item, MediaInfo
 
 TIMEOUT, FULL_TIMEOUT = 60.0, 1800.0  # seconds a file: an hour of 1080p takes about ten minutes to decode
-_THUMB = Fit(
-    16, 16
-)  # what a still is decoded to: a JPEG's scan is read to its end, but its pixels are not all made
+# What a still is decoded to: a JPEG's scan is read to its end, but its pixels are not all made.
+_THUMB = Fit(16, 16)
 _MOST_ROWS = 12  # of a table
 
 # What to do, by what a reason says; the first that fits.

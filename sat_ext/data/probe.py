@@ -16,12 +16,10 @@ from PIL import Image
 
 from sat_ext.errors import MediaError
 from sat_ext.files import suffix_of
-from sat_ext.media import UNTIMED_FORMATS, displayed_size, open_image, open_video
+from sat_ext.media import SIDEWAYS, UNTIMED_FORMATS, displayed_size, open_image, open_video, orientation_of
 from sat_ext.types import IMAGE_EXTENSIONS, MediaInfo
 
-_EXIF_ORIENTATION = 0x0112
 _MAX_ANIMATION = 1 << 34  # pixels of all frames: a minute's decoding, at 300 million a second
-_SIDEWAYS = frozenset({5, 6, 7, 8})  # the EXIF orientations that swap width and height
 
 
 def probe(path: str) -> MediaInfo:
@@ -45,9 +43,8 @@ def _probe_image(path: str) -> MediaInfo:
                 return info
             _refuse_endless(path, width, height, image.n_frames)  # type: ignore[attr-defined]
             return _probe_animated_webp(image)
-        # The base class's method: PNG's own would decode the whole image, to find EXIF data behind it.
-        orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
-    if orientation in _SIDEWAYS and codec != "tiff":  # for TIFF, Pillow's size is the displayed one already
+        sideways = orientation_of(image) in SIDEWAYS
+    if sideways and codec != "tiff":  # for TIFF, Pillow's size is the displayed one already
         width, height = height, width
     return MediaInfo(width=width, height=height, frames=1, fps=0.0, duration=0.0, codec=codec)
 

@@ -9,15 +9,12 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from sat_ext.data.decode.pick import Shape, pick
-from sat_ext.media import open_image, to_rgb
+from sat_ext.media import SIDEWAYS, open_image, orientation_of, to_rgb
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
-
-_EXIF_ORIENTATION = 0x0112
-_SIDEWAYS = frozenset({5, 6, 7, 8})  # the EXIF orientations that swap width and height
 
 Least = Callable[[int, int], "tuple[int, int] | None"]
 
@@ -40,7 +37,7 @@ def _decode_quickly(image: Image.Image) -> np.ndarray | None:
     """
     if simplejpeg is None or not isinstance(image, JpegImageFile) or image.format != "JPEG":
         return None
-    if image.mode != "RGB" or "icc_profile" in image.info or image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+    if image.mode != "RGB" or "icc_profile" in image.info or orientation_of(image) != 1:
         return None
     assert image.fp is not None  # it is open
     image.fp.seek(0)
@@ -52,7 +49,7 @@ def _decode_quickly(image: Image.Image) -> np.ndarray | None:
 
 def _decode_smaller(image: Image.Image, least: Least) -> tuple[int, int] | None:
     """Have a JPEG decoded at a part of its size, where that is enough; the size that it is displayed at."""
-    sideways = image.getexif().get(_EXIF_ORIENTATION, 1) in _SIDEWAYS
+    sideways = orientation_of(image) in SIDEWAYS
     width, height = image.size[::-1] if sideways else image.size
     enough = least(width, height)
     if enough is None:

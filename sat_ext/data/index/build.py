@@ -30,9 +30,8 @@ class Group:
     """The records of one source that fall into one bucket.
 
     `rows` (uint32, into `Index.table`) has one entry for each record: a row is there once for each of its windows
-    (sampler `all_windows`), times its visits
-    (`visits_by_weight`). `windows` (uint16 or uint32, as long as
-    `rows`) says which window a record is; None where every row has one.
+    (sampler `all_windows`), times its visits (`visits_by_weight`). `windows` (uint16 or uint32, as long as `rows`)
+    says which window a record is; None where every row has one.
     """
 
     source: str
