@@ -61,4 +61,4 @@ def preview(
         os.replace(draft, output)
     except OSError as error:
         raise ConfigError(f"-o: {output} cannot be written ({error.strerror}); name another file.") from error
-    print(f"{output}: {len(report.findings)} findings, {len(report.buckets)} buckets, {len(page) / 1e6:.1f} MB")
+    print(f"{output}: {len(report.findings)} findings, {len(report.buckets)} buckets, {len(page) / 1e3:,.0f} kB")
