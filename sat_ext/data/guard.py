@@ -189,9 +189,9 @@ os.register_at_fork(after_in_child=_forget_all)
 
 def _end(pid: int, pipe: Connection) -> int | None:
     """Kill and reap a process. One that has ended by itself keeps its own status."""
-    pipe.close()
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+    pipe.close()  # after that, or the process could end at the pipe's end, and seem to have done so by itself
     deadline = time.monotonic() + _GRACE
     with suppress(ChildProcessError):
         while time.monotonic() < deadline:  # without end where a network file system does not answer the kernel
