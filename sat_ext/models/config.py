@@ -17,6 +17,8 @@ from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
 TEMPORAL_COMPRESSION = 4  # pixel frames per latent frame after the first, in every CogVideoX model
+OFS = 2.0  # what CogVideoX-1.5's I2V model was trained with (`ofs` in CogVideo's sat/sample_video.py)
+ABSENT = -100.0  # SAT's mark for a metric that a rank has no value of; SAT averages the others
 COSINE_BLOCK = 8  # pixels per latent pixel of the cosine first stage, each way
 COSINE_CHANNELS = 16  # as many as CogVideoX's autoencoder has
 

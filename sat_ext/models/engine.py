@@ -21,7 +21,7 @@ from sat_ext.models.conditioning import (
     padding_frames,
     stills,
 )
-from sat_ext.models.config import folder_config, load_model_config, transformer_of
+from sat_ext.models.config import ABSENT, OFS, folder_config, load_model_config, transformer_of
 from sat_ext.models.diffusion import (
     NoiseSchedule,
     read_schedule,
@@ -32,10 +32,9 @@ from sat_ext.models.diffusion import (
 from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.generate import generate
 from sat_ext.models.text import build_text
-from sat_ext.models.transformer import OFS, build_transformer, rotary_embedding
+from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.pixels import to_model_range
 
-ABSENT = -100.0  # SAT's mark for a metric that this rank has no value of; SAT averages the others
 KINDS = ("image", "video")
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sat_ext.config import load
-from sat_ext.data.buckets import SequenceShape
-from sat_ext.errors import ConfigError
+from sat_ext.data.buckets import TEXT_TOKENS, SequenceShape
 from sat_ext.models.config import (
     ModelConfig,
     TransformerConfig,
@@ -21,19 +20,12 @@ from sat_ext.models.config import (
 )
 from sat_ext.types import Bucket
 
+LATENT_SIDE = 8  # pixels a side of one latent, in every CogVideoX model
+
 
 def check_buckets(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
-    """Raise `ConfigError` for a shape that the model cannot take, or must not.
-
-    `model` is the YAML's section: ours, CogVideo's, or empty.
-    """
-    if "network_config" in model:  # CogVideo's own engine
-        if model.get("noised_image_input") and any(b.frames == 1 for b in buckets):
-            raise ConfigError(
-                "data.params.buckets.frames: CogVideo's own image-to-video engine would show a still its target "
-                "as the condition; leave 1 out of the list, or train its text-to-video model, or our engine."
-            )
-    elif model:
+    """Raise `ConfigError` for a shape that our engine's model cannot take; `model` is its section, or empty."""
+    if model:
         config = _architecture(model)
         for bucket in buckets:
             check_bucket(config, bucket)
@@ -42,7 +34,7 @@ def check_buckets(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
 def sequence_shape(model: Mapping[str, Any]) -> SequenceShape:
     """What the cost of a batch follows from; `model` is the YAML's section: ours, CogVideo's, or empty."""
     if "network_config" in model:
-        return SequenceShape(hidden_size=int(model["network_config"]["params"]["hidden_size"]))
+        return _of_cogvideo(model["network_config"].get("params") or {})
     if not model:
         return SequenceShape()
     config = _architecture(model)
@@ -52,6 +44,19 @@ def sequence_shape(model: Mapping[str, Any]) -> SequenceShape:
         text_length=text_length(config),
         pixels_per_token=size_multiple(config),
         latents_per_token=transformer.patch_size_t or 1,
+    )
+
+
+def _of_cogvideo(network: Mapping[str, Any]) -> SequenceShape:
+    """`patch_size` of CogVideo's network is a side in CogVideoX 1.0, and (frames, rows, columns) in 1.5."""
+    patch = network.get("patch_size", 2)
+    frames, side = (1, patch) if isinstance(patch, int) else (patch[0], patch[1])
+    position = (network.get("modules") or {}).get("pos_embed_config") or {}
+    return SequenceShape(
+        hidden_size=int(network["hidden_size"]),
+        text_length=(position.get("params") or {}).get("text_length", TEXT_TOKENS),
+        pixels_per_token=LATENT_SIDE * side,
+        latents_per_token=frames,
     )
 
 

@@ -16,8 +16,6 @@ from torch.nn import functional
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, TrainConfig, transformer_of
 
-OFS = 2.0  # what CogVideoX-1.5's I2V model was trained with (`ofs` in CogVideo's sat/sample_video.py)
-
 
 class LearnedPatchEmbed(CogVideoXPatchEmbed):
     """CogVideoX-5B-I2V's patch embedding, for sizes and frame counts beside the native one.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sat_ext.models.engine import ABSENT
+from sat_ext.models.config import ABSENT
 from tests.models.conftest import FAMILIES, Seen, make_batch, make_engine, small_config, write_pretrained
 
 I2V = [family for family in FAMILIES if "i2v" in family]

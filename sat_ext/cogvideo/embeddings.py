@@ -1,0 +1,155 @@
+"""A folder of text embeddings: written once, then read by caption. A file holds those of many captions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sat_ext.errors import ConfigError, DataError
+
+WRITER = "sat_ext.cogvideo.embeddings.write_text_embeddings"
+FINGERPRINT = "fingerprint"  # the key in a file's metadata
+
+
+class TextEmbeddings:
+    """A folder of embeddings, (L, D) each, found by caption. Only what is asked for is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.fingerprint: dict[str, str] = {}
+        files = sorted(folder.glob("text-*.safetensors"))
+        if not files:
+            raise DataError(f"{folder}: there are no text embeddings here; write them with {WRITER}.")
+        for file in files:
+            with opened(file) as shard:
+                found = json.loads((shard.metadata() or {}).get(FINGERPRINT, "{}"))
+                self.files.update(dict.fromkeys(shard.keys(), file))
+            if self.fingerprint and found != self.fingerprint:
+                raise DataError(
+                    f"{folder}: {file.name} and {files[0].name} are of different encoders; delete one."
+                )
+            self.fingerprint = found
+
+    def __getitem__(self, caption: str) -> Tensor:
+        key = caption_key(caption)
+        if key not in self.files:
+            shown = caption if len(caption) <= 80 else caption[:80] + "..."
+            raise DataError(
+                f"{self.folder}: there is no embedding of the caption {shown!r}; write it with {WRITER}."
+            )
+        with opened(self.files[key]) as shard:
+            tensor: Tensor = shard.get_tensor(key)
+        return tensor
+
+    def require(self, expected: Mapping[str, str], remedy: str) -> None:
+        """Raise `ConfigError` where the embeddings are not those of an encoder of this fingerprint.
+
+        Only what both know is compared, and an encoder's name only without its configuration.
+        """
+        known = {k: v for k, v in expected.items() if k in self.fingerprint}
+        if "config" in known:
+            known.pop("encoder", None)
+        for name, value in known.items():
+            if value != self.fingerprint[name]:
+                raise ConfigError(
+                    f"{self.folder}: these text embeddings are of {name} {self.fingerprint[name]}, and {value} is "
+                    f"asked for; {remedy}."
+                )
+
+
+def encoder_fingerprint(
+    model_dir: str | None = None, max_length: int | None = None, dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """What tells an encoder's embeddings from another's: of `model_dir` its name and, where it is a folder, a hash
+    of its configuration; the tokens of a caption; the dtype."""
+    found: dict[str, str] = {}
+    if model_dir is not None:
+        found["encoder"] = Path(model_dir).name
+        config = Path(model_dir) / "config.json"
+        if config.is_file():
+            found["config"] = blake2b(config.read_bytes(), digest_size=16).hexdigest()
+    if max_length is not None:
+        found["max_length"] = str(max_length)
+    if dtype is not None:
+        found["dtype"] = str(dtype).removeprefix("torch.")
+    return found
+
+
+def write_text_embeddings(
+    folder: Path,
+    captions: Iterable[str],
+    embed: Callable[[list[str]], Tensor],
+    fingerprint: Mapping[str, str],
+    *,
+    batch: int = 16,
+    per_file: int = 512,
+) -> int:
+    """Write the embeddings of the captions that `folder` lacks, and of the empty one; how many were written.
+
+    `embed` is given at most `batch` captions and gives (B, L, D). `fingerprint` is an `encoder_fingerprint`. Each
+    file is written aside and renamed; several processes may write different captions into one folder. With
+    CogVideo's own encoder, in its `sat` folder:
+
+        embed = FrozenT5Embedder(model_dir="t5-v1_1-xxl", max_length=226).bfloat16().cuda()
+        write_text_embeddings(Path("text"), captions, embed,
+                              encoder_fingerprint("t5-v1_1-xxl", 226, torch.bfloat16))
+
+    Raises `ConfigError` where the folder holds another encoder's, and `DataError` where it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {caption_key(caption): caption for caption in ("", *captions)}
+    if any(folder.glob("text-*.safetensors")):
+        present = TextEmbeddings(folder)
+        present.require(fingerprint, "write to another folder")
+        wanted = {key: caption for key, caption in wanted.items() if key not in present.files}
+    rest = iter(wanted.items())
+    while part := dict(islice(rest, per_file)):
+        keys, texts = list(part), list(part.values())
+        tensors: dict[str, Tensor] = {}
+        for start in range(0, len(keys), batch):
+            with torch.no_grad():
+                embedded = embed(texts[start : start + batch]).cpu()
+            # a tensor of its own for each: a file holds no views
+            tensors |= {k: e.clone() for k, e in zip(keys[start : start + batch], embedded)}
+        name = blake2b("".join(keys).encode(), digest_size=8).hexdigest()  # one for these captions, in any process
+        write_aside(folder / f"text-{name}.safetensors", tensors, {FINGERPRINT: json.dumps(dict(fingerprint))})
+    return len(wanted)
+
+
+def write_aside(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write `file` so that it is there whole or not at all. Raises `DataError`."""
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: cannot be written ({error}); free space or name another folder.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def caption_key(caption: str) -> str:
+    """The name of a caption's embedding: a hash of its text."""
+    return blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """The safetensors file, memory-mapped. Raises `DataError` where it is not one, or a part of one."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); delete it, and write its embeddings anew.") from error

@@ -1,0 +1,108 @@
+"""CogVideo's first stage, encoding one clip and a few frames at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_ext.cogvideo.chunked_encoder import Recompute, accept_statistics, encode_clip
+from sat_ext.cogvideo.parent import subclass_of
+from sat_ext.config import convert
+from sat_ext.errors import ConfigError, DataError
+
+PARENT = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
+PARAMS = "model.first_stage_config.params"
+
+
+class ChunkedFirstStage(nn.Module):
+    """A target for `model.first_stage_config`: the class `parent`, with an `encode` of a small peak of memory.
+
+    - `frames`: pixel frames that are encoded at a time, a multiple of the temporal compression (4); the first
+      chunk has one more.
+    - `clips`: how many samples of the batch are encoded at a time.
+    - `recompute`: "block" holds one activation of the whole clip at full resolution, and computes the convolutions
+      1.5 times; "level" holds none at full resolution, and computes the convolutions there 3.5 times.
+
+    The latents are the parent's within rounding, and the posterior is sampled once for the whole batch, from the
+    same random numbers. `decode` is the parent's. `parent` and its parameters stay in `params`. There is no
+    gradient, and dropout in the encoder (0 in CogVideo's YAMLs) is left out: the first stage never trains.
+    Raises `ConfigError` for an option out of its range, and for an encoder that is built otherwise than
+    `ContextParallelEncoder3D`.
+    """
+
+    # the parent's; Any, because they are built by names in a YAML
+    encoder: Any
+    regularization: Any
+
+    def __new__(cls, *, parent: str = PARENT, **params: Any) -> ChunkedFirstStage:
+        """An object of a class made of this one and the parent."""
+        if cls is ChunkedFirstStage:
+            cls = subclass_of(cls, parent, params, methods=["encode"], where=PARAMS)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        *,
+        parent: str = PARENT,
+        frames: int = 8,
+        clips: int = 1,
+        recompute: Recompute = "block",
+        **params: Any,
+    ) -> None:
+        if params.get("cp_size", 0) > 1:
+            raise ConfigError(
+                f"{PARAMS}.cp_size: {params['cp_size']} splits a clip over GPUs, and chunks do not; set 1."
+            )
+        super().__init__(**params)
+        require_known_encoder(self.encoder, parent)
+        self.compression = 2**self.encoder.temporal_compress_level
+        self.frames: int = convert(int, frames, f"{PARAMS}.frames")
+        if self.frames < 1 or self.frames % self.compression:
+            raise ConfigError(
+                f"{PARAMS}.frames: {frames} is no multiple of {self.compression}, the frames of one latent frame; "
+                f"give {max(1, round(self.frames / self.compression)) * self.compression}."
+            )
+        self.clips: int = convert(int, clips, f"{PARAMS}.clips")
+        if self.clips < 1:
+            raise ConfigError(f"{PARAMS}.clips: {clips} is below 1; 1 encodes the batch sample by sample.")
+        self.recompute: Recompute = convert(Recompute, recompute, f"{PARAMS}.recompute")
+        accept_statistics(self.encoder)
+
+    @torch.no_grad()
+    def encode(
+        self, x: Tensor, return_reg_log: bool = False, unregularized: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """Unscaled latents (B, C, (T - 1) / 4 + 1, H / 8, W / 8) of pixels `x` (B, 3, T, H, W) in [-1, 1].
+
+        With `return_reg_log` the regularizer's log beside them; `unregularized` gives the posterior's parameters.
+        The parent's other arguments are about several GPUs, and mean nothing here. Raises `DataError` unless T is
+        1 or 4k + 1.
+        """
+        if (x.shape[2] - 1) % self.compression:
+            fit = (x.shape[2] - 1) // self.compression * self.compression + 1
+            raise DataError(
+                f"A clip of {x.shape[2]} frames cannot be encoded in chunks: the first becomes one latent frame "
+                f"and each {self.compression} after it another; give {fit} or {fit + self.compression} frames."
+            )
+        moments = torch.cat(
+            [encode_clip(self.encoder, c, self.frames, self.recompute) for c in x.split(self.clips)]
+        )
+        if unregularized:
+            return moments, {}
+        latents, log = self.regularization(moments)
+        return (latents, log) if return_reg_log else latents
+
+
+def require_known_encoder(encoder: Any, parent: str) -> None:
+    """Raise `ConfigError` unless `encoder` has the parts that `segments` goes through, and no others."""
+    parts = ("conv_in", "down", "mid", "norm_out", "conv_out")
+    if not all(hasattr(encoder, p) for p in (*parts, "temporal_compress_level")) or any(
+        len(level.attn) for level in encoder.down
+    ):
+        raise ConfigError(
+            f"{PARAMS}.encoder_config: {type(encoder).__name__} of {parent} is built otherwise than CogVideo's "
+            "ContextParallelEncoder3D without attention, which is all that chunks go through; take the target "
+            "sat_ext.cogvideo.ChunkedFirstStage out."
+        )

@@ -1,0 +1,179 @@
+"""CogVideo's loss for stills and clips together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sat_ext.cogvideo.parent import subclass_of
+from sat_ext.config import convert, load
+from sat_ext.errors import ConfigError
+from sat_ext.models.conditioning import pad_front, padding_frames, stills
+from sat_ext.models.config import ABSENT, OFS, LossWeights
+
+PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"
+PARAMS = "model.loss_fn_config.params"
+
+
+class JointDiffusionLoss(nn.Module):
+    """A target for `model.loss_fn_config`: the class `parent`, told apart by kind and safe for stills.
+
+    Called by CogVideo's engine like the parent, with latents (B, T, C, h, w), and gives (B,) losses, of which the
+    engine takes the mean. In a batch of clips that need no padding, without options and weights, they are the
+    parent's numbers to the bit, and as many random numbers are drawn. Beyond that:
+
+    - Stills (`kind` "image"; a batch without `kind` tells them by `num_frames` 1, and one latent frame is always
+      one) train with `concat_images` zeroed: their condition frame is their target.
+    - `condition_dropout` is the chance with which each sample trains without its condition, drawn per sample and
+      rank. It comes on top of `model.noised_image_dropout`, with which CogVideo drops the conditions of a whole
+      micro-batch: of the rates p and q, 1 - (1 - p)(1 - q) of the samples go without. Set that one to 0 to have
+      this one instead. Evaluations (the network not in training mode) drop none.
+    - `loss_weights` are factors by kind, in training and evaluation. The batch's `loss_weight` (B,)
+      (`Schedule.loss_weight`, samples count alike) is another in training. The built-in engine does the same.
+    - Where the network's patches span several latent frames (2 in 1.5), copies of the first latent frame are put
+      in front until the patches fit, as CogVideo's diffusers trainers do. Its sampler drops that frame when it
+      decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch), and has the condition's frame
+      in front of all; so it is here. The loss is a mean over the other frames.
+    - `ofs` (B,) is given to a network that embeds it, and that fails without: 2.0, or the batch's own.
+
+    `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown, out of its
+    range, or without a use (`condition_dropout` of a model without condition, at the first step).
+    """
+
+    batch2model_keys: set[str]
+
+    def __new__(cls, *, parent: str = PARENT, **params: Any) -> JointDiffusionLoss:
+        """An object of a class made here, over the parent's."""
+        if cls is JointDiffusionLoss:
+            cls = subclass_of(cls, parent, params, methods=["get_loss"], where=PARAMS)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        *,
+        parent: str = PARENT,
+        loss_weights: Mapping[str, float] | None = None,
+        condition_dropout: float = 0.0,
+        **params: Any,
+    ) -> None:
+        super().__init__(**params)
+        self.kind_weights = load(LossWeights, loss_weights or {}, f"{PARAMS}.loss_weights")
+        for kind, weight in asdict(self.kind_weights).items():
+            if weight < 0:
+                raise ConfigError(f"{PARAMS}.loss_weights.{kind}: {weight} is below 0; 0 leaves the kind out.")
+        if not any(asdict(self.kind_weights).values()):
+            raise ConfigError(f"{PARAMS}.loss_weights: both are 0, so nothing would be learned; give one above 0.")
+        self.condition_dropout: float = convert(float, condition_dropout, f"{PARAMS}.condition_dropout")
+        if not 0 <= self.condition_dropout <= 1:
+            raise ConfigError(f"{PARAMS}.condition_dropout: {condition_dropout} is no chance; give 0 to 1.")
+        self._padding = 0
+        self._metrics = {"loss_image": torch.tensor(ABSENT), "loss_video": torch.tensor(ABSENT)}
+
+    def __call__(
+        self,
+        network: nn.Module,
+        denoiser: Callable[..., Tensor],
+        conditioner: Callable[..., dict[str, Tensor]],
+        input: Tensor,
+        batch: Mapping[str, Any],
+    ) -> Tensor:
+        """The loss of each sample, (B,), of latents `input` (B, T, C, h, w)."""
+        training: bool = getattr(network, "training", True)
+        transformer = getattr(network, "diffusion_model", network)
+        still, dropped, factors = self._per_sample(batch, input, training)
+        batch = dict(batch)
+        self._padding = padding_frames(input.shape[1], temporal_patch(transformer))
+        if "concat_images" in batch:
+            batch["concat_images"] = condition(batch["concat_images"], still | dropped, self._padding)
+        elif self.condition_dropout:
+            raise ConfigError(
+                f"{PARAMS}.condition_dropout: {self.condition_dropout}, but the model has no image condition "
+                "to drop (model.noised_image_input is not set); take it out."
+            )
+        if getattr(transformer, "ofs_embed_dim", None) is not None:
+            batch.setdefault("ofs", torch.full((len(input),), OFS, device=input.device))
+            self.batch2model_keys.add("ofs")
+        latents = pad_front(input, self._padding)
+        losses: Tensor = super().__call__(network, denoiser, conditioner, latents, batch)
+        self._metrics = {
+            "loss_image": mean_where(losses.detach(), still),
+            "loss_video": mean_where(losses.detach(), ~still),
+        }
+        return losses * factors.to(losses)
+
+    def get_loss(self, model_output: Tensor, target: Tensor, w: Tensor) -> Tensor:
+        """The parent's loss (B,) without the padding in front, which neither counts nor has a gradient."""
+        losses: Tensor = super().get_loss(model_output[:, self._padding :], target[:, self._padding :], w)  # type: ignore[misc]
+        return losses
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Of the last call, `loss_image` and `loss_video`: unweighted means, 0-dim, -100 where there was none."""
+        return self._metrics
+
+    def _per_sample(
+        self, batch: Mapping[str, Any], latents: Tensor, training: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each sample, (B,): whether it is a still, whether its condition is dropped (both on the CPU, so that
+        no GPU waits), and the factor of its loss."""
+        still = stills(kinds(batch, len(latents)), latents.shape[1])
+        factors = torch.where(still, self.kind_weights.image, self.kind_weights.video).to(latents.device)
+        if training and "loss_weight" in batch:
+            factors = factors * batch["loss_weight"].to(latents.device)
+        dropped = torch.zeros_like(still)
+        if training and self.condition_dropout:
+            # SAT seeds all ranks alike: each takes a row of its own, or all would drop at once
+            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            dropped = torch.rand(world, len(still))[rank] < self.condition_dropout
+        return self._agreed(still, dropped, factors)
+
+    def _agreed(self, still: Tensor, dropped: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first of the ranks that share a model has, on all of them, as the parent does with its noise.
+
+        CogVideo gives the others neither `kind` nor `loss_weight` (`broad_cast_batch` in its train_video.py).
+        """
+        modules = [sys.modules.get(base.__module__) for base in type(self).__mro__]
+        mpu: Any = next((vars(m)["mpu"] for m in modules if m and "mpu" in vars(m)), None)
+        if mpu is None or not dist.is_initialized() or mpu.get_model_parallel_world_size() == 1:
+            return still, dropped, factors
+        values = torch.stack([v.to(factors) for v in (still, dropped, factors)])
+        source = dist.get_rank() - mpu.get_model_parallel_rank()
+        dist.broadcast(values, src=source, group=mpu.get_model_parallel_group())
+        return values[0].bool().cpu(), values[1].bool().cpu(), values[2]
+
+
+def kinds(batch: Mapping[str, Any], count: int) -> list[str]:
+    """The kind of each sample, as far as the batch says: a data class beside ours says `num_frames` at most."""
+    if "kind" in batch:
+        return list(batch["kind"])
+    if "num_frames" in batch:
+        return ["image" if frames == 1 else "video" for frames in batch["num_frames"].tolist()]
+    return ["video"] * count
+
+
+def condition(first: Tensor, without: Tensor, padding: int) -> Tensor:
+    """The I2V condition, (B, T, C, h, w), zeroed for samples `without` one, (B,), and with `padding` more frames.
+
+    The first frame stays the first of all, in the padding's place. The last, which is zero in the published models
+    and the image again where CogVideo repeats it (`noised_image_all_concat`), is repeated behind.
+    """
+    if without.any():
+        first = first.masked_fill(without.to(first.device)[:, None, None, None, None], 0)
+    return torch.cat([first, first[:, -1:].expand(-1, padding, -1, -1, -1)], dim=1) if padding else first
+
+
+def temporal_patch(transformer: nn.Module) -> int:
+    """Latent frames in a patch: `patch_size` is (frames, rows, columns) in 1.5, and rows, an integer, in 1.0."""
+    patch = getattr(transformer, "patch_size", 1)
+    return 1 if isinstance(patch, int) else int(patch[0])
+
+
+def mean_where(losses: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of the chosen losses, or SAT's mark where none is. `chosen` (B,) is on the CPU: no GPU waits."""
+    places = chosen.nonzero().flatten().to(losses.device)
+    return losses[places].float().mean() if len(places) else losses.new_full((), ABSENT, dtype=torch.float32)

@@ -1,0 +1,180 @@
+"""CogVideo's text encoder off the GPU: on the CPU, on the GPU for a call only, or replaced by what it once gave.
+
+T5-XXL's encoder has 4.8 billion parameters, which never train. Both targets keep it out of the engine's module
+tree: what moves, casts, saves or partitions the engine does not see it. Checkpoints then hold no text encoder. Of
+one that does (saved by CogVideo's engine without these targets), SAT lists those keys as unexpected, and the copy
+is not used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sat_ext.cogvideo.embeddings import TextEmbeddings, encoder_fingerprint
+from sat_ext.cogvideo.parent import subclass_of
+from sat_ext.config import convert
+from sat_ext.errors import ConfigError, DataError
+
+T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
+EMBEDDER = "sgm.modules.encoders.modules.AbstractEmbModel"
+PARAMS = "model.conditioner_config.params.emb_models.params"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+log = logging.getLogger(__name__)
+
+
+class FrozenEmbedder(nn.Module):
+    """What both embedders are: without registered weights, and never trained."""
+
+    like: Tensor
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        # Moved and cast with the engine, it says where to and as what embeddings are wanted. In no state_dict.
+        self.register_buffer("like", torch.zeros(0), persistent=False)
+
+    @property
+    def is_trainable(self) -> bool:
+        """False, always. Setting another value raises `ConfigError`."""
+        return False
+
+    @is_trainable.setter
+    def is_trainable(self, value: bool) -> None:
+        if value:
+            raise ConfigError(
+                f"{PARAMS.removesuffix('.params')}.is_trainable: true, but {type(self).__name__} does not train; "
+                "set it to false, or name CogVideo's own target."
+            )
+
+
+class OffloadedTextEmbedder(FrozenEmbedder):
+    """A target for an entry of `emb_models`: the class `parent`, its encoder not on the GPU.
+
+    - `device`: "cpu" encodes on the CPU; "on_off" copies the encoder to the GPU for each call and lets the copy go
+      after it. With the engine on the CPU they are the same, and "on_off" says so.
+    - `dtype` of the encoder, "bf16" or "fp32": without one the training dtype, as in CogVideo, but on the CPU fp32
+      where that is fp16, in which CPUs are slow and T5 overflows.
+
+    Every rank holds the encoder in its own memory. Embeddings (B, max_length, D) come in the training dtype and
+    where the engine is. `parent` (of CogVideo's `Frozen...` sort: it takes `device`) and its parameters stay in
+    `params`. Raises `ConfigError` for a value that is neither of these.
+    """
+
+    def __new__(cls, *, parent: str = T5_EMBEDDER, **params: Any) -> OffloadedTextEmbedder:
+        """An object of a class made of this one and the parent."""
+        if cls is OffloadedTextEmbedder:
+            cls = subclass_of(cls, parent, params, methods=["forward"], where=PARAMS)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        *,
+        parent: str = T5_EMBEDDER,
+        device: Literal["cpu", "on_off"] = "cpu",
+        dtype: Literal["fp32", "bf16"] | None = None,
+        **params: Any,
+    ) -> None:
+        moves = convert(Literal["cpu", "on_off"], device, f"{PARAMS}.device") == "on_off"
+        dtype = convert(Literal["fp32", "bf16"] | None, dtype, f"{PARAMS}.dtype")
+        super().__init__(device="cpu", **params)
+        self.moves = moves
+        self.encoder_dtype = None if dtype is None else DTYPES[dtype]
+        self.told = False
+        self.held: list[nn.Module] = []
+        for name in list(self._modules):
+            module = self._modules.pop(name)
+            assert module is not None
+            self.__dict__[name] = module.eval().requires_grad_(False)  # found by the parent, by nothing else
+            self.held.append(module)
+
+    @torch.no_grad()
+    def forward(self, text: Sequence[str]) -> Tensor:
+        """Embeddings of the captions, (B, max_length, D)."""
+        on_gpu = self.moves and self.like.device.type != "cpu"
+        if self.moves and not on_gpu and not self.told:
+            log.warning("%s.device: on_off, but the model is on the CPU; the text encoder stays there.", PARAMS)
+            self.told = True
+        dtype = self.encoder_dtype
+        if dtype is None:
+            half = self.like.dtype == torch.float16
+            dtype = torch.float32 if half and not on_gpu else self.like.dtype
+        for module in self.held:
+            module.to(dtype=dtype)
+        if not on_gpu:
+            return self._embed(text)
+        with on_device(self.held, self.like.device):
+            self.device = self.like.device  # where the parent sends its tokens
+            return self._embed(text)
+
+    def _embed(self, text: Sequence[str]) -> Tensor:
+        embedding: Tensor = super().forward(text)
+        return embedding.to(self.like)
+
+
+@contextmanager
+def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the modules' weights are copies on `device`; after it, the very tensors from before."""
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    homes = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes):
+            tensor.data = home
+
+
+class CachedTextEmbedder(FrozenEmbedder):
+    """A target for an entry of `emb_models` that reads embeddings; there is no text encoder.
+
+    - `folder`: what `embeddings.write_text_embeddings` wrote. Captions that are not in it raise `DataError`.
+    - `model_dir`, `max_length`: those of the encoder it stands for; where given, a folder of another's embeddings
+      raises `ConfigError`.
+
+    A tensor (B, L, D) in place of captions, as a batch's `text_embeddings` with that as the `input_key`, is used
+    as it is; then no `folder` is needed. Embeddings come in the training dtype and where the engine is. `parent`
+    is the class that CogVideo's `GeneralConditioner` asks for.
+    """
+
+    def __new__(cls, *, parent: str = EMBEDDER, **params: Any) -> CachedTextEmbedder:
+        """An object of a class made of this one and the parent."""
+        if cls is CachedTextEmbedder:
+            cls = subclass_of(cls, parent, params, methods=[], where=PARAMS)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        *,
+        parent: str = EMBEDDER,
+        folder: str | None = None,
+        model_dir: str | None = None,
+        max_length: int | None = None,
+        **params: Any,
+    ) -> None:
+        super().__init__(**params)
+        self.embeddings: TextEmbeddings | None = None
+        if folder is not None:
+            self.embeddings = TextEmbeddings(Path(folder))
+            expected = encoder_fingerprint(model_dir, max_length)
+            self.embeddings.require(expected, "name the folder of this encoder's, or write them anew")
+
+    def forward(self, text: Sequence[str] | Tensor) -> Tensor:
+        """Embeddings (B, L, D) of captions, or those given."""
+        if isinstance(text, Tensor):
+            if text.dim() != 3:
+                raise DataError(f"text_embeddings: (B, L, D) is expected, got a tensor {tuple(text.shape)}.")
+            return text.to(self.like)
+        if self.embeddings is None:
+            raise ConfigError(
+                f"{PARAMS}.folder: 'folder' is missing, and the batch brings captions; name the folder of their "
+                "embeddings, or set input_key: text_embeddings where the batch carries them."
+            )
+        return torch.stack([self.embeddings[caption] for caption in text]).to(self.like)
