@@ -9,7 +9,9 @@ import typer
 
 from sat_ext.cli.bench import bench
 from sat_ext.cli.check import check
+from sat_ext.cli.convert import convert
 from sat_ext.cli.demo import demo
+from sat_ext.cli.export import export
 from sat_ext.cli.preview import preview
 from sat_ext.cli.sample import sample
 from sat_ext.errors import SatExtError
@@ -21,7 +23,9 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(check)
+app.command()(convert)
 app.command()(demo)
+app.command()(export)
 app.command()(preview)
 app.command()(sample)
 

@@ -1,0 +1,42 @@
+"""`sat-ext export`: what a run trained, for diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sat_ext.cli.convert import (
+    AlphaOption,
+    OutputOption,
+    SizeOption,
+    YamlOption,
+    make_options,
+    progress,
+    report,
+    yaml_files,
+)
+from sat_ext.cli.yaml_base import MoreYaml
+
+
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="a run's folder, one of its checkpoints, or a file of weights")
+    ],
+    output: OutputOption,
+    base: YamlOption = None,
+    size: SizeOption = None,
+    alpha: AlphaOption = None,
+    more: MoreYaml = None,
+) -> None:
+    """Write a run's LoRA as diffusers' `load_lora_weights` takes it, or a fully trained transformer's folder."""
+    # here, because diffusers takes seconds to import, which the other subcommands shall not
+    from sat_ext.convert import convert as conversions
+
+    options = make_options(yaml_files(checkpoint, base, more), size, alpha=alpha)
+    with progress() as tracking:
+        done = conversions.export(checkpoint, output, options, tracking)
+    report(done)
+    if done.lora is not None:
+        print(f"pipeline.load_lora_weights({str(output)!r})  # rank {done.lora.rank}, alpha {done.lora.alpha}")

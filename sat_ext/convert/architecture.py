@@ -1,0 +1,230 @@
+"""What a model is, in the words of diffusers' config.json.
+
+That follows from the shapes of SAT's tensors, and from CogVideo's YAML where it is given. Shapes show everything
+but the size of the video that a model is for, and the autoencoder's scale.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from torch import Tensor
+
+from sat_ext.config import convert, load
+from sat_ext.errors import ConfigError
+from sat_ext.models.config import AutoencoderConfig, TransformerConfig
+from sat_ext.types import Bucket
+
+Model = Any  # one of the two classes, which have no types
+LATENT_PIXELS = 8  # pixels of a latent pixel, each way, in every CogVideoX model
+PATCH = 2  # of every published model, in height and width, and in time for 1.5
+# Native sizes of the published models (configs/cogvideox_*.yaml at tag v1.0, configs/cogvideox1.5_*.yaml on main).
+NATIVE = {"1.0": Bucket(frames=49, height=480, width=720), "1.5": Bucket(frames=81, height=2400, width=2400)}
+YAML = "YAML (of --base, or training_config.yaml beside the checkpoint)"
+TEXT_LENGTH = 226  # tokens, as the published folders in diffusers' layout have it
+
+
+def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
+    """The model that a config.json describes, without memory for its weights.
+
+    `ConfigError`, which begins with `where`, for another class, and for values that no model can be made of.
+    """
+    classes = {c.__name__: c for c in (CogVideoXTransformer3DModel, AutoencoderKLCogVideoX)}
+    name = config.get("_class_name")
+    if name not in classes:
+        raise ConfigError(f"{where}: _class_name is {name!r}; only {' and '.join(classes)} can be converted.")
+    for key, parameter in inspect.signature(classes[name].__init__).parameters.items():
+        value = config.get(key, parameter.default)
+        if value != parameter.default and not _can_be(value, parameter):
+            raise ConfigError(f"{where}: {key} is {value!r}, of which no model can be made; mend that value.")
+    try:
+        with torch.device("meta"):
+            model: Model = classes[name].from_config(dict(config))
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{where}: no model can be made of its values ({reason}); mend them.") from error
+    return model
+
+
+def _can_be(value: Any, parameter: inspect.Parameter) -> bool:
+    """Whether a size may have this value; true for all that is no size."""
+    whole = parameter.annotation is int or parameter.name in ("patch_size_t", "ofs_embed_dim")
+    if not whole and type(parameter.default) not in (int, float):
+        return True
+    return type(value) in ((int,) if whole else (int, float)) and value > 0
+
+
+def completed(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config.json with the defaults of what it leaves out, as older ones leave out what came later."""
+    return {**config_of(empty_model(config, where)), **config}
+
+
+def config_of(model: Model) -> dict[str, Any]:
+    """Its config.json."""
+    values: dict[str, Any] = json.loads(model.to_json_string())
+    return values
+
+
+def transformer_config(
+    weights: Mapping[str, Tensor], base: Mapping[str, Any] | None, size: Bucket | None, where: str
+) -> dict[str, Any]:
+    """config.json of SAT's transformer.
+
+    `weights` by the names under `model.diffusion_model.`; `base` is CogVideo's YAML of the model. `size`, of the
+    video in pixels, wins over the YAML's; where there is neither, the published models' is taken. Raises
+    `ConfigError` where a tensor that every transformer has is missing, or the YAML is of another model.
+    """
+    given = _given(base) if base else {}
+    # a linear patch embedding does not show how its patch is shared out over time, height and width
+    seen = _seen(weights, given.get("patch_size_t") or PATCH, given.get("patch_size", PATCH), where)
+    for key, value in seen.items():
+        if given.get(key, value) != value:
+            raise ConfigError(
+                f"{where}: {key} is {value}, but {given[key]} in the {YAML}; give the YAML of these weights with "
+                "--base."
+            )
+    one = seen["patch_size_t"] is None
+    native = size or (None if base else NATIVE["1.0" if one else "1.5"])
+    values = {"max_text_seq_length": TEXT_LENGTH, **seen, **given, **(_size(native) if native else {})}
+    config = asdict(load(TransformerConfig, values, "the transformer's sizes"))
+    return config_of(empty_model({"_class_name": "CogVideoXTransformer3DModel", **config}, where))
+
+
+def _seen(weights: Mapping[str, Tensor], patch_t: int | None, patch: int, where: str) -> dict[str, Any]:
+    """What the shapes show; the patch is that of models with a linear patch embedding."""
+
+    def shape(name: str, *ranks: int) -> torch.Size:
+        return _shape(weights, name, ranks, where, "transformer")
+
+    time_embed, hidden = shape("time_embed.0.weight", 2)
+    (head,) = shape("mixins.adaln_layer.query_layernorm_list.0.weight", 1)
+    proj, out = shape("mixins.patch_embed.proj.weight"), shape("mixins.final_layer.linear.weight", 2)[0]
+    if len(proj) == 4:  # 1.0 has a convolution over the frame, 1.5 a linear layer over patches of several frames
+        patch_t, patch = None, proj[2]
+    elif len(proj) != 2:
+        raise ConfigError(
+            f"{where}: mixins.patch_embed.proj.weight is {list(proj)}, of no known generation; only CogVideoX "
+            "1.0 and 1.5 can be converted."
+        )
+    positions = "mixins.pos_embed.pos_embedding" in weights
+    rotary = "mixins.pos_embed.freqs_sin" in weights or patch_t is not None
+    ofs = "ofs_embed.0.weight"
+    return {
+        "num_layers": count(weights, r"transformer\.layers\.(\d+)\."),
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "in_channels": proj[1] // (1 if patch_t is None else patch_t * patch**2),
+        "out_channels": out // ((patch_t or 1) * patch**2),
+        "time_embed_dim": time_embed,
+        "ofs_embed_dim": shape(ofs, 2)[1] if ofs in weights else None,
+        "text_embed_dim": shape("mixins.patch_embed.text_proj.weight", 2)[1],
+        "patch_size": patch,
+        "patch_size_t": patch_t,
+        "patch_bias": patch_t is None and "mixins.patch_embed.proj.bias" in weights,
+        "use_rotary_positional_embeddings": rotary,
+        "use_learned_positional_embeddings": rotary and positions,
+    }
+
+
+def _shape(weights: Mapping[str, Tensor], name: str, ranks: tuple[int, ...], where: str, kind: str) -> torch.Size:
+    """The tensor's shape, of one of these numbers of dimensions (of any where there are none), none of them 0."""
+    if name not in weights:
+        raise ConfigError(f"{where}: there is no {name}; this is no CogVideoX {kind}, or not a whole one.")
+    shape = weights[name].shape
+    if (ranks and len(shape) not in ranks) or 0 in shape:
+        raise ConfigError(
+            f"{where}: {name} is {list(shape)}, which no CogVideoX {kind} has; these are weights of another model."
+        )
+    return shape
+
+
+def _given(base: Mapping[str, Any]) -> dict[str, Any]:
+    """What CogVideo's YAML says, in diffusers' words."""
+    try:
+        network = base["model"]["network_config"]["params"]
+        modules = network["modules"]
+        positions = modules["pos_embed_config"]["params"]
+        patch = network["patch_size"]
+        patch_t = None if isinstance(patch, int) else int(patch[0])
+        given = {
+            "num_layers": int(network["num_layers"]),
+            "num_attention_heads": int(network["num_attention_heads"]),
+            "attention_head_dim": int(network["hidden_size"]) // int(network["num_attention_heads"]),
+            "in_channels": int(network["in_channels"]),
+            "out_channels": int(network["out_channels"]),
+            "time_embed_dim": int(network.get("time_embed_dim") or network["hidden_size"]),
+            "ofs_embed_dim": network.get("ofs_embed_dim"),
+            "text_embed_dim": int(modules["patch_embed_config"]["params"]["text_hidden_size"]),
+            "max_text_seq_length": int(positions["text_length"]),
+            "sample_height": int(network["latent_height"]),
+            "sample_width": int(network["latent_width"]),
+            "sample_frames": int(network["num_frames"]),
+            "patch_size": int(patch) if isinstance(patch, int) else int(patch[1]),
+            "patch_size_t": patch_t,
+            "spatial_interpolation_scale": float(positions.get("height_interpolation", 1.0)),
+            "use_learned_positional_embeddings": bool(positions.get("learnable_pos_embed", False)),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        lack = f"no {error} in its" if isinstance(error, KeyError) else f"a wrong value ({error}) in its"
+        raise ConfigError(
+            f"{YAML}: {lack} model.network_config; give CogVideo's YAML of the model with --base, such as "
+            "configs/cogvideox_5b.yaml."
+        ) from error
+    for key, value in given.items():
+        if type(value) in (int, float) and value <= 0:
+            raise ConfigError(f"{YAML}: {key} is {value} in its model.network_config; give a number over 0.")
+    return given
+
+
+def _size(native: Bucket) -> dict[str, int]:
+    return {
+        "sample_height": native.height // LATENT_PIXELS,
+        "sample_width": native.width // LATENT_PIXELS,
+        "sample_frames": native.frames,
+    }
+
+
+def autoencoder_config(
+    weights: Mapping[str, Tensor], base: Mapping[str, Any] | None, scale: float | None, where: str
+) -> dict[str, Any]:
+    """config.json of SAT's autoencoder, whose `scale` stands in CogVideo's YAML (`base`), not in the weights."""
+    needed = (
+        "encoder.down.0.block.0.conv1.conv.weight",
+        "decoder.conv_in.conv.weight",
+        "decoder.conv_out.conv.weight",
+    )
+    for name in needed:
+        _shape(weights, name, (5,), where, "autoencoder")
+    given = (base or {}).get("model") or {}
+    factor = scale if scale is not None else convert(float | None, given.get("scale_factor"), "model.scale_factor")
+    if factor is None:
+        raise ConfigError(
+            f"{where}: the scale of its latents is not in the weights; give CogVideo's YAML with --base, or "
+            "--scale-factor (1.15258426 for 2B, 0.7 for the others)."
+        )
+    levels = count(weights, r"encoder\.down\.(\d+)\.")
+    firsts = [f"encoder.down.{i}.block.0.conv1.conv.weight" for i in range(levels)]
+    channels = [_shape(weights, name, (5,), where, "autoencoder")[0] for name in firsts]
+    config = AutoencoderConfig(
+        block_out_channels=tuple(channels),
+        layers_per_block=count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
+        latent_channels=weights[needed[1]].shape[1],
+        scaling_factor=float(factor),
+        # as published beside 1.5's I2V model, the only one with `ofs`; see CogVideoXImageToVideoPipeline
+        invert_scale_latents=bool(given.get("network_config", {}).get("params", {}).get("ofs_embed_dim")),
+    )
+    kinds = {f"{k}_block_types": [f"CogVideoX{k.title()}Block3D"] * levels for k in ("down", "up")}
+    return config_of(empty_model({"_class_name": "AutoencoderKLCogVideoX", **asdict(config), **kinds}, where))
+
+
+def count(names: Mapping[str, Any], pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the start of a name."""
+    found = (re.match(pattern, name) for name in names)
+    return max((int(m.group(1)) + 1 for m in found if m), default=0)

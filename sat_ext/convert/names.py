@@ -1,0 +1,158 @@
+"""Which tensor of SAT's layout is which of diffusers': one table for both directions.
+
+A tensor of CogVideo's network is one of diffusers', or several stacked along its rows (q, k and v; the modulation
+of attention and of the feed-forward part). The transformer's names are those under `model.diffusion_model.` in a
+checkpoint. Sources: `DiffusionTransformer` in sat/dit_video_concat.py, `ContextParallelEncoder3D` and
+`ContextParallelDecoder3D` in sat/vae_modules/cp_enc_dec.py of CogVideo (tag v1.0 and main); diffusers'
+`CogVideoXTransformer3DModel` and `AutoencoderKLCogVideoX`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sat_ext.errors import ConfigError
+
+SUFFIXES = (".weight", ".bias", "")  # the last for a parameter that is no layer's
+Blocks = tuple[Tensor, ...]  # a tensor to be written: these, one after another along the rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of SAT's, whose rows are `count` equal blocks, and diffusers' layers with the blocks of each."""
+
+    sat: str
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def count(self) -> int:
+        """Blocks in SAT's layer."""
+        return sum(len(blocks) for _, blocks in self.parts)
+
+
+def same(sat: str, diffusers: str) -> Row:
+    """A layer that both have."""
+    return Row(sat, ((diffusers, (0,)),))
+
+
+def transformer_rows(layers: int) -> list[Row]:
+    """The table of a transformer of so many layers, with what only some models have."""
+    rows = [
+        same("time_embed.0", "time_embedding.linear_1"),
+        same("time_embed.2", "time_embedding.linear_2"),
+        same("ofs_embed.0", "ofs_embedding.linear_1"),
+        same("ofs_embed.2", "ofs_embedding.linear_2"),
+        same("mixins.patch_embed.proj", "patch_embed.proj"),
+        same("mixins.patch_embed.text_proj", "patch_embed.text_proj"),
+        same("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding"),
+        same("transformer.final_layernorm", "norm_final"),
+        same("mixins.final_layer.norm_final", "norm_out.norm"),
+        same("mixins.final_layer.adaLN_modulation.1", "norm_out.linear"),
+        same("mixins.final_layer.linear", "proj_out"),
+    ]
+    for i in range(layers):
+        layer, block, norms = f"transformer.layers.{i}", f"transformer_blocks.{i}", "mixins.adaln_layer"
+        attention = f"{block}.attn1"
+        rows += [
+            # blocks of `AdaLNMixin.layer_forward`: shift, scale, gate of the attention's input, then of the
+            # feed-forward's; the video's six, then the text's. diffusers has the video's and the text's beside.
+            Row(
+                f"{norms}.adaLN_modulations.{i}.1",
+                ((f"{block}.norm1.linear", (0, 1, 2, 6, 7, 8)), (f"{block}.norm2.linear", (3, 4, 5, 9, 10, 11))),
+            ),
+            Row(
+                f"{layer}.attention.query_key_value",
+                ((f"{attention}.to_q", (0,)), (f"{attention}.to_k", (1,)), (f"{attention}.to_v", (2,))),
+            ),
+            same(f"{layer}.attention.dense", f"{attention}.to_out.0"),
+            same(f"{norms}.query_layernorm_list.{i}", f"{attention}.norm_q"),
+            same(f"{norms}.key_layernorm_list.{i}", f"{attention}.norm_k"),
+            same(f"{layer}.input_layernorm", f"{block}.norm1.norm"),
+            same(f"{layer}.post_attention_layernorm", f"{block}.norm2.norm"),
+            same(f"{layer}.mlp.dense_h_to_4h", f"{block}.ff.net.0.proj"),
+            same(f"{layer}.mlp.dense_4h_to_h", f"{block}.ff.net.2"),
+        ]
+    return rows
+
+
+def adapter_rows(layers: int) -> list[Row]:
+    """The layers that SAT's LoRA (`sat.model.finetune.lora2.LoraMixin`) gives matrices, a pair for each block."""
+    return [r for r in transformer_rows(layers) if r.sat.endswith((".query_key_value", ".attention.dense"))]
+
+
+def autoencoder_rows(levels: int, resnets: int) -> list[Row]:
+    """The table of an autoencoder with so many resolutions and `resnets` blocks in each (one more to decode).
+
+    SAT counts the decoder's levels from the finest, diffusers from the coarsest.
+    """
+    rows = []
+    for side, down in (("encoder", True), ("decoder", False)):
+        rows += [same(f"{side}.{name}", f"{side}.{name}") for name in ("conv_in.conv", "conv_out.conv")]
+        rows += _norm(f"{side}.norm_out", f"{side}.norm_out", spatial=not down)
+        for i in range(2):
+            rows += _resnet(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}", spatial=not down)
+        for i in range(levels):
+            own = f"{side}.down.{i}" if down else f"{side}.up.{i}"
+            other = f"{side}.down_blocks.{i}" if down else f"{side}.up_blocks.{levels - 1 - i}"
+            for j in range(resnets if down else resnets + 1):
+                rows += _resnet(f"{own}.block.{j}", f"{other}.resnets.{j}", spatial=not down)
+            sampler = ("downsample", "downsamplers") if down else ("upsample", "upsamplers")
+            rows.append(same(f"{own}.{sampler[0]}.conv", f"{other}.{sampler[1]}.0.conv"))
+    return rows
+
+
+def _resnet(sat: str, diffusers: str, spatial: bool) -> list[Row]:
+    rows = [same(f"{sat}.conv{k}.conv", f"{diffusers}.conv{k}.conv") for k in (1, 2)]
+    rows.append(same(f"{sat}.nin_shortcut", f"{diffusers}.conv_shortcut"))
+    return rows + [r for k in (1, 2) for r in _norm(f"{sat}.norm{k}", f"{diffusers}.norm{k}", spatial)]
+
+
+def _norm(sat: str, diffusers: str, spatial: bool) -> list[Row]:
+    names = ("norm_layer", "conv_y.conv", "conv_b.conv") if spatial else ()
+    return [same(f"{sat}.{n}", f"{diffusers}.{n}") for n in names] or [same(sat, diffusers)]
+
+
+def to_diffusers(rows: Iterable[Row], weights: Mapping[str, Tensor]) -> dict[str, Blocks]:
+    """Those of `weights`, by SAT's names, that the table has, by diffusers' names. Nothing is copied."""
+    found: dict[str, Blocks] = {}
+    for row in rows:
+        for suffix in SUFFIXES:
+            if (tensor := weights.get(row.sat + suffix)) is not None:
+                blocks = _split(row.sat + suffix, tensor, row.count)
+                found |= {name + suffix: tuple(blocks[k] for k in own) for name, own in row.parts}
+    return found
+
+
+def to_sat(rows: Iterable[Row], weights: Mapping[str, Blocks]) -> dict[str, Blocks]:
+    """The inverse of `to_diffusers`; a layer of SAT's is there where all its parts are."""
+    found = {}
+    for row in rows:
+        for suffix in SUFFIXES:
+            parts = [(name + suffix, own) for name, own in row.parts]
+            if all(name in weights for name, _ in parts):
+                blocks: dict[int, Tensor] = {}
+                for name, own in parts:
+                    given = weights[name]
+                    pieces = given if len(given) == len(own) else _split(name, given[0], len(own))
+                    blocks |= dict(zip(own, pieces, strict=True))
+                found[row.sat + suffix] = tuple(blocks[k] for k in range(row.count))
+    return found
+
+
+def sat_names(rows: Iterable[Row], diffusers: Iterable[str]) -> dict[str, str]:
+    """For each of diffusers' names, the name of SAT's tensor that holds it."""
+    layers = {name + suffix: row.sat + suffix for row in rows for name, _ in row.parts for suffix in SUFFIXES}
+    return {name: layers[name] for name in diffusers}
+
+
+def _split(name: str, tensor: Tensor, count: int) -> Blocks:
+    if count == 1:
+        return (tensor,)
+    if tensor.ndim == 0 or tensor.shape[0] % count:
+        raise ConfigError(
+            f"{name}: {list(tensor.shape)} does not divide into {count} blocks; this is another model."
+        )
+    return tuple(tensor.chunk(count))

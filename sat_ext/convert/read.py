@@ -1,0 +1,250 @@
+"""Folders and files of weights -> the parts that they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sat_ext.config import load, read_yaml
+from sat_ext.convert import lora as adapters
+from sat_ext.convert.architecture import autoencoder_config, completed, count, transformer_config
+from sat_ext.convert.files import read_safetensors, read_tensors
+from sat_ext.convert.names import adapter_rows, to_diffusers, transformer_rows
+from sat_ext.convert.parts import Options, Part, checked, from_sat_names, take_sat_only
+from sat_ext.errors import ConfigError
+from sat_ext.models.checkpoint import CONFIG_NAME, WEIGHTS_NAME, find_run, find_weights, read_base, read_file
+from sat_ext.models.config import ModelConfig, TransformerConfig
+
+PREFIX = "model.diffusion_model."  # of the transformer in a checkpoint of CogVideo's engine
+AUTOENCODER_FILE = "3d-vae.pt"
+SAT_ONLY_FILE = "sat_only.safetensors"
+LORA_YAML = "lora.yaml"
+_ENGINE, _FIRST_STAGE = "network.", "first_stage_model."
+
+
+def read_transformer(path: Path, options: Options) -> Part | None:
+    """The transformer in `path`, or a LoRA of one; None where there is neither.
+
+    `path` is a folder of SAT's (with `latest`), one of diffusers', a run's, the folder above one called
+    `transformer`, or a file. Where it holds a LoRA alone, the weights are those of `options.base_weights`, or of
+    the base that the checkpoint names, unless `options.with_base` is false; empty where there are none. Raises
+    `ConfigError`.
+    """
+    if path.is_file():
+        part = _lora_file(path, options) if path.suffix == ".safetensors" else _checkpoint(path, options)
+    elif not path.is_dir():
+        raise ConfigError(f"{path}: there is no such file or folder; name a checkpoint or a model's folder.")
+    else:
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        lora = path / adapters.FILE
+        merges = lora.is_file() and options.to == "sat"  # which SAT's own weights have not been through
+        first = replace(options, to=None) if merges else options
+        part = _transformer_folder(folder, first) or _runs(path, first)
+        if lora.is_file():
+            own = _lora_file(lora, options if part is None else replace(options, to=None))
+            part = own if part is None else replace(part, lora=own.lora)
+    if part is None or part.config is not None or not options.with_base:
+        return part
+    return _with_base(part, path, options)
+
+
+def _transformer_folder(folder: Path, options: Options) -> Part | None:
+    if (folder / WEIGHTS_NAME).is_file():
+        return _checkpoint(folder / WEIGHTS_NAME, options)
+    if (folder / "latest").is_file():
+        return _checkpoint(find_weights(folder), options)
+    if _class_of(folder) == "CogVideoXTransformer3DModel":
+        return _diffusers(folder, options)
+    return None
+
+
+def _runs(path: Path, options: Options) -> Part | None:
+    """The newest run in `path`, where it is the folder of several."""
+    return _checkpoint(find_weights(find_run(path)), options) if any(path.glob("*/latest")) else None
+
+
+def read_autoencoder(path: Path, options: Options) -> Part | None:
+    """The autoencoder in `path`: a folder of SAT's or of diffusers', the one above, or a file; None where there is
+    none. Raises `ConfigError`."""
+    if path.is_file():
+        return None if path.suffix == ".safetensors" else _first_stage(path, options)
+    for folder in (path / "vae", path):
+        if (folder / AUTOENCODER_FILE).is_file():
+            return _first_stage(folder / AUTOENCODER_FILE, options)
+        if _class_of(folder) == "AutoencoderKLCogVideoX":
+            return _diffusers(folder, options)
+    return None
+
+
+def _class_of(folder: Path) -> str | None:
+    config = _config_json(folder)
+    return None if config is None else str(config.get("_class_name"))
+
+
+def _config_json(folder: Path) -> dict[str, Any] | None:
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON ({error}); copy or download it again.") from error
+    return config if isinstance(config, dict) else None
+
+
+def _config_of(folder: Path, name: str) -> dict[str, Any] | None:
+    """Its config.json, all of it, where that is of the class `name`."""
+    config = _config_json(folder)
+    if config is None or config.get("_class_name") != name:
+        return None
+    return completed(config, str(folder / "config.json"))
+
+
+def _diffusers(folder: Path, options: Options) -> Part:
+    options.reject_layout("diffusers", str(folder))
+    config = _config_of(folder, str(_class_of(folder)))
+    assert config is not None
+    extra = folder / SAT_ONLY_FILE
+    return Part(
+        where=str(folder),
+        layout="diffusers",
+        weights=checked(read_safetensors(folder), config, str(folder)),
+        config=config,
+        sat_only=read_tensors(extra) if extra.is_file() else {},
+    )
+
+
+def _lora_file(file: Path, options: Options) -> Part:
+    options.reject_layout("diffusers", str(file))
+    lora = adapters.read(file, options.alpha)
+    return Part(where=str(file), layout="diffusers", weights={}, config=None, lora=lora)
+
+
+def _section(file: Path) -> dict[str, Tensor]:
+    """The weights in a file of SAT's or torch's: under `module`, under `state_dict`, or on their own."""
+    state = read_file(file)
+    for name in ("module", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+            break
+    if not isinstance(state, dict) or not any(isinstance(t, Tensor) for t in state.values()):
+        raise ConfigError(f"{file}: holds no weights by name; name a checkpoint of SAT's or of a run.")
+    return {str(name): t for name, t in state.items() if isinstance(t, Tensor)}
+
+
+def _checkpoint(file: Path, options: Options) -> Part | None:
+    if file.with_name("mp_rank_01_model_states.pt").exists():
+        raise ConfigError(
+            f"{file.parent}: the weights are split over several model-parallel ranks; merge them with "
+            "model_parallel_size 1 first."
+        )
+    weights = _section(file)
+    beginnings = sorted({name.split(".")[0] for name in weights})
+    if any(name.startswith(_ENGINE) for name in weights):
+        return _engine(file, weights, options)
+    if own := {n.removeprefix(PREFIX): t for n, t in weights.items() if n.startswith(PREFIX)}:
+        return replace(_sat(file, own, options), left_out=tuple(b for b in beginnings if b != "model"))
+    if "encoder" in beginnings and "decoder" in beginnings:
+        return None  # an autoencoder
+    raise ConfigError(
+        f"{file}: no tensor of CogVideoX under {PREFIX} (first: {next(iter(weights))}); these are weights of "
+        "another model."
+    )
+
+
+def _sat(file: Path, own: Mapping[str, Tensor], options: Options) -> Part:
+    """CogVideo's transformer, by the names under `PREFIX`."""
+    where, folder = str(file), file.parent.parent
+    plain, matrices = adapters.split_sat(own)
+    if not matrices:  # a LoRA and its base are put together in SAT's layout, too
+        options.reject_layout("sat", where)
+    base = options.base or _yaml_beside(folder)
+    lora = None
+    if matrices:
+        rows = adapter_rows(count(matrices, r"transformer\.layers\.(\d+)\."))
+        alphas = (options.alpha, adapters.alpha_of(base), adapters.alpha_of(_yaml_beside(folder, LORA_YAML)))
+        alpha = next((a for a in alphas if a is not None), None)
+        lora = adapters.from_sat(rows, matrices, alpha, where)
+        if not options.with_base:
+            plain = {}
+        if "time_embed.0.weight" not in plain:  # nothing but what was trained
+            rows = transformer_rows(count(plain, r"transformer\.layers\.(\d+)\."))
+            weights = to_diffusers(rows, plain)
+            return Part(where=where, layout="sat", weights=weights, config=None, lora=lora)
+    config = _config_of(folder, "CogVideoXTransformer3DModel") or transformer_config(
+        plain, base, options.size, where
+    )
+    sat_only = take_sat_only(plain, config, where)
+    weights = from_sat_names(plain, config, where)
+    return Part(where=where, layout="sat", weights=weights, config=config, lora=lora, sat_only=sat_only)
+
+
+def _yaml_beside(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
+    """CogVideo's YAML that SAT wrote beside a run's checkpoints; empty where there is none."""
+    return read_yaml([str(folder / name)]) if (folder / name).is_file() else {}
+
+
+def _engine(file: Path, weights: Mapping[str, Tensor], options: Options) -> Part:
+    """The built-in engine's transformer: diffusers' names under `_ENGINE`, with peft's for a LoRA."""
+    where, section = str(file), _yaml_beside(file.parent.parent).get("model")
+    if not section:
+        raise ConfigError(
+            f"{file.parent.parent}: there is no {CONFIG_NAME} that tells the run's model; name a run."
+        )
+    model = load(ModelConfig, section, f"{CONFIG_NAME}: model")
+    names = {n.removeprefix(_ENGINE).replace(".base_layer.", "."): t for n, t in weights.items()}
+    matrices = {n: names.pop(n) for n in list(names) if ".lora_" in n}
+    alpha = model.train.alpha if options.alpha is None else options.alpha
+    lora = adapters.from_peft(matrices, alpha, where) if matrices else None
+    if not names:
+        return Part(where=where, layout="engine", weights={}, config=None, lora=lora)
+    name = "CogVideoXTransformer3DModel"
+    config = _config_of(Path(model.pretrained) / "transformer", name) if model.pretrained else None
+    if config is None:
+        sizes = asdict(model.transformer or TransformerConfig())
+        config = completed({"_class_name": name, **sizes}, f"{CONFIG_NAME}: model.transformer")
+    return Part(where=where, layout="engine", weights=checked(names, config, where), config=config, lora=lora)
+
+
+def _with_base(part: Part, path: Path, options: Options) -> Part:
+    """A LoRA with the weights that it belongs to, where they are known."""
+    place = options.base_weights or _named_base(Path(part.where))
+    if place is None:
+        return part
+    own = _yaml_beside(Path(part.where).parent.parent)  # which is the base's too, where it is CogVideo's
+    yaml = options.base or (own if "network_config" in (own.get("model") or {}) else None)
+    base = read_transformer(place, replace(options, base_weights=None, base=yaml, to=None))
+    if base is None or base.config is None:
+        raise ConfigError(
+            f"{place}: holds no transformer that {path} could belong to; give its base with --base-weights."
+        )
+    return replace(part, weights={**base.weights, **part.weights}, config=base.config, sat_only=base.sat_only)
+
+
+def _named_base(file: Path) -> Path | None:
+    """What a checkpoint of ours, or a run's YAML, says of where its base weights are."""
+    if (named := read_base(file.parent)) is not None:
+        run, iteration = named
+        return find_weights(run, iteration)
+    pretrained = (_yaml_beside(file.parent.parent).get("model") or {}).get("pretrained")
+    return Path(pretrained) if pretrained else None
+
+
+def _first_stage(file: Path, options: Options) -> Part | None:
+    weights = _section(file)
+    if any(n.startswith(_FIRST_STAGE) for n in weights):
+        weights = {n.removeprefix(_FIRST_STAGE): t for n, t in weights.items() if n.startswith(_FIRST_STAGE)}
+    sat_only = {n: weights.pop(n) for n in list(weights) if n.startswith("loss.")}  # of its own training
+    if not any(n.startswith("encoder.") for n in weights):
+        return None
+    options.reject_layout("sat", str(file))
+    config = _config_of(file.parent, "AutoencoderKLCogVideoX")
+    base = options.base or _yaml_beside(file.parent.parent)
+    config = config or autoencoder_config(weights, base, options.scale_factor, str(file))
+    found = from_sat_names(weights, config, str(file))
+    return Part(where=str(file), layout="sat", weights=found, config=config, sat_only=sat_only)
