@@ -6,6 +6,15 @@ r"""Train a video diffusion model on images and videos together.
     deepspeed train_video.py --base ...
 
 The training loop, the launcher's environment, the learning rate schedule and the checkpoints are SAT's.
+
+Model YAMLs of CogVideo, which name its code, run with a checkout of it:
+
+    export COGVIDEO_SAT=/path/to/CogVideo/sat
+    python train_video.py --base $COGVIDEO_SAT/configs/cogvideox_5b.yaml $COGVIDEO_SAT/configs/sft.yaml \
+        configs/cogvideo/joint.yaml
+
+That is the checkout's own train_video.py, run from here: its engine, its steps and its arguments, so that both
+commands train alike. Ours would only be a second version of them.
 """
 
 from __future__ import annotations
@@ -13,20 +22,24 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from sat.training.deepspeed_training import training_main
-
-from sat_ext.errors import SatExtError
-from sat_ext.models.engine import VideoDiffusionEngine
-from sat_ext.sat import fixes
-from sat_ext.sat.arguments import initialize, parse_args
-from sat_ext.sat.training import TrainingHooks, get_target, sentence_of
+from sat_ext.cogvideo.script import is_for_cogvideo, run_script
+from sat_ext.sat.uncaught import sentence_of
 
 
 def main() -> None:
     """Read the YAML, let SAT train, write the held-out losses."""
+    # imported here: CogVideo's script needs none of it
+    from sat.training.deepspeed_training import training_main
+
+    from sat_ext.models.engine import VideoDiffusionEngine
+    from sat_ext.sat import checkpoint, fixes
+    from sat_ext.sat.arguments import initialize, parse_args
+    from sat_ext.sat.training import TrainingHooks, get_target
+
     args = parse_args()
-    fixes.apply()
+    fixes.apply(args)
     initialize(args)
+    checkpoint.install(args)
     data_class = get_target(args.data_config["target"])
     hooks = TrainingHooks(args)
     training_main(
@@ -44,8 +57,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        run_script() if is_for_cogvideo(sys.argv[1:]) else main()
     except KeyboardInterrupt:
         sys.exit(130)  # as the shell has it: 128 + SIGINT
-    except (SatExtError, RuntimeError) as error:
-        sys.exit(f"error: {sentence_of(error)}")
+    except Exception as error:
+        if sentence := sentence_of(error):
+            sys.exit(f"error: {sentence}")
+        raise

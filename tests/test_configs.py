@@ -12,6 +12,7 @@ from sat_ext.data.config import DataConfig
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, check_bucket, load_model_config
 from sat_ext.sat.arguments import parse_args, read_yaml
+from sat_ext.sat.settings import Settings, settings_of
 
 CONFIGS = Path(__file__).parent.parent.resolve() / "configs"
 
@@ -117,3 +118,29 @@ def test_values_that_sat_would_stumble_over_are_named(tmp_path: Path, text: str,
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse_args(["--base", *TINY, str(file)])
+
+
+def test_help_lists_sats_flags_and_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("--base", "--train-iters", "--checkpoint {weights,full}", "--keep-last", "--without-fixes"):
+        assert flag in shown
+
+
+def test_the_settings_beside_sats_are_read_from_yaml_and_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("args: {checkpoint: full, keep_last: 2, without_fixes: [launcher]}")
+    args = parse_args(["--base", *TINY, str(file), "--keep-last", "5"])
+    assert settings_of(args) == Settings(checkpoint="full", keep_last=5, without_fixes=("launcher",))
+    assert args.resolved_config["args"]["keep_last"] == 5
+    assert settings_of(parse_args(["--base", *TINY])) == Settings(checkpoint="full", keep_last=2)
+    assert settings_of(parse_args(["--base", *TINY[:3], "--train-iters", "1"])) == Settings()
+    for text, message in (
+        ("args: {checkpoint: ful}", "args.checkpoint: 'ful' is not one of weights, full"),
+        ("args: {without_fixes: [lr]}", "args.without_fixes: unknown key 'lr'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            parse_args(["--base", *TINY, str(file)])

@@ -23,6 +23,8 @@ LAYERS = [
     ("contact_sheet", 1),
     ("demo_data", 1),
     ("models", 2),
+    ("convert", 3),
+    ("cogvideo", 3),
     ("preview", 4),
     ("sat", 4),
     ("cli", 5),

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from sat_ext.cogvideo.check import check_model
 from sat_ext.config import convert, load, read_yaml, reject_unknown_keys
 from sat_ext.data.buckets import SequenceShape
 from sat_ext.data.config import DataConfig, name_sources, sources_of
@@ -77,7 +78,7 @@ def load_base(paths: Sequence[str]) -> Base:
     name_sources(sources, "data.params.sources" if data.sources else "args.train_data")
     micro_batch = _count("batch_size", args, deepspeed, "train_micro_batch_size_per_gpu")
     buckets, shape = data.make_buckets(), sequence_shape(model)
-    check_buckets(model, buckets)
+    (check_model if "network_config" in model else check_buckets)(model, buckets)
     return Base(
         data=data,
         sources=sources,

@@ -55,7 +55,7 @@ MEMORY = 4 << 30
 
 _ALIGNMENT = 64  # bytes, of the arrays in shared memory: a cache line
 _GRACE = 5.0  # seconds that a process in the kernel's hands is waited for, and that an orphan lives on
-_FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTERM)
+_FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _started: WeakSet[Guard[Any]] = WeakSet()
@@ -223,7 +223,8 @@ def _prepare(parent: int | None, memory: int) -> None:
     gc.freeze()  # what was inherited is not to be finalised here, nor copied by the collector's marks
     faulthandler.disable()
     warnings.simplefilter("ignore")  # Pillow's, about what it makes of broken files
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent ends this one
+        signal.signal(number, signal.SIG_IGN)
     for number in _FATAL:
         signal.signal(number, signal.SIG_DFL)
     if parent is not None:  # forked by the main thread: the signal comes when the forking *thread* ends

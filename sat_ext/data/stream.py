@@ -43,7 +43,8 @@ class JointStream:
     """Batches of an index in the order of its schedule. One object serves any rank, worker and start.
 
     `batch_sizes` gives samples per rank by bucket. Where a bucket of a source has few records, its batch is
-    smaller, so that no step holds a record twice. Files are read in a process of the stream's own (see
+    smaller, so that no step holds a record twice. `used` (samples of each group of the index that were trained on)
+    goes on with an earlier run. Files are read in a process of the stream's own (see
     `guard`), in each data worker or, without workers, beside the training process.
     """
 
@@ -55,6 +56,7 @@ class JointStream:
         batch_sizes: dict[Bucket, int],
         world: int,
         dtype: torch.dtype,
+        used: Sequence[int] | None = None,
     ) -> None:
         self.index, self.config, self.dtype = index, config, dtype
         cells = [
@@ -72,7 +74,7 @@ class JointStream:
                     "source '%s' has %d records in bucket %s for %d ranks: a step can hold one of them twice",
                     cell.source, cell.records, cell.bucket, world,
                 )  # fmt: skip
-        self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world)
+        self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, used=used)
         budget = config.on_bad_sample
         self._faults = Faults(
             skip=budget.skip, consecutive=budget.consecutive, rows=sum(c.records for c in self.schedule.cells)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sat_ext.cogvideo.check import weighs
 from sat_ext.config import load
 from sat_ext.data.buckets import SequenceShape, step_cost, tokens
 from sat_ext.data.clips import available_frames, is_still_sampler
@@ -83,7 +84,7 @@ def gather(
         still_share=sum(b.share for b in buckets if b.frames == 1),
         still_work=sum(b.work_share for b in buckets if b.frames == 1),
         efficiency=_efficiency(schedule, looked, shape),
-        weighs="network_config" not in model,
+        weighs=weighs(model),
         conditioning="none" if dropout is None else "i2v",
         findings=find(facts),
         sources=sources,
@@ -96,7 +97,12 @@ def gather(
 def condition_dropout(model: dict[str, Any]) -> float | None:
     """How often an image-to-video model gets no condition, 0 to 1; None for a model that takes none."""
     if "network_config" in model:  # CogVideo's own engine
-        return float(model.get("noised_image_dropout", 0.0)) if model.get("noised_image_input") else None
+        if not model.get("noised_image_input"):
+            return None
+        loss = (model.get("loss_fn_config") or {}).get("params") or {}
+        # CogVideo's, of whole batches, and that of our loss
+        rates = float(model.get("noised_image_dropout", 0.0)), float(loss.get("condition_dropout", 0.0))
+        return 1 - (1 - rates[0]) * (1 - rates[1])
     config = load(ModelConfig, model, "model") if model else None
     return config.condition_dropout if config is not None and config.conditioning == "i2v" else None
 

@@ -16,6 +16,8 @@ from sat import arguments as sat_arguments
 
 from sat_ext.config import convert, read_yaml, reject_unknown_keys
 from sat_ext.errors import ConfigError
+from sat_ext.sat.lists import fill_in
+from sat_ext.sat.settings import settings_of
 
 # Top level keys of DeepSpeed's configuration that a training YAML may hold (deepspeed.ai/docs/config-json).
 DEEPSPEED_KEYS = (
@@ -41,6 +43,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sat_arguments.add_evaluation_args(parser)
     sat_arguments.add_data_args(parser)
     deepspeed.add_config_arguments(parser)
+    _add_own(parser)
+    for action in parser._actions:  # SAT's have lone percent signs, and argparse formats them
+        action.help = action.help.replace("%", "%%") if action.help and "%(" not in action.help else action.help
     known, _ = parser.parse_known_args(argv)
 
     config = read_yaml(known.base)
@@ -68,6 +73,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _add_own(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Settings`; their defaults are its own."""
+    group = parser.add_argument_group("sat_ext")
+    group.add_argument("--checkpoint", choices=["weights", "full"], help="what a checkpoint holds")
+    group.add_argument("--keep-last", type=int, help="how many of the newest full checkpoints stay")
+    group.add_argument("--without-fixes", nargs="*", metavar="NAME", help="repairs of SAT not to make")
+
+
 def _typed(settings: dict[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The YAML's `args` in the types that the flags of the same names have. Raises `ConfigError`."""
     typed = dict(settings)
@@ -93,6 +106,7 @@ def _typed(settings: dict[str, Any], parser: argparse.ArgumentParser) -> dict[st
 
 def _check(args: argparse.Namespace) -> None:
     """Values that SAT would stumble over later. Raises `ConfigError`."""
+    settings_of(args)
     for name in ("seed", "batch_size", "gradient_accumulation_steps", "log_interval"):
         if getattr(args, name) < 1:
             raise ConfigError(f"args.{name}: {getattr(args, name)}; give 1 or more.")
@@ -155,12 +169,7 @@ def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
     # SAT saves no state of its random tracker, and fails when it looks for it; our draws follow from the step
     args.no_load_rng = True
 
-    if not args.train_data and (args.data_config.get("params") or {}).get("sources"):
-        args.train_data = ["data.params.sources"]  # SAT builds a data set for each entry, and none without any
-    if not args.train_data:
-        raise ConfigError(
-            "args.train_data: nothing to train on; name a folder or table, or set data.params.sources."
-        )
+    fill_in(args)
     if args.train_iters is None:
         raise ConfigError("args.train_iters: missing; say how many optimizer steps to train.")
     args.iterable_dataset = args.iterable_dataset or "custom"

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from sat.helpers import print_rank0
 from torch.utils.data import Dataset, get_worker_info
 from webdataset import DataPipeline
 
+from sat_ext.cogvideo.check import check_run
 from sat_ext.config import load
 from sat_ext.data.config import DataConfig, sources_of
 from sat_ext.data.index import build_index
@@ -27,12 +30,14 @@ from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.models.shape import check_buckets, sequence_shape
-from sat_ext.sat import fixes
+from sat_ext.sat import checkpoint, ends, fixes, lists
+from sat_ext.sat.checkpoint.run import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
+from sat_ext.sat.settings import settings_of
 from sat_ext.sat.shared import share_from_first_rank
+from sat_ext.sat.uncaught import show_sentences
 
 MANY_FILES = 500  # some seconds of probing
-SPLITS = ("train_data", "valid_data", "test_data")
 
 
 class SharedStream(DataPipeline):
@@ -53,12 +58,14 @@ class SharedStream(DataPipeline):
     def _batches(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info and settings_of(self.args).checkpoint == "full":
+            ends.outlive()
         if self.split != "train_data":
             return self.stream.batches(
                 start=0, rank=self.rank, worker=worker, workers=workers, cycle=self.args.eval_iters
             )
         # read here, not when SAT builds the data set: the checkpoint is loaded in between
-        start = getattr(self.args, "iteration", 0) * self.args.gradient_accumulation_steps
+        start = first_step(self.args)
         return self.stream.batches(start=start, rank=self.rank, worker=worker, workers=workers)
 
 
@@ -79,6 +86,9 @@ class MapStyle(Dataset):
         return {k: v[0] for k, v in batch.items()}
 
 
+lists.install()
+
+
 @dataset_registry.register
 class JointImageVideoDataset:
     """YAML target `sat_ext.JointImageVideoDataset`: stills, clips and first frames in one training run."""
@@ -89,23 +99,18 @@ class JointImageVideoDataset:
 
         `params` are `data.params` of the YAML (see `DataConfig`). Raises `ConfigError` and `DataError`.
         """
-        fixes.apply()
+        show_sentences()
+        fixes.apply(args)
+        checkpoint.install(args)
         config = load(DataConfig, _plain(params), "data.params")
         split = _next_split(args)
-        iterable = args.iterable_dataset if split == "train_data" else args.iterable_dataset_eval
-        if iterable and args.iterable_dataset == "custom":
+        if _is_stream(args, split):
             entries = args.sat_ext_streams.setdefault(split, [])
             if not entries:
                 stream = cls._stream(args, config, split, world=mpu.get_data_parallel_world_size())
                 entries += [stream, []]
             return SharedStream(entries[0], args, split, entries[1])
-        if (args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size) == 1:
-            return MapStyle(cls._stream(args, config, split, world=1, paths=[path], largest=1))
-        raise ConfigError(
-            f"args.iterable_dataset: {args.iterable_dataset!r} makes SAT stack samples of different shapes; add "
-            "the two lines 'iterable_dataset: custom' and 'iterable_dataset_eval: custom' under 'args', or set "
-            "deepspeed.train_micro_batch_size_per_gpu to 1."
-        )
+        return MapStyle(cls._stream(args, config, split, world=1, paths=[path], largest=1))
 
     @classmethod
     def sources(
@@ -130,7 +135,10 @@ class JointImageVideoDataset:
     ) -> JointStream:
         buckets = config.make_buckets()
         model = _plain(getattr(args, "model_config", {}))
-        check_buckets(model, buckets)
+        if "network_config" in model:  # CogVideo's own engine
+            check_run(args, model, buckets)
+        else:
+            check_buckets(model, buckets)
         sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
         index = share_from_first_rank(lambda: build_index(sources, config, probing=_with_progress_bar))
         print_rank0(f"{split}: {index.summary()}")
@@ -138,7 +146,10 @@ class JointImageVideoDataset:
         sizes = config.batch_sizes(buckets, largest=per_rank, shape=sequence_shape(model))
         if largest is not None:
             sizes = dict.fromkeys(sizes, largest)
-        stream = JointStream(index, config, batch_sizes=sizes, world=world, dtype=_pixel_type(args, model))
+        used = samples_used(args, index.groups, index.shares, config.seed) if split == "train_data" else None
+        stream = JointStream(
+            index, config, batch_sizes=sizes, world=world, dtype=_pixel_type(args, model), used=used
+        )
         batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
         print_rank0(f"{split}: samples per rank and step: {batches}")
         return stream
@@ -161,7 +172,9 @@ def _next_split(args: argparse.Namespace) -> str:
     calls = args.sat_ext_calls = getattr(args, "sat_ext_calls", -1) + 1
     if calls == 0:
         args.sat_ext_streams = {}
-    for split in SPLITS:
+        if hasattr(args, "experiment_name"):
+            args.experiment_name = share_from_first_rank(lambda: _new_name(args))
+    for split in lists.SPLITS:
         entries = getattr(args, split, None) or []
         if calls < len(entries):
             return split
@@ -169,10 +182,49 @@ def _next_split(args: argparse.Namespace) -> str:
     raise AssertionError("SAT asked for more data sets than args.train_data, valid_data and test_data name")
 
 
+def _new_name(args: argparse.Namespace) -> str:
+    """The run's folder in `args.save`. SAT names it by each rank's own clock, to the minute: another run of that
+    minute would share it."""
+    name: str = args.experiment_name
+    if not args.save or (args.load and args.mode == "pretrain"):
+        return name
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(n for n in names if not (Path(args.save) / n).exists())
+
+
+def _is_stream(args: argparse.Namespace, split: str) -> bool:
+    """Whether SAT takes whole batches of this list, as the two lines in the YAML tell it to; else single samples.
+
+    Raises `ConfigError` where single samples will not do: SAT would stack several of different shapes, and a full
+    checkpoint has no place in such data to come back to.
+    """
+    iterable = args.iterable_dataset if split == "train_data" else args.iterable_dataset_eval
+    if iterable and args.iterable_dataset == "custom":
+        return True
+    name = "iterable_dataset" if args.iterable_dataset != "custom" else "iterable_dataset_eval"
+    value = getattr(args, name)
+    place = f"args.{name}: {value!r}" if value else f"args.{name}: missing, which"
+    lines = "add the two lines 'iterable_dataset: custom' and 'iterable_dataset_eval: custom' under 'args'"
+    if split == "train_data":
+        size, key = args.batch_size, "deepspeed.train_micro_batch_size_per_gpu"
+    else:
+        size, key = args.eval_batch_size or args.batch_size, "args.eval_batch_size"
+    if size != 1:
+        raise ConfigError(f"{place} makes SAT stack samples of different shapes; {lines}, or set {key} to 1.")
+    if split == "train_data" and settings_of(args).checkpoint == "full":
+        raise ConfigError(f"{place} leaves the order to SAT, and 'checkpoint: full' cannot go on in it; {lines}.")
+    return False
+
+
 def _pixel_type(args: argparse.Namespace, model: dict[str, Any]) -> torch.dtype:
-    """Our engine takes uint8, and converts it on its device; other engines want their training dtype."""
+    """Our engine takes uint8, and converts it on its device; other engines want their training dtype.
+
+    CogVideo's script has the ranks that share a model receive pixels as float32, whatever was sent.
+    """
     if model and "network_config" not in model:
         return torch.uint8
+    if mpu.get_model_parallel_world_size() > 1:
+        return torch.float32
     return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
 
 

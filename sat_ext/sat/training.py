@@ -19,11 +19,12 @@ from sat.helpers import print_rank0
 from sat.training.deepspeed_training import evaluate_and_print_results
 
 from sat_ext.contact_sheet import write_sheet
-from sat_ext.errors import ConfigError, SatExtError
+from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import CONFIG_NAME
-from sat_ext.models.engine import ABSENT
+from sat_ext.models.config import ABSENT
 from sat_ext.models.show import sample_rows
 from sat_ext.sat.registry import get_dataset
+from sat_ext.sat.steps import mean_metrics
 
 PROGRESS_SECONDS = 5.0
 
@@ -50,7 +51,6 @@ class TrainingHooks:
         self.root = Path(args.save) if args.save else None  # before SAT adds the experiment's name
         self.evaluations: list[dict[str, float]] = []
         self._started = 0.0
-        self._micro_step = 0
         self._progress = Progress()
         self._sampled: dict[str, int] = {}
 
@@ -60,14 +60,12 @@ class TrainingHooks:
         """One micro-step of training: the loss, and the loss per kind."""
         if not self._started:
             self._started = time.time()
-            self._micro_step = args.iteration * args.gradient_accumulation_steps
             self._write_config()
             self._evaluate_first(model, timers)
         batch = self._next(data_iterator, timers)
         # noise and dropout follow from the step and the rank alone: a resumed run draws what the first would have
-        seeds = np.random.SeedSequence([args.seed, self._micro_step, dist.get_rank()])
+        seeds = np.random.SeedSequence([args.seed, args.sat_ext_micro_steps, dist.get_rank()])
         batch["seed"] = int(seeds.generate_state(1)[0])
-        self._micro_step += 1
         loss, metrics = model(batch)
         self._progress.update(metrics, len(batch["txt"]) * mpu.get_data_parallel_world_size(), args)
         return loss, metrics
@@ -86,13 +84,13 @@ class TrainingHooks:
 
     def handle_metrics(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Means over the steps and ranks that had a value. SAT calls it on the first rank only."""
-        means = {k: v[v != ABSENT].float().mean() for k, v in gathered.items() if (v != ABSENT).any()}
+        means = mean_metrics(gathered)
         record = {"iteration": self.args.iteration, **{k: round(float(v), 6) for k, v in means.items()}}
         self.evaluations.append(record)
         if self.args.save:
             with (Path(self.args.save) / "heldout.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        return {k: v.reshape(1) for k, v in means.items()}
+        return means
 
     def write_result(self) -> None:
         """`result.json` in the folder of `args.save`: held-out loss by kind, first and last, and seconds."""
@@ -147,24 +145,6 @@ class TrainingHooks:
                 f"iteration {self.args.iteration}", batches, model, self.args.eval_iters, self.args, timers,
                 False, split="val", step=self.args.iteration, hooks=hooks,
             )  # fmt: skip
-
-
-def sentence_of(error: SatExtError | RuntimeError) -> str:
-    """What a user can do something about, in one sentence; any other error is raised again.
-
-    PyTorch puts a data worker's traceback before the sentence that ended it, and raises wherever the training is
-    when a worker is killed.
-    """
-    text = str(error)
-    if text.startswith("DataLoader worker (pid"):  # PyTorch's words depend on who notices first
-        return (
-            f"a data worker of rank {dist.get_rank()} was ended, perhaps by the kernel for want of memory; lower "
-            f"args.num_workers or args.prefetch_factor ({' '.join(text.split()).rstrip('.')})."
-        )
-    if not isinstance(error, SatExtError):
-        raise error
-    kind = type(error)
-    return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 class Progress:

@@ -165,6 +165,8 @@ def test_it_says_that_cogvideos_own_loss_does_not_weigh(tmp_path: Path) -> None:
     model = "model: {network_config: {params: {hidden_size: 64}}}"
     claim = "CogVideo's own loss does not know it"
     assert claim in Reader(write_page(write_base(tmp_path, model=model))).text
+    ours = f"{model[:-1]}, loss_fn_config: {{target: sat_ext.cogvideo.JointDiffusionLoss}}}}"
+    assert claim not in Reader(write_page(write_base(tmp_path, model=ours))).text
     assert claim not in Reader(write_page(write_base(tmp_path))).text
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from sat import mpu
 
 from sat_ext.demo_data import write_demo
+from tests.sat.ranks import Server, finish, folder_of
+from tests.sat.runs import QUICK, write_config
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +52,32 @@ def sat_args(process_group: None, demo: Path) -> Callable[..., Namespace]:
             "fp16": False,
             "bf16": True,
             "seed": 1234,
+            "save": "ckpts",
+            "load": None,
+            "mode": "pretrain",
+            "model_parallel_size": 1,
         }
         return Namespace(**{**values, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Forks the ranks of whole runs."""
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def configure(demo: Path) -> Callable[..., list[str]]:
+    """Writes the YAML of a small run on the demo's data, and gives its arguments."""
+    return partial(write_config, demo)
+
+
+@pytest.fixture(scope="session")
+def saved(server: Server, configure: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 2 ranks under ZeRO-2, with checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved")
+    finish(server.start(configure(folder, stage=2, **QUICK), world=2, folder=folder))
+    return folder_of(folder / "save")

@@ -17,6 +17,7 @@ import sat_ext
 from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.pixels import to_model_range
+from sat_ext.sat.dataset import _new_name, _pixel_type
 
 TINY = str(Path(__file__).parents[2] / "configs" / "model" / "tiny.yaml")
 PARAMS = {"video_size": [64, 64], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0.0}
@@ -200,6 +201,25 @@ def test_without_iterable_dataset_the_two_missing_lines_are_shown(sat_args: Make
         sat_iterator(sat_args(iterable_dataset=False, iterable_dataset_eval="", epochs=None, train_iters=5))
 
 
+def test_the_second_of_the_two_lines_is_missed_as_well(sat_args: MakeArgs) -> None:
+    """SAT reads it for the held-out data, and CogVideo's script gives it no default."""
+    args = sat_args(iterable_dataset_eval="", eval_interval=100, epochs=None, train_iters=5)
+    with pytest.raises(
+        ConfigError,
+        match=r"iterable_dataset_eval: missing, which makes SAT stack .*; add .* set args\.eval_batch_size to 1",
+    ):
+        sat_iterator(args, split="val")
+
+
+def test_a_full_checkpoint_needs_the_stream(sat_args: MakeArgs) -> None:
+    args = sat_args(iterable_dataset=False, iterable_dataset_eval="", batch_size=1)
+    args.checkpoint, args.keep_last, args.without_fixes = "full", None, ["cpu_training", "no_compiler"]
+    with pytest.raises(
+        ConfigError, match=r"leaves the order to SAT, and 'checkpoint: full' cannot go on in it; add"
+    ):
+        sat_ext.JointImageVideoDataset.create_dataset_function(args.train_data[0], args, **PARAMS)
+
+
 def test_a_micro_batch_of_one_works_map_style(sat_args: MakeArgs) -> None:
     args = sat_args(iterable_dataset=False, iterable_dataset_eval="", epochs=None, train_iters=5, batch_size=1)
     shapes = {tuple(b["mp4"].shape) for b in islice(sat_iterator(args), 12)}
@@ -223,15 +243,51 @@ def test_an_empty_folder_is_refused(sat_args: MakeArgs, tmp_path: Path) -> None:
         sat_iterator(sat_args(train_data=[str(tmp_path)]))
 
 
-def test_stills_under_cogvideos_own_i2v_engine_are_refused(sat_args: MakeArgs) -> None:
-    model = {"noised_image_input": True, "network_config": {"params": {"hidden_size": 3072}}}
-    with pytest.raises(ConfigError, match="would show a still its target as the condition; leave 1 out"):
+def test_stills_under_cogvideos_own_i2v_engine_need_our_loss(sat_args: MakeArgs) -> None:
+    model: dict[str, Any] = {"noised_image_input": True, "network_config": {"params": {"hidden_size": 3072}}}
+    with pytest.raises(
+        ConfigError, match="would show a still .* its target as the condition; name .*JointDiffusion"
+    ):
         sat_iterator(sat_args(model_config=model))
     clips = sat_iterator(sat_args(model_config=model), {**PARAMS, "buckets": {"frames": [9]}})
     assert next(clips)["kind"][0] == "video"
     text_to_video = {"network_config": {"params": {"hidden_size": 1920}}}
-    batches = islice(sat_iterator(sat_args(model_config=text_to_video)), 8)
-    assert {b["kind"][0] for b in batches} == {"image", "video"}
+    with_our_loss = {**model, "loss_fn_config": {"target": "sat_ext.cogvideo.JointDiffusionLoss"}}
+    for other in (text_to_video, with_our_loss):
+        batches = islice(sat_iterator(sat_args(model_config=other)), 8)
+        assert {b["kind"][0] for b in batches} == {"image", "video"}
+
+
+def test_all_ranks_save_into_the_first_ones_folder(sat_args: MakeArgs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SAT adds the time to the name, on every rank by its own clock."""
+
+    def of_first_rank(make: Callable[[], Any]) -> Any:
+        made = make()
+        return "run-11-24-10-30" if made == "run-11-24-10-31" else made
+
+    monkeypatch.setattr("sat_ext.sat.dataset.share_from_first_rank", of_first_rank)
+    args = sat_args(experiment_name="run-11-24-10-31")
+    sat_iterator(args)
+    assert args.experiment_name == "run-11-24-10-30"
+
+
+def test_a_run_of_the_same_minute_gets_a_folder_of_its_own(sat_args: MakeArgs, tmp_path: Path) -> None:
+    (tmp_path / "run-11-24-10-31").mkdir()
+    (tmp_path / "run-11-24-10-31-2").mkdir()
+    args = sat_args(experiment_name="run-11-24-10-31", save=str(tmp_path))
+    sat_iterator(args)
+    assert args.experiment_name == "run-11-24-10-31-3"
+    going_on = sat_args(experiment_name="run-11-24-10-31", save=str(tmp_path), load=str(tmp_path / "run"))
+    assert _new_name(going_on) == "run-11-24-10-31"
+
+
+def test_ranks_that_share_a_model_are_sent_what_the_script_has_them_receive(
+    sat_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"network_config": {"params": {"hidden_size": 64}}}
+    assert _pixel_type(sat_args(), model) == torch.bfloat16
+    monkeypatch.setattr("sat.mpu.get_model_parallel_world_size", lambda: 2)
+    assert _pixel_type(sat_args(), model) == torch.float32
 
 
 def test_entries_of_one_name_are_told_apart_by_their_paths(sat_args: MakeArgs, demo: Path) -> None:

@@ -15,7 +15,9 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from sat_ext.errors import DataError
-from sat_ext.sat.training import sentence_of
+from sat_ext.sat.uncaught import sentence_of
+from tests.sat.ranks import Server, folder_of
+from tests.sat.runs import QUICK
 
 SENTENCE = "2 files could not be read: a\nb.mp4: cannot be read: TypeError: no; mend or remove them"
 
@@ -37,7 +39,9 @@ def end_of(end: Callable[[], None], workers: int) -> str:
     assert next(batches) == {"txt": ["a"]}
     with pytest.raises((DataError, RuntimeError)) as caught:
         next(batches)
-    return sentence_of(caught.value)
+    sentence = sentence_of(caught.value)
+    assert sentence
+    return sentence
 
 
 def spend() -> None:
@@ -64,8 +68,7 @@ def test_a_data_worker_that_is_killed_is_told_of_in_a_sentence(process_group: No
 
 
 def test_an_error_of_the_code_is_not_made_a_sentence() -> None:
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        sentence_of(RuntimeError("shapes do not fit"))
+    assert sentence_of(RuntimeError("shapes do not fit")) is None
 
 
 COMMAND = """
@@ -113,6 +116,21 @@ def test_the_ranks_end_with_the_deepspeed_command(tmp_path: Path, command: str, 
     finally:
         if is_running(int(launcher)):
             os.kill(int(launcher), signal.SIGTERM)
+
+
+@pytest.mark.multiprocess
+def test_a_data_worker_that_is_busy_does_not_hold_up_the_end(
+    server: Server, configure: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    options = {**QUICK, "train_iters": 50, "save_interval": 50, "num_workers": 1, "prefetch_factor": 6}
+    run = server.start(configure(tmp_path, **options), world=1, folder=tmp_path, slow=0.3, busy=8)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "busy").exists() or not run.records():  # some batches wait to be trained on
+        assert time.monotonic() < deadline, run.log()
+        time.sleep(0.02)
+    os.kill(run.pids[0], signal.SIGTERM)
+    assert run.wait(timeout=30) == [143], run.log()
+    assert (folder_of(tmp_path / "save") / "latest").read_text() == str(len(run.records()))
 
 
 def is_running(pid: int) -> bool:

@@ -1,0 +1,89 @@
+"""Before the first step: all ranks see one folder for the run's checkpoints, and no other run writes to it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sat_ext.errors import ConfigError
+from sat_ext.sat.shared import share_from_first_rank
+
+LOCK_NAME = ".lock"
+LOOK_SECONDS = 3.0  # a network file system may show a new name to other machines only after a while
+
+
+def claim(folder: Path) -> None:
+    """Hold `folder`, made if need be, until this process ends. Called on every rank.
+
+    Raises `ConfigError` on all ranks where one of them sees another folder, or another run holds it.
+    """
+    token = share_from_first_rank(lambda: _leave_token(folder.parent))
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if _sees(folder.parent, token) else socket.gethostname())
+    if dist.get_rank() == 0:
+        (folder.parent / token).unlink(missing_ok=True)
+    for rank, host in enumerate(told):
+        if host is not None:
+            raise ConfigError(
+                f"args.save: rank {rank} on {host} does not see what rank 0 wrote into {folder.parent}; "
+                "name a folder that all ranks share."
+            )
+    share_from_first_rank(lambda: _lock(folder))
+
+
+def _leave_token(folder: Path) -> str:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number, path = tempfile.mkstemp(prefix=".shared-", dir=folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    os.close(number)
+    return os.path.basename(path)
+
+
+def _sees(folder: Path, token: str) -> bool:
+    deadline = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            if token in os.listdir(folder):  # which asks the server, where a look at one name may not
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+
+
+def _lock(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+        held = [os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)]
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held[0])
+        raise ConfigError(
+            f"args.save: another run is saving into {folder}; wait for its end, or change args.experiment_name."
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(held[0])
+        return
+
+    def let_go() -> None:
+        while held:  # a child of this child has nothing to close any more
+            os.close(held.pop())
+
+    os.register_at_fork(after_in_child=let_go)  # a data worker that outlives the run does not hold the folder
+
+
+def _cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"args.save: {folder} cannot be written to ({error.strerror}); name another folder.")

@@ -1,0 +1,289 @@
+"""Brings a run back: its weights before DeepSpeed starts, then optimizer, learning rate and random numbers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from sat.helpers import print_rank0
+from torch import Tensor, nn
+
+from sat_ext.errors import ConfigError
+from sat_ext.models.checkpoint import MANIFEST_NAME, find_weights, read_file, read_weights, under_adapters
+from sat_ext.sat.checkpoint import rng
+from sat_ext.sat.checkpoint.averages import check_same_weights, other_averages, unmap, with_own_scaler
+from sat_ext.sat.checkpoint.layout import OPTIMIZER_NAME, Manifest
+from sat_ext.sat.checkpoint.reshard import cut, own_pieces, saved_shards
+from sat_ext.sat.checkpoint.run import Run, is_trained, run_of
+from sat_ext.sat.fixes.loading import check_names, gathered_loading, lacking, lacks
+
+# The objects in DeepSpeed's shards; nothing else in one can run code.
+SHARD_TYPES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+OTHER_PRECISION = "saved under another precision, in which DeepSpeed keeps its optimizer otherwise"
+T = TypeVar("T")
+
+
+def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
+    """Fill the model from the full checkpoint in `args.load`, and its base; the iteration to go on from.
+
+    Raises `ConfigError` where the checkpoint is of another model.
+    """
+    run, path = run_of(args), Path(args.load)
+    file = find_weights(path)
+    names = {name for name, _ in model.named_parameters()}
+
+    def read() -> tuple[dict[str, Tensor], int]:
+        weights, iteration = read_weights(path)
+        weights = under_adapters(weights, names)
+        _check_fit(model, weights, under_adapters(read_file(file)["module"], names), file)
+        _check_whole(model, weights, args, file)
+        return weights, iteration
+
+    weights, iteration = on_every_rank(read)
+    with gathered_loading(model):
+        model.load_state_dict(weights, strict=False)
+    print_rank0(f"loaded the weights of {file.parent}")
+    if run.resumed is None:
+        return 0
+    args.sat_ext_micro_steps = run.resumed.micro_steps
+    return iteration
+
+
+def on_every_rank(read: Callable[[], T]) -> T:
+    """What `read` gives; a `ConfigError` that it raises on one rank is raised on all, and none waits in vain."""
+    result, own = None, None
+    try:
+        result = read()
+    except ConfigError as error:
+        own = error
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if own is None else str(own))
+    if first := next((e for e in errors if e is not None), None):
+        raise ConfigError(first) from own
+    return cast(T, result)
+
+
+def _check_fit(model: nn.Module, weights: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:
+    """Raise `ConfigError` unless the names that the checkpoint itself holds, and all shapes, are the model's."""
+    shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()}
+    shapes |= {n: b.shape for n, b in model.named_buffers()}
+    # a layer under SAT's LoRA takes its base weights from a file without LoRA too (`LoraLinear` in lora2.py)
+    shapes |= {n.replace(".original.", "."): s for n, s in shapes.items()}
+    if foreign := [n for n in own if n not in shapes]:
+        raise ConfigError(
+            f"{file}: a checkpoint of another model: {len(foreign)} of its {len(own)} weights are not in this one "
+            f"(first: {foreign[0]}); name the YAMLs that the run was started with."
+        )
+    for name, value in weights.items():
+        if name in shapes and tuple(value.shape) != tuple(shapes[name]):
+            raise ConfigError(
+                f"{file}: a checkpoint of another model: {name} is {tuple(value.shape)} there, and "
+                f"{tuple(shapes[name])} in this one; name the YAMLs that the run was started with."
+            )
+
+
+def _check_whole(model: nn.Module, weights: dict[str, Tensor], args: argparse.Namespace, file: Path) -> None:
+    """Raise `ConfigError` where weights of the model would stay random, unless `force_train` allows it."""
+    run, (wanted, missing) = run_of(args), lacking(model, weights)
+    if not missing:
+        return
+    if run.resumed is None:
+        if not getattr(args, "force_train", False):
+            raise lacks(args, f"{len(missing)} of {len(wanted)}, first: {missing[0]}")
+        check_names(model, weights, args)
+    elif run.base is None:
+        raise ConfigError(
+            f"{file}: a checkpoint of another model: it lacks {len(missing)} of this one's {len(wanted)} weights "
+            f"(first: {missing[0]}); name the YAMLs that the run was started with, or start anew with "
+            "'mode: finetune'."
+        )
+    else:
+        raise ConfigError(
+            f"{file.with_name(MANIFEST_NAME)}: neither the checkpoint nor its 'base', {run.base.path}, has "
+            f"{len(missing)} of this model's {len(wanted)} weights (first: {missing[0]}); write the folder of the "
+            "run's base weights there, or name the YAMLs that the run was started with."
+        )
+
+
+def check_trained(model: nn.Module, run: Run) -> None:
+    """Raise `ConfigError` where the checkpoint that is resumed lacks a weight that this run trains.
+
+    Of a run that begins: its base is not needed later when all of its weights are trained, and saved.
+    """
+    if run.resumed is None:
+        assert run.base is not None
+        trained = {n for n, p in model.named_parameters() if is_trained(p)} | {n for n, _ in model.named_buffers()}
+        if read_weights(Path(run.base.path), run.base.iteration)[0].keys() <= trained:
+            run.base = None
+        return
+    assert run.folder is not None
+    file = find_weights(run.folder.parent, int(run.folder.name))
+    own = read_file(file)["module"]
+    if missing := [n for n, p in model.named_parameters() if is_trained(p) and n not in own]:
+        raise ConfigError(
+            f"{file}: a checkpoint of another model: it lacks {len(missing)} weights that this run trains (first: "
+            f"{missing[0]}); name the YAMLs that the run was started with, or start anew with 'mode: finetune'."
+        )
+
+
+def load_optimizer(run: Run, scheduler: Any) -> None:
+    """Optimizer, DeepSpeed's counters and the learning rate of the checkpoint that is resumed.
+
+    The options of the optimizer (weight decay, betas) stay as the YAML has them now. Raises `ConfigError`.
+    """
+    engine, saved, folder = run.engine, run.resumed, run.folder
+    assert saved is not None and folder is not None
+    optimizer = engine.optimizer
+    options = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
+    state, reason = on_every_rank(lambda: _read_own(run))  # before DeepSpeed has the ranks wait for each other
+    if reason is not None:
+        print_rank0(f"warning: {folder}: {reason}; the optimizer's averages begin anew.", level="WARNING")
+    if state is not None:
+        _hand_over(engine, state, averages=reason is None)
+        unmap(optimizer)
+    for group, values in zip(optimizer.param_groups, options, strict=True):
+        group.update(values)
+    engine.global_steps, engine.global_samples = saved.global_steps, saved.global_samples
+    engine.skipped_steps = saved.skipped_steps
+    for name in ("init_step", "auto_warmup_steps", "auto_warmup_rate"):
+        setattr(scheduler, name, getattr(saved.rate, name))
+    scheduler.step(saved.rate.num_iters)
+
+
+def _read_own(run: Run) -> tuple[dict[str, Any] | None, str | None]:
+    """This rank's part: the optimizer's state, if it can be used at all, and why its averages cannot; and the
+    random numbers, kept for the first step."""
+    engine, saved, folder = run.engine, run.resumed, run.folder
+    assert saved is not None and folder is not None
+    if saved.world == dist.get_world_size():
+        file = folder / f"rng_{dist.get_rank()}.pt"
+        run.random = read_file(file)
+        if not rng.is_state(run.random):
+            raise ConfigError(f"{file}: holds no random number generators; name another checkpoint.")
+    if reason := _cannot_load(engine, saved, folder):
+        return None, reason
+    if engine.zero_optimization_stage() > 0 or not (folder / OPTIMIZER_NAME).is_file():
+        state = _shard(engine, folder, saved, dist.get_rank(engine.optimizer.dp_process_group))
+        return state, other_averages(engine.optimizer, state)
+    state = read_file(folder / OPTIMIZER_NAME, types=SHARD_TYPES)
+    if not isinstance(state, dict) or state.keys() != engine.optimizer.state_dict().keys():
+        return None, OTHER_PRECISION
+    reason = other_averages(engine.optimizer, state)
+    if reason is None:
+        check_same_weights(engine.optimizer, state, folder / OPTIMIZER_NAME)
+    return (state if reason is None else None), reason
+
+
+def _cannot_load(engine: Any, saved: Manifest, folder: Path) -> str | None:
+    """Why the running optimizer cannot take the saved one's state, if it cannot."""
+    stage, robin = engine.zero_optimization_stage(), round_robin(engine)
+    if (saved.zero_stage == 0) != (stage == 0):
+        return f"saved under ZeRO-{saved.zero_stage}, and ZeRO-{stage} keeps its optimizer otherwise"
+    if stage == 0 and (folder / OPTIMIZER_NAME).is_file() == hasattr(engine.optimizer, "_param_slice_mappings"):
+        return OTHER_PRECISION
+    moved = saved.world != dist.get_world_size() or saved.zero_stage != stage
+    if saved.round_robin != robin or (robin and moved):
+        return (
+            "DeepSpeed does not say where its shards hold a weight under zero_optimization.round_robin_gradients"
+        )
+    return None
+
+
+def round_robin(engine: Any) -> bool:
+    """Whether the running optimizer holds its weights in an order of its own."""
+    return bool(getattr(engine.optimizer, "round_robin_gradients", False))
+
+
+def _hand_over(engine: Any, state: dict[str, Any], *, averages: bool) -> None:
+    """Through DeepSpeed's own optimizer, as its `load_checkpoint` does, from fp32 whatever the YAML says."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "dp_process_group"):  # without ZeRO
+        optimizer.load_state_dict(state)
+        return
+    if hasattr(optimizer, "checkpoint_event_prologue"):
+        optimizer.checkpoint_event_prologue()
+    shards: list[Any] = [None] * dist.get_world_size(optimizer.dp_process_group)
+    shards[dist.get_rank(optimizer.dp_process_group)] = state
+    optimizer.load_state_dict(shards, load_optimizer_states=averages, load_from_fp32_weights=True)
+    if hasattr(optimizer, "checkpoint_event_epilogue"):
+        optimizer.checkpoint_event_epilogue()
+
+
+def _shard(engine: Any, folder: Path, saved: Manifest, rank: int) -> dict[str, Any]:
+    """DeepSpeed's optimizer state of this rank: as it was saved, or cut anew from the shards of all."""
+    stage = engine.zero_optimization_stage()
+    names = []
+    for number in range(saved.world):
+        name = f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt"  # some of its optimizers put bf16_ before it
+        names.append(next(iter(folder.glob(f"*{name}")), folder / name))
+    shapes = None
+    if saved.zero_stage == 3:
+        shapes = _section(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt", "param_shapes")
+    world = dist.get_world_size(engine.optimizer.dp_process_group)
+    if world == saved.world and (stage == 3) == (saved.zero_stage == 3):
+        own: dict[str, Any] = _section(names[rank], "optimizer_state_dict")
+        if stage == 3 and shapes == engine._get_zero_param_shapes():
+            return with_own_scaler(engine.optimizer, own)
+        if stage < 3 and own["param_slice_mappings"] == engine.optimizer._param_slice_mappings:
+            return with_own_scaler(engine.optimizer, own)
+    print_rank0(
+        f"resume: the optimizer of {saved.world} ranks under ZeRO-{saved.zero_stage} is cut anew for "
+        f"{world} under ZeRO-{stage}"
+    )
+    files = [{"optimizer_state_dict": _section(name, "optimizer_state_dict")} for name in names]
+    shards = saved_shards(files, saved, shapes)
+    pieces, sizes = own_pieces(engine)
+    weights, states = cut(shards, pieces, sizes, folder)
+    first = files[0]["optimizer_state_dict"]
+    common = {k: first[k] for k in ("loss_scaler", "dynamic_loss_scale", "overflow") if k in first}
+    return with_own_scaler(engine.optimizer, _as_deepspeeds(engine, weights, states, common))
+
+
+def _section(file: Path, name: str) -> Any:
+    content = read_file(file, types=SHARD_TYPES)
+    if not isinstance(content, dict) or name not in content:
+        raise ConfigError(f"{file}: holds no '{name}', and is not DeepSpeed's; name another checkpoint.")
+    return content[name]
+
+
+def _as_deepspeeds(
+    engine: Any, weights: list[Tensor], states: dict[int, dict[str, Any]], common: dict[str, Any]
+) -> dict[str, Any]:
+    """A shard as the running optimizer's own `state_dict` would give it."""
+    optimizer = engine.optimizer
+    state = {**optimizer.state_dict(), **common}
+    if engine.zero_optimization_stage() == 3:
+        options = state["optimizer_state_dict"]["param_groups"]
+        return {
+            **state,
+            "optimizer_state_dict": {"state": states, "param_groups": options},
+            "fp32_flat_groups": weights,
+        }
+    options = state["base_optimizer_state"]["param_groups"]
+    return {
+        **state,
+        "base_optimizer_state": {"state": states, "param_groups": options},
+        "single_partition_of_fp32_groups": weights,
+    }
+
+
+def restore_rng(run: Run, args: argparse.Namespace) -> None:
+    """This rank's random numbers as they were; on another number of ranks, others that follow from the seed."""
+    saved = run.resumed
+    assert saved is not None
+    if saved.world == dist.get_world_size():
+        assert run.random is not None
+        rng.restore(run.random)
+        run.random = None  # and with it the mapped file
+        return
+    print_rank0(
+        f"resume: the run goes on with {dist.get_world_size()} ranks in place of {saved.world}: same data, other "
+        "random numbers"
+    )
+    rng.seed(abs(int(args.seed)), saved.micro_steps, dist.get_rank())

@@ -1,0 +1,121 @@
+"""When every rank's files are on the disk: the checkpoint's name, `latest`, and the end of what is too old."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from sat.helpers import print_rank0
+
+from sat_ext.models.checkpoint import MANIFEST_NAME
+from sat_ext.sat.checkpoint.layout import PARTIAL, Manifest, aside_of, size_of, whole_checkpoints, write_manifest
+
+
+class Attempts(Protocol):
+    """Remembers what went wrong first, and attempts nothing more; `placed`: after the checkpoint got its name."""
+
+    error: str | None
+    placed: bool
+
+    def attempt(self, path: str, write: Callable[[], None], verb: str = "write") -> None:
+        """Call `write`, unless something went wrong before."""
+
+
+def find_missing(partial: Path, written: list[dict[str, int]]) -> str | None:
+    """What to say of a rank whose files, by name and size, are not in `partial`, as this rank sees it."""
+    for rank, files in enumerate(written):
+        if any(size_of(partial / name) != size for name, size in files.items()):
+            return (
+                f"rank {rank}'s files are not in {partial}: it is not shared by all ranks; let args.save name a "
+                "folder that is"
+            )
+    return None
+
+
+def publish(
+    partial: Path, manifest: Manifest, model_config: dict[str, Any], keep_last: int | None, writer: Attempts
+) -> None:
+    """On the first rank. Until the rename an error leaves things as they were; after it, the checkpoint stands."""
+    folder, final = partial.parent, partial.with_name(str(manifest.iteration))
+    latest = folder / "latest.new"
+    writer.attempt(MANIFEST_NAME, lambda: write_manifest(partial, manifest))
+    writer.attempt(partial.name, lambda: _sync(partial))
+    writer.attempt("model_config.json", lambda: _replace(folder / "model_config.json", json.dumps(model_config)))
+    writer.attempt("latest", lambda: _write(latest, final.name))
+    writer.attempt(partial.name, lambda: _rename(partial, final), verb="rename")
+    if writer.error is None:
+        writer.placed = True
+        try:
+            _sync(folder)
+            os.replace(latest, folder / "latest")
+            _sync(folder)
+        except OSError as error:
+            writer.error = (
+                f"saved as {final}, but 'latest' could not be written ({error.strerror}): write {final.name} there"
+            )
+    with suppress(OSError):
+        latest.unlink()
+    if writer.error is None:
+        prune(folder, manifest.iteration, keep_last)
+
+
+def prune(folder: Path, newest: int, keep_last: int | None) -> None:
+    """Remove all but the `keep_last` newest; those of later iterations, which a run left behind, go first."""
+    try:
+        if keep_last is not None:
+            found = whole_checkpoints(folder)
+            ranked = sorted(found, key=lambda p: (int(p.name) <= newest, int(p.name)), reverse=True)
+            for old in ranked[keep_last:]:
+                old.rename(old.with_name(old.name + PARTIAL))  # first: a kill leaves nothing that looks whole
+        for leftover in folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
+    except OSError as error:
+        print_rank0(
+            f"warning: {folder}: an old checkpoint could not be removed ({error.strerror}: {error.filename}); it "
+            "is tried again at the next save.",
+            level="WARNING",
+        )
+
+
+def _rename(partial: Path, final: Path) -> None:
+    aside = aside_of(final)
+    if moved := final.exists():  # of an earlier run, which this one left behind when it was resumed before it
+        final.rename(aside)
+    try:
+        partial.rename(final)
+    except OSError:
+        if moved:
+            aside.rename(final)
+        raise
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".new")
+    try:
+        _write(aside, text)
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's names on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

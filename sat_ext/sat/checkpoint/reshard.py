@@ -1,0 +1,142 @@
+"""The optimizer's shards of one number of ranks, cut anew for another, or for another ZeRO stage.
+
+Both layouts give, for each parameter, the pieces of its flattened values that lie in each shard, so a new shard
+takes its pieces by name, whatever the order and the groups. Files are mapped: a rank reads what it needs.
+
+- ZeRO 1 and 2 lay the parameters of a group one behind the other, and cut the whole into as many parts as ranks;
+  `param_slice_mappings` of a shard says what of a parameter is in it.
+- ZeRO 3 cuts every parameter of n values into pieces of ceil(n / ranks), the last ones shorter or empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sat_ext.errors import ConfigError
+from sat_ext.sat.checkpoint.layout import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`numel` values of a shard's group, from `start` on: those from `first` on of the parameter `name`."""
+
+    name: str
+    group: int
+    start: int
+    first: int
+    numel: int
+
+
+@dataclass
+class Shard:
+    """One rank's: by group its fp32 weights and the optimizer's state, flat, and where each parameter lies."""
+
+    weights: list[Tensor]
+    states: dict[int, dict[str, Any]]
+    options: list[dict[str, Any]]
+    pieces: list[Piece]
+
+
+def saved_shards(files: list[Any], manifest: Manifest, shapes: list[dict[str, torch.Size]] | None) -> list[Shard]:
+    """The shards in the `*_optim_states.pt` of all ranks; `shapes` are DeepSpeed's `param_shapes` of ZeRO-3."""
+    shards = []
+    ends: dict[str, int] = {}  # of what the shards so far have of each parameter
+    for rank, file in enumerate(files):
+        state = file["optimizer_state_dict"]
+        if manifest.zero_stage == 3:
+            assert shapes is not None
+            base, weights = state["optimizer_state_dict"], state["fp32_flat_groups"]
+            pieces = list(_rows([{n: s.numel() for n, s in group.items()} for group in shapes], rank, len(files)))
+        else:
+            base, weights, pieces = state["base_optimizer_state"], state["single_partition_of_fp32_groups"], []
+            for group, mapping in enumerate(state["param_slice_mappings"]):
+                for name, part in mapping.items():
+                    pieces.append(Piece(name, group, part.start, ends.get(name, 0), part.numel))
+                    ends[name] = ends.get(name, 0) + part.numel
+        shards.append(Shard(list(weights), base["state"], base["param_groups"], pieces))
+    return shards
+
+
+def _rows(groups: list[dict[str, int]], rank: int, world: int) -> Iterator[Piece]:
+    for group, sizes in enumerate(groups):
+        start = 0
+        for name, numel in sizes.items():
+            length = -(-numel // world)
+            yield Piece(name, group, start, rank * length, max(0, min(length, numel - rank * length)))
+            start += length
+
+
+def own_pieces(engine: Any) -> tuple[list[Piece], list[int]]:
+    """Where each parameter lies in this rank's shard of the running optimizer, and the length of each group."""
+    optimizer, names = engine.optimizer, engine.param_names
+    if engine.zero_optimization_stage() == 3:
+        groups = [{names[p]: p.ds_numel for p in group} for group in optimizer.fp16_groups]
+        rank, world = dist.get_rank(optimizer.dp_process_group), dist.get_world_size(optimizer.dp_process_group)
+        return list(_rows(groups, rank, world)), [g.numel() for g in optimizer.fp32_partitioned_groups_flat]
+    if hasattr(optimizer, "bf16_groups"):  # DeepSpeed's BF16_Optimizer, of ZeRO-1 with gradients in fp32
+        parameters, flat = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+    else:
+        parameters, flat = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+    pieces = []
+    for number, group in enumerate(parameters):
+        for parameter in group:
+            if (mapping := parameter._hp_mapping) is not None:
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                pieces.append(Piece(names[parameter], number, here.start, there.start, here.numel))
+    return pieces, [g.numel() for g in flat]
+
+
+def cut(
+    shards: list[Shard], pieces: list[Piece], sizes: list[int], where: Path
+) -> tuple[list[Tensor], dict[int, Any]]:
+    """The fp32 weights and the optimizer's states of a new shard: `pieces` of groups of `sizes`.
+
+    Raises `ConfigError` where the optimizer keeps something that is not one value for each weight, or has nothing
+    of a weight that trains now.
+    """
+    found: dict[str, list[tuple[Shard, Piece]]] = {}
+    for shard in shards:
+        for piece in shard.pieces:
+            found.setdefault(piece.name, []).append((shard, piece))
+    if new := [p.name for p in pieces if p.name not in found]:
+        raise ConfigError(
+            f"{where}: the optimizer has no averages of {len(new)} weights that train now and did not when it was "
+            f"saved (first: {new[0]}); train what was trained, or start anew with 'mode: finetune'."
+        )
+    weights = [torch.zeros(size) for size in sizes]
+    states: dict[int, dict[str, Any]] = {group: {} for group in range(len(sizes))}
+    for piece in pieces:
+        shard, saved = found[piece.name][0]
+        for key, value in shard.states.get(saved.group, {}).items():
+            state = states[piece.group]
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                # a clone, for one number would keep all of its file mapped
+                state.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
+                continue
+            if value.ndim > 1 or value.numel() < shard.weights[saved.group].numel():
+                raise ConfigError(
+                    f"{where}: the optimizer's '{key}' is not one value for each weight, and cannot be cut for "
+                    "another number of ranks or ZeRO stage; resume with what it was saved with."
+                )
+            target = state.setdefault(key, torch.zeros(sizes[piece.group], dtype=value.dtype))
+            _copy(found[piece.name], piece, target, lambda s, g, key=key: s.states[g][key])
+        _copy(found[piece.name], piece, weights[piece.group], lambda s, g: s.weights[g])
+    return weights, states
+
+
+def _copy(sources: list[tuple[Shard, Piece]], piece: Piece, target: Tensor, values: Any) -> None:
+    """Fill the place of `piece` in `target` from the overlapping pieces of `sources`."""
+    for shard, source in sources:
+        low = max(piece.first, source.first)
+        high = min(piece.first + piece.numel, source.first + source.numel)
+        if low < high:
+            place = piece.start + low - piece.first
+            start = source.start + low - source.first
+            target[place : place + high - low] = values(shard, source.group)[start : start + high - low]

@@ -1,0 +1,62 @@
+"""The state of every random number generator of this process, in plain values and tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
+
+def capture() -> dict[str, Any]:
+    """Python's, NumPy's and PyTorch's generators, and those of SAT's model-parallel dropout."""
+    version, words, gauss = random.getstate()
+    state: Any = np.random.get_state()
+    kind, keys, place, has_gauss, cached = state
+    return {
+        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(place), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state().cpu() if torch.cuda.is_available() else None,
+        "tracker": {name: state.cpu() for name, state in get_cuda_rng_tracker().get_states().items()},
+    }
+
+
+def is_state(state: Any) -> bool:
+    """Whether a file's content is what `capture` gives."""
+    return isinstance(state, dict) and {"python", "numpy", "torch", "cuda", "tracker"} <= state.keys()
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Put all generators back to what `capture` found."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    kind, keys, place, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    if state["tracker"]:
+        get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def seed(*numbers: int) -> None:
+    """Start all generators from `numbers`, for a run that no saved state fits."""
+    words = np.random.SeedSequence(numbers).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]))
+    torch.manual_seed(int(words[1]))  # CUDA's too
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """What is drawn inside changes nothing that is drawn afterwards."""
+    state = capture()
+    try:
+        yield
+    finally:
+        restore(state)

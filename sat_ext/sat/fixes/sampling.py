@@ -1,0 +1,58 @@
+"""Evaluations of CogVideo's under ZeRO-3: where one rank samples, all must."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def zero3_sampling(args: argparse.Namespace) -> bool:
+    """Symptom: under ZeRO-3, an evaluation of CogVideo's hangs: its first rank alone samples videos, and waits for
+    the others' parts of the weights.
+
+    Every rank samples its own batch; the script has the first rank write its videos, as ever. It asks once for the
+    rank that it is, between taking the batch and the loss, and is told there that it is the first. The captions of
+    the others, which it would write into the same file, are not written.
+    """
+    zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
+    is_cogvideo = "network_config" in (getattr(args, "model_config", None) or {})
+    if int(zero.get("stage", 0)) < 3 or not is_cogvideo or getattr(args, "model_parallel_size", 1) > 1:
+        return False
+    from sat.training import deepspeed_training
+
+    original = deepspeed_training.evaluate
+
+    def evaluate(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
+        hooks = {**hooks, "forward_step_eval": _as_first_rank(hooks["forward_step_eval"])}
+        return original(*arguments, hooks=hooks, **options)
+
+    deepspeed_training.evaluate = evaluate
+    return True
+
+
+def _as_first_rank(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    from sat import mpu
+
+    def step(data: Iterator[Any], *rest: Any, **options: Any) -> Any:
+        batch = next(data)  # SAT's loader asks for the rank too, and must be told the true one
+        rank = mpu.get_data_parallel_rank
+
+        def first() -> int:
+            mpu.get_data_parallel_rank = rank
+            return 0
+
+        mpu.get_data_parallel_rank = first
+        script = vars(sys.modules["__main__"])
+        write = script.get("save_texts")
+        if write is not None and rank() != 0:
+            script["save_texts"] = lambda *texts: None
+        try:
+            return forward_step(iter([batch]), *rest, **options)
+        finally:
+            mpu.get_data_parallel_rank = rank
+            if write is not None:
+                script["save_texts"] = write
+
+    return step

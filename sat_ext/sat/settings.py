@@ -1,0 +1,58 @@
+"""The settings that `sat_ext` adds to SAT's own, in the section `args` of the YAML."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from sat_ext.config import load, read_yaml, reject_unknown_keys
+from sat_ext.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`checkpoint`: what a checkpoint holds, `weights` as SAT has it or the `full` state of the run.
+
+    `keep_last`: how many of the newest `full` checkpoints stay, all where it is None; of weights alone, all do.
+    `without_fixes`: repairs of SAT that are not made.
+    """
+
+    checkpoint: Literal["weights", "full"] = "weights"
+    keep_last: int | None = None
+    without_fixes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ConfigError(f"args.keep_last: {self.keep_last}; give 1 or more, or leave it out to keep all.")
+
+
+NAMES = tuple(f.name for f in fields(Settings))
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings of a run: from `args` where our parser put them, or from the YAML files in `args.base`.
+
+    CogVideo's script leaves out of its `args` what it does not know, but keeps the names of the files. Raises
+    `ConfigError` for a value, or the name of a repair, that there is not.
+    """
+    from sat_ext.sat import fixes  # which reads these settings itself
+
+    own = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
+    given = own if len(own) == len(NAMES) else _from_yaml(args)
+    settings = load(Settings, {k: v for k, v in given.items() if v is not None}, "args")
+    reject_unknown_keys(settings.without_fixes, tuple(fixes.FIXES), "args.without_fixes")
+    return settings
+
+
+def _from_yaml(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Ours of the section `args`. CogVideo passes over keys that it does not know: a misspelt one is told here."""
+    paths = getattr(args, "base", None)
+    section = (read_yaml(paths).get("args") or {}) if paths else {}
+    for key in section:
+        near = difflib.get_close_matches(key, NAMES, n=1, cutoff=0.8)
+        if near and key not in NAMES and not hasattr(args, key):
+            raise ConfigError(f"args: unknown key '{key}'; did you mean '{near[0]}'?")
+    return {k: v for k, v in section.items() if k in NAMES}

@@ -1,0 +1,112 @@
+"""Around SAT's steps: counts the data, goes on where a run stopped, stops when asked, tells losses by kind."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sat.helpers import print_rank0
+from torch import Tensor
+
+from sat_ext.models.config import ABSENT
+from sat_ext.sat import ends
+from sat_ext.sat.checkpoint import rng
+from sat_ext.sat.checkpoint.claim import claim
+from sat_ext.sat.checkpoint.load import restore_rng
+from sat_ext.sat.checkpoint.run import Run, micro_steps, run_of
+
+
+def install() -> None:
+    """Put our steps around those of SAT's `training_main`. Call it once."""
+    from sat.training import deepspeed_training
+
+    train_step, evaluate = deepspeed_training.train_step, deepspeed_training.evaluate
+
+    def step(
+        data: Iterator[Any], model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace, timers: Any,
+        hooks: dict[str, Any] | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        run = run_of(args)
+        if not run.began:
+            _begin(run, args)
+        if _saves(run, args) and ends.stop_asked(model.device):
+            _stop(model, optimizer, lr_scheduler, args)
+        hooks = {**(hooks or {})}
+        hooks["forward_step"] = _counted(hooks["forward_step"])
+        return train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
+
+    def evaluate_untouched(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
+        hooks = {**hooks, "forward_step_eval": _with_losses_by_kind(hooks["forward_step_eval"])}
+        hooks["handle_metrics"] = hooks.get("handle_metrics") or mean_metrics
+        with rng.untouched():  # so that a run goes on alike, however often it is looked at
+            return evaluate(*arguments, hooks=hooks, **options)
+
+    deepspeed_training.train_step = step
+    deepspeed_training.evaluate = evaluate_untouched
+
+
+def mean_metrics(gathered: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over the steps and ranks that had a value, as SAT wants them from a script's `handle_metrics`."""
+    means = {name: values[values != ABSENT].float() for name, values in gathered.items()}
+    return {name: values.mean().reshape(1) for name, values in means.items() if values.numel()}
+
+
+def _saves(run: Run, args: argparse.Namespace) -> bool:
+    return run.settings.checkpoint == "full" and bool(args.save)
+
+
+def _begin(run: Run, args: argparse.Namespace) -> None:
+    """Just before the first step: SAT's seeds, and what the data loaders draw from them, come before."""
+    run.began = True
+    args.sat_ext_micro_steps = micro_steps(args)
+    if _saves(run, args):
+        atexit.register(ends.end_workers)  # after multiprocessing's own function, and so called before it
+        claim(Path(args.save))
+        ends.listen()
+        print_rank0(f"SIGTERM saves and ends the run: kill -TERM {os.getpid()}")
+    if run.resumed is not None:
+        restore_rng(run, args)
+
+
+def _stop(model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace) -> None:
+    from sat.training import deepspeed_training
+
+    args.sat_ext_stopping = True
+    print_rank0(f"SIGTERM: saving iteration {args.iteration}, and ending")
+    if args.iteration > 0:
+        deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
+    ends.end_workers()
+    sys.exit(ends.EXIT_STATUS)
+
+
+def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Counts a batch as soon as it was taken, whether or not its loss is finite."""
+    forward = _with_losses_by_kind(forward_step)
+
+    def step(data: Iterator[Any], model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
+        result = forward(data, model, args, *rest, **options)
+        args.sat_ext_micro_steps += 1
+        return result
+
+    return step
+
+
+def _with_losses_by_kind(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what the loss of a CogVideo engine knows (`metrics()`) to the metrics of a script's step."""
+
+    def step(data: Iterator[Any], model: Any, *rest: Any, **options: Any) -> Any:
+        result = forward_step(data, model, *rest, **options)
+        loss_fn = getattr(getattr(model, "module", model), "loss_fn", None)
+        if loss_fn is None or not hasattr(loss_fn, "metrics"):
+            return result
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        own: dict[str, torch.Tensor] = loss_fn.metrics()
+        return loss, {**metrics, **{k: v.detach().float() for k, v in own.items() if k not in metrics}}
+
+    return step

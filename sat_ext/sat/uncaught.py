@@ -1,0 +1,50 @@
+"""Errors that end a run: what a user can do something about is one sentence, and the rest its traceback."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+import torch.distributed as dist
+
+from sat_ext.errors import SatExtError
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What a user can do something about, in one sentence; None for any other error.
+
+    PyTorch puts a data worker's traceback before the sentence that ended it, and raises wherever the training is
+    when a worker is killed.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return (  # PyTorch's words depend on who notices first
+            f"a data worker of rank {rank} was ended, perhaps by the kernel for want of memory; lower "
+            f"args.num_workers or args.prefetch_factor ({' '.join(text.split()).rstrip('.')})."
+        )
+    if not isinstance(error, SatExtError):
+        return None
+    kind = type(error)
+    return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+
+
+def show_sentences() -> None:
+    """Have Python end on such an error with `error: <sentence>` and the exit status 1, and on any other as before.
+
+    For scripts that are not ours. Safe to call again.
+    """
+    if not isinstance(sys.excepthook, _Hook):
+        sys.excepthook = _Hook()
+
+
+class _Hook:
+    def __init__(self) -> None:
+        self.others = sys.excepthook
+
+    def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        sentence = sentence_of(error)
+        if sentence is None:
+            self.others(kind, error, traceback)
+        else:
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
