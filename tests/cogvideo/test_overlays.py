@@ -1,0 +1,173 @@
+"""The YAMLs of configs/cogvideo/, appended to CogVideo's own: they change what they say, and no more."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from sat_ext.cogvideo.check import check_model
+from sat_ext.config import load, read_yaml
+from sat_ext.data.config import DataConfig
+from sat_ext.errors import ConfigError
+from sat_ext.sat.arguments import DEEPSPEED_KEYS
+from sat_ext.sat.settings import settings_of
+
+FOLDER = Path(__file__).parents[2] / "configs" / "cogvideo"
+OVERLAYS = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+CONFIGS = [Path(p) / "configs" for p in os.environ.get("COGVIDEO_SAT", "").split(":") if p]
+# what a checkout's own code can build: main lists 1.0 models too, whose patch_size its network cannot read
+MODELS = [
+    pytest.param(path, id=f"{path.parents[2].name}-{path.stem}")
+    for folder in CONFIGS
+    for path in sorted(folder.glob("cogvideox*.yaml"))
+    if "1.5" in path.name or not list(folder.glob("cogvideox1.5*"))
+]
+needs_checkout = pytest.mark.skipif(not CONFIGS, reason="COGVIDEO_SAT is not set")
+
+# Values of CogVideo's that the overlays replace, by file. Everything else that CogVideo's YAMLs say stays.
+REPLACED = {
+    "joint": {
+        "data.target", "model.loss_fn_config.target", "model.first_stage_config.target",
+        "deepspeed.optimizer.type",
+    },
+    "i2v": {"model.noised_image_dropout"},
+    "1.5": {
+        "model.latent_input", "model.sampler_config.target", "data.params.video_size", "data.params.fps",
+        "data.params.max_num_frames",
+    },
+    "lora": {"model.not_trainable_prefixes"},
+    "sizes-2b": {
+        "model.network_config.params.modules.pos_embed_config.target",
+        "model.network_config.params.modules.final_layer_config.target",
+    },
+    "sizes-5b": {
+        "model.network_config.params.modules.pos_embed_config.target",
+        "model.network_config.params.modules.final_layer_config.target",
+    },
+    "offload-text": {
+        "model.conditioner_config.params.emb_models.0.target",
+        "model.conditioner_config.params.emb_models.0.params.model_dir",
+    },
+}  # fmt: skip
+
+
+def path_of(overlay: str) -> str:
+    return str(FOLDER / f"{overlay}.yaml")
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value and where it stands. A list of plain values is one."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if _is_tree_list(tree) else None
+    if items is None:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def _is_tree_list(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(v, dict) for v in value)
+
+
+def targets(tree: Any) -> list[str]:
+    return [v for path, v in leaves(tree) if path.endswith("target") and str(v).startswith("sat_ext.")]
+
+
+def theirs(model: Path) -> list[str]:
+    """CogVideo's own files for a model."""
+    return [str(model), str(model.with_name("sft.yaml"))]
+
+
+def is_new(model: Path) -> bool:
+    return "1.5" in model.name
+
+
+def fitting(model: Path) -> list[str]:
+    """The overlays that go with a model, all at once."""
+    own = ["1.5"] if is_new(model) else ["sizes-2b" if "2b" in model.name else "sizes-5b"]
+    return ["joint", *own, *(["i2v"] if "i2v" in model.name else []), *([] if "lora" in model.name else ["lora"])]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_targets_exist(overlay: str) -> None:
+    tree = OmegaConf.to_container(OmegaConf.load(path_of(overlay)))
+    for target in targets(tree):
+        module, _, name = target.rpartition(".")
+        assert getattr(import_module(module), name)
+
+
+def test_every_overlay_says_what_it_replaces() -> None:
+    assert set(OVERLAYS) == set(REPLACED)
+    for overlay in OVERLAYS:
+        assert Path(path_of(overlay)).read_text().startswith("# ")
+
+
+def test_what_they_set_beside_sats_own_is_known() -> None:
+    tree = read_yaml([path_of("joint")])
+    settings = settings_of(Namespace(base=[path_of("joint")]))
+    assert (settings.checkpoint, settings.keep_last) == ("full", 3)
+    assert set(tree["deepspeed"]) <= set(DEEPSPEED_KEYS)
+    for overlay in OVERLAYS:
+        params = OmegaConf.select(OmegaConf.load(path_of(overlay)), "data.params", default=OmegaConf.create())
+        load(DataConfig, {str(k): v for k, v in params.items()}, "data.params")
+
+
+def test_the_package_names_what_it_has() -> None:
+    package = import_module("sat_ext.cogvideo")
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+    with pytest.raises(AttributeError, match="'sat_ext.cogvideo' has no attribute 'JointLoss'; it has JointDiff"):
+        _ = package.JointLoss
+
+
+@needs_checkout
+@pytest.mark.parametrize("model", MODELS)
+def test_all_that_cogvideo_says_stays_but_what_the_overlays_are_for(model: Path) -> None:
+    before = dict(leaves(read_yaml(theirs(model))))
+    for chosen in [[o] for o in fitting(model)] + [fitting(model), ["offload-text"]]:
+        after = dict(leaves(read_yaml([*theirs(model), *map(path_of, chosen)])))
+        changed = {path for path, value in before.items() if after.get(path) != value}
+        assert changed <= set().union(*(REPLACED[o] for o in chosen)), chosen
+
+
+@needs_checkout
+@pytest.mark.parametrize("model", MODELS)
+def test_the_merged_files_pass_the_checks(model: Path) -> None:
+    merged = read_yaml([*theirs(model), *map(path_of, [*fitting(model), "offload-text"])])
+    buckets = load(DataConfig, merged["data"]["params"], "data.params").make_buckets()
+    assert {b.frames for b in buckets} == ({1, 17, 33, 49, 65, 81} if is_new(model) else {1, 17, 33, 49})
+    check_model(merged["model"], buckets)
+    text = merged["model"]["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"]
+    assert text == (224 if is_new(model) else 226)
+
+
+@needs_checkout
+@pytest.mark.parametrize("model", MODELS)
+def test_overlays_of_another_model_are_refused(model: Path) -> None:
+    if is_new(model):
+        own, wrong = ["joint", "1.5"], ["sizes-5b", "sizes-2b"]
+    else:
+        own, wrong = ["joint"], ["1.5", "sizes-5b" if "2b" in model.name else "sizes-2b"]
+    wrong += [] if "i2v" in model.name else ["i2v"]
+    for overlay in wrong:
+        merged = read_yaml([*theirs(model), *map(path_of, [*own, overlay])])
+        buckets = load(DataConfig, merged["data"]["params"], "data.params").make_buckets()
+        with pytest.raises(ConfigError, match=r"leave|append configs/cogvideo/sizes-"):
+            check_model(merged["model"], buckets)
+
+
+@needs_checkout
+def test_mains_own_1_0_files_still_say_a_patch_size_that_it_cannot_read() -> None:
+    """What `check_run` refuses: should CogVideo mend it, this shows."""
+    for folder in CONFIGS:
+        if list(folder.glob("cogvideox1.5*")):
+            network = read_yaml([str(folder / "cogvideox_5b.yaml")])["model"]["network_config"]["params"]
+            assert network["patch_size"] == 2
+            assert "patch_size[1:]" in (folder.parent / "dit_video_concat.py").read_text()
