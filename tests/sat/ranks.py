@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -72,7 +73,13 @@ class Running:
 
     def wait(self, timeout: float = 120.0) -> list[int]:
         """Exit statuses, negative for a signal. Ranks that outlast the time, or one that failed, are killed."""
-        return list(self.server.ask({"wait": self.pids, "timeout": timeout})["statuses"])
+        # the server has been seen to wait on past its time: nothing may hang the tests
+        last = threading.Timer(timeout + 30, self.kill)
+        last.start()
+        try:
+            return list(self.server.ask({"wait": self.pids, "timeout": timeout})["statuses"])
+        finally:
+            last.cancel()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Signal the ranks and all that they have started."""
