@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
+from sat_ext.models.levers import GradientCheckpointing, Quantization
 from sat_ext.types import Bucket
 
 TEMPORAL_COMPRESSION = 4  # pixel frames per latent frame after the first, in every CogVideoX model
@@ -73,6 +74,8 @@ class FirstStageConfig:
 
     kind: Literal["autoencoder", "cosine"] = "autoencoder"
     tiling: bool = False
+    slicing: bool = False
+    frames: int = 8
     condition_scale: float | None = None
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
@@ -80,9 +83,12 @@ class FirstStageConfig:
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Captions to embeddings: `t5` is a folder's encoder; `byt5` is a small random one over bytes, for
-    models without a folder."""
+    models without a folder. `device` "cpu" encodes on the CPU; "on_off" has the encoder on the GPU during a call.
+    """
 
     kind: Literal["t5", "byt5"] = "t5"
+    device: Literal["gpu", "cpu", "on_off"] = "gpu"
+    quantization: Literal["none", "int8", "nf4"] = "none"
     max_length: int | None = None  # tokens; null is the transformer's `max_text_seq_length`
 
 
@@ -100,6 +106,7 @@ class TrainConfig:
     (finetune/schemas/args.py)."""
 
     mode: Literal["full", "lora"] = "full"
+    quantization: Quantization = "none"  # of the frozen weights below a LoRA
     rank: int = 128
     alpha: int = 64
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -143,7 +150,8 @@ class ModelConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     caption_dropout: float = 0.1
     condition_dropout: float = 0.05
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | GradientCheckpointing = False
+    block_swap: int = 0  # blocks of the transformer that wait in CPU memory, fetched just before their turn
     eval_timesteps: int = 4  # noise levels at which an evaluation looks at each sample
 
     def __post_init__(self) -> None:
