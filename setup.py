@@ -48,10 +48,12 @@ setup(
         *SAT_UNDECLARED,
     ],
     extras_require={
+        "bitsandbytes": ["bitsandbytes>=0.46"],  # 8-bit optimizers, bases and encoders in NF4
         "http": ["aiohttp"],  # sources behind http(s)://
         "s3": ["s3fs>=2024.5"],  # sources behind s3://
         "test": [
             "aiohttp",
+            "bitsandbytes>=0.46",
             "hypothesis",
             "moto[server]",
             "mypy",

@@ -20,6 +20,7 @@ LAYERS = [
     ("data.config", 2),
     ("data", 1),
     ("config", 0),
+    ("zero", 1),
     ("contact_sheet", 1),
     ("demo_data", 1),
     ("models", 2),

@@ -37,6 +37,7 @@ class Server:
         environment |= {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",  # ninja, as in a shell
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.sat.ranks"], cwd=ROOT, env=environment, text=True,
@@ -89,7 +90,7 @@ class Running:
         return (self.folder / f"rank{rank}.log").read_text()
 
     def records(self, rank: int = 0) -> list[dict[str, Any]]:
-        """One for each micro-step of training: `loss` (hexadecimal), `rate`, `keys`, `iteration`."""
+        """One for each micro-step of training: `loss` (hexadecimal), `rate`, `keys`, `iteration`, ..."""
         file = self.folder / f"rank{rank}.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -245,6 +246,7 @@ def prepare(records: Path, request: dict[str, Any]) -> None:
         if request.get("maps"):  # files of checkpoints that are mapped
             maps = Path("/proc/self/maps").read_text().splitlines()
             seen["maps"] = sorted({line.split(maxsplit=5)[5] for line in maps if ".pt" in line})
+        seen["optimizer"] = type(getattr(model.optimizer, "optimizer", model.optimizer)).__name__
         record = {"loss": float(loss).hex(), "rate": float(rate).hex(), "iteration": args.iteration, **seen}
         with records.open("a") as file:
             file.write(json.dumps(record) + "\n")

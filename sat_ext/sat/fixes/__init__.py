@@ -17,9 +17,11 @@ from sat_ext.sat.fixes.launcher import launcher
 from sat_ext.sat.fixes.loading import load, resume
 from sat_ext.sat.fixes.memory import empty_cache
 from sat_ext.sat.fixes.optimizer import ema_optimizer
+from sat_ext.sat.fixes.optimizer_path import optimizer_path
 from sat_ext.sat.fixes.sampling import zero3_sampling
 from sat_ext.sat.fixes.saving import save
 from sat_ext.sat.fixes.schedule import lr_schedule
+from sat_ext.sat.fixes.sizes import auto_sizes
 from sat_ext.sat.fixes.zero3 import parallel_layers, zero3_build
 from sat_ext.sat.settings import settings_of
 
@@ -35,6 +37,8 @@ FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
     "lr_schedule": lr_schedule,
     "empty_cache": empty_cache,
     "ema_optimizer": ema_optimizer,
+    "optimizer_path": optimizer_path,
+    "auto_sizes": auto_sizes,
     "launcher": launcher,
 }
 

@@ -1,0 +1,83 @@
+"""Optimizers of other libraries, by their dotted path."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from sat_ext.errors import ConfigError
+from sat_ext.sat.fixes.standin import StandIn
+
+WHERE = "deepspeed.optimizer"
+FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that say which of DeepSpeed's Adams; YAML files merge
+
+
+def optimizer_path(args: argparse.Namespace) -> bool:
+    """Symptom: SAT takes an optimizer by its dotted path only where that begins with `sat.`; DeepSpeed looks for
+    `bitsandbytes.optim.AdamW8bit` in torch, and dies after the model is loaded.
+
+    Any path is imported, and its class handed to DeepSpeed. Raises `ConfigError` for one that cannot be, for
+    parameters that it does not take, and for one that works on the GPU where the optimizer is to be on the CPU.
+    """
+    config = getattr(args, "deepspeed_config", None) or {}
+    section = config.get("optimizer") or {}
+    name = str(section.get("type", ""))
+    if "." not in name or name.startswith("sat."):
+        return False
+    params = {k: v for k, v in (section.get("params") or {}).items() if k not in FOR_DEEPSPEED}
+    make = _optimizer(name, params)
+    _check_place(name, config.get("zero_optimization") or {})
+    from sat.training import deepspeed_training
+
+    original = deepspeed_training.setup_model_untrainable_params_and_optimizer
+
+    def set_up(args: argparse.Namespace, model: Any, *rest: Any, **options: Any) -> Any:
+        del args.deepspeed_config["optimizer"]  # as SAT does with its own
+        module = deepspeed_training.deepspeed
+
+        def initialize(**arguments: Any) -> Any:
+            return module.initialize(**{**arguments, "optimizer": make})
+
+        deepspeed_training.deepspeed = StandIn(module, initialize=initialize)
+        try:
+            return original(args, model, *rest, **options)
+        finally:
+            deepspeed_training.deepspeed = module
+
+    deepspeed_training.setup_model_untrainable_params_and_optimizer = set_up
+    return True
+
+
+def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+    module, _, attribute = name.rpartition(".")
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        package = name.split(".")[0]
+        raise ConfigError(
+            f"{WHERE}.type: '{name}' cannot be imported ({error}); pip install {package}, or check the spelling."
+        ) from error
+    if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(f"{WHERE}.type: '{name}' is not a torch.optim.Optimizer; name one.")
+    known = inspect.signature(cls).parameters
+    for key in params:
+        if key not in known:
+            raise ConfigError(f"{WHERE}.params: {name} takes no '{key}'; it takes {', '.join(known)}.")
+    return partial(cls, **params)
+
+
+def _check_place(name: str, zero: dict[str, Any]) -> None:
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none" or zero.get("cpu_offload")
+    if name.startswith("bitsandbytes.") and offloaded:
+        raise ConfigError(
+            f"{WHERE}.type: '{name}' updates on the GPU, and zero_optimization.offload_optimizer keeps its states "
+            "on the CPU; write 'type: AdamW' (DeepSpeed's own for the CPU), or take offload_optimizer out."
+        )
+    if name.startswith("bitsandbytes.") and not torch.cuda.is_available():
+        raise ConfigError(f"{WHERE}.type: '{name}' updates on the GPU, and there is none; write 'type: AdamW'.")

@@ -1,0 +1,50 @@
+"""The files of configs/zero/ say what the builder says, and no "auto" reaches DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sat_ext.config import read_yaml
+from sat_ext.errors import ConfigError
+from sat_ext.zero import AUTO_SIZES, ZERO_NAMES, fill_in_auto, zero_section
+
+FOLDER = Path(__file__).parent.parent / "configs" / "zero"
+
+
+def test_every_name_has_a_file_and_every_file_a_name() -> None:
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == set(ZERO_NAMES)
+
+
+@pytest.mark.parametrize("name", ZERO_NAMES)
+def test_a_file_says_what_the_builder_says_and_for_whom_it_is(name: str) -> None:
+    file = FOLDER / f"{name}.yaml"
+    assert read_yaml([str(file)]) == {"deepspeed": zero_section(name)}
+    comment = [line for line in file.read_text().splitlines() if line.startswith("# ")]
+    assert "for " in " ".join(comment).lower()
+
+
+@pytest.mark.parametrize("name", ZERO_NAMES)
+def test_auto_becomes_a_number_that_follows_from_the_hidden_size(name: str) -> None:
+    section = zero_section(name)
+    filled = fill_in_auto(section, 3072)
+    assert "auto" not in str(filled)
+    assert section == zero_section(name)  # which is left as it was
+    zero = filled["zero_optimization"]
+    for key, value in section["zero_optimization"].items():
+        assert zero[key] == (AUTO_SIZES[key](3072) if value == "auto" else value)
+
+
+def test_the_sizes_are_those_of_hugging_faces_trainers() -> None:
+    zero = fill_in_auto(zero_section("zero3"), 100)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 10_000
+    assert zero["stage3_prefetch_bucket_size"] == 9_000
+    assert zero["stage3_param_persistence_threshold"] == 1_000
+
+
+def test_an_auto_that_nothing_follows_from_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.params.lr: 'auto' is known for reduce_bucket_size"):
+        fill_in_auto({"optimizer": {"params": {"lr": "auto"}}}, 8)
+    with pytest.raises(ConfigError, match=r"deepspeed.zero_optimization.sub_group_size: 'auto'"):
+        fill_in_auto({"zero_optimization": {"sub_group_size": "auto"}}, 8)
