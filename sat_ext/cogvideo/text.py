@@ -9,8 +9,7 @@ is not used.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from sat_ext.cogvideo.embeddings import TextEmbeddings, encoder_fingerprint
 from sat_ext.cogvideo.parent import subclass_of
 from sat_ext.config import convert
 from sat_ext.errors import ConfigError, DataError
+from sat_ext.models.placement import on_device
 
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
 EMBEDDER = "sgm.modules.encoders.modules.AbstractEmbModel"
@@ -116,20 +116,6 @@ class OffloadedTextEmbedder(FrozenEmbedder):
     def _embed(self, text: Sequence[str]) -> Tensor:
         embedding: Tensor = super().forward(text)
         return embedding.to(self.like)
-
-
-@contextmanager
-def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules' weights are copies on `device`; after it, the very tensors from before."""
-    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    homes = [t.data for t in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
-        yield
-    finally:
-        for tensor, home in zip(tensors, homes):
-            tensor.data = home
 
 
 class CachedTextEmbedder(FrozenEmbedder):

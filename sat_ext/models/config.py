@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
-from sat_ext.models.levers import GradientCheckpointing, Quantization
+from sat_ext.models.levers import GradientCheckpointing, Quantization, check_levers
 from sat_ext.types import Bucket
 
 TEMPORAL_COMPRESSION = 4  # pixel frames per latent frame after the first, in every CogVideoX model
@@ -70,6 +70,8 @@ class FirstStageConfig:
 
     `condition_scale` multiplies the latents of the I2V condition frame. Null does as diffusers' pipeline:
     `scaling_factor`, or its inverse where the folder's vae/config.json says `invert_scale_latents`.
+    For the memory of encoding: `tiling` takes parts of large frames, `slicing` one sample at a time, `frames` so
+    many pixel frames at a time. Tiles and other chunks change latents a little, by their group norms.
     """
 
     kind: Literal["autoencoder", "cosine"] = "autoencoder"
@@ -84,6 +86,7 @@ class FirstStageConfig:
 class TextConfig:
     """Captions to embeddings: `t5` is a folder's encoder; `byt5` is a small random one over bytes, for
     models without a folder. `device` "cpu" encodes on the CPU; "on_off" has the encoder on the GPU during a call.
+    `quantization` of its weights: "int8" or "nf4", by bitsandbytes.
     """
 
     kind: Literal["t5", "byt5"] = "t5"
@@ -162,6 +165,7 @@ class ModelConfig:
             raise ConfigError(f"model.eval_timesteps: {self.eval_timesteps} is too few; use at least 1.")
         if self.pretrained is None and self.text.kind == "t5":
             raise ConfigError("model.text.kind: t5 needs a folder; set model.pretrained, or kind: byt5.")
+        check_levers(self)
 
 
 def load_model_config(mapping: Mapping[str, Any], where: str = "model") -> ModelConfig:

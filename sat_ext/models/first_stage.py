@@ -129,14 +129,18 @@ class AutoencoderFirstStage(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, clamped to [-1, 1]."""
+        """Pixels, clamped to [-1, 1]. In tiles and one sample at a time: whole, a clip takes several times what a
+        training step does."""
         count = latents.shape[1]
         frames = (count - 1) * TEMPORAL_COMPRESSION + 1
         if count % 2 == 0:
             # The decoder takes the first frame apart only in an odd number of them: 2 would become 8 pixel
             # frames, not 5. It is causal, so one more at the end changes nothing before it.
             latents = torch.cat([latents, latents[:, -1:]], dim=1)
+        levers = self.vae.use_tiling, self.vae.use_slicing
+        self.vae.use_tiling = self.vae.use_slicing = True
         decoded = self.vae.decode((latents / self.scale).transpose(1, 2).to(self.vae.dtype)).sample
+        self.vae.use_tiling, self.vae.use_slicing = levers
         return decoded.transpose(1, 2)[:, :frames].clamp(-1.0, 1.0)
 
 
@@ -161,4 +165,7 @@ def build_first_stage(config: ModelConfig, dtype: torch.dtype) -> FirstStage:
         )
     if first.tiling:
         vae.enable_tiling()
+    if first.slicing:
+        vae.enable_slicing()
+    vae.num_sample_frames_batch_size = first.frames
     return AutoencoderFirstStage(vae, first.condition_scale)

@@ -77,8 +77,14 @@ def generate(
             condition = condition_latents(first, shape[1], torch.zeros(len(captions), dtype=torch.bool))
     text = engine.text.encode(list(captions), device, dtype)
     empty = engine.text.encode([""] * len(captions), device, dtype) if guidance_scale > 1.0 else None
-    latents = _denoise(engine, latents, text, empty, condition, steps, guidance_scale, generator)
-    return engine.first_stage.decode(latents[:, padding:]).float()
+    one_by_one = [  # so that no more samples are in memory than in a training step
+        _denoise(
+            engine, latents[i : i + 1], text[i : i + 1], None if empty is None else empty[i : i + 1],
+            None if condition is None else condition[i : i + 1], steps, guidance_scale, generator,
+        )
+        for i in range(len(captions))
+    ]  # fmt: skip
+    return engine.first_stage.decode(torch.cat(one_by_one)[:, padding:]).float()
 
 
 def _check_first_frames(
@@ -108,16 +114,13 @@ def _denoise(
     """Pure noise to clean latents, in float32, both (B, T, C, H, W) with any padding."""
     scheduler = make_scheduler(engine.config.schedule)
     scheduler.set_timesteps(steps)
-    copies = 1 if empty is None else 2
-    texts = text if empty is None else torch.cat([empty, text])
-    conditions = None if condition is None else torch.cat([condition] * copies)
     previous_estimate, previous_timestep = None, None
     for timestep in scheduler.timesteps:
-        timesteps = timestep.to(latents.device).expand(copies * len(latents))
-        velocity = engine.predict(torch.cat([latents] * copies), texts, timesteps, conditions).float()
+        timesteps = timestep.to(latents.device).expand(len(latents))
+        velocity = engine.predict(latents, text, timesteps, condition).float()
         if empty is not None:
-            unguided, guided = velocity.chunk(2)
-            velocity = unguided + guidance_scale * (guided - unguided)
+            unguided = engine.predict(latents, empty, timesteps, condition).float()
+            velocity = unguided + guidance_scale * (velocity - unguided)
         if isinstance(scheduler, CogVideoXDDIMScheduler):
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         else:
