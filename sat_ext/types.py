@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,7 +89,9 @@ class Sample:
     """One training sample.
 
     `pixels` is uint8 of shape (T, C, H, W). `num_frames` counts the frames that are really there
-    (T less the repeated ones), `fps` is what they play at.
+    (T less the repeated ones), `fps` is what they play at. `encoded` holds latents in place of pixels, which are
+    then of one pixel a frame: `latents` (t, C, h, w) and, of an image-to-video model,
+    `condition_latents` (1, C, h, w).
     """
 
     pixels: torch.Tensor
@@ -98,3 +101,4 @@ class Sample:
     kind: Kind
     source: str
     key: str
+    encoded: Mapping[str, torch.Tensor] | None = None

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from sat_ext.cli.bench import bench
+from sat_ext.cli.cache import cache
 from sat_ext.cli.check import check
 from sat_ext.cli.convert import convert
 from sat_ext.cli.demo import demo
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(bench)
+app.command()(cache)
 app.command()(check)
 app.command()(convert)
 app.command()(demo)
@@ -38,3 +40,7 @@ def main() -> None:
     except SatExtError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ _TARGETS = {
     "SinusoidalPositionEmbedding": "sat_ext.cogvideo.position",
     "FinalLayer": "sat_ext.cogvideo.position",
     "PaddedSampler": "sat_ext.cogvideo.sampler",
+    "CachedFirstStage": "sat_ext.cogvideo.encoders",
     "ChunkedFirstStage": "sat_ext.cogvideo.first_stage",
     "OffloadedTextEmbedder": "sat_ext.cogvideo.text",
     "CachedTextEmbedder": "sat_ext.cogvideo.text",

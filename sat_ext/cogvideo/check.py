@@ -76,6 +76,13 @@ def read_network(model: Mapping[str, Any]) -> Network:
     )
 
 
+def is_conditioned(model: Mapping[str, Any]) -> bool:
+    """Whether the model is image-to-video. From a cache its engine makes no condition, its network takes one."""
+    network = model["network_config"].get("params") or {}
+    twice = network.get("in_channels") == 2 * network.get("out_channels", 0)
+    return bool(model.get("noised_image_input")) or twice
+
+
 def weighs(model: Mapping[str, Any]) -> bool:
     """Whether the loss knows the batches' `loss_weight`: our engine's does, CogVideo's own does not.
 
@@ -98,12 +105,12 @@ def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
             "model.latent_input: true says that clips come encoded, and ours come as pixels; set it to false "
             "(configs/cogvideo/1.5.yaml does)."
         )
-    if model.get("noised_image_input") and not joint and any(b.frames == 1 for b in buckets):
+    if is_conditioned(model) and not joint and any(b.frames == 1 for b in buckets):
         raise ConfigError(
             f"{_FRAMES}: CogVideo's own loss would show a still of an image-to-video model its target as the "
             f"condition; name {LOSS} in model.loss_fn_config.target, or leave 1 out of the list."
         )
-    if not model.get("noised_image_input") and (loss.get("params") or {}).get("condition_dropout"):
+    if not is_conditioned(model) and (loss.get("params") or {}).get("condition_dropout"):
         raise ConfigError(
             "model.loss_fn_config.params.condition_dropout: this model has no image condition to drop "
             "(noised_image_input is not set); leave configs/cogvideo/i2v.yaml out."

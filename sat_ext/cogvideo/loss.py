@@ -40,6 +40,7 @@ class JointDiffusionLoss(nn.Module):
       in front until the patches fit, as CogVideo's diffusers trainers do. Its sampler drops that frame when it
       decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch), and has the condition's frame
       in front of all; so it is here. The loss is a mean over the other frames.
+    - `condition_latents` (B, 1, C, h, w), of a batch from a cache, are taken in place of `concat_images`.
     - `ofs` (B,) is given to a network that embeds it, and that fails without: 2.0, or the batch's own.
 
     `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown, out of its
@@ -89,6 +90,9 @@ class JointDiffusionLoss(nn.Module):
         still, dropped, factors = self._per_sample(batch, input, training)
         batch = dict(batch)
         self._padding = padding_frames(input.shape[1], temporal_patch(transformer))
+        if "condition_latents" in batch:  # of a cache: the frames behind the first are zero, as in the engine
+            first = batch.pop("condition_latents").to(input)
+            batch["concat_images"] = torch.cat([first, torch.zeros_like(first).expand_as(input[:, 1:])], dim=1)
         if "concat_images" in batch:
             batch["concat_images"] = condition(batch["concat_images"], still | dropped, self._padding)
         elif self.condition_dropout:

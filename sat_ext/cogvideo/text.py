@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.embeddings import TextEmbeddings, encoder_fingerprint
 from sat_ext.cogvideo.parent import subclass_of
 from sat_ext.config import convert
+from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.models.placement import on_device
 
@@ -121,7 +121,7 @@ class OffloadedTextEmbedder(FrozenEmbedder):
 class CachedTextEmbedder(FrozenEmbedder):
     """A target for an entry of `emb_models` that reads embeddings; there is no text encoder.
 
-    - `folder`: what `embeddings.write_text_embeddings` wrote. Captions that are not in it raise `DataError`.
+    - `folder`: what `sat-ext cache` wrote. Captions that are not in it raise `DataError`.
     - `model_dir`, `max_length`: those of the encoder it stands for; where given, a folder of another's embeddings
       raises `ConfigError`.
 

@@ -12,6 +12,7 @@ from sat_ext.config import convert
 from sat_ext.data.buckets import BucketConfig, SequenceShape, batch_sizes, make_buckets
 from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig
+from sat_ext.encoded.latents import CacheConfig
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
@@ -49,7 +50,8 @@ class DataConfig:
     out at both ends of a clip (CogVideo's name). `sources` stands for SAT's `train_data` where shares, samplers
     or names are wanted. `batch`: `{cost: auto}` (`buckets.batch_sizes` says what that gives), or samples per rank
     by number of frames (`{1: 8, 49: 1}`).
-    `seed` decides the order of the data; it does not depend on the rank.
+    `cache`: train from latents and text embeddings in a folder. `seed` decides the order of the data; it does not
+    depend on the rank.
     """
 
     fps: int = 8
@@ -62,6 +64,7 @@ class DataConfig:
     short_clips: Literal["shorter_bucket", "loop", "pad_last", "drop"] = "shorter_bucket"
     on_bad_sample: BadSampleConfig = field(default_factory=BadSampleConfig)
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
+    cache: CacheConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from math import prod
 from typing import Any
@@ -11,19 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from sat_ext.data.clips import sample_times
+from sat_ext.data.cached import Cached, show
 from sat_ext.data.collate import collate
 from sat_ext.data.config import DataConfig
 from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.faults import Faults
 from sat_ext.data.guard import Guard
 from sat_ext.data.index import Group, Index
-from sat_ext.data.parts import file_times, part_info
 from sat_ext.data.schedule import Cell, Schedule, Step
 from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
-from sat_ext.files import suffix_of
-from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, Sample
+from sat_ext.types import Bucket, Item, Sample
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +43,8 @@ class JointStream:
 
     `batch_sizes` gives samples per rank by bucket. Where a bucket of a source has few records, its batch is
     smaller, so that no step holds a record twice. `used` (samples of each group of the index that were trained on)
-    goes on with an earlier run. Files are read in a process of the stream's own (see
-    `guard`), in each data worker or, without workers, beside the training process.
+    goes on with an earlier run. With `cached`, no media are read. Files are read in a process of the stream's own
+    (see `guard`), in each data worker or, without workers, beside the training process.
     """
 
     def __init__(
@@ -57,8 +56,9 @@ class JointStream:
         world: int,
         dtype: torch.dtype,
         used: Sequence[int] | None = None,
+        cached: Cached | None = None,
     ) -> None:
-        self.index, self.config, self.dtype = index, config, dtype
+        self.index, self.config, self.dtype, self.cached = index, config, dtype, cached
         cells = [
             Cell(
                 source=g.source,
@@ -106,7 +106,9 @@ class JointStream:
         """The batch of one step. Raises `DataError` when too many files cannot be read."""
         self._read.release()  # the samples of the last batch were copied into it
         samples = [self.sample(step.cell, int(p)) for p in self.schedule.positions(step, rank)]
-        batch = collate(samples, self.dtype)
+        batch = collate(samples, torch.uint8 if self.cached else self.dtype)
+        if self.cached is not None and self.cached.as_pixels:
+            batch["mp4"] = batch.pop("latents").to(self.dtype)
         batch["loss_weight"] = torch.full((len(samples),), self.schedule.loss_weight(step.cell))
         return batch
 
@@ -126,42 +128,29 @@ class JointStream:
                 self._faults.require_another(group.rows, group.source, group.bucket)
                 continue
             try:
-                sample = self._load(group, record, rng)
+                visit = position // len(group.rows)
+                sample = self._load(group, record, rng, visit)
                 self._faults.clear_run()
                 return sample
             except MediaError as error:
                 self._faults.add(row, error)
         raise AssertionError("the budget of faults ends the loop")
 
-    def _load(self, group: Group, record: int, rng: np.random.Generator) -> Sample:
-        item, whole = self.index.item(int(group.rows[record]))
-        bucket = group.bucket
-        part = part_info(item, whole)
-        times, num_frames, fps = None, 1, self.config.fps
-        if whole.frames > 1 or suffix_of(item.path) not in IMAGE_EXTENSIONS:
-            clip = sample_times(
-                self.index.samplers[group.source],
-                info=part,
-                frames=bucket.frames,
-                fps=self.config.fps,
-                rng=rng,
-                short=self.config.short_clips,
-                skip_frames=self.config.skip_frms_num,
-                window=0 if group.windows is None else int(group.windows[record]),
-            )
-            times, num_frames, fps = file_times(item, whole, clip.times), clip.num_frames, clip.fps
-        caption = _draw_caption(item, rng)
-        fit = Fit(bucket.height, bucket.width, item.crop)
-        pixels = self._read(item.path, times, self.config.decoder, fit)
-        return Sample(
-            pixels=torch.from_numpy(pixels),
-            caption=caption,
-            num_frames=num_frames,
-            fps=fps,
-            kind="image" if bucket.frames == 1 else "video",
-            source=group.source,
-            key=item.key,
-        )
+    def _load(self, group: Group, record: int, rng: np.random.Generator, visit: int) -> Sample:
+        if self.cached is not None:
+            return self._take(self.cached, group, record, rng, visit)
+        shown = show(self.index, self.config, group, record, rng)
+        caption = _draw_caption(shown.item, rng)
+        fit = Fit(group.bucket.height, group.bucket.width, shown.item.crop)
+        pixels = self._read(shown.item.path, shown.times, self.config.decoder, fit)
+        return shown.sample(torch.from_numpy(pixels), caption)
+
+    def _take(self, cached: Cached, group: Group, record: int, rng: np.random.Generator, visit: int) -> Sample:
+        """From the cache, with the caption that `_load` has too where its sampler does not draw."""
+        shown, entry = cached.find(self.index, self.config, group, record, visit)
+        caption = _draw_caption(shown.item, rng)
+        pixels = torch.zeros(group.bucket.frames, 3, 1, 1, dtype=torch.uint8)
+        return replace(shown.sample(pixels, caption), encoded=cached.read(entry, visit, rng))
 
 
 def _draw_caption(item: Item, rng: np.random.Generator) -> str:

@@ -70,13 +70,14 @@ class FirstStageConfig:
 
     `condition_scale` multiplies the latents of the I2V condition frame. Null does as diffusers' pipeline:
     `scaling_factor`, or its inverse where the folder's vae/config.json says `invert_scale_latents`.
-    For the memory of encoding: `tiling` takes parts of large frames, `slicing` one sample at a time, `frames` so
+    For the memory of encoding: `tiling` takes parts of large frames, `slicing` one sample at a time
+    (whole batches fail in diffusers from nine stills of 480x720 on), `frames` so
     many pixel frames at a time. Tiles and other chunks change latents a little, by their group norms.
     """
 
     kind: Literal["autoencoder", "cosine"] = "autoencoder"
     tiling: bool = False
-    slicing: bool = False
+    slicing: bool = True
     frames: int = 8
     condition_scale: float | None = None
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)

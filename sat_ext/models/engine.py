@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import (
     condition_latents,
     drop_captions,
@@ -29,10 +30,9 @@ from sat_ext.models.diffusion import (
     timestep_interval,
     uniform_timesteps,
 )
-from sat_ext.models.first_stage import build_first_stage
+from sat_ext.models.encoders import build_encoders
 from sat_ext.models.generate import generate
 from sat_ext.models.levers import check_zero
-from sat_ext.models.text import build_text
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.pixels import to_model_range
 
@@ -60,8 +60,13 @@ class VideoDiffusionEngine(nn.Module):
         self.config = config
         # not called "transformer": SAT would take it for one of its own when it saves
         self.network = build_transformer(config, params_dtype)
-        self.first_stage = build_first_stage(config, params_dtype)
-        self.text = build_text(config, params_dtype)
+        cache = _cache_of(args)
+        if cache is not None and config.sampling.number:
+            raise ConfigError(
+                f"model.sampling.number: {config.sampling.number} samples at an evaluation need the first stage, "
+                "which a run from data.params.cache does not load; set it to 0, and use sat-ext sample."
+            )
+        self.first_stage, self.text = build_encoders(config, params_dtype, cache)
         self.schedule = NoiseSchedule.make(config.schedule.snr_shift_scale)
         self._generator: torch.Generator | None = None
         self._seed = int(getattr(args, "seed", None) or 1234)
@@ -143,13 +148,12 @@ class VideoDiffusionEngine(nn.Module):
 
     def _training_losses(self, batch: Mapping[str, Any]) -> Tensor:
         """(B,) losses with one random noise level a sample, condition noise and dropout."""
-        pixels, count = self._pixels(batch), len(batch["txt"])
-        generator = self._train_generator(batch, pixels.device)
+        count = len(batch["txt"])
+        generator = self._train_generator(batch, self.network.device)
         captions = drop_captions(batch["txt"], drop_mask(count, self.config.caption_dropout, generator))
-        latents = self.first_stage.encode(pixels, generator)
+        latents, first = self._latents(batch, generator)
         condition = None
-        if self.config.conditioning == "i2v":
-            first = self.first_stage.encode_condition(noisy_first_frames(pixels, generator), generator)
+        if first is not None:
             dropped = drop_mask(count, self.config.condition_dropout, generator)
             condition = self._condition(first, latents, dropped, batch)
         latents, condition, padding = self._padded(latents, condition)
@@ -166,11 +170,9 @@ class VideoDiffusionEngine(nn.Module):
 
         Each sample is looked at with `eval_timesteps` noise levels, one from each equal part of the range.
         """
-        pixels = self._pixels(batch)
-        latents = self.first_stage.encode(pixels)
+        latents, first = self._latents(batch, None)
         condition = None
-        if self.config.conditioning == "i2v":
-            first = self.first_stage.encode_condition(pixels[:, :1])
+        if first is not None:
             condition = self._condition(first, latents, torch.zeros(len(first), dtype=torch.bool), batch)
         latents, condition, padding = self._padded(latents, condition)
         text = self.text.encode(batch["txt"], latents.device, self.network.dtype)
@@ -186,6 +188,25 @@ class VideoDiffusionEngine(nn.Module):
             prediction = self.predict(noisy, text, timesteps, condition)
             losses.append(self.schedule.losses(prediction, latents, noise, timesteps, padding))
         return torch.stack(losses).mean(dim=0)
+
+    def _latents(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents (B, t, C, h, w) and, of an image-to-video model, the first frames' (B, 1, C, h, w).
+
+        Without a generator nothing is drawn. A cached batch brings both.
+        """
+        conditioned = self.config.conditioning == "i2v"
+        if "latents" in batch:
+            device, dtype = self.network.device, self.network.dtype
+            latents = batch["latents"].to(device, dtype)
+            return latents, batch["condition_latents"].to(device, dtype) if conditioned else None
+        pixels = self._pixels(batch)
+        latents = self.first_stage.encode(pixels, generator)
+        if not conditioned:
+            return latents, None
+        frames = pixels[:, :1] if generator is None else noisy_first_frames(pixels, generator)
+        return latents, self.first_stage.encode_condition(frames, generator)
 
     def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
         given: Tensor = batch["mp4"].to(self.network.device)  # uint8 crosses to the device four times faster
@@ -225,6 +246,13 @@ def _rank_and_world() -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _cache_of(args: Any) -> str | None:
+    """The folder of `data.params.cache`, where the run has one."""
+    data = getattr(args, "data_config", None) or {}
+    cache = (data.get("params") or {}).get("cache")
+    return None if cache is None else str(cache["folder"])
 
 
 def _as_mapping(model_config: Any) -> Mapping[str, Any]:

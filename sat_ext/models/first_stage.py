@@ -57,6 +57,10 @@ class CosineFirstStage(nn.Module):
         latents = torch.einsum("ndtpq,bgtdhpwq->bgnhw", basis, blocks)
         return (latents / scale[:, None, None]).to(pixels.dtype)
 
+    def moments(self, pixels: Tensor) -> tuple[Tensor, None]:
+        """Latents, and no deviation: there is nothing random."""
+        return self.encode(pixels), None
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped to [-1, 1]."""
         colours, basis, scale = _cosine_basis(latents.device)
@@ -111,9 +115,13 @@ class AutoencoderFirstStage(nn.Module):
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
 
-    def _latents(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _posterior(self, pixels: Tensor) -> DiagonalGaussianDistribution:
         posterior = self.vae.encode(pixels.transpose(1, 2).to(self.vae.dtype)).latent_dist
         assert isinstance(posterior, DiagonalGaussianDistribution)
+        return posterior
+
+    def _latents(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        posterior = self._posterior(pixels)
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         return latents.transpose(1, 2)
 
@@ -121,6 +129,12 @@ class AutoencoderFirstStage(nn.Module):
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents: a sample of the posterior with a generator, its mode without."""
         return self._latents(pixels, generator) * self.scale
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, scaled as latents are."""
+        posterior = self._posterior(pixels)
+        return posterior.mean.transpose(1, 2) * self.scale, posterior.std.transpose(1, 2) * self.scale
 
     @torch.no_grad()
     def encode_condition(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -31,6 +31,7 @@ from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.models.shape import check_buckets, sequence_shape
 from sat_ext.sat import checkpoint, ends, fixes, lists
+from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.run import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.settings import settings_of
@@ -148,8 +149,9 @@ class JointImageVideoDataset:
             sizes = dict.fromkeys(sizes, largest)
         used = samples_used(args, index.groups, index.shares, config.seed) if split == "train_data" else None
         stream = JointStream(
-            index, config, batch_sizes=sizes, world=world, dtype=_pixel_type(args, model), used=used
-        )
+            index, config, batch_sizes=sizes, world=world, dtype=_pixel_type(args, model), used=used,
+            cached=open_cache(args, config, model, index, split),
+        )  # fmt: skip
         batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
         print_rank0(f"{split}: samples per rank and step: {batches}")
         return stream

@@ -3,9 +3,10 @@
     COGVIDEO_SAT=/path/to/CogVideo/sat python tests/cogvideo/on_cpu.py --base model.yaml sft.yaml ...
     COGVIDEO_SAT=... torchrun --nproc_per_node 2 tests/cogvideo/on_cpu.py --base ...
 
-The arguments are that script's. What stands in for the missing GPU is all here: tensors asked for on "cuda" are
-made on the CPU, the ranks speak gloo, and packages that the script imports but a training run does not need are
-empty. Nothing of the checkout is changed, and no compiled file is left in it.
+The arguments are that script's; after `sat-ext`, those of that command, with the checkout's code at hand. What
+stands in for the missing GPU is all here: tensors asked for on "cuda" are made on the CPU, the ranks speak gloo,
+and packages that the script imports but a training run does not need are empty. Nothing of the checkout changes,
+and no compiled file is left in it.
 
 With ON_CPU_RECORD=FOLDER, FOLDER/<rank>.jsonl gets a line for every micro-batch that the script trained or was
 evaluated on: split, iteration, key, kind, shape, and the loss to its last bit.
@@ -223,6 +224,11 @@ def main() -> None:
     folder = prepare(os.environ["COGVIDEO_SAT"])
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, default)
+    if sys.argv[1:2] == ["sat-ext"]:
+        from sat_ext.cli.main import main as sat_ext
+
+        sys.argv = sys.argv[1:]
+        return sat_ext()
     if "ON_CPU_RECORD" in os.environ:
         record = Record(Path(os.environ["ON_CPU_RECORD"], os.environ["RANK"] + ".jsonl"))
         record.watch(importlib.import_module("sat.training.deepspeed_training"))

@@ -51,6 +51,11 @@ REPLACED = {
         "model.network_config.params.modules.pos_embed_config.target",
         "model.network_config.params.modules.final_layer_config.target",
     },
+    "cached": {
+        "args.eval_interval", "args.valid_data", "model.noised_image_input", "model.first_stage_config.target",
+        "model.conditioner_config.params.emb_models.0.target",
+        "model.conditioner_config.params.emb_models.0.params.model_dir",
+    },
     "offload-text": {
         "model.conditioner_config.params.emb_models.0.target",
         "model.conditioner_config.params.emb_models.0.params.model_dir",
@@ -131,7 +136,7 @@ def test_the_package_names_what_it_has() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_all_that_cogvideo_says_stays_but_what_the_overlays_are_for(model: Path) -> None:
     before = dict(leaves(read_yaml(theirs(model))))
-    for chosen in [[o] for o in fitting(model)] + [fitting(model), ["offload-text"]]:
+    for chosen in [[o] for o in fitting(model)] + [fitting(model), ["offload-text"], ["cached"]]:
         after = dict(leaves(read_yaml([*theirs(model), *map(path_of, chosen)])))
         changed = {path for path, value in before.items() if after.get(path) != value}
         assert changed <= set().union(*(REPLACED[o] for o in chosen)), chosen

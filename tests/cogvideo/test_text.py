@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sat_ext.cogvideo import embeddings
-from sat_ext.cogvideo.embeddings import encoder_fingerprint, write_text_embeddings
 from sat_ext.cogvideo.text import CachedTextEmbedder, OffloadedTextEmbedder, on_device
+from sat_ext.encoded import files
+from sat_ext.encoded.text import encoder_fingerprint, write_text_embeddings
 from sat_ext.errors import ConfigError, DataError
 
 LENGTH, WIDTH = 4, 6
@@ -209,16 +209,10 @@ def test_a_caption_without_an_embedding_is_named(folder: Path) -> None:
     with pytest.raises(DataError) as error:
         embedder(["a cat", "a cow"])
     assert str(error.value) == (
-        f"{folder}: there is no embedding of the caption 'a cow'; write it with "
-        "sat_ext.cogvideo.embeddings.write_text_embeddings."
+        f"{folder}: there is no embedding of the caption 'a cow'; write it with sat-ext cache."
     )
     with pytest.raises(DataError, match=r"the caption 'm{80}\.\.\.'; write"):
         embedder(["m" * 500])
-
-
-def test_the_function_that_messages_name_exists() -> None:
-    module, _, name = embeddings.WRITER.rpartition(".")
-    assert module == embeddings.__name__ and callable(getattr(embeddings, name))
 
 
 def test_captions_without_a_folder_are_an_error() -> None:
@@ -227,7 +221,7 @@ def test_captions_without_a_folder_are_an_error() -> None:
 
 
 def test_a_folder_without_embeddings_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there are no text embeddings here; write them with sat_ext\."):
+    with pytest.raises(DataError, match=r"there are no text embeddings here; write them with sat-ext cache"):
         cached(folder=str(tmp_path))
 
 
@@ -279,7 +273,7 @@ def test_a_run_cut_short_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: p
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(embeddings, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(DataError, match=r"cannot be written \(.*No space left on device\); free space or name"):
         write_text_embeddings(tmp_path, ["a cat"], Encoder(device="cpu"), {})
     assert not list(tmp_path.iterdir())

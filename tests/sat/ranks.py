@@ -5,8 +5,8 @@
         run.wait() == [0, 0]
 
 Each rank is a real process, in a process group of the run's own, that calls `train_video.main` as the entry script
-does. It writes the loss of every micro-step, exactly, and the keys of its samples to `<folder>/rank<r>.jsonl`, and
-everything it prints to `<folder>/rank<r>.log`.
+does, or `sat-ext` (`cli=True`). It writes the loss of every micro-step, exactly, and the keys of its samples to
+`<folder>/rank<r>.jsonl`, and everything it prints to `<folder>/rank<r>.log`.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ PRELOADED = (  # what a run imports in its course, two thirds of its time
     "train_video", "sat_ext.models.engine", "sat_ext.models.transformer", "sat_ext.sat.dataset",
     "sat_ext.sat.checkpoint.save", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.module_inject", "PIL.ImageFont",
+    "sat_ext.cli.main", "sat_ext.models.encoders",
 )  # fmt: skip
 
 
@@ -182,6 +183,14 @@ def run_rank(rank: int, request: dict[str, Any]) -> int:
         sys.argv = ["train_video.py", *request["arguments"]]
         import train_video
 
+        if request.get("cli"):
+            from sat_ext.cli.main import main
+
+            if request.get("slow_encoding"):
+                encode_slowly(request["slow_encoding"])
+            sys.argv[0] = "sat-ext"
+            main()
+            return 0
         prepare(folder / f"rank{rank}.jsonl", request)
         train_video.main()
         return 0
@@ -253,6 +262,15 @@ def prepare(records: Path, request: dict[str, Any]) -> None:
         return loss, metrics
 
     training.TrainingHooks.forward_step = forward_step
+
+
+def encode_slowly(seconds: float) -> None:
+    """Each sample takes so long, and is written at once."""
+    from sat_ext.encoded import write
+
+    encode = write.encode_sample
+    write.FILE_SECONDS = 0.0
+    write.encode_sample = lambda *arguments: (time.sleep(seconds), encode(*arguments))[1]
 
 
 def fill_up(rank: int, limit: int) -> None:

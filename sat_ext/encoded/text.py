@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from sat_ext.encoded.files import files_fingerprint, opened, write_aside
 from sat_ext.errors import ConfigError, DataError
 
-WRITER = "sat_ext.cogvideo.embeddings.write_text_embeddings"
+WRITER = "sat-ext cache"
 FINGERPRINT = "fingerprint"  # the key in a file's metadata
 
 
@@ -72,12 +68,14 @@ class TextEmbeddings:
 def encoder_fingerprint(
     model_dir: str | None = None, max_length: int | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, str]:
-    """What tells an encoder's embeddings from another's: of `model_dir` its name and, where it is a folder, a hash
-    of its configuration; the tokens of a caption; the dtype."""
+    """What tells an encoder's embeddings from another's: of `model_dir` its name and, where it is a folder, hashes
+    of its configuration and its weights; the tokens of a caption; the dtype."""
     found: dict[str, str] = {}
     if model_dir is not None:
         found["encoder"] = Path(model_dir).name
         config = Path(model_dir) / "config.json"
+        if any(Path(model_dir).glob("*.safetensors")):
+            found["weights"] = files_fingerprint(Path(model_dir))
         if config.is_file():
             found["config"] = blake2b(config.read_bytes(), digest_size=16).hexdigest()
     if max_length is not None:
@@ -128,28 +126,6 @@ def write_text_embeddings(
     return len(wanted)
 
 
-def write_aside(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write `file` so that it is there whole or not at all. Raises `DataError`."""
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{file}: cannot be written ({error}); free space or name another folder.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def caption_key(caption: str) -> str:
     """The name of a caption's embedding: a hash of its text."""
     return blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """The safetensors file, memory-mapped. Raises `DataError` where it is not one, or a part of one."""
-    try:
-        with safe_open(file, framework="pt") as shard:
-            yield shard
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); delete it, and write its embeddings anew.") from error

@@ -1,0 +1,196 @@
+"""`sat-ext cache`: latents and text embeddings of a run's whole data set, on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from sat_ext.cli.yaml_base import Base, BaseOption, MoreYaml, load_base
+from sat_ext.cogvideo.script import CHECKOUT
+from sat_ext.data.cached import Cached, Shown, media_codes
+from sat_ext.data.config import DataConfig
+from sat_ext.data.index import Index, build_index
+from sat_ext.encoded.encoders import Encoders, Fingerprints
+from sat_ext.encoded.latents import CacheConfig, Entry, LatentStore
+from sat_ext.encoded.text import write_text_embeddings
+from sat_ext.encoded.write import Work, missing_work, require_room, write_samples
+from sat_ext.errors import ConfigError, DataError
+from sat_ext.sat.shared import share_from_first_rank
+
+DEFAULT = "cache"
+
+
+def cache(
+    base: BaseOption,
+    more: MoreYaml = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="the cache's folder; else data.params.cache.folder")
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(min=1, help="draws of each clip; else data.params.cache.clips")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
+) -> None:
+    """Encode the data set of a run, what it is evaluated on too, with its own first stage and text encoder.
+
+    Under torchrun or the DeepSpeed launcher (`--module sat_ext.cli.main cache ...`) each rank does a part. What is
+    there already is left as it is, so the command goes on where it was killed.
+    """
+    run = load_base([*base, *(more or [])])
+    rank, world = _join()
+    settings = _settings(run, output, clips)
+    folder = Path(settings.folder)
+    prints, make = _encoders(run)
+    console = Console(stderr=True, quiet=rank > 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    given = [sources for sources in (run.sources, run.held_out) if sources]
+    lists = share_from_first_rank(lambda: [_index(run.data, sources, console) for sources in given])
+    work = share_from_first_rank(lambda: _work(run.data, lists, settings, prints))
+    encoders = None
+    if work.samples or work.captions:
+        encoders = make()
+        share_from_first_rank(lambda: _announce(work, encoders, settings, folder, console))
+        _write(work.of_rank(rank, world), encoders, run, settings, prints, console)
+    dist.barrier()
+    facts = share_from_first_rank(lambda: _facts(run.data, lists, settings, prints, work))
+    if rank == 0:
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            _show(facts, run)
+    dist.destroy_process_group()
+
+
+def _join() -> tuple[int, int]:
+    """This process among those of a launcher, or alone."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _settings(run: Base, output: Path | None, clips: int | None) -> CacheConfig:
+    given = run.data.cache
+    if given is None and output is None:
+        raise ConfigError("-o: name a folder for the cache, or set data.params.cache.folder.")
+    settings = given or CacheConfig(folder=str(output))
+    if output is not None:
+        settings = replace(settings, folder=str(output))
+    return settings if clips is None else replace(settings, clips=clips)
+
+
+def _encoders(run: Base) -> tuple[Fingerprints, Any]:
+    """Fingerprints, and what builds the encoders where this rank computes."""
+    device = (
+        torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    if "network_config" in run.model:
+        from sat_ext.cogvideo import encoders as cogvideo
+
+        sys.path.insert(0, os.environ.get(CHECKOUT) or os.getcwd())
+        return cogvideo.fingerprints(run.model, run.dtype), lambda: cogvideo.CogVideoEncoders(
+            run.model, run.dtype, device
+        )
+    if not run.model:
+        raise ConfigError("--base: no 'model' section, whose encoders are wanted; add a file of configs/model/.")
+    from sat_ext.models import encoders as own
+
+    return own.fingerprints(run.model, run.dtype), lambda: own.EngineEncoders(run.model, run.dtype, device)
+
+
+def _index(data: DataConfig, sources: Any, console: Console) -> Index:
+    return build_index(
+        sources, data,
+        probing=lambda found, total: track(found, description="probing files", total=total, console=console),
+    )  # fmt: skip
+
+
+def _wanted(
+    data: DataConfig, lists: list[Index], settings: CacheConfig, prints: Fingerprints
+) -> Iterator[tuple[Shown, Entry]]:
+    store = LatentStore(Path(settings.folder))
+    for index in lists:
+        cached = Cached(
+            store=store, config=settings, media=media_codes(index), encoder=prints.first_stage, draws=True,
+            conditions=False,
+        )  # fmt: skip
+        yield from cached.wanted(index, data)
+
+
+def _work(data: DataConfig, lists: list[Index], settings: CacheConfig, prints: Fingerprints) -> Work:
+    captions = (c for index in lists for of_row in index.table["captions"].to_pylist() for c in of_row)
+    wanted = {entry.key: (shown, entry) for shown, entry in _wanted(data, lists, settings, prints)}
+    return missing_work(Path(settings.folder), wanted.values(), captions)
+
+
+def _announce(work: Work, encoders: Encoders, settings: CacheConfig, folder: Path, console: Console) -> None:
+    needed = work.bytes_on_disk(encoders.shape, settings.conditions)
+    console.print(
+        f"{folder}: {len(work.samples)} samples and {len(work.captions)} captions to encode, about "
+        f"{needed / 1e9:.2f} GB"
+    )
+    require_room(folder, needed)
+
+
+def _write(
+    work: Work, encoders: Encoders, run: Base, settings: CacheConfig, prints: Fingerprints, console: Console
+) -> None:
+    folder = Path(settings.folder)
+    write_text_embeddings(folder, work.captions, encoders.embed, prints.text)
+    errors = write_samples(
+        folder, work.samples, encoders, conditions=settings.conditions, decoder=run.data.decoder,
+        timeout=run.data.on_bad_sample.timeout, workers=run.num_workers,
+        progress=lambda items, total: track(items, description="encoding", total=total, console=console),
+    )  # fmt: skip
+    for error in errors:
+        print(f"left out, mend or remove it: {error}", file=sys.stderr)
+
+
+def _facts(
+    data: DataConfig, lists: list[Index], settings: CacheConfig, prints: Fingerprints, work: Work
+) -> dict[str, Any]:
+    """Of the whole cache, which must now hold all; `DataError` where another rank could not write its part."""
+    folder = Path(settings.folder)
+    entries = {entry.key: entry for _, entry in _wanted(data, lists, settings, prints)}
+    store = LatentStore(folder)
+    store.require(list(entries.values()), "the command again")
+    bad = [e.name for e in entries.values() if store.is_bad(e.key)]
+    limit = data.on_bad_sample.skip
+    if len(bad) > limit:
+        raise DataError(
+            f"{folder}: {len(bad)} samples cannot be read, more than data.params.on_bad_sample.skip ({limit}) "
+            f"allows: {', '.join(bad[:3])} ...; mend or remove them, or raise the limit."
+        )
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {
+        "folder": str(folder), "samples": len(entries), "encoded": len(work.samples), "bad": bad,
+        "captions_encoded": len(work.captions), "bytes": size, "clips": settings.clips,
+    }  # fmt: skip
+
+
+def _show(facts: dict[str, Any], run: Base) -> None:
+    folder = facts["folder"]
+    size, bad = facts["bytes"] / 1e9, len(facts["bad"])
+    print(
+        f"{folder}: {facts['samples']} samples, of which {facts['encoded']} were encoded now, and "
+        f"{facts['captions_encoded']} captions; {size:.2f} GB; {bad} files unreadable"
+    )
+    if "network_config" in run.model:
+        print(f"To train from it, append configs/cogvideo/cached.yaml with {folder} as its two folders.")
+    else:
+        clips = f", clips: {facts['clips']}" if facts["clips"] > 1 else ""
+        print(f"To train from it, append a YAML: data: {{params: {{cache: {{folder: {folder}{clips}}}}}}}")

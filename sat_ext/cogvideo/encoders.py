@@ -1,0 +1,139 @@
+"""CogVideo's own first stage and text encoder, as its YAML names them, for `sat-ext cache`; and their stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_ext.cogvideo.parent import import_class
+from sat_ext.encoded.encoders import Fingerprints, LatentShape
+from sat_ext.encoded.files import files_fingerprint
+from sat_ext.encoded.latents import fingerprint_of
+from sat_ext.encoded.text import encoder_fingerprint
+from sat_ext.errors import ConfigError
+from sat_ext.models.conditioning import noisy_first_frames
+from sat_ext.models.shape import LATENT_SIDE
+from sat_ext.pixels import to_model_range
+
+TARGET = "sat_ext.cogvideo.CachedFirstStage"
+OPTIONS = ("parent", "frames", "clips", "recompute", "cp_size")  # of the first stage's, that change no latent
+
+
+class CachedFirstStage(nn.Module):
+    """A target for `model.first_stage_config`: there is no first stage, and batches bring latents in `mp4`.
+
+    The parameters of the class that it stands for may stay in `params`; only `sat-ext cache` needs them.
+    """
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """What it is given, (B, C, t, h, w). Raises `ConfigError` for pixels."""
+        if latents.shape[1] == 3:
+            raise ConfigError(
+                f"model.first_stage_config.target: {TARGET} takes latents, and the batch brings pixels; set "
+                "data.params.cache.folder, or take the target out."
+            )
+        return latents
+
+    def decode(self, *_: Any, **__: Any) -> Tensor:
+        """Raises `ConfigError`: there is no decoder."""
+        raise ConfigError(
+            f"model.first_stage_config.target: {TARGET} cannot decode samples; set args.eval_interval: null."
+        )
+
+
+class CogVideoEncoders:
+    """`sat_ext.encoded.encoders.Encoders` of CogVideo's `model` section; its code must be importable.
+
+    Latents of clips are as the first stage gives them, which the engine scales; conditions are scaled.
+    """
+
+    def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        _require_encoder(model)
+        self.dtype, self.device = dtype, device
+        self.scale = float(model["scale_factor"])
+        self.first_stage = _built(model["first_stage_config"], "model.first_stage_config").to(device, dtype).eval()
+        embedder = _embedder(model)
+        self.text = _built(embedder, "model.conditioner_config.params.emb_models").to(device, dtype).eval()
+        params = embedder.get("params") or {}
+        network = model["network_config"]["params"]
+        patches = (network.get("modules") or {}).get("patch_embed_config") or {}
+        width = (patches.get("params") or {}).get("text_hidden_size", 4096)
+        self.shape = LatentShape(
+            channels=int(network.get("out_channels", 16)),
+            side=LATENT_SIDE,
+            item=dtype.itemsize,
+            deviates=True,
+            conditions=bool(model.get("noised_image_input")),
+            text=(int(params.get("max_length", 226)), int(width)),
+        )
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Encoders`."""
+        mean, deviation = self._posterior(to_model_range(pixels.to(self.device), self.dtype))
+        return mean.cpu(), deviation.cpu()
+
+    @torch.no_grad()
+    def condition(self, pixels: Tensor, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """See `Encoders`. The noise is that of CogVideo's `add_noise_to_first_frame`."""
+        frames = to_model_range(pixels[:, :1].to(self.device), self.dtype)
+        noisy = []
+        for _ in range(count):
+            mean, deviation = self._posterior(noisy_first_frames(frames, generator))
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
+            noisy.append((self.scale * (mean.float() + deviation.float() * noise)).to(self.dtype))
+        return (self.scale * self._posterior(frames)[0]).cpu(), torch.stack(noisy, dim=1).cpu()
+
+    @torch.no_grad()
+    def embed(self, captions: list[str]) -> Tensor:
+        """See `Encoders`."""
+        embedded: Tensor = self.text(captions)
+        return embedded.to(self.dtype)
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (B, t, C, h, w), as `DiagonalGaussianDistribution` of sgm reads them."""
+        given = self.first_stage.encode(pixels.transpose(1, 2).contiguous(), unregularized=True)
+        moments = given[0] if isinstance(given, tuple) else given
+        mean, log_variance = moments.transpose(1, 2).chunk(2, dim=2)
+        return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+
+
+def fingerprints(model: Mapping[str, Any], dtype: torch.dtype) -> Fingerprints:
+    """Of CogVideo's `model` section, without loading a weight."""
+    config = model["first_stage_config"]
+    params = {k: v for k, v in (config.get("params") or {}).items() if k not in OPTIONS}
+    checkpoint = params.pop("ckpt_path", None)
+    weights = files_fingerprint(Path(checkpoint)) if checkpoint else "random"
+    name = str(dtype).removeprefix("torch.")
+    architecture = {k: params[k] for k in ("encoder_config", "regularizer_config") if k in params}
+    stage = fingerprint_of("cogvideo", weights, architecture, model.get("scale_factor"), name)
+    text = _embedder(model).get("params") or {}
+    length = text.get("max_length")
+    found = encoder_fingerprint(text.get("model_dir"), None if length is None else int(length), dtype)
+    return Fingerprints(first_stage=stage, text=found)
+
+
+def _embedder(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    embedders = model["conditioner_config"]["params"]["emb_models"]
+    found: Mapping[str, Any] = embedders[0]
+    return found
+
+
+def _require_encoder(model: Mapping[str, Any]) -> None:
+    targets = (model["first_stage_config"].get("target"), _embedder(model).get("target"))
+    if any(str(t).startswith("sat_ext.cogvideo.Cached") for t in targets):
+        raise ConfigError(
+            "model: the YAML files train from a cache, and to write one the encoders are needed; leave "
+            "configs/cogvideo/cached.yaml out, and name the folder with -o."
+        )
+
+
+def _built(config: Mapping[str, Any], where: str) -> Any:
+    return import_class(str(config["target"]), f"{where}.target")(**(config.get("params") or {}))

@@ -1,0 +1,165 @@
+"""A folder of latents: written once, then read by what they were made of.
+
+<folder>/latents-*.safetensors   each of some hundred samples; the metadata lists them (`Entry`)
+<folder>/text-*.safetensors      embeddings of captions (`sat_ext.encoded.text`)
+
+A sample's key is a hash of all that its latents follow from: the file's size and time, the moments shown, the
+crop, the bucket and the encoder. What changes has another key, is not found, and is encoded again; nothing that is
+stale is ever read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat_ext.encoded.files import opened, write_aside
+from sat_ext.errors import ConfigError, DataError, MediaError
+
+ENTRIES = "entries"  # the key in a file's metadata
+VERSION = 1  # raise it when latents are made otherwise than before: all are then made anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """`data.params.cache`: train from what `sat-ext cache` wrote, without first stage and text encoder.
+
+    `folder` holds it. `clips`: of a sampler that draws, so many draws of each record are kept; visit v of a
+    record uses draw v modulo `clips`. `conditions`: of an image-to-video model, so many noisy versions of each
+    clip's first frame, which is drawn anew at every visit where nothing is cached.
+    """
+
+    folder: str
+    clips: int = 1
+    conditions: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "conditions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.params.cache.{name}: {getattr(self, name)}; give 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the latents of one sample follow from, in parts, so that it can be told which part has changed.
+
+    `name` is source and file; `media`, `clip` and `encoder` are fingerprints; `bad` says why the file could not be
+    read, where it could not.
+    """
+
+    name: str
+    media: str
+    clip: str
+    size: str
+    encoder: str
+    bad: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The hash of all parts."""
+        return fingerprint_of(VERSION, self.name, self.media, self.clip, self.size, self.encoder)
+
+
+CHANGES = {  # parts of an `Entry`, and how their change is told, the likeliest first
+    "media": "the file itself",
+    "encoder": "the first stage",
+    "size": "the size or length of its bucket",
+    "clip": "the choice of its frames (fps, sampler, skip_frms_num, crop, seed)",
+}
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """A hash of plain values (numbers, text, lists, mappings)."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+class LatentStore:
+    """The latents of a folder. Opening it reads the lists in its files' headers, and nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: list[Path] = sorted(folder.glob("latents-*.safetensors"))
+        self._places: dict[str, int] = {}
+        self._bad: dict[str, tuple[str, str]] = {}
+        for number, file in enumerate(self._files):
+            for entry in entries_in(file):
+                if entry.bad is None:
+                    self._places[entry.key] = number
+                else:
+                    self._bad[entry.key] = entry.name, entry.bad
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places or key in self._bad
+
+    def is_bad(self, key: str) -> bool:
+        """Whether the file of this sample could not be read."""
+        return key in self._bad
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """`mean`, and, where the sample has them, `std`, `first` and `noisy`, memory-mapped.
+
+        Raises `MediaError` for a file that could not be read when it was to be encoded.
+        """
+        if key in self._bad:
+            raise MediaError(*self._bad[key])
+        found: dict[str, Tensor] = {}
+        with opened(self._files[self._places[key]]) as shard:
+            for part in PARTS:
+                if (name := f"{key}.{part}") in shard.keys():  # noqa: SIM118, not a mapping
+                    found[part] = shard.get_tensor(name)
+        return found
+
+    def require(self, wanted: Sequence[Entry], command: str) -> None:
+        """Raise `DataError` unless all of `wanted` are here: what has changed, and the `command` that mends it."""
+        missing = [entry for entry in wanted if entry.key not in self]
+        if not missing:
+            return
+        kept: dict[str, list[Entry]] = {}
+        for file in self._files:
+            for entry in entries_in(file):
+                kept.setdefault(entry.name, []).append(entry)
+        first = missing[0]
+        reason = "it was never encoded"
+        if near := kept.get(first.name):
+            nearest = max(near, key=lambda e: sum(getattr(e, p) == getattr(first, p) for p in CHANGES))
+            changed = [told for part, told in CHANGES.items() if getattr(nearest, part) != getattr(first, part)]
+            reason = f"since it was encoded, {' and '.join(changed)} changed"
+        raise DataError(
+            f"{self.folder}: {len(missing)} of {len(wanted)} samples are not in this cache (first: {first.name}, "
+            f"{reason}); run {command}."
+        )
+
+
+PARTS = ("mean", "std", "first", "noisy")
+
+
+def entries_in(file: Path) -> Iterator[Entry]:
+    """The entries of one file of a folder. Raises `DataError` where it is broken."""
+    with opened(file) as shard:
+        listed = json.loads((shard.metadata() or {}).get(ENTRIES, "[]"))
+    for values in listed:
+        yield Entry(**values)
+
+
+def write_latents(folder: Path, samples: Sequence[tuple[Entry, Mapping[str, Tensor]]]) -> None:
+    """Write one file of `samples`: entries, and their tensors by the names in `PARTS`. Raises `DataError`."""
+    tensors = {
+        f"{entry.key}.{part}": value.contiguous() for entry, parts in samples for part, value in parts.items()
+    }
+    name = fingerprint_of([entry.key for entry, _ in samples])[:16]
+    listed = json.dumps([asdict(entry) for entry, _ in samples])
+    # a file of bad entries alone has no tensors, which safetensors does not take
+    write_aside(folder / f"latents-{name}.safetensors", tensors or {"none": torch.zeros(1)}, {ENTRIES: listed})
+
+
+def bytes_of(samples: Sequence[Mapping[str, Tensor]]) -> int:
+    """What their tensors take."""
+    return sum(t.numel() * t.element_size() for parts in samples for t in parts.values())

@@ -1,0 +1,112 @@
+"""The built-in engine's first stage and text encoder without its transformer, and their stand-ins for a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_ext.encoded.encoders import Fingerprints, LatentShape
+from sat_ext.encoded.files import files_fingerprint
+from sat_ext.encoded.latents import fingerprint_of
+from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
+from sat_ext.models.conditioning import noisy_first_frames
+from sat_ext.models.config import (
+    ModelConfig,
+    latent_channels,
+    load_model_config,
+    spatial_compression,
+    text_length,
+    transformer_of,
+)
+from sat_ext.models.first_stage import FirstStage, build_first_stage
+from sat_ext.models.text import build_text
+from sat_ext.pixels import to_model_range
+
+
+class EngineEncoders:
+    """`sat_ext.encoded.encoders.Encoders` of a `model:` section."""
+
+    def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        config = load_model_config(model)
+        self.dtype, self.device = dtype, device
+        self.first_stage: FirstStage = build_first_stage(config, dtype).to(device)
+        self.text = build_text(config, dtype).to(device)
+        self.shape = LatentShape(
+            channels=latent_channels(config),
+            side=spatial_compression(config),
+            item=dtype.itemsize,
+            deviates=config.first_stage.kind == "autoencoder",
+            conditions=config.conditioning == "i2v",
+            text=(text_length(config), transformer_of(config).text_embed_dim),
+        )
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Encoders`."""
+        mean, deviation = self.first_stage.moments(to_model_range(pixels.to(self.device), self.dtype))
+        return mean.cpu(), None if deviation is None else deviation.cpu()
+
+    def condition(self, pixels: Tensor, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """See `Encoders`. The noise is that of a training step."""
+        frames = to_model_range(pixels[:, :1].to(self.device), self.dtype)
+        clean = self.first_stage.encode_condition(frames)
+        noisy = [
+            self.first_stage.encode_condition(noisy_first_frames(frames, generator), generator)
+            for _ in range(count)
+        ]
+        return clean.cpu(), torch.stack(noisy, dim=1).cpu()
+
+    def embed(self, captions: list[str]) -> Tensor:
+        """See `Encoders`."""
+        return self.text.encode(captions, self.device, self.dtype)
+
+
+def fingerprints(model: Mapping[str, Any], dtype: torch.dtype) -> Fingerprints:
+    """Of a `model:` section, without loading a weight."""
+    config = load_model_config(model)
+    name = str(dtype).removeprefix("torch.")
+    first = config.first_stage
+    if first.kind == "cosine":
+        stage = fingerprint_of("cosine", name)
+    else:
+        weights = files_fingerprint(Path(config.pretrained, "vae")) if config.pretrained else "random"
+        options = (asdict(first.autoencoder), first.tiling, first.frames, first.condition_scale)
+        stage = fingerprint_of("autoencoder", weights, options, name, config.conditioning)
+    if config.text.kind == "byt5":
+        text = {"encoder": "byt5", "width": str(transformer_of(config).text_embed_dim), "dtype": name}
+        return Fingerprints(first_stage=stage, text={**text, "max_length": str(text_length(config))})
+    text = encoder_fingerprint(f"{config.pretrained}/text_encoder", text_length(config), dtype)
+    return Fingerprints(first_stage=stage, text={**text, "quantization": config.text.quantization})
+
+
+class CachedText(nn.Module):
+    """In the place of a text encoder: embeddings of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.embeddings = TextEmbeddings(folder)
+
+    def encode(self, captions: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Embeddings, (B, length, D). Raises `DataError` for a caption that is not in the folder."""
+        return torch.stack([self.embeddings[caption] for caption in captions]).to(device, dtype)
+
+
+class CachedFirstStage(nn.Module):
+    """In the place of a first stage: batches bring their latents."""
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """There is none."""
+        raise AssertionError("a batch without latents in a run from a cache")
+
+    decode = encode_condition = encode
+
+
+def build_encoders(config: ModelConfig, dtype: torch.dtype, folder: str | None) -> tuple[Any, Any]:
+    """First stage and text encoder of an engine; with the `folder` of a cache neither is loaded."""
+    if folder is not None:
+        return CachedFirstStage(), CachedText(Path(folder))
+    return build_first_stage(config, dtype), build_text(config, dtype)

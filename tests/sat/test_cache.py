@@ -1,0 +1,222 @@
+"""`sat-ext cache`: what it writes, what it goes on with, what it encodes again, and training from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from sat_ext.encoded import write
+from sat_ext.encoded.latents import LatentStore
+from sat_ext.errors import ConfigError, DataError
+from sat_ext.models import encoders
+from sat_ext.models.engine import VideoDiffusionEngine
+from tests.models.conftest import write_pretrained
+from tests.sat.ranks import Running, Server, finish, folder_of
+from tests.sat.runs import MODEL, QUICK, write_config
+
+
+@pytest.fixture
+def data(demo: Path, tmp_path: Path) -> Path:
+    """A copy of the demo's data, to change."""
+    return Path(shutil.copytree(demo, tmp_path / "demo"))
+
+
+def write_run(
+    data: Path, folder: Path, *, cache: Path | None = None, model: Any = MODEL, **params: Any
+) -> list[str]:
+    """The arguments of a run on `data`, from `cache` where it is given; clips begin at their start."""
+    files = write_config(data, folder, stage=2, **QUICK)
+    config = yaml.safe_load(Path(files[1]).read_text())
+    config["model"] = model
+    source = {"name": "all", "path": str(data / "train"), "sampler": "start"}
+    config["data"]["params"] |= {"sources": [source], **params}
+    if cache is not None:
+        config["data"]["params"]["cache"] = {"folder": str(cache)}
+    Path(files[1]).write_text(yaml.safe_dump(config))
+    return files
+
+
+def run_cache(server: Server, files: list[str], folder: Path, *more: str, world: int = 1) -> dict[str, Any]:
+    """What the command says of itself, which writes to `folder`."""
+    run = start(server, files, folder, "--json", "-o", str(folder), *more, world=world)
+    finish(run, (0,) * world)
+    found: dict[str, Any] = json.loads(next(x for x in run.log().splitlines() if x.startswith("{")))
+    return found
+
+
+def start(server: Server, files: list[str], folder: Path, *more: str, world: int = 1) -> Running:
+    logs = folder.parent / f"command{time.monotonic_ns()}"
+    return server.start(["cache", *files, *more], world=world, folder=logs, cli=True)
+
+
+@pytest.mark.multiprocess
+def test_training_from_a_cache_has_the_losses_of_training_without(
+    server: Server, data: Path, tmp_path: Path
+) -> None:
+    """On 2 ranks, with data workers: a cosine first stage and a model without condition draw nothing."""
+    plain = {**MODEL, "conditioning": "none", "transformer": {**MODEL["transformer"], "in_channels": 16}}
+    cache = tmp_path / "cache"
+    facts = run_cache(server, write_run(data, tmp_path / "c", model=plain), cache)
+    assert facts["samples"] == facts["encoded"] == 20 and not facts["bad"]
+    assert len(LatentStore(cache)._places) == 20
+    expected = server.start(write_run(data, tmp_path / "a", model=plain), world=2, folder=tmp_path / "plain")
+    finish(expected)
+    files = write_run(data, tmp_path / "b", cache=cache, model=plain)
+    cached = server.start([*files, "--num-workers", "2"], world=2, folder=tmp_path / "cached")
+    finish(cached)
+    for rank in range(2):
+        for ours, theirs in zip(cached.records(rank), expected.records(rank), strict=True):
+            assert (ours["loss"], ours["keys"]) == (theirs["loss"], theirs["keys"])
+
+
+@pytest.mark.multiprocess
+def test_an_image_to_video_model_trains_from_a_cache_and_goes_on(
+    server: Server, data: Path, tmp_path: Path
+) -> None:
+    folder = write_pretrained(tmp_path / "model", "5b-i2v")
+    model = {"pretrained": str(folder), "conditioning": "i2v", "train": {"mode": "lora", "rank": 2, "alpha": 2}}
+    cache = tmp_path / "cache"
+    run_cache(server, write_run(data, tmp_path / "c", model=model), cache)
+    files = write_run(data, tmp_path / "a", cache=cache, model=model)
+    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "kept")
+    run = server.start(files, world=2, folder=tmp_path / "whole")
+    statuses = run.wait()
+    (folder / "text_encoder" / "kept").rename(folder / "text_encoder" / "model.safetensors")
+    assert statuses == [0, 0], run.log()  # no text encoder was loaded: its weights were not there
+    assert all(float.fromhex(r["loss"]) > 0 for r in run.records())
+    save = folder_of(tmp_path / "a" / "save")
+    (save / "latest").write_text("2")
+    on = write_run(data, tmp_path / "a", cache=cache, model=model)
+    resumed = server.start([*on, "--load", str(save)], world=2, folder=tmp_path / "on")
+    finish(resumed)
+    for rank in range(2):
+        assert resumed.records(rank) == run.records(rank)[2:]
+
+
+@pytest.mark.multiprocess
+def test_ranks_share_the_work(server: Server, data: Path, tmp_path: Path) -> None:
+    files = write_run(data, tmp_path)
+    alone = run_cache(server, files, tmp_path / "alone")
+    facts = run_cache(server, files, tmp_path / "both", world=2)
+    assert facts["samples"] == alone["samples"] == facts["encoded"]
+    first, second = LatentStore(tmp_path / "alone"), LatentStore(tmp_path / "both")
+    assert first._places.keys() == second._places.keys()
+    assert len({*second._places.values()}) == 2  # a file of each rank
+    for key in first._places:
+        one, two = first.read(key), second.read(key)
+        assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.multiprocess
+def test_what_has_changed_is_encoded_alone_and_a_stale_cache_is_refused(
+    server: Server, data: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    files = write_run(data, tmp_path / "a", cache=cache)
+    assert run_cache(server, files, cache)["encoded"] == 20
+    assert run_cache(server, files, cache)["encoded"] == 0
+
+    def refused(files: list[str]) -> str:
+        run: Running = server.start(files, world=2, folder=tmp_path / f"run{time.monotonic_ns()}")
+        assert run.wait() == [1, 1]
+        assert not run.records()
+        return next(line for line in run.log().splitlines() if line.startswith("error: "))
+
+    clip = sorted((data / "train").rglob("*.mp4"))[0]
+    os.utime(clip, (1, 1))
+    assert "1 of 20 samples are not in this cache (first: all/" in refused(files)
+    assert "since it was encoded, the file itself changed); run 'sat-ext cache --base" in refused(files)
+    assert run_cache(server, files, cache)["encoded"] == 1
+    other = write_run(data, tmp_path / "b", cache=cache, fps=4)
+    assert "the choice of its frames (fps, sampler, skip_frms_num, crop, seed) changed" in refused(other)
+    larger = write_run(data, tmp_path / "c", cache=cache, video_size=[48, 48])
+    assert "the size or length of its bucket changed" in refused(larger)
+    caption = next((data / "train").rglob("*.txt"))
+    caption.write_text("something else")
+    assert "captions are not in this cache (first: 'something else')" in refused(files)
+    facts = run_cache(server, files, cache)
+    assert (facts["encoded"], facts["captions_encoded"]) == (0, 1)
+
+
+@pytest.mark.multiprocess
+def test_a_killed_command_goes_on_where_it_was(server: Server, data: Path, tmp_path: Path) -> None:
+    files = write_run(data, tmp_path)
+    cache = tmp_path / "cache"
+    run = server.start(
+        ["cache", *files, "-o", str(cache)], world=1, folder=tmp_path / "killed", cli=True, slow_encoding=0.2
+    )
+    deadline = time.monotonic() + 60
+    while len(list(cache.glob("latents-*.safetensors"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.kill()
+    assert run.wait() == [-signal.SIGKILL]
+    done = len(LatentStore(cache)._places)
+    assert 3 <= done < 20
+    assert run_cache(server, files, cache)["encoded"] == 20 - done
+
+
+@pytest.mark.multiprocess
+def test_several_draws_of_each_clip_are_kept(server: Server, data: Path, tmp_path: Path) -> None:
+    source = {"name": "all", "path": str(data / "train"), "sampler": "random_start"}
+    files = write_run(data, tmp_path, sources=[source])
+    facts = run_cache(server, files, tmp_path / "cache", "--clips", "3")
+    assert facts["clips"] == 3
+    assert 20 < facts["samples"] <= 8 + 3 * 12  # a still has one
+
+
+@pytest.mark.multiprocess
+def test_a_bad_file_is_kept_as_bad_and_counted(server: Server, data: Path, tmp_path: Path) -> None:
+    files = write_run(data, tmp_path)
+    run_cache(server, files, tmp_path / "first")  # probes while the files are whole
+    clip = sorted((data / "train").rglob("*.mp4"))[0]
+    status = clip.stat()
+    content = bytearray(clip.read_bytes())
+    content[len(content) // 4 : -1] = bytes(len(content) - 1 - len(content) // 4)
+    clip.write_bytes(content)
+    os.utime(clip, ns=(status.st_atime_ns, status.st_mtime_ns))  # so that it is not probed again
+    facts = run_cache(server, files, tmp_path / "cache")
+    assert facts["bad"] == [f"all/{clip.relative_to(data / 'train')}"]
+    assert run_cache(server, files, tmp_path / "cache")["encoded"] == 0
+
+
+@pytest.mark.multiprocess
+def test_mistakes_are_told_in_a_sentence(server: Server, data: Path, tmp_path: Path) -> None:
+    files = write_run(data, tmp_path)
+    run = start(server, files, tmp_path / "cache")
+    assert run.wait() == [2]
+    assert run.log() == "error: -o: name a folder for the cache, or set data.params.cache.folder.\n"
+    with pytest.raises(DataError, match=r"the cache will take about 1000000000.0 GB, and .* are free; make"):
+        write.require_room(tmp_path, 10**18)
+    model = {**MODEL, "sampling": {"number": 1}}
+    args = Namespace(model_config=model, data_config={"params": {"cache": {"folder": str(tmp_path)}}})
+    with pytest.raises(ConfigError, match="model.sampling.number: 1 samples at an evaluation need the first"):
+        VideoDiffusionEngine(args)
+
+
+def test_fingerprints_follow_weights_options_and_dtype(tmp_path: Path) -> None:
+    folder = write_pretrained(tmp_path / "model", "5b-i2v")
+    model = {"pretrained": str(folder), "conditioning": "i2v"}
+    first = encoders.fingerprints(model, torch.bfloat16)
+    assert first == encoders.fingerprints(model, torch.bfloat16)
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16) == first
+    assert encoders.fingerprints(model, torch.float32).first_stage != first.first_stage
+    tiled = {**model, "first_stage": {"tiling": True}}
+    assert encoders.fingerprints(tiled, torch.bfloat16).first_stage != first.first_stage
+    weights = moved / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    changed = encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16)
+    assert changed.first_stage != first.first_stage and changed.text == first.text
