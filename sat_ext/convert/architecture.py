@@ -81,7 +81,7 @@ def transformer_config(
     video in pixels, wins over the YAML's; where there is neither, the published models' is taken. Raises
     `ConfigError` where a tensor that every transformer has is missing, or the YAML is of another model.
     """
-    given = _given(base) if base else {}
+    given = described(base) if base else {}
     # a linear patch embedding does not show how its patch is shared out over time, height and width
     seen = _seen(weights, given.get("patch_size_t") or PATCH, given.get("patch_size", PATCH), where)
     for key, value in seen.items():
@@ -145,8 +145,8 @@ def _shape(weights: Mapping[str, Tensor], name: str, ranks: tuple[int, ...], whe
     return shape
 
 
-def _given(base: Mapping[str, Any]) -> dict[str, Any]:
-    """What CogVideo's YAML says, in diffusers' words."""
+def described(base: Mapping[str, Any]) -> dict[str, Any]:
+    """What CogVideo's YAML says of the transformer, in diffusers' words. `ConfigError` where it is incomplete."""
     try:
         network = base["model"]["network_config"]["params"]
         modules = network["modules"]

@@ -26,7 +26,7 @@ LATENT_SIDE = 8  # pixels a side of one latent, in every CogVideoX model
 def check_buckets(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
     """Raise `ConfigError` for a shape that our engine's model cannot take; `model` is its section, or empty."""
     if model:
-        config = _architecture(model)
+        config = expected_config(model)
         for bucket in buckets:
             check_bucket(config, bucket)
 
@@ -37,7 +37,7 @@ def sequence_shape(model: Mapping[str, Any]) -> SequenceShape:
         return _of_cogvideo(model["network_config"].get("params") or {})
     if not model:
         return SequenceShape()
-    config = _architecture(model)
+    config = expected_config(model)
     transformer = transformer_of(config)
     return SequenceShape(
         hidden_size=transformer.num_attention_heads * transformer.attention_head_dim,
@@ -60,7 +60,7 @@ def _of_cogvideo(network: Mapping[str, Any]) -> SequenceShape:
     )
 
 
-def _architecture(model: Mapping[str, Any]) -> ModelConfig:
+def expected_config(model: Mapping[str, Any]) -> ModelConfig:
     """The model's sizes; where its folder is not on this machine, those that the YAML expects of it."""
     config = load(ModelConfig, model, "model")
     if config.pretrained is None or Path(config.pretrained).is_dir():

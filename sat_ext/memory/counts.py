@@ -1,0 +1,140 @@
+"""Parameters of a run, counted on the real classes, of which no weights are made (torch's meta device)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from sat_ext.memory.run import COGVIDEO, Run
+from sat_ext.models.config import AutoencoderConfig, ModelConfig, TransformerConfig, folder_config, transformer_of
+
+# https://huggingface.co/google/t5-v1_1-xxl, config.json: the text encoder of every published CogVideoX model.
+T5_XXL = {
+    "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+# What SAT trains without weight decay, in a group of its own (NO_WD_MODULES in sat/transformer_defaults.py 0.4.12).
+NO_DECAY = (nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter: how many numbers, whether it trains, and where it is.
+
+    `block`: of the transformer's repeated blocks. `matrix`: the weight of a linear layer, which can be quantized;
+    `rows` of it. `decays`: SAT's optimizer group.
+    """
+
+    numel: int
+    trains: bool = False
+    decays: bool = True
+    block: int | None = None
+    matrix: bool = False
+    rows: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """The parameters of each part, in the order of its modules, and numbers in the transformer's buffers."""
+
+    network: tuple[Parameter, ...]
+    first_stage: tuple[Parameter, ...]
+    text: tuple[Parameter, ...]
+    buffers: int
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Sizes of what trains, by SAT's optimizer groups."""
+        groups = [[p.numel for p in self.network if p.trains and p.decays == decays] for decays in (True, False)]
+        return [group for group in groups if group]
+
+    def of_block(self, block: int = 0) -> tuple[Parameter, ...]:
+        """The parameters of one block of the transformer; all are alike."""
+        return tuple(p for p in self.network if p.block == block)
+
+
+def count(run: Run) -> Counts:
+    """Count the parameters of `run`. What the data cache replaces has none: it is not built."""
+    model = run.model
+    network, buffers = _network(transformer_of(model), replace(model.train, quantization="none"))
+    autoencoder = model.first_stage.kind == "autoencoder" and not run.cached
+    first = _first_stage(model.first_stage.autoencoder) if autoencoder else ()
+    return Counts(
+        network=network, first_stage=first, text=() if run.cached else _text(model), buffers=buffers
+    )
+
+
+@lru_cache(maxsize=8)
+def _network(transformer: TransformerConfig, train: object) -> tuple[tuple[Parameter, ...], int]:
+    from sat_ext.models.config import FirstStageConfig, TextConfig, TrainConfig
+    from sat_ext.models.transformer import build_transformer
+
+    assert isinstance(train, TrainConfig)
+    config = ModelConfig(
+        transformer=transformer, train=train, text=TextConfig(kind="byt5"), first_stage=FirstStageConfig()
+    )
+    with torch.device("meta"):
+        network = build_transformer(config, torch.float32)
+    lora = train.mode == "lora"
+    parameters = tuple(_parameters(network, lambda name: not lora or "lora_" in name))
+    return parameters, sum(b.numel() for b in network.buffers())
+
+
+@lru_cache(maxsize=8)
+def _first_stage(config: AutoencoderConfig) -> tuple[Parameter, ...]:
+    from sat_ext.convert.architecture import empty_model
+
+    kinds = {
+        f"{k}_block_types": [f"CogVideoX{k.title()}Block3D"] * len(config.block_out_channels)
+        for k in ("down", "up")
+    }
+    return tuple(_parameters(empty_model({"_class_name": "AutoencoderKLCogVideoX", **asdict(config), **kinds})))
+
+
+def _text(model: ModelConfig) -> tuple[Parameter, ...]:
+    if model.text.kind == "byt5":
+        from sat_ext.models.text import small_byt5
+
+        return tuple(_parameters(small_byt5(transformer_of(model).text_embed_dim)))
+    return _t5(model.pretrained or COGVIDEO)
+
+
+@lru_cache(maxsize=8)
+def _t5(pretrained: str) -> tuple[Parameter, ...]:
+    """The folder's encoder, or where it is not on this machine T5 v1.1 XXL."""
+    from pathlib import Path
+
+    from transformers import T5Config, T5EncoderModel
+
+    shape = folder_config(pretrained, "text_encoder") if Path(pretrained).is_dir() else T5_XXL
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config(**shape))
+    return tuple(_parameters(encoder))
+
+
+def _parameters(module: nn.Module, trains: object = None) -> Iterator[Parameter]:
+    """In SAT's order of its optimizer groups: module by module, of each the weights before the biases."""
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        own = [(n, p) for n, p in part._parameters.items() if p is not None and id(p) not in seen]
+        for name, parameter in sorted(own, key=lambda item: item[0] == "bias"):
+            seen.add(id(parameter))
+            full = f"{path}.{name}"
+            yield Parameter(
+                numel=parameter.numel(),
+                trains=bool(trains and trains(full)),  # type: ignore[operator]
+                decays=name != "bias" and not isinstance(part, NO_DECAY),
+                block=_block(path),
+                matrix=isinstance(part, nn.Linear) and name == "weight" and "lora_" not in path,
+                rows=parameter.shape[0] if parameter.ndim else 1,
+            )
+
+
+def _block(path: str) -> int | None:
+    """The block that a module of the transformer is in: `transformer_blocks.7.attn1.to_q`."""
+    names = path.split(".")
+    return int(names[1]) if names[0] == "transformer_blocks" and len(names) > 1 else None

@@ -1,0 +1,175 @@
+"""What the YAML says of a run that its memory follows from: our engine's model or CogVideo's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sat_ext.config import convert, load
+from sat_ext.convert.architecture import described
+from sat_ext.data.config import DataConfig
+from sat_ext.errors import ConfigError
+from sat_ext.models.config import (
+    FirstStageConfig,
+    ModelConfig,
+    TextConfig,
+    TrainConfig,
+    TransformerConfig,
+    latent_frames,
+    spatial_compression,
+    text_length,
+    transformer_of,
+)
+from sat_ext.models.levers import GradientCheckpointing
+from sat_ext.models.shape import check_buckets, expected_config, sequence_shape
+from sat_ext.types import Bucket
+
+BATCH_SIZE = 4  # SAT's default (sat/arguments.py, add_training_args, 0.4.12)
+COGVIDEO = "CogVideo"  # stands in `pretrained` for its own checkpoints, whose sizes are the published models'
+OFFLOADED_TEXT = "sat_ext.cogvideo.OffloadedTextEmbedder"
+CACHED_TEXT = "sat_ext.cogvideo.CachedTextEmbedder"
+CHUNKED_FIRST_STAGE = "sat_ext.cogvideo.ChunkedFirstStage"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run, before anything of it is built.
+
+    `batches` are samples per rank and micro-step by bucket; `deepspeed` is the YAML's section. `itemsize` is the
+    bytes of one number in the training dtype. `cached`: latents and embeddings come from disk. `whole_clips`: the
+    first stage holds an activation of the whole clip at full resolution, as CogVideo's do.
+    """
+
+    model: ModelConfig
+    batches: Mapping[Bucket, int]
+    deepspeed: Mapping[str, Any]
+    itemsize: int
+    accumulation: int = 1
+    workers: int = 1
+    cached: bool = False
+    whole_clips: bool = False
+
+    @property
+    def lora(self) -> bool:
+        """Whether adapters alone train."""
+        return self.model.train.mode == "lora"
+
+    @property
+    def checkpointing(self) -> GradientCheckpointing | None:
+        """Which blocks are computed anew in the backward pass; None where all keep what they need."""
+        given = self.model.gradient_checkpointing
+        return (GradientCheckpointing() if given else None) if isinstance(given, bool) else given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A micro-batch of one bucket as the transformer sees it: `video` and `text` tokens of a sample."""
+
+    samples: int
+    video: int
+    text: int
+    latents: int  # numbers of a sample in latent space, without the condition
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples."""
+        return self.samples * (self.video + self.text)
+
+
+def sizes(run: Run, bucket: Bucket) -> Sizes:
+    """The micro-batch of `bucket`; 1.5's padding latents are counted."""
+    transformer = transformer_of(run.model)
+    patch_t, pixels = transformer.patch_size_t or 1, spatial_compression(run.model)
+    rows, columns = bucket.height // pixels, bucket.width // pixels
+    groups = -(-latent_frames(bucket.frames) // patch_t)
+    patches = (rows // transformer.patch_size) * (columns // transformer.patch_size)
+    return Sizes(
+        samples=run.batches[bucket],
+        video=groups * patches,
+        text=text_length(run.model),
+        latents=groups * patch_t * transformer.out_channels * rows * columns,
+    )
+
+
+def read_run(config: Mapping[str, Any]) -> Run:
+    """The run that merged YAML sections describe. Folders that they name need not be on this machine.
+
+    Raises `ConfigError` for a section that is missing, and for a value that none of them takes.
+    """
+    for name in ("model", "data"):
+        if not config.get(name):
+            raise ConfigError(f"--base: no '{name}' section; add a file of configs/{name}/.")
+    section, args = dict(config["model"]), config.get("args") or {}
+    deepspeed = dict(config.get("deepspeed") or {})
+    original = "network_config" in section
+    model = of_cogvideo(section) if original else expected_config(section)
+    params = config["data"].get("params") or {}
+    data = load(DataConfig, params, "data.params")
+    buckets = data.make_buckets()
+    micro_batch = _count("train_micro_batch_size_per_gpu", deepspeed, "batch_size", args, BATCH_SIZE)
+    if str(config["data"].get("target", "sat_ext.")).startswith("sat_ext."):
+        if not original:
+            check_buckets(section, buckets)
+        batches = data.batch_sizes(buckets, largest=micro_batch, shape=sequence_shape(section))
+    else:  # CogVideo's own pads every clip to the longest
+        batches = {max(buckets, key=lambda b: b.frames): micro_batch}
+    target = (section.get("first_stage_config") or {}).get("target")
+    return Run(
+        model=model,
+        batches=batches,
+        deepspeed=deepspeed,
+        itemsize=_itemsize(deepspeed),
+        accumulation=_count("gradient_accumulation_steps", deepspeed, "gradient_accumulation_steps", args, 1),
+        workers=_count("num_workers", {}, "num_workers", args, 1, least=0),
+        cached=bool(params.get("cache")),
+        whole_clips=original and target != CHUNKED_FIRST_STAGE,
+    )
+
+
+def of_cogvideo(model: Mapping[str, Any]) -> ModelConfig:
+    """CogVideo's `model` section in the words of ours: the same architecture, and the levers that are set."""
+    params = model["network_config"].get("params") or {}
+    lora = ((params.get("modules") or {}).get("lora_config") or {}).get("params")
+    first = (model.get("first_stage_config") or {}).get("params") or {}
+    text = _text_embedder(model)
+    device = (text.get("params") or {}).get("device", "on_off") if text.get("target") == OFFLOADED_TEXT else "gpu"
+    rotary = "Rotary" in str(((params.get("modules") or {}).get("pos_embed_config") or {}).get("target", ""))
+    return ModelConfig(
+        pretrained=COGVIDEO,
+        conditioning="i2v" if model.get("noised_image_input") else "none",
+        transformer=load(
+            TransformerConfig,
+            {**described({"model": model}), "use_rotary_positional_embeddings": rotary},
+            "model.network_config",
+        ),
+        first_stage=FirstStageConfig(slicing=True, frames=int(first.get("frames", 8))),
+        text=TextConfig(device=device),
+        train=TrainConfig(mode="full" if lora is None else "lora", rank=int((lora or {}).get("r", 1))),
+        gradient_checkpointing=bool((params.get("transformer_args") or {}).get("checkpoint_activations")),
+    )
+
+
+def _text_embedder(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    models: Sequence[Any] = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    return next((m for m in models if m.get("input_key", "txt") == "txt"), {})
+
+
+def _count(
+    key: str, deepspeed: Mapping[str, Any], name: str, args: Mapping[str, Any], default: int, least: int = 1
+) -> int:
+    where, value = (f"deepspeed.{key}", deepspeed[key]) if key in deepspeed else (f"args.{name}", args.get(name))
+    count = default if value is None else convert(int, value, where)
+    if count < least:
+        raise ConfigError(f"{where}: {count}; give {least} or more.")
+    return int(count)
+
+
+def _itemsize(deepspeed: Mapping[str, Any]) -> int:
+    enabled = any((deepspeed.get(name) or {}).get("enabled") for name in ("fp16", "bf16"))
+    return 2 if enabled else 4
+
+
+def with_levers(run: Run, **changes: Any) -> Run:
+    """`run` with other values in its `model` section."""
+    return replace(run, model=replace(run.model, **changes))
