@@ -13,6 +13,7 @@ from sat_ext.cli.check import check
 from sat_ext.cli.convert import convert
 from sat_ext.cli.demo import demo
 from sat_ext.cli.export import export
+from sat_ext.cli.plan import plan
 from sat_ext.cli.preview import preview
 from sat_ext.cli.sample import sample
 from sat_ext.errors import SatExtError
@@ -28,6 +29,7 @@ app.command()(check)
 app.command()(convert)
 app.command()(demo)
 app.command()(export)
+app.command()(plan)
 app.command()(preview)
 app.command()(sample)
 

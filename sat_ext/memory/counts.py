@@ -64,7 +64,7 @@ def count(run: Run) -> Counts:
     autoencoder = model.first_stage.kind == "autoencoder" and not run.cached
     first = _first_stage(model.first_stage.autoencoder) if autoencoder else ()
     return Counts(
-        network=network, first_stage=first, text=() if run.cached else _text(model), buffers=buffers
+        network=network, first_stage=first, text=() if run.cached_text else _text(model), buffers=buffers
     )
 
 

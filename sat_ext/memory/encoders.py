@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sat_ext.memory.run import Run
+from sat_ext.memory.run import COGVIDEO, Run
 from sat_ext.models.config import AutoencoderConfig, text_length, transformer_of
 from sat_ext.types import Bucket
 
 CACHED_FRAMES = 2  # of a convolution's input, for the next chunk: its kernel of 3 frames, less one
 SPLIT = 2 * 1024**3  # bytes, counted as if of 2 a number, over which CogVideoXSafeConv3d convolves in parts
+# The decoder's peak for one tile, in its first channels times pixels of a frame: for 1 frame, 9, and more.
+DECODED = (41, 135, 179)
 TILE = (240, 360)  # pixels: half of `sample_height` and `sample_width` of every published autoencoder
 
 
@@ -50,7 +52,7 @@ def encode_peak(run: Run, bucket: Bucket) -> int:
     else:
         chunks = list(_chunks(bucket.frames, first.frames))
         peak = max(_chunk_peak(first.autoencoder, f, area, old=i > 0) for i, f in enumerate(chunks))
-        if run.model.pretrained == "CogVideo":  # ChunkedFirstStage: an activation of the clip at full resolution
+        if run.model.pretrained == COGVIDEO:  # ChunkedFirstStage: an activation of the clip at full resolution
             extra = first.autoencoder.block_out_channels[0] * bucket.frames * area
     return given + (peak + extra) * item
 
@@ -107,13 +109,24 @@ def _in_parts(frames: int, frame: int) -> int:
     return (frames - first + CACHED_FRAMES * (parts - 1) + frames - CACHED_FRAMES) * frame
 
 
+def decode_peak(run: Run, bucket: Bucket) -> int:
+    """Bytes on top of all weights while one sample's latents become pixels, tile by tile."""
+    first = run.model.first_stage
+    pixels = 3 * bucket.frames * bucket.height * bucket.width
+    if first.kind == "cosine":
+        return 3 * 4 * pixels
+    area = min(bucket.height, TILE[0]) * min(bucket.width, TILE[1])
+    tile = DECODED[(bucket.frames > 1) + (bucket.frames > 9)] * first.autoencoder.block_out_channels[0] * area
+    return (tile + pixels) * run.itemsize
+
+
 def text_peak(run: Run, bucket: Bucket) -> int:
     """Bytes on top of the weights while captions become embeddings, on the GPU.
 
     A layer of T5 holds its input, the norm of it, and three tensors of the feed-forward's width, or q, k, v and the
     scores of every head, which T5 computes in full, twice (in fp32 for the softmax).
     """
-    if run.cached or run.model.text.device == "cpu":
+    if run.cached_text or run.model.text.device == "cpu":
         return 0
     width = transformer_of(run.model).text_embed_dim
     length, samples = text_length(run.model), run.batches[bucket]

@@ -37,7 +37,8 @@ class Run:
     """A run, before anything of it is built.
 
     `batches` are samples per rank and micro-step by bucket; `deepspeed` is the YAML's section. `itemsize` is the
-    bytes of one number in the training dtype. `cached`: latents and embeddings come from disk. `whole_clips`: the
+    bytes of one number in the training dtype. `cached`: latents come from disk, and
+    `cached_text`: embeddings. `whole_clips`: the
     first stage holds an activation of the whole clip at full resolution, as CogVideo's do.
     """
 
@@ -48,6 +49,7 @@ class Run:
     accumulation: int = 1
     workers: int = 1
     cached: bool = False
+    cached_text: bool = False
     whole_clips: bool = False
 
     @property
@@ -123,6 +125,7 @@ def read_run(config: Mapping[str, Any]) -> Run:
         accumulation=_count("gradient_accumulation_steps", deepspeed, "gradient_accumulation_steps", args, 1),
         workers=_count("num_workers", {}, "num_workers", args, 1, least=0),
         cached=bool(params.get("cache")),
+        cached_text=bool(params.get("cache")) or original and _text_embedder(section).get("target") == CACHED_TEXT,
         whole_clips=original and target != CHUNKED_FIRST_STAGE,
     )
 
@@ -132,6 +135,7 @@ def of_cogvideo(model: Mapping[str, Any]) -> ModelConfig:
     params = model["network_config"].get("params") or {}
     lora = ((params.get("modules") or {}).get("lora_config") or {}).get("params")
     first = (model.get("first_stage_config") or {}).get("params") or {}
+    chunked = (model.get("first_stage_config") or {}).get("target") == CHUNKED_FIRST_STAGE
     text = _text_embedder(model)
     device = (text.get("params") or {}).get("device", "on_off") if text.get("target") == OFFLOADED_TEXT else "gpu"
     rotary = "Rotary" in str(((params.get("modules") or {}).get("pos_embed_config") or {}).get("target", ""))
@@ -143,7 +147,10 @@ def of_cogvideo(model: Mapping[str, Any]) -> ModelConfig:
             {**described({"model": model}), "use_rotary_positional_embeddings": rotary},
             "model.network_config",
         ),
-        first_stage=FirstStageConfig(slicing=True, frames=int(first.get("frames", 8))),
+        first_stage=FirstStageConfig(
+            slicing=(first.get("clips", 1) if chunked else model.get("en_and_decode_n_samples_a_time")) == 1,
+            frames=int(first.get("frames", 8)),
+        ),
         text=TextConfig(device=device),
         train=TrainConfig(mode="full" if lora is None else "lora", rank=int((lora or {}).get("r", 1))),
         gradient_checkpointing=bool((params.get("transformer_args") or {}).get("checkpoint_activations")),

@@ -1,0 +1,14 @@
+"""What a run takes of a GPU's and a host's memory, predicted from its YAML before anything of it is built.
+
+| file | says |
+|---|---|
+| `run.py` | what the YAML says that memory follows from |
+| `options.py` | the same of DeepSpeed's section |
+| `counts.py` | parameters, counted on the real classes without making them |
+| `weights.py` | bytes of what does not train, as it is kept |
+| `states.py` | what DeepSpeed allocates for what trains, on one rank |
+| `activations.py`, `encoders.py` | what a micro-batch takes: transformer, first stage, text encoder |
+| `host.py`, `plan.py` | all of it by part, and the peak |
+| `advice.py` | which configuration to use, and which lever to pull |
+| `table.py` | plans as a table |
+"""
