@@ -48,7 +48,7 @@ class Live(TorchDispatchMode):
 
 @contextmanager
 def faked(module: nn.Module, dtype: torch.dtype) -> Iterator[Live]:
-    """`module`, which is on the meta device, with weights that have a device and no memory; inside, tensors too."""
+    """`module`, which is on the meta device, with weights that have a device and no memory; tensors too."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

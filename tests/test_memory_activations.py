@@ -1,8 +1,8 @@
 """The planner's activations against the real transformer: at published sizes on tensors without memory, and small
 ones for real.
 
-What is published of peaks, for orientation (GB on one GPU): LoRA of CogVideoX-5B-I2V 78 with SAT, 24 with diffusers'
-`finetune/`. The weights alone are 11.1 (5.57e9 parameters).
+What is published of peaks, for orientation (GB on one GPU): LoRA of CogVideoX-5B-I2V 78 with SAT, 24 with
+diffusers' `finetune/`. The weights alone are 11.1 (5.57e9 parameters).
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ PUBLISHED = ("cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox-1.5-
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize(("bucket", "samples"), [(CLIP, 1), (STILLS, 3)])
 def test_a_block_saves_what_is_predicted(name: str, mode: str, bucket: Bucket, samples: int) -> None:
-    less, more = (
-        run_of(name, mode, bucket, samples, layers, gradient_checkpointing=False) for layers in (2, 4)
-    )
-    measured = (Measured(more, saving=True).saved - Measured(less, saving=True).saved) / 2  # without what is around the blocks
+    less, more = (run_of(name, mode, bucket, samples, layers, gradient_checkpointing=False) for layers in (2, 4))
+    measured = (
+        Measured(more, saving=True).saved - Measured(less, saving=True).saved
+    ) / 2  # without what is around the blocks
     predicted = block(more, sizes(more, bucket), STATISTIC[2]).saved
     assert predicted == pytest.approx(measured, rel=0.01)
 

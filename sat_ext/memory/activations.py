@@ -103,4 +103,6 @@ def _around(run: Run, size: Sizes) -> int:
     video = size.samples * size.latents
     captions = size.samples * size.text * transformer.text_embed_dim * run.itemsize
     rotary = 2 * size.video * transformer.attention_head_dim * 4
-    return 6 * 4 * video + 3 * run.itemsize * video + captions + rotary * transformer.use_rotary_positional_embeddings
+    return (
+        6 * 4 * video + 3 * run.itemsize * video + captions + rotary * transformer.use_rotary_positional_embeddings
+    )

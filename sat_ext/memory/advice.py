@@ -18,10 +18,10 @@ from sat_ext.zero import ZERO_NAMES, zero_section
 COMPUTE = 150e12  # FLOP a second that training reaches in bf16 (about half of an A100's peak)
 LINK = 25e9  # bytes a second between GPUs, and between a GPU and CPU memory, each way (PCIe 4.0 x16)
 DISK = 3e9  # bytes a second of an NVMe disk
-CPU_ADAM = 0.25e-9  # seconds a number of DeepSpeed's Adam on the CPU (Ren et al. 2021, "ZeRO-Offload", section 6)
+CPU_ADAM = 0.25e-9  # seconds a number of DeepSpeed's Adam on the CPU (Ren et al. 2021, "ZeRO-Offload")
 RULE = (
-    "slower: estimated from FLOP at 150 TFLOP/s and bytes moved at 25 GB/s (PCIe 4.0); ZeRO-1 and 2 send as much as "
-    "plain data parallelism, ZeRO-3 1.5 times (Rajbhandari et al. 2020, section 7)"
+    "slower: estimated from FLOP at 150 TFLOP/s and bytes moved at 25 GB/s (PCIe 4.0); ZeRO-1 and 2 send as much "
+    "as plain data parallelism, ZeRO-3 1.5 times (Rajbhandari et al. 2020, section 7)"
 )
 
 
@@ -43,8 +43,8 @@ class Room:
 class Advice:
     """`plans` of the configuration as given, then of each of ZeRO; `slowdowns` by their names.
 
-    `recommended` is the name of a plan that fits, or None. Then `levers` are lines of YAML with which `with_levers`
-    fits, or None where nothing does.
+    `recommended` is the name of a plan that fits, or None. Then `levers` are lines of YAML with which
+    `with_levers` fits, or None where nothing does.
     """
 
     plans: tuple[Plan, ...]
@@ -74,13 +74,11 @@ def advise(run: Run, room: Room) -> Advice:
     if recommended is not None:
         return Advice(plans=(given, *plans), slowdowns=slowdowns, recommended=recommended)
     levers, plan = first_that_fits(run, room)
-    return Advice(
-        plans=(given, *plans), slowdowns=slowdowns, recommended=None, levers=levers, with_levers=plan
-    )
+    return Advice(plans=(given, *plans), slowdowns=slowdowns, recommended=None, levers=levers, with_levers=plan)
 
 
 def with_zero(run: Run, name: str) -> Run | None:
-    """`run` under the ZeRO configuration of this name, everything else as it is; None where that makes no sense."""
+    """`run` under the ZeRO configuration of this name, all else as it is; None where that makes no sense."""
     zero = zero_section(name)
     changed = replace(run, deepspeed={**run.deepspeed, "zero_optimization": zero})
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -129,10 +127,11 @@ def first_that_fits(run: Run, room: Room) -> tuple[tuple[str, ...], Plan | None]
             break
     else:
         return (), None
-    for lever in list(reversed(pulled)):  # the dearest first: is it needed?
-        without = [p for p in pulled if p is not lever]
-        if _best(run, without, room) is not None:
-            pulled = without
+    # the dearest first: is it needed? Again after each that was not, as some rule a configuration out
+    while spare := [
+        p for p in reversed(pulled) if _best(run, [q for q in pulled if q is not p], room) is not None
+    ]:
+        pulled.remove(spare[0])
     return tuple(lever.yaml for lever in pulled), _best(run, pulled, room)
 
 

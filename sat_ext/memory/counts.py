@@ -17,7 +17,7 @@ T5_XXL = {
     "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-# What SAT trains without weight decay, in a group of its own (NO_WD_MODULES in sat/transformer_defaults.py 0.4.12).
+# What SAT trains without weight decay, in a group of its own (NO_WD_MODULES in sat/transformer_defaults.py).
 NO_DECAY = (nn.LayerNorm, nn.RMSNorm)
 
 

@@ -123,8 +123,8 @@ def decode_peak(run: Run, bucket: Bucket) -> int:
 def text_peak(run: Run, bucket: Bucket) -> int:
     """Bytes on top of the weights while captions become embeddings, on the GPU.
 
-    A layer of T5 holds its input, the norm of it, and three tensors of the feed-forward's width, or q, k, v and the
-    scores of every head, which T5 computes in full, twice (in fp32 for the softmax).
+    A layer of T5 holds its input, the norm of it, and three tensors of the feed-forward's width, or q, k, v and
+    the scores of every head, which T5 computes in full, twice (in fp32 for the softmax).
     """
     if run.cached_text or run.model.text.device == "cpu":
         return 0

@@ -11,7 +11,9 @@ from sat_ext.config import convert
 from sat_ext.errors import ConfigError
 
 Device = Literal["none", "cpu", "nvme"]
-ALLREDUCE = 500_000_000  # numbers at a time without ZeRO (MEMORY_OPT_ALLREDUCE_SIZE in deepspeed/runtime/engine.py)
+ALLREDUCE = (
+    500_000_000  # numbers at a time without ZeRO (MEMORY_OPT_ALLREDUCE_SIZE in deepspeed/runtime/engine.py)
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Bytes per part of a GPU and of a host, for one run under one configuration of DeepSpeed. Pure but for counting.
 
 A training step has phases, of which one is the peak: the encoding of pixels, of captions, the backward pass, the
-reduction of gradients, the optimizer's step, and where samples are made their decoding. The parts of a GPU are what
-the backward pass holds, and a phase that needs more adds to its own part what it needs on top. So parts add up to
-the peak.
+reduction of gradients, the optimizer's step, and where samples are made their decoding. The parts of a GPU are
+what the backward pass holds, and a phase that needs more adds to its own part what it needs on top. So parts add
+up to the peak.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ def read_run(config: Mapping[str, Any]) -> Run:
     original = "network_config" in section
     model = of_cogvideo(section) if original else expected_config(section)
     params = config["data"].get("params") or {}
-    data = load(DataConfig, params, "data.params")
+    # what a cache holds does not matter here, only that there is one
+    data = load(DataConfig, {k: v for k, v in params.items() if k != "cache"}, "data.params")
     buckets = data.make_buckets()
     micro_batch = _count("train_micro_batch_size_per_gpu", deepspeed, "batch_size", args, BATCH_SIZE)
     if str(config["data"].get("target", "sat_ext.")).startswith("sat_ext."):
@@ -151,7 +152,7 @@ def of_cogvideo(model: Mapping[str, Any]) -> ModelConfig:
             slicing=(first.get("clips", 1) if chunked else model.get("en_and_decode_n_samples_a_time")) == 1,
             frames=int(first.get("frames", 8)),
         ),
-        text=TextConfig(device=device),
+        text=load(TextConfig, {"device": device}, "model.conditioner_config"),
         train=TrainConfig(mode="full" if lora is None else "lora", rank=int((lora or {}).get("r", 1))),
         gradient_checkpointing=bool((params.get("transformer_args") or {}).get("checkpoint_activations")),
     )

@@ -30,9 +30,9 @@ class States:
     """Bytes of one rank, of what trains.
 
     `weights`, `master` and `moments` stay on the GPU, `gradients` from the backward pass to the step; `late` more
-    are there in the reduction after the backward pass, and `step` more in the optimizer's step. `buffers` are there
-    in the backward pass. `host_*` are in CPU memory, `pinned` are those of them that are page-locked, each with its
-    own allocation.
+    are there in the reduction after the backward pass, and `step` more in the optimizer's step. `buffers` are
+    there in the backward pass. `host_*` are in CPU memory, `pinned` are those of them that are page-locked, each
+    with its own allocation.
     """
 
     weights: int
@@ -48,7 +48,9 @@ class States:
     pinned: tuple[int, ...] = field(default=())
 
 
-def states(groups: Sequence[Sequence[int]], options: Options, item: int, world: int, rank: int, steps: int) -> States:
+def states(
+    groups: Sequence[Sequence[int]], options: Options, item: int, world: int, rank: int, steps: int
+) -> States:
     """The bytes of `rank` of `world` for parameters of these sizes, in their order, by optimizer group.
 
     `item` is the bytes of the training dtype, `steps` the micro-steps whose gradients are accumulated.

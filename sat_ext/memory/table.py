@@ -39,7 +39,9 @@ def configurations(advice: Advice, room: Room) -> Table:
 
 
 def _missing(plan: Plan, room: Room) -> str:
-    short = [w for w, over in (("GPU", plan.gpu > room.gpu_memory), ("host", plan.host > room.host_memory)) if over]
+    short = [
+        w for w, over in (("GPU", plan.gpu > room.gpu_memory), ("host", plan.host > room.host_memory)) if over
+    ]
     return f"no: {', '.join(short)}"
 
 
@@ -57,7 +59,7 @@ def of_one(plan: Plan) -> Table:
 
 
 def of_buckets(plan: Plan, measured: Mapping[str, int] | None = None) -> Table:
-    """A row for each bucket: what PyTorch is to allocate at its peak, and what it did allocate where that is known."""
+    """A row for each bucket: what PyTorch is to allocate at its peak, and what it did where that is known."""
     table = Table("bucket", box=None)
     titles = ["samples", "activations GB", "peak GB", *(["measured GB", "error"] if measured is not None else [])]
     for title in titles:
@@ -84,7 +86,7 @@ def sentences(advice: Advice, room: Room) -> list[str]:
         largest = max(least.per_gpu, key=lambda part: least.per_gpu[part])
         lines.append(
             f"No lever is enough: fewer frames, a smaller size or more GPUs are; the least is {least.name} with "
-            f"{gigabytes(least.gpu)} GB a GPU, of which {gigabytes(least.per_gpu[largest])} GB are {SHORT[largest]}."
+            f"{gigabytes(least.gpu)} GB a GPU, {gigabytes(least.per_gpu[largest])} GB of it {SHORT[largest]}."
         )
     else:
         plan = advice.with_levers

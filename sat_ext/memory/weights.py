@@ -12,7 +12,7 @@ SCALE = 4  # bytes a row of FP8 or INT8
 
 
 def bytes_of(parameters: Iterable[Parameter], run: Run, split: int = 1) -> int:
-    """Bytes of frozen parameters of the transformer, each split in so many parts; quantized where the YAML says."""
+    """Bytes of frozen parameters of the transformer, each split in so many parts; quantized as the YAML says."""
     kind = run.model.train.quantization if run.lora else "none"
     total = 0
     for parameter in parameters:

@@ -30,7 +30,7 @@ from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.models.shape import check_buckets, sequence_shape
-from sat_ext.sat import checkpoint, ends, fixes, lists
+from sat_ext.sat import checkpoint, ends, fixes, lists, memory_report
 from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.run import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
@@ -103,6 +103,7 @@ class JointImageVideoDataset:
         show_sentences()
         fixes.apply(args)
         checkpoint.install(args)
+        memory_report.begin(args)
         config = load(DataConfig, _plain(params), "data.params")
         split = _next_split(args)
         if _is_stream(args, split):

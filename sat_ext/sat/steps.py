@@ -15,7 +15,7 @@ from sat.helpers import print_rank0
 from torch import Tensor
 
 from sat_ext.models.config import ABSENT
-from sat_ext.sat import ends
+from sat_ext.sat import ends, memory_report
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.claim import claim
 from sat_ext.sat.checkpoint.load import restore_rng
@@ -38,8 +38,10 @@ def install() -> None:
         if _saves(run, args) and ends.stop_asked(model.device):
             _stop(model, optimizer, lr_scheduler, args)
         hooks = {**(hooks or {})}
-        hooks["forward_step"] = _counted(hooks["forward_step"])
-        return train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
+        hooks["forward_step"] = memory_report.measuring(_counted(hooks["forward_step"]))
+        result = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
+        memory_report.begin(args).close()
+        return result
 
     def evaluate_untouched(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
         hooks = {**hooks, "forward_step_eval": _with_losses_by_kind(hooks["forward_step_eval"])}

@@ -13,7 +13,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from sat.training.deepspeed_training import get_optimizer_param_groups
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat_ext.memory.counts import count
 from sat_ext.memory.options import read_options
 from sat_ext.memory.run import Run
 from sat_ext.memory.states import persistent, states
-from sat_ext.models.config import ModelConfig, TextConfig, TrainConfig, TransformerConfig, transformer_of
+from sat_ext.models.config import ModelConfig, TextConfig, TrainConfig, TransformerConfig
 from sat_ext.models.transformer import build_transformer
 from sat_ext.sat import fixes
 from tests.sat.ranks import free_port

@@ -1,0 +1,127 @@
+"""What a run is predicted to take of memory, told before anything is loaded, and at the end what it took.
+
+Peaks are those of PyTorch's own count of what it allocated on the first rank's GPU, from the beginning of a
+micro-step to the beginning of the next: forward and backward pass, and the optimizer's step where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from sat_ext.memory.plan import Plan, make_plan
+from sat_ext.memory.run import read_run
+from sat_ext.memory.table import gigabytes, of_buckets, of_one
+from sat_ext.models.config import TEMPORAL_COMPRESSION
+from sat_ext.models.shape import LATENT_SIDE
+from sat_ext.types import Bucket
+
+ARGS = ("num_workers", "batch_size", "gradient_accumulation_steps")
+log = logging.getLogger(__name__)
+
+
+class MemoryReport:
+    """`plan` is of this run, None where it cannot be predicted; `measured` are bytes by bucket."""
+
+    def __init__(self, plan: Plan | None) -> None:
+        self.plan = plan
+        self.measured: dict[str, int] = {}
+        self._bucket: str | None = None
+
+    def seeing(self, data: Iterator[Any] | None) -> Iterator[Any] | None:
+        """`data`, of whose next batch the bucket is noted. None stays None: a rank that is given its batches."""
+        return None if data is None else map(self._see, data)
+
+    def _see(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._bucket = str(bucket_of(batch))
+        return batch
+
+    def close(self) -> None:
+        """End of a micro-step: what it took at most."""
+        if torch.cuda.is_available():
+            if self._bucket is not None:
+                peak = torch.cuda.max_memory_allocated()
+                self.measured[self._bucket] = max(peak, self.measured.get(self._bucket, 0))
+            torch.cuda.reset_peak_memory_stats()
+
+    def show(self) -> None:
+        """The measured peaks beside the predicted ones."""
+        if self._bucket is None:
+            return
+        if not torch.cuda.is_available():
+            print("memory: the peak was not measured, there is no GPU")
+        elif self.plan is not None:
+            Console().print(of_buckets(self.plan, self.measured))
+
+
+def bucket_of(batch: Mapping[str, Any]) -> Bucket:
+    """The shape of a batch's pixels, or of those that its latents stand for."""
+    if "latents" in batch:
+        _, frames, _, height, width = batch["latents"].shape
+        return Bucket(
+            frames=(frames - 1) * TEMPORAL_COMPRESSION + 1, height=height * LATENT_SIDE, width=width * LATENT_SIDE
+        )
+    _, frames, _, height, width = batch["mp4"].shape
+    return Bucket(frames=frames, height=height, width=width)
+
+
+def begin(args: argparse.Namespace) -> MemoryReport:
+    """The run's report. The first call on the first rank shows the plan, and warns where it does not fit."""
+    report: MemoryReport | None = getattr(args, "sat_ext_memory", None)
+    if report is None:
+        first = args.rank == 0
+        report = args.sat_ext_memory = MemoryReport(_plan(args) if first else None)
+        if first:
+            atexit.register(report.show)
+            if report.plan is not None:
+                _show(report.plan)
+    return report
+
+
+def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward_step` of SAT, before which the micro-step before it ends."""
+
+    def step(data: Any, model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
+        report = begin(args)
+        report.close()
+        return forward_step(report.seeing(data), model, args, *rest, **options)
+
+    return step
+
+
+def _plan(args: argparse.Namespace) -> Plan | None:
+    config = {name: _plain(getattr(args, f"{name}_config", None)) for name in ("model", "data", "deepspeed")}
+    config["args"] = {name: getattr(args, name, None) for name in ARGS}
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or torch.cuda.device_count() or args.world_size
+    try:
+        return make_plan(read_run(config), gpus=args.world_size, per_node=min(ranks, args.world_size))
+    except Exception as error:  # whatever it is, it must not end a run that may be fine
+        log.warning("memory: cannot be predicted for this run (%s: %s)", type(error).__name__, error)
+        return None
+
+
+def _show(plan: Plan) -> None:
+    Console().print(of_one(plan), of_buckets(plan))
+    if not torch.cuda.is_available():
+        return
+    there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if plan.gpu > there:
+        log.warning(
+            "memory: this run is predicted to take %s GB of a GPU that has %s; `sat-ext plan` with the same YAML "
+            "says what to change",
+            gigabytes(plan.gpu),
+            gigabytes(there),
+        )
+
+
+def _plain(config: Any) -> Any:
+    """Dicts and lists, of OmegaConf's containers too: CogVideo's script hands its YAML over as these."""
+    return OmegaConf.to_container(OmegaConf.create(config), resolve=True) if config else {}

@@ -1,0 +1,107 @@
+"""Which configuration is recommended, and which lever first where none fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sat_ext.memory.advice import Room, advise, first_that_fits, levers, slowdown, with_zero
+from sat_ext.memory.plan import make_plan
+from sat_ext.memory.run import Run
+from sat_ext.memory.table import as_data, sentences
+from sat_ext.zero import ZERO_NAMES
+from tests.test_memory_plan import _config, read_run, run_of
+
+GB = 1_000_000_000
+
+
+def room(gpu: float, host: float = 1000, gpus: int = 1) -> Room:
+    return Room(gpus=gpus, per_node=gpus, gpu_memory=int(gpu * GB), host_memory=int(host * GB))
+
+
+def test_every_zero_configuration_is_planned() -> None:
+    advice = advise(run_of(), room(80))
+    assert [plan.name for plan in advice.plans] == ["given", *ZERO_NAMES]
+    assert advice.recommended in ZERO_NAMES
+    assert set(advice.slowdowns) == {plan.name for plan in advice.plans}
+
+
+@pytest.mark.parametrize(("train", "gpus", "gpu"), [("lora", 1, 80), ("full", 8, 80), ("full", 8, 48)])
+def test_the_least_slow_that_fits_is_recommended(train: str, gpus: int, gpu: int) -> None:
+    there = room(gpu, gpus=gpus)
+    advice = advise(run_of(train=train), there)
+    fitting = {p.name for p in advice.plans if there.holds(p) and p.name != "given"}
+    assert advice.recommended in fitting
+    least = min(round(advice.slowdowns[name], 2) for name in fitting)
+    assert round(advice.slowdowns[advice.recommended], 2) == least
+
+
+def test_what_moves_more_is_slower() -> None:
+    run = run_of(train="full")
+    names = ("zero2", "zero3")
+    plain, split = (slowdown(changed, 8) for n in names if (changed := with_zero(run, n)))
+    assert plain == 1.0 < split
+    offloaded = with_zero(run, next(n for n in ZERO_NAMES if n.startswith("zero2-offload")))
+    assert offloaded is not None
+    assert slowdown(offloaded, 1) > slowdown(offloaded, 8) > 1.0  # eight GPUs share the work of the CPU's Adam
+
+
+def test_levers_that_are_named_are_enough_and_none_is_too_many() -> None:
+    run, there = run_of(), room(9.5, host=64)
+    advice = advise(run, there)
+    assert advice.recommended is None and advice.levers and advice.with_levers
+    assert there.holds(advice.with_levers)
+    known = {lever.yaml: lever for lever in levers(run)}
+    for left_out in advice.levers:
+        less: Run = run
+        for name in advice.levers:
+            less = less if name == left_out else known[name].pull(less) or less
+        configurations = [changed for n in ZERO_NAMES if (changed := with_zero(less, n)) is not None]
+        assert not any(there.holds(make_plan(r)) for r in configurations), left_out
+
+
+def test_the_cheapest_lever_comes_first() -> None:
+    run = replace(run_of(), model=replace(run_of().model, gradient_checkpointing=False))
+    names = [lever.yaml.split(":")[0] for lever in levers(run)]
+    order = [
+        "model.first_stage.slicing", "model.gradient_checkpointing", "model.text.device",
+        "deepspeed.optimizer.type", "model.train.quantization", "model.block_swap",
+    ]  # fmt: skip
+    assert sorted(order, key=names.index) == order
+
+
+def test_levers_that_are_pulled_or_make_no_sense_are_not_named() -> None:
+    full = [lever.yaml for lever in levers(run_of(train="full"))]
+    assert not any("quantization" in name or "block_swap" in name for name in full)
+    assert "model.gradient_checkpointing: true" not in full  # the YAML has it
+    original = [lever.yaml for lever in levers(read_run(_config()))]
+    assert original == ["configs/cogvideo/joint.yaml (ChunkedFirstStage)", "configs/cogvideo/offload-text.yaml"]
+
+
+def test_an_eight_bit_optimizer_is_not_combined_with_offload() -> None:
+    run = run_of()
+    eight = replace(run, deepspeed={**run.deepspeed, "optimizer": {"type": "bitsandbytes.optim.AdamW8bit"}})
+    assert with_zero(eight, "zero2") is not None
+    assert with_zero(eight, next(n for n in ZERO_NAMES if n.startswith("zero2-offload"))) is None
+    quantized = replace(run, model=replace(run.model, train=replace(run.model.train, quantization="nf4")))
+    assert with_zero(quantized, "zero3") is None
+
+
+def test_where_nothing_helps_the_largest_part_is_named() -> None:
+    there = room(1)
+    assert first_that_fits(run_of(), there) == ((), None)
+    lines = sentences(advise(run_of(), there), there)
+    assert lines[0] == "Nothing fits 1.0 GB a GPU and 1,000.0 GB a host."
+    assert "No lever is enough: fewer frames, a smaller size or more GPUs are" in lines[1]
+
+
+def test_the_data_for_programs() -> None:
+    there = room(80)
+    data: dict[str, Any] = as_data(advise(run_of(), there), there)
+    one = next(c for c in data["configs"] if c["name"] == "zero2")
+    parts = {"weights", "gradients", "optimizer", "activations", "first_stage", "text_encoder", "buffers"}
+    assert parts <= set(one["per_gpu"])
+    assert one["gpu"] == sum(one["per_gpu"].values()) and one["host"] == sum(one["per_host"].values())
+    assert one["fits"] is True and data["recommended"] in {c["name"] for c in data["configs"]}

@@ -1,0 +1,195 @@
+"""The planner's parts: that they add up, and that each lever moves the part that it is for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sat_ext.config import read_yaml
+from sat_ext.errors import ConfigError
+from sat_ext.memory.counts import count
+from sat_ext.memory.host import rounding
+from sat_ext.memory.plan import Plan, make_plan
+from sat_ext.memory.run import Run, read_run
+from sat_ext.types import Bucket
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def run_of(model: str = "cogvideox-5b-i2v", train: str = "lora", **zero: Any) -> Run:
+    names = (f"model/{model}", f"train/{train}", "data/joint", "zero/zero2")
+    config = read_yaml([str(CONFIGS / f"{name}.yaml") for name in names])
+    config["deepspeed"]["zero_optimization"] = {"stage": 2, **zero}
+    return read_run(config)
+
+
+def with_model(run: Run, **changes: Any) -> Run:
+    return replace(run, model=replace(run.model, **changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [("cogvideox-2b", 1694), ("cogvideox-5b-i2v", 5570), ("cogvideox-1.5-5b", 5571)],
+)
+def test_parameters_of_the_published_models(model: str, millions: int) -> None:
+    counts = count(run_of(model, "full"))
+    assert round(sum(map(sum, counts.groups)) / 1e6) == millions
+    assert round(sum(p.numel for p in counts.text) / 1e6) == 4762  # the encoder of T5 v1.1 XXL
+    assert round(sum(p.numel for p in counts.first_stage) / 1e6) == 216
+
+
+def test_a_lora_trains_two_matrices_a_layer() -> None:
+    (trained,) = count(run_of()).groups
+    assert sum(trained) == 42 * 4 * 2 * 3072 * 128
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_parts_add_up_to_the_peak(train: str, stage: int, gpus: int) -> None:
+    plan = make_plan(run_of(train=train, stage=stage), gpus=gpus)
+    assert plan.gpu - plan.per_gpu["overhead"] == max(b.peak for b in plan.buckets)
+    assert all(value >= 0 for value in (*plan.per_gpu.values(), *plan.per_host.values()))
+
+
+def test_weights_and_states_are_split_over_gpus() -> None:
+    one, eight = (make_plan(run_of(train="full", stage=3), gpus=n) for n in (1, 8))
+    assert eight.per_gpu["gradients"] == pytest.approx(one.per_gpu["gradients"] / 8, rel=1e-3)
+    assert eight.per_gpu["text_encoder"] == pytest.approx(one.per_gpu["text_encoder"] / 8, rel=1e-3)
+    table = 2 * 17_776 * 3072  # of positions, learned, is no parameter and stays whole
+    assert eight.per_gpu["weights"] - table == pytest.approx((one.per_gpu["weights"] - table) / 8, rel=1e-3)
+
+
+def test_an_offloaded_optimizer_is_on_the_host() -> None:
+    plan = make_plan(run_of(train="full", offload_optimizer={"device": "cpu"}), gpus=2, per_node=2)
+    numbers = 5_570_479_680
+    assert plan.per_gpu["optimizer"] == plan.per_gpu["gradients"] == 0
+    # fp32 weights, two moments, and the weights on their way back, in two halves
+    assert plan.per_host["optimizer"] == pytest.approx((4 + 8 + 2) * numbers, rel=1e-6)
+
+
+def difference(lever: Run, run: Run) -> tuple[dict[str, int], dict[str, int]]:
+    """What a lever saves, by part: of a GPU and of the host."""
+    before, after = make_plan(run), make_plan(lever)
+
+    def parts(a: Any, b: Any) -> dict[str, int]:
+        return {n: a[n] - b[n] for n in a if a[n] != b[n] and n not in ("overhead", "loading", "pinned")}
+
+    return parts(before.per_gpu, after.per_gpu), parts(before.per_host, after.per_host)
+
+
+def one_clip(run: Run) -> Run:
+    return replace(run, batches={Bucket(frames=49, height=480, width=720): 1})
+
+
+def test_a_cache_takes_first_stage_and_text_encoder_away() -> None:
+    plan = make_plan(replace(run_of(), cached=True, cached_text=True))
+    assert plan.per_gpu["first_stage"] == plan.per_gpu["text_encoder"] == 0
+    assert read_run({**_config(), "data": _data(cache={"folder": "cache"})}).cached
+
+
+def test_text_on_the_cpu_moves_to_the_host() -> None:
+    run = one_clip(run_of())
+    gpu, host = difference(with_model(run, text=replace(run.model.text, device="cpu")), run)
+    assert gpu["text_encoder"] == -host["text_encoder"] == 4_762_310_656 * 2
+
+
+def test_swapped_blocks_wait_on_the_host_and_two_are_fetched() -> None:
+    run = one_clip(run_of())
+    gpu, host = difference(with_model(run, block_swap=20), run)
+    block = 132_197_632 * 2
+    assert gpu["weights"] == 18 * block
+    assert host["block_swap"] == -20 * block
+
+
+def test_quantized_weights_of_blocks() -> None:
+    run = one_clip(run_of())
+    sizes = {}
+    for kind in ("none", "fp8", "nf4"):
+        plan = make_plan(with_model(run, train=replace(run.model.train, quantization=kind)))
+        sizes[kind] = plan.per_gpu["weights"]
+    matrices = sum(p.numel for p in count(run).network if p.matrix and p.block is not None)
+    assert matrices / 5.57e9 > 0.99
+    assert sizes["none"] - sizes["nf4"] == pytest.approx((2 - 0.5 - 0.0625) * matrices, rel=1e-6)
+    assert sizes["none"] - sizes["fp8"] == pytest.approx(matrices, rel=1e-2)
+
+
+def test_slicing_matters_to_batches_of_stills() -> None:
+    run = run_of()
+    assert run.batches[Bucket(frames=1, height=480, width=720)] == 11
+    gpu, _ = difference(with_model(run, first_stage=replace(run.model.first_stage, slicing=True)), run)
+    assert gpu["first_stage"] > 10e9
+
+
+def test_an_eight_bit_optimizer_keeps_two_bytes() -> None:
+    run = run_of(train="full")
+    eight = replace(run, deepspeed={**run.deepspeed, "optimizer": {"type": "bitsandbytes.optim.AdamW8bit"}})
+    gpu, _ = difference(eight, run)
+    assert gpu["optimizer"] == pytest.approx((8 - 2 * (1 + 4 / 256)) * 5.57e9, rel=0.01)
+
+
+def test_page_locked_memory_is_rounded_up() -> None:
+    assert rounding([2**30, 2**30 + 1]) == 2**30 - 1
+
+
+# --- CogVideo's own YAML ---
+
+
+def _config(**model: Any) -> dict[str, Any]:
+    """CogVideo's 5B-I2V with LoRA, what memory follows from (sat/configs of tag v1.0)."""
+    network = {
+        "time_embed_dim": 512, "num_frames": 49, "latent_width": 90, "latent_height": 60, "num_layers": 42,
+        "patch_size": 2, "in_channels": 32, "out_channels": 16, "hidden_size": 3072, "num_attention_heads": 48,
+        "transformer_args": {"checkpoint_activations": True},
+        "modules": {
+            "pos_embed_config": {
+                "target": "dit_video_concat.Rotary3DPositionEmbeddingMixin",
+                "params": {"learnable_pos_embed": True, "hidden_size_head": 64, "text_length": 226},
+            },
+            "lora_config": {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 256}},
+            "patch_embed_config": {"params": {"text_hidden_size": 4096}},
+        },
+    }  # fmt: skip
+    section = {"noised_image_input": True, "network_config": {"params": network}, **model}
+    deepspeed = {"train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    return {"model": section, "data": _data("data_video.SFTDataset"), "deepspeed": deepspeed}
+
+
+def _data(target: str = "sat_ext.JointImageVideoDataset", **more: Any) -> dict[str, Any]:
+    return {"target": target, "params": {"video_size": [480, 720], "fps": 8, "max_num_frames": 49, **more}}
+
+
+def _plan(config: dict[str, Any]) -> Plan:
+    return make_plan(read_run(config))
+
+
+def test_cogvideos_yaml_is_read_as_ours() -> None:
+    run = read_run(_config())
+    assert run.batches == {Bucket(frames=49, height=480, width=720): 2}  # its data class pads all to the longest
+    ours = run_of()
+    ours = with_model(ours, train=replace(ours.model.train, rank=256))
+    assert count(run).groups == count(ours).groups
+    assert run.checkpointing and run.lora and run.model.conditioning == "i2v"
+
+
+def test_our_targets_for_cogvideo_take_less() -> None:
+    original = _plan(_config())
+    chunked = _plan(_config(first_stage_config={"target": "sat_ext.cogvideo.ChunkedFirstStage"}))
+    assert original.per_gpu["first_stage"] > 3 * chunked.per_gpu["first_stage"]
+    embedder = {
+        "input_key": "txt",
+        "target": "sat_ext.cogvideo.OffloadedTextEmbedder",
+        "params": {"device": "cpu"},
+    }
+    offloaded = _plan(_config(conditioner_config={"params": {"emb_models": [embedder]}}))
+    assert offloaded.per_gpu["text_encoder"] == 0 < original.per_gpu["text_encoder"]
+
+
+def test_what_is_missing_is_told() -> None:
+    with pytest.raises(ConfigError, match="no 'data' section; add a file of configs/data/"):
+        read_run({"model": {"pretrained": "x"}})
+    with pytest.raises(ConfigError, match="deepspeed.zero_optimization.stage: 4; give 0, 1, 2 or 3"):
+        make_plan(run_of(stage=4))
