@@ -29,7 +29,6 @@ LAYERS = [
     ("models", 2),
     ("convert", 3),
     ("cogvideo", 3),
-    ("zero", 1),
     ("memory", 3),
     ("preview", 4),
     ("sat", 4),

@@ -34,9 +34,15 @@ class Room:
     gpu_memory: int
     host_memory: int
 
+    def lacks(self, plan: Plan) -> list[str]:
+        """What there is too little of for `plan`."""
+        nodes = plan.node == 1 or (self.gpus > plan.node and self.gpus % plan.node == 0)
+        short = {"nodes": not nodes, "GPU": plan.gpu > self.gpu_memory, "host": plan.host > self.host_memory}
+        return [name for name, lacking in short.items() if lacking]
+
     def holds(self, plan: Plan) -> bool:
-        """Whether it does."""
-        return plan.fits(self.gpu_memory, self.host_memory)
+        """Whether there is enough of all."""
+        return not self.lacks(plan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,9 @@ def advise(run: Run, room: Room) -> Advice:
     plans = [make_plan(r, gpus=room.gpus, per_node=room.per_node, name=n) for n, r in runs.items()]
     slowdowns = {n: slowdown(r, room.gpus) for n, r in {given.name: run, **runs}.items()}
     fitting = [plan for plan in plans if room.holds(plan)]
-    best = min(fitting, key=lambda p: (round(slowdowns[p.name], 2), p.gpu), default=None)
+    # of those that cost the same, the one that leaves most room, and that splits most
+    order = [plan.name for plan in plans]
+    best = min(fitting, key=lambda p: (round(slowdowns[p.name], 4), p.gpu, -order.index(p.name)), default=None)
     recommended = best.name if best else given.name if room.holds(given) else None
     if recommended is not None:
         return Advice(plans=(given, *plans), slowdowns=slowdowns, recommended=recommended)
@@ -79,7 +87,7 @@ def advise(run: Run, room: Room) -> Advice:
 
 def with_zero(run: Run, name: str) -> Run | None:
     """`run` under the ZeRO configuration of this name, all else as it is; None where that makes no sense."""
-    zero = zero_section(name)
+    zero = zero_section(name)["zero_optimization"]
     changed = replace(run, deepspeed={**run.deepspeed, "zero_optimization": zero})
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offloaded and "8bit" in str((run.deepspeed.get("optimizer") or {}).get("type", "")):

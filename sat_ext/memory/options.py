@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from sat_ext.config import convert
 from sat_ext.errors import ConfigError
+from sat_ext.zero import fill_in_auto
 
 Device = Literal["none", "cpu", "nvme"]
 ALLREDUCE = (
@@ -30,7 +31,10 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`zero_optimization`; sizes are numbers, not bytes. Defaults: deepspeed/runtime/zero/config.py (0.19)."""
+    """`zero_optimization`; sizes are numbers, not bytes. Defaults: deepspeed/runtime/zero/config.py (0.19).
+
+    `node`: GPUs among which ZeRO-3's weights are split a second time (hpZ); 1 where they are not.
+    """
 
     stage: int
     offload_optimizer: Device
@@ -43,7 +47,9 @@ class Options:
     persistence: int
     model_persistence: int
     max_live: int
+    prefetch: int
     sub_group: int
+    node: int
     optimizer_buffers: int
     param_buffers: int
     param_buffer: int
@@ -52,6 +58,7 @@ class Options:
 
 def read_options(deepspeed: Mapping[str, Any], width: int) -> Options:
     """The options of a `deepspeed` section; "auto" sizes follow from the model's `width`. Raises `ConfigError`."""
+    deepspeed = fill_in_auto(deepspeed, width)
     zero = deepspeed.get("zero_optimization") or {}
     stage = convert(int, zero.get("stage", 0), "deepspeed.zero_optimization.stage")
     if not 0 <= stage <= 3:
@@ -59,10 +66,9 @@ def read_options(deepspeed: Mapping[str, Any], width: int) -> Options:
     optimizer, param = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
     offload: Device = optimizer.get("device", "cpu" if zero.get("cpu_offload") else "none")
 
-    def numbers(name: str, default: float, auto: float, prefix: str = "") -> int:
+    def numbers(name: str, default: float, prefix: str = "") -> int:
         value = zero.get(prefix + name, zero.get(name, default))
-        where = f"deepspeed.zero_optimization.{prefix}{name}"
-        return int(auto if value == "auto" else convert(float, value, where))
+        return int(convert(float, value, f"deepspeed.zero_optimization.{prefix}{name}"))
 
     return Options(
         stage=stage,
@@ -72,11 +78,13 @@ def read_options(deepspeed: Mapping[str, Any], width: int) -> Options:
         pin_param=bool(param.get("pin_memory")),
         overlap=bool(zero.get("overlap_comm", stage == 3)),
         contiguous=bool(zero.get("contiguous_gradients", True)),
-        reduce_bucket=numbers("reduce_bucket_size", 5e8, width**2),
-        persistence=numbers("param_persistence_threshold", 1e5, 10 * width, "stage3_"),
-        model_persistence=numbers("model_persistence_threshold", sys.maxsize, sys.maxsize, "stage3_"),
-        max_live=numbers("max_live_parameters", 1e9, 1e9, "stage3_"),
-        sub_group=numbers("sub_group_size", 1e9, 1e9),
+        reduce_bucket=numbers("reduce_bucket_size", 5e8),
+        persistence=numbers("param_persistence_threshold", 1e5, "stage3_"),
+        model_persistence=numbers("model_persistence_threshold", sys.maxsize, "stage3_"),
+        max_live=numbers("max_live_parameters", 1e9, "stage3_"),
+        prefetch=numbers("prefetch_bucket_size", 5e7, "stage3_"),
+        node=numbers("zero_hpz_partition_size", 1) if stage == 3 else 1,
+        sub_group=numbers("sub_group_size", 1e9),
         optimizer_buffers=int(optimizer.get("buffer_count", 4)),
         param_buffers=int(param.get("buffer_count", 5)),
         param_buffer=int(float(param.get("buffer_size", 1e8))),

@@ -42,12 +42,16 @@ class BucketPeak:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run takes: bytes by part, of the rank that takes most and of a host with its GPUs."""
+    """What a run takes: bytes by part, of the rank that takes most and of a host with its GPUs.
+
+    `node`: the configuration is for several nodes of so many GPUs; 1 is for any number.
+    """
 
     name: str
     per_gpu: Mapping[str, int]
     per_host: Mapping[str, int]
     buckets: tuple[BucketPeak, ...]
+    node: int = 1
 
     @property
     def gpu(self) -> int:
@@ -58,10 +62,6 @@ class Plan:
     def host(self) -> int:
         """All of a host's parts."""
         return sum(self.per_host.values())
-
-    def fits(self, gpu_memory: int, host_memory: int) -> bool:
-        """Whether it does, in bytes."""
-        return self.gpu <= gpu_memory and self.host <= host_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str
     transformer, per_node = transformer_of(run.model), min(per_node or gpus, gpus)
     counts = count(run)
     options = read_options(run.deepspeed, transformer.num_attention_heads * transformer.attention_head_dim)
+    # where ranks differ, it is by what reaches over the ends of their parts
     each = [
         states(counts.groups, options, run.itemsize, gpus, rank, run.accumulation)
         for rank in sorted({0, gpus // 2, gpus - 1})
@@ -122,7 +123,7 @@ def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str
         for bucket, found in zip(run.batches, per_bucket, strict=True)
     )
     host = host_parts(run, counts, options, own, gpus=gpus, per_node=per_node)
-    return Plan(name=name, per_gpu=parts, per_host=host, buckets=peaks)
+    return Plan(name=name, per_gpu=parts, per_host=host, buckets=peaks, node=options.node)
 
 
 def _static(run: Run, counts: Counts, options: Options, own: States, gpus: int) -> _Static:
@@ -138,7 +139,10 @@ def _static(run: Run, counts: Counts, options: Options, own: States, gpus: int) 
     if options.stage == 3:
         buffers = own.buffers + persistent((p.numel for p in everything), options, run.itemsize, gpus)
         if gpus > 1 or not on_gpu:  # those that are gathered for the blocks that compute, and ahead of them
-            buffers += min(options.max_live, sum(p.numel for p in counts.network)) * run.itemsize
+            gathered = min(options.max_live + options.prefetch, sum(p.numel for p in counts.network))
+            buffers += gathered * run.itemsize
+        if options.node > 1:
+            buffers += sum(-(-p.numel // options.node) for p in everything) * run.itemsize
     kept = run.model.text.device == "gpu"
     return _Static(
         weights=weights,

@@ -33,16 +33,9 @@ def configurations(advice: Advice, room: Room) -> Table:
         numbers = [gigabytes(v) for v in (*plan.per_gpu.values(), plan.gpu, plan.host)]
         chosen = " *" if plan.name == advice.recommended else ""
         style = None if room.holds(plan) else "dim"
-        fits = "yes" if room.holds(plan) else _missing(plan, room)
+        fits = "yes" if room.holds(plan) else f"no: {', '.join(room.lacks(plan))}"
         table.add_row(plan.name + chosen, *numbers, fits, f"{advice.slowdowns[plan.name]:.2f}x", style=style)
     return table
-
-
-def _missing(plan: Plan, room: Room) -> str:
-    short = [
-        w for w, over in (("GPU", plan.gpu > room.gpu_memory), ("host", plan.host > room.host_memory)) if over
-    ]
-    return f"no: {', '.join(short)}"
 
 
 def of_one(plan: Plan) -> Table:
