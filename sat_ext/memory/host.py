@@ -28,9 +28,10 @@ def host_parts(
         each = [-(-p.numel // gpus) * run.itemsize for p in split]
         pinned += each if options.pin_param else []
         weights += sum(each)
-    if options.offload_param == "nvme":
-        weights = options.param_buffers * options.param_buffer * run.itemsize
-        pinned = [*own.pinned, weights]
+    if options.offload_param == "nvme":  # buffers to read into, and what trains as far as it may be kept
+        buffers = options.param_buffers * options.param_buffer * run.itemsize
+        weights = buffers + min(own.host_weights, options.params_in_cpu * run.itemsize)
+        pinned = [*own.pinned, buffers]
     checkpoints = max(activations(run, sizes(run, bucket)).on_host for bucket in run.batches)
     pixels = max(n * b.frames * 3 * b.height * b.width for b, n in run.batches.items())
     each_rank = {

@@ -53,6 +53,7 @@ class Options:
     optimizer_buffers: int
     param_buffers: int
     param_buffer: int
+    params_in_cpu: int
     optimizer: Optimizer
 
 
@@ -88,6 +89,7 @@ def read_options(deepspeed: Mapping[str, Any], width: int) -> Options:
         optimizer_buffers=int(optimizer.get("buffer_count", 4)),
         param_buffers=int(param.get("buffer_count", 5)),
         param_buffer=int(float(param.get("buffer_size", 1e8))),
+        params_in_cpu=int(float(param.get("max_in_cpu", 1e9))),
         optimizer=_optimizer(deepspeed.get("optimizer") or {}, offload),
     )
 

@@ -153,8 +153,11 @@ def _partitioned_weights(groups: Sequence[Sequence[int]], options: Options, item
             pinned=tuple(pinned),
         )
     pinned += [MASTER * s for s in sub_groups] + [item * part] if options.pin_optimizer else []
-    on_disk = options.offload_optimizer == "nvme"  # buffers of the largest group, for a state each
-    host = MASTER * max(sub_groups) * options.optimizer_buffers if on_disk else MASTER * part + common
+    host, gradients = MASTER * part + common, MASTER * part
+    if options.offload_optimizer == "nvme":  # buffers of the largest group, for a state each, and its gradients
+        gradients = MASTER * max(sub_groups)
+        pinned += [gradients] * options.optimizer_buffers
+        host = gradients * options.optimizer_buffers
     return States(
         **weights,
         gradients=0,
@@ -162,7 +165,7 @@ def _partitioned_weights(groups: Sequence[Sequence[int]], options: Options, item
         moments=0,
         buffers=buffers,
         host_optimizer=host,
-        host_gradients=item * part + (0 if on_disk else MASTER * part),
+        host_gradients=item * part + gradients,
         pinned=tuple(pinned),
     )
 

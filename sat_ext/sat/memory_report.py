@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -77,7 +78,7 @@ def begin(args: argparse.Namespace) -> MemoryReport:
     """The run's report. The first call on the first rank shows the plan, and warns where it does not fit."""
     report: MemoryReport | None = getattr(args, "sat_ext_memory", None)
     if report is None:
-        first = args.rank == 0
+        first = _rank_and_world()[0] == 0
         report = args.sat_ext_memory = MemoryReport(_plan(args) if first else None)
         if first:
             atexit.register(report.show)
@@ -100,12 +101,17 @@ def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 def _plan(args: argparse.Namespace) -> Plan | None:
     config = {name: _plain(getattr(args, f"{name}_config", None)) for name in ("model", "data", "deepspeed")}
     config["args"] = {name: getattr(args, name, None) for name in ARGS}
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or torch.cuda.device_count() or args.world_size
+    _, world = _rank_and_world()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or torch.cuda.device_count() or world
     try:
-        return make_plan(read_run(config), gpus=args.world_size, per_node=min(ranks, args.world_size))
+        return make_plan(read_run(config), gpus=world, per_node=min(local, world))
     except Exception as error:  # whatever it is, it must not end a run that may be fine
         log.warning("memory: cannot be predicted for this run (%s: %s)", type(error).__name__, error)
         return None
+
+
+def _rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _show(plan: Plan) -> None:

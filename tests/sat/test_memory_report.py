@@ -20,7 +20,7 @@ def nothing_at_exit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def args_of(**changes: Any) -> Namespace:
     values = {
-        "rank": 0, "world_size": 2, "num_workers": 0, "batch_size": 1, "gradient_accumulation_steps": 1,
+        "num_workers": 0, "batch_size": 1, "gradient_accumulation_steps": 1,
         "model_config": MODEL, "deepspeed_config": {"train_micro_batch_size_per_gpu": 2},
         "data_config": {
             "target": "sat_ext.JointImageVideoDataset",
@@ -34,13 +34,16 @@ def batch(frames: int) -> dict[str, Any]:
     return {"mp4": torch.zeros(1, frames, 3, 32, 32, dtype=torch.uint8)}
 
 
-def test_the_plan_is_shown_once_and_by_the_first_rank(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_is_shown_once_and_by_the_first_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = args_of()
     report = begin(args)
     shown = capsys.readouterr().out
     assert "activations" in shown and "5x32x32" in shown
     assert begin(args) is report
-    begin(args_of(rank=1))
+    monkeypatch.setattr(memory_report, "_rank_and_world", lambda: (1, 2))
+    begin(args_of())
     assert capsys.readouterr().out == ""
 
 
