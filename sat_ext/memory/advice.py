@@ -241,7 +241,7 @@ def _eight_bit(run: Run) -> Run | None:
 
 
 def _nf4(run: Run) -> Run | None:
-    if not run.lora or run.model.train.quantization != "none":
+    if not run.lora or run.model.pretrained is None or run.model.train.quantization != "none":
         return None
     return replace(run, model=replace(run.model, train=replace(run.model.train, quantization="nf4")))
 
@@ -250,6 +250,9 @@ def _swap(blocks: int) -> Callable[[Run], Run | None]:
     def pull(run: Run) -> Run | None:
         if not run.lora or run.model.block_swap >= blocks:
             return None
-        return replace(run, model=replace(run.model, block_swap=blocks))
+        recompute = run.checkpointing
+        if recompute is None or recompute.every > 1:  # which it needs
+            recompute = GradientCheckpointing(offload=bool(recompute and recompute.offload))
+        return replace(run, model=replace(run.model, block_swap=blocks, gradient_checkpointing=recompute))
 
     return pull

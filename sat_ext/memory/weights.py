@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from sat_ext.memory.counts import Counts, Parameter
 from sat_ext.memory.run import Run
 
-ABSMAX = 4 / 64  # bytes a weight of NF4: an fp32 scale for each block of 64 (bitsandbytes)
-SCALE = 4  # bytes a row of FP8 or INT8
+# Bytes a weight of NF4 beside its half: a scale of 8 bits for each block of 64, and one in fp32 for 256 of these
+# (double quantization: Dettmers et al. 2023, "QLoRA", section 3).
+ABSMAX = 1 / 64 + 4 / (64 * 256)
+SCALE = {"fp8": 1, "int8": 4}  # bytes a row: an exponent (`Float8Linear`), or bitsandbytes' fp32
 
 
 def bytes_of(parameters: Iterable[Parameter], run: Run, split: int = 1) -> int:
@@ -35,4 +37,4 @@ def text_bytes(run: Run, counts: Counts, split: int = 1) -> int:
 def _quantized(parameter: Parameter, kind: str) -> int:
     if kind == "nf4":
         return int(parameter.numel * (0.5 + ABSMAX))
-    return parameter.numel + SCALE * parameter.rows
+    return parameter.numel + SCALE[kind] * parameter.rows
