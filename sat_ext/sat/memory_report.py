@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import json
 import logging
 import os
+import statistics
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,48 +35,91 @@ ARGS = ("num_workers", "batch_size", "gradient_accumulation_steps")
 log = logging.getLogger(__name__)
 
 
-class MemoryReport:
-    """`plan` is of this run, None where it cannot be predicted; `measured` are bytes by bucket."""
+@dataclass
+class Measured:
+    """Of the micro-steps of one bucket: bytes that PyTorch allocated and reserved at most, and what each took in
+    seconds (of the newest ones), the first one aside: it makes optimizer states and looks for kernels.
+    """
 
-    def __init__(self, plan: Plan | None) -> None:
-        self.plan = plan
-        self.measured: dict[str, int] = {}
-        self._bucket: str | None = None
+    samples: int = 0
+    steps: int = 0
+    allocated: int = 0
+    reserved: int = 0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+
+
+class MemoryReport:
+    """`plan` is of this run, None where it cannot be predicted; `measured` is by bucket. With `folder`, all of it
+    is written there at the end, as `memory.json`.
+    """
+
+    def __init__(self, plan: Plan | None, folder: Path | None = None) -> None:
+        self.plan, self.folder = plan, folder
+        self.measured: dict[str, Measured] = {}
+        self._seen: Measured | None = None
+        self._since = 0.0
 
     def seeing(self, data: Iterator[Any] | None) -> Iterator[Any] | None:
         """`data`, of whose next batch the bucket is noted. None stays None: a rank that is given its batches."""
         return None if data is None else map(self._see, data)
 
     def _see(self, batch: dict[str, Any]) -> dict[str, Any]:
-        self._bucket = str(bucket_of(batch))
+        self._seen = self.measured.setdefault(str(bucket_of(batch)), Measured(samples=len(batch["mp4"])))
         return batch
 
     def close(self) -> None:
-        """End of a micro-step: what it took at most."""
+        """End of a micro-step: what it took."""
+        now, since, seen = time.monotonic(), self._since, self._seen
+        self._since, self._seen = now, None
+        if seen is not None:
+            if seen.steps:
+                seen.seconds.append(now - since)
+            seen.steps += 1
         if torch.cuda.is_available():
-            if self._bucket is not None:
-                peak = torch.cuda.max_memory_allocated()
-                self.measured[self._bucket] = max(peak, self.measured.get(self._bucket, 0))
+            if seen is not None:
+                seen.allocated = max(seen.allocated, torch.cuda.max_memory_allocated())
+                seen.reserved = max(seen.reserved, torch.cuda.max_memory_reserved())
             torch.cuda.reset_peak_memory_stats()
 
     def show(self) -> None:
         """The measured peaks beside the predicted ones."""
-        if self._bucket is None:
+        if not self.measured:
             return
+        if self.folder is not None and self.folder.is_dir():
+            (self.folder / "memory.json").write_text(json.dumps(self.data(), indent=1) + "\n")
         if not torch.cuda.is_available():
             print("memory: the peak was not measured, there is no GPU")
         elif self.plan is not None:
-            Console().print(of_buckets(self.plan, self.measured))
+            peaks = {bucket: of.allocated for bucket, of in self.measured.items()}
+            Console().print(of_buckets(self.plan, peaks))
+
+    def data(self) -> dict[str, Any]:
+        """Predicted bytes by part, and by bucket what was predicted and measured (None without a GPU)."""
+        gpu = torch.cuda.is_available()
+        peaks = {str(b.bucket): b.peak for b in self.plan.buckets} if self.plan else {}
+        buckets = [
+            {
+                "bucket": bucket, "samples": of.samples, "steps": of.steps, "predicted": peaks.get(bucket),
+                "allocated": of.allocated if gpu else None, "reserved": of.reserved if gpu else None,
+                "seconds": statistics.median(of.seconds) if of.seconds else None,
+            }
+            for bucket, of in self.measured.items()
+        ]  # fmt: skip
+        return {
+            "device": torch.cuda.get_device_name() if gpu else None,
+            "predicted": dict(self.plan.per_gpu) if self.plan else None,
+            "buckets": buckets,
+        }
 
 
 def bucket_of(batch: Mapping[str, Any]) -> Bucket:
     """The shape of a batch's pixels, or of those that its latents stand for."""
-    if "latents" in batch:
-        _, frames, _, height, width = batch["latents"].shape
+    pixels = batch.get("latents", batch["mp4"])
+    _, frames, channels, height, width = pixels.shape
+    if channels != 3:
         return Bucket(
             frames=(frames - 1) * TEMPORAL_COMPRESSION + 1, height=height * LATENT_SIDE, width=width * LATENT_SIDE
         )
-    _, frames, _, height, width = batch["mp4"].shape
     return Bucket(frames=frames, height=height, width=width)
 
 
@@ -93,6 +142,7 @@ def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
     def step(data: Any, model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
         report = begin(args)
         report.close()
+        report.folder = Path(args.save) if args.save and _rank_and_world()[0] == 0 else None
         return forward_step(report.seeing(data), model, args, *rest, **options)
 
     return step

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Gpu:
         for name, value in (
             ("is_available", lambda: True),
             ("max_memory_allocated", lambda: self.peaks.pop(0)),
+            ("max_memory_reserved", lambda: 6_000_000_000),
+            ("get_device_name", lambda: "a stand-in"),
             ("reset_peak_memory_stats", self._reset),
             ("current_device", lambda: 0),
             ("device_count", lambda: 1),
@@ -79,19 +82,26 @@ def test_a_run_that_does_not_fit_is_warned_of(
     assert "GB of a GPU that has 0.0; `sat-ext plan` with the same YAML says what to change" in caplog.text
 
 
-def test_peaks_are_measured_by_bucket(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peaks_are_measured_by_bucket(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     gpu = Gpu([3_000_000_000, 5_000_000_000, 4_000_000_000], monkeypatch)
-    args, data = args_of(), iter([batch(5), batch(1), batch(5)])
+    args, data = args_of(save=str(tmp_path)), iter([batch(5), batch(1), batch(5)])
     step = measuring(lambda data, model, args, timers: next(data)["mp4"].shape[1])
     assert [step(data, None, args, None) for _ in range(3)] == [5, 1, 5]
     report = begin(args)
     report.close()
-    assert report.measured == {"5x32x32": 4_000_000_000, "1x32x32": 5_000_000_000}
+    peaks = {bucket: of.allocated for bucket, of in report.measured.items()}
+    assert peaks == {"5x32x32": 4_000_000_000, "1x32x32": 5_000_000_000}
     assert gpu.resets == 4
     capsys.readouterr()
     report.show()
     shown = capsys.readouterr().out
     assert "measured GB" in shown and "4.0" in shown and "5.0" in shown
+    first, second = json.loads((tmp_path / "memory.json").read_text())["buckets"]
+    assert (first["bucket"], first["samples"], first["steps"]) == ("5x32x32", 1, 2)
+    assert (first["allocated"], first["reserved"]) == (4_000_000_000, 6_000_000_000)
+    assert first["seconds"] >= 0 and second["seconds"] is None and first["predicted"] > 0
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +119,8 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_cached_batch_is_of_the_bucket_that_its_latents_stand_for() -> None:
     cached = {"mp4": torch.zeros(1, 1, 3, 1, 1), "latents": torch.zeros(2, 13, 16, 60, 90)}
     assert bucket_of(cached) == Bucket(frames=49, height=480, width=720)
+    of_cogvideo = {"mp4": torch.zeros(2, 13, 16, 60, 90)}
+    assert bucket_of(of_cogvideo) == Bucket(frames=49, height=480, width=720)
 
 
 def test_the_entry_script_plans_before_it_loads() -> None:
