@@ -3,11 +3,11 @@
     python benchmarks/memory.py [--models cogvideox-5b-i2v] [--rows 16] [--json benchmarks/results/memory.json]
 
 Each row is a run of train_video.py in a process of its own, on random weights of the published sizes (30 GB in
---folder, made on the GPU, removed at the end). `allocated` and `reserved` are the most that PyTorch's allocator held
-in the steps of the largest bucket; `predicted` is what `sat-ext plan` says of the first. Step time is the median; the
-first step of each bucket, which makes optimizer states, is left out. Where COGVIDEO_SAT names the sat folder of
-CogVideo v1.0, its own script at the same work is a row too. `--tiny` tries all of this on a CPU with small models:
-what needs a GPU says so in its row, and no figure means anything.
+--folder, made on the GPU, removed at the end). `allocated` and `reserved` are the most that PyTorch's allocator
+held in the steps of the largest bucket; `predicted` is what `sat-ext plan` says of the first. Step time is the
+median; the first step of each bucket, which makes optimizer states, is left out. Where COGVIDEO_SAT names the sat
+folder of CogVideo v1.0, its own script at the same work is a row too. `--tiny` tries all of this on a CPU with
+small models: what needs a GPU says so in its row, and no figure means anything.
 """
 
 from __future__ import annotations

@@ -27,6 +27,13 @@ MISSING = "COGVIDEO_SAT is not set: name the sat folder of a CogVideo checkout (
 MINUTES = 8  # for one run, on a machine that does much else
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each of these tests may start several runs of the script."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.timeout(4 * 60 * MINUTES))
+
+
 @dataclass(frozen=True)
 class Checkout:
     """One generation: its `sat` folder, and the small YAMLs and weights that `tiny.write_all` made of it."""
