@@ -16,7 +16,7 @@ from sat_ext.memory.host import rounding
 from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import Run, read_run
 from sat_ext.memory.weights import bytes_of
-from sat_ext.models.quantize import Float8Linear, nf4_linear
+from sat_ext.models.quantize import CODES, QuantizedLinear
 from sat_ext.types import Bucket
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -114,26 +114,23 @@ def test_quantized_weights_of_blocks() -> None:
     for kind in ("none", "fp8", "nf4"):
         plan = make_plan(with_model(run, train=replace(run.model.train, quantization=kind)))
         sizes[kind] = plan.per_gpu["weights"]
-    matrices = sum(p.numel for p in count(run).network if p.matrix and p.block is not None)
-    assert matrices / 5.57e9 > 0.99
-    assert sizes["none"] - sizes["nf4"] == pytest.approx((2 - 0.5 - 1 / 64 - 1 / 4096) * matrices, rel=1e-6)
-    assert sizes["none"] - sizes["fp8"] == pytest.approx(matrices, rel=1e-2)
+    matrices = [p for p in count(run).network if p.matrix and p.block is not None]
+    every, modulation = sum(p.numel for p in matrices), sum(p.numel for p in matrices if p.modulation)
+    assert every / 5.57e9 > 0.99 and modulation / every == pytest.approx(1 / 7, rel=0.01)
+    saved = (2 - 0.5 - 2 / 64) * (every - modulation) + modulation  # modulation is in FP8
+    assert sizes["none"] - sizes["nf4"] == pytest.approx(saved, rel=1e-3)
+    assert sizes["none"] - sizes["fp8"] == pytest.approx(every, rel=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
 def test_a_quantized_layer_takes_what_is_predicted(kind: str) -> None:
     pytest.importorskip("bitsandbytes")
     layer = torch.nn.Linear(3072, 512, bias=False, dtype=torch.bfloat16)
-    made: Any = nf4_linear(layer) if kind == "nf4" else Float8Linear.of(layer)
-    tensors = [made.weight.data, *made.buffers()]
-    if kind == "nf4":
-        state = made.weight.quant_state
-        tensors += [state.absmax, state.state2.absmax]
-    found = sum(t.numel() * t.element_size() for t in tensors)
+    made = QuantizedLinear(layer, CODES[kind], in_state_dict=False)
     parameter = Parameter(numel=layer.weight.numel(), block=0, matrix=True, rows=512)
     run = run_of()
     run = with_model(run, train=replace(run.model.train, quantization=kind))
-    assert found == bytes_of([parameter], run)
+    assert made.weight.nbytes + made.scales.nbytes == bytes_of([parameter], run)
 
 
 def test_slicing_matters_to_batches_of_stills() -> None:

@@ -20,7 +20,7 @@ from sat_ext.cogvideo.parent import subclass_of
 from sat_ext.config import convert
 from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.errors import ConfigError, DataError
-from sat_ext.models.placement import on_device
+from sat_ext.models.text import on_device
 
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
 EMBEDDER = "sgm.modules.encoders.modules.AbstractEmbModel"

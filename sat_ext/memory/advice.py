@@ -241,7 +241,7 @@ def _eight_bit(run: Run) -> Run | None:
 
 
 def _nf4(run: Run) -> Run | None:
-    if not run.lora or run.model.pretrained is None or run.model.train.quantization != "none":
+    if not run.lora or run.model.train.quantization != "none":
         return None
     return replace(run, model=replace(run.model, train=replace(run.model.train, quantization="nf4")))
 

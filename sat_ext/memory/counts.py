@@ -26,7 +26,7 @@ class Parameter:
     """One parameter: how many numbers, whether it trains, and where it is.
 
     `block`: of the transformer's repeated blocks. `matrix`: the weight of a linear layer, which can be quantized;
-    `rows` of it. `decays`: SAT's optimizer group.
+    `rows` of it; `modulation`: of one that scales and shifts after a norm. `decays`: SAT's optimizer group.
     """
 
     numel: int
@@ -34,6 +34,7 @@ class Parameter:
     decays: bool = True
     block: int | None = None
     matrix: bool = False
+    modulation: bool = False
     rows: int = 1
 
 
@@ -129,7 +130,12 @@ def _parameters(module: nn.Module, trains: object = None) -> Iterator[Parameter]
                 trains=bool(trains and trains(full)),  # type: ignore[operator]
                 decays=name != "bias" and not isinstance(part, NO_DECAY),
                 block=_block(path),
-                matrix=isinstance(part, nn.Linear) and name == "weight" and "lora_" not in path,
+                # transformers keeps T5's `wo` as it is
+                matrix=isinstance(part, nn.Linear)
+                and name == "weight"
+                and "lora_" not in path
+                and not path.endswith(".wo"),
+                modulation=".norm1." in path or ".norm2." in path,
                 rows=parameter.shape[0] if parameter.ndim else 1,
             )
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from sat_ext.memory.counts import Counts, Parameter
 from sat_ext.memory.run import Run
+from sat_ext.models.quantize import NF4_BLOCK
 
-# Bytes a weight of NF4 beside its half: a scale of 8 bits for each block of 64, and one in fp32 for 256 of these
-# (double quantization: Dettmers et al. 2023, "QLoRA", section 3).
-ABSMAX = 1 / 64 + 4 / (64 * 256)
-SCALE = {"fp8": 1, "int8": 4}  # bytes a row: an exponent (`Float8Linear`), or bitsandbytes' fp32
+# Bytes of the scales: in blocks of a transformer's NF4 a bfloat16 each, a row of its FP8 an exponent
+# (`sat_ext.models.quantize`); of a text encoder, which bitsandbytes quantizes, fp32 in both.
+NETWORK_SCALES = {"nf4": 2, "fp8": 1}
+TEXT_SCALES = {"nf4": 4, "int8": 4}
 
 
 def bytes_of(parameters: Iterable[Parameter], run: Run, split: int = 1) -> int:
@@ -21,7 +22,8 @@ def bytes_of(parameters: Iterable[Parameter], run: Run, split: int = 1) -> int:
         if kind == "none" or not parameter.matrix or parameter.block is None:
             total += -(-parameter.numel // split) * run.itemsize
         else:
-            total += _quantized(parameter, kind)
+            own = "fp8" if parameter.modulation else kind
+            total += _quantized(parameter, own, NETWORK_SCALES[own])
     return total
 
 
@@ -29,12 +31,14 @@ def text_bytes(run: Run, counts: Counts, split: int = 1) -> int:
     """Bytes of the text encoder's weights."""
     kind = run.model.text.quantization
     return sum(
-        -(-p.numel // split) * run.itemsize if kind == "none" or not p.matrix else _quantized(p, kind)
+        -(-p.numel // split) * run.itemsize
+        if kind == "none" or not p.matrix
+        else _quantized(p, kind, TEXT_SCALES[kind])
         for p in counts.text
     )
 
 
-def _quantized(parameter: Parameter, kind: str) -> int:
+def _quantized(parameter: Parameter, kind: str, scale: int) -> int:
     if kind == "nf4":
-        return int(parameter.numel * (0.5 + ABSMAX))
-    return parameter.numel + SCALE[kind] * parameter.rows
+        return parameter.numel // 2 + scale * -(-parameter.numel // NF4_BLOCK)
+    return parameter.numel + scale * parameter.rows

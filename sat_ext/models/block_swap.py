@@ -1,139 +1,137 @@
-"""Frozen blocks of the transformer in CPU memory, on the GPU only for their turn."""
+"""Frozen weights of some of the transformer's blocks in CPU memory, each fetched just before its block computes.
+
+In the backward pass a block computes again (gradient checkpointing), and is fetched again. What autograd saves of
+its weights then are those of the recomputation, whose memory lasts until the block's gradients are there. Trained
+weights, a LoRA's, stay where they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sat_ext.models.side_stream import SideStream, Transfer, page_lock
 
-def swapped_indices(number: int, blocks: int) -> list[int]:
-    """Which of the blocks are swapped: spread evenly, so that those between give their copies time.
-
-    >>> swapped_indices(2, 6), swapped_indices(3, 3), swapped_indices(0, 3)
-    ([2, 5], [0, 1, 2], [])
-    """
-    return [i for i in range(blocks) if (i + 1) * number // blocks > i * number // blocks]
+ALIGNMENT = 256  # bytes, as CUDA aligns what it allocates
 
 
-def swap_blocks(blocks: Sequence[nn.Module], number: int) -> list[SwappedBlock]:
-    """Keep frozen weights of `number` of the blocks on the CPU. Gradient checkpointing must recompute each."""
-    swapped = [SwappedBlock(blocks[i]) for i in swapped_indices(number, len(blocks))]
-    for before, after in zip(swapped, swapped[1:]):
-        before.next, after.previous = after, before
-    return swapped
+def swap_blocks(blocks: nn.ModuleList, count: int) -> Window:
+    """Keep the frozen weights of `count` of the blocks, evenly spread, in CPU memory from now on."""
+    stream = SideStream()
+    return Window([SwappedBlock(blocks[i * len(blocks) // count], stream) for i in range(count)])
 
 
 class SwappedBlock:
-    """One block, whose frozen weights are on the CPU whenever it does not compute.
+    """A block whose frozen weights are in one piece of CPU memory, and for a while also where the block computes.
 
-    They are fetched when its forward begins, the next block's right behind them, and let go when it ends. The
-    backward pass, in which checkpointing computes the forward anew, does the same in the other direction; what has
-    to be kept of the weights until the gradients are through, autograd holds, which saved the fetched ones. So at
-    most two swapped blocks are on the GPU.
+    Else its parameters are empty, so that what moves, casts or broadcasts the model finds nothing to do; their
+    device and dtype say where the block computes, and `whole_shape` what they stand for. State dicts hold the
+    weights, and loading one fills them.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.next: SwappedBlock | None = None
-        self.previous: SwappedBlock | None = None
-        self.homes: dict[nn.Parameter, Tensor] = {}
-        self._device = torch.device("cpu")
-        self._coming: dict[nn.Parameter, Tensor] | None = None
-        self._ready: torch.cuda.Event | None = None
-        self._forward, self._apply = block.forward, block._apply
-        self.weights = [p for name, p in block.named_parameters() if not is_adapter(name)]
-        for weight in self.weights:
-            weight.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed then does not broadcast it by NCCL
-            self._settle(weight, weight.data)
-        block.forward = self.forward
-        block._apply = self.apply  # type: ignore[method-assign]
-        self.block = block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's own, with its weights where its input is."""
-        assert not any(w.requires_grad for w in self.weights), "only frozen blocks are swapped"
-        device = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).device
-        self.fetch(device)
-        backward = torch._C._current_graph_task_id() != -1
-        neighbour = self.previous if backward else self.next
-        if neighbour is not None:
-            neighbour.start(device)
-        try:
-            return self._forward(*args, **kwargs)
-        finally:  # checkpointing ends a recomputation by an exception
-            self.let_go()
-
-    def start(self, device: torch.device) -> None:
-        """Begin to copy the weights to `device`."""
-        if self._coming is not None:
-            return
-        if device.type != "cuda":
-            self._coming = {w: home.clone() for w, home in self.homes.items()}
-            return
-        stream = copy_stream(device)
-        with torch.cuda.stream(stream):
-            self._coming = {w: home.to(device, non_blocking=True) for w, home in self.homes.items()}
-            self._ready = stream.record_event()
-
-    def fetch(self, device: torch.device) -> None:
-        """Put the copies in the weights' places."""
-        self.start(device)
-        assert self._coming is not None
-        if self._ready is not None:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(self._ready)
-            for value in self._coming.values():
-                value.record_stream(current)
-        for weight, value in self._coming.items():
-            weight.data = value
-        self._coming, self._ready = None, None
-
-    def let_go(self) -> None:
-        """Put the weights' homes back; the copies go as soon as nothing needs them."""
-        for weight, home in self.homes.items():
-            weight.data = home
-
-    def apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """In place of `nn.Module._apply`: what moves and casts a model casts these weights, and moves the rest."""
-        places = [
-            (module._parameters, name, p)
-            for module in self.block.modules()
-            for name, p in module._parameters.items()
-            if p is not None and any(p is w for w in self.weights)
+    def __init__(self, block: nn.Module, stream: SideStream) -> None:
+        self.block, self.stream = block, stream
+        self.host = torch.empty(0)
+        self.home: list[Tensor] = []
+        self.locked = False
+        self.fetched: Transfer | None = None
+        self.slots = [
+            (owner, name)
+            for path, owner in block.named_modules()
+            for name in (*owner._parameters, *owner._buffers)
+            if "lora_" not in path and getattr(owner, name) is not None
         ]
-        for parameters, name, _ in places:
-            parameters[name] = None
-        try:
-            self._apply(fn, recurse)
-        finally:
-            for parameters, name, weight in places:
-                parameters[name] = weight
-        for weight in self.weights:
-            like = fn(torch.empty(0, dtype=weight.dtype))
-            state = getattr(weight, "quant_state", None)  # of NF4: small, and wanted beside the copies
-            if state is not None:
-                state.to(like.device)
-            self._settle(weight, weight.data.to(like.dtype))
-        return self.block
+        for tensor in self.tensors:
+            if isinstance(tensor, nn.Parameter) and not hasattr(tensor, "whole_shape"):
+                tensor.whole_shape = tensor.shape  # type: ignore[attr-defined]
+        self._pack([tensor.detach() for tensor in self.tensors])
+        self.release()
+        block.register_state_dict_pre_hook(lambda *_: self._show(self.home))
+        block.register_load_state_dict_pre_hook(lambda *_: self._show(self.home))
+        block.register_state_dict_post_hook(lambda *_: self.release())
+        block.register_load_state_dict_post_hook(lambda *_: self.release())
 
-    def _settle(self, weight: nn.Parameter, value: Tensor) -> None:
-        home = value.to("cpu")
-        self.homes[weight] = home.pin_memory() if torch.cuda.is_available() else home
-        weight.data = self.homes[weight]
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The frozen parameters and buffers, looked up: a module that is moved makes new buffers."""
+        return [getattr(owner, name) for owner, name in self.slots]
+
+    def fetch(self) -> None:
+        """Begin to copy the weights to where the block computes, unless that has begun."""
+        if self.fetched is not None:
+            return
+        tensors = self.tensors
+        dtypes = [tensor.dtype for tensor in tensors]
+        if [tensor.dtype for tensor in self.home] != dtypes:  # the model was cast
+            self._pack([tensor.to(dtype) for tensor, dtype in zip(self.home, dtypes)])
+        device = tensors[0].device
+        if device.type == "cuda" and not self.locked:
+            page_lock(self.host)
+            self.locked = True
+        self.fetched = self.stream.copy(self.host, torch.empty_like(self.host, device=device))
+
+    def arrive(self) -> None:
+        """Have the weights where the block computes."""
+        self.fetch()
+        assert self.fetched is not None
+        self._show(self._views(self.fetched.finish(), self.home))
+
+    def release(self) -> None:
+        """Let go of the copy; autograd may still hold it for the block's gradients."""
+        self.fetched = None
+        self._show([torch.empty(0, dtype=t.dtype, device=t.device) for t in self.tensors])
+
+    def _show(self, values: list[Tensor]) -> None:
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.data = value
+
+    def _pack(self, values: list[Tensor]) -> None:
+        """Copy the values into one piece of CPU memory: one allocation and one copy a block."""
+        self.host = torch.empty(sum(_room(v) for v in values), dtype=torch.uint8)
+        self.locked = False
+        self.home = self._views(self.host, values)
+        for home, value in zip(self.home, values):
+            home.copy_(value)
+
+    @staticmethod
+    def _views(memory: Tensor, like: list[Tensor]) -> list[Tensor]:
+        rooms = memory.split([_room(tensor) for tensor in like])
+        return [room[: t.nbytes].view(t.dtype).view(t.shape) for room, t in zip(rooms, like)]
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+def _room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a block's memory."""
+    return -(-prod(tensor.shape) * tensor.element_size() // ALIGNMENT) * ALIGNMENT
 
 
-def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which blocks come to `device`: one for all, so that they come in order."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+class Window:
+    """The swapped blocks, of which two at most are fetched: the one that computes, and the next that will."""
 
+    def __init__(self, blocks: list[SwappedBlock]) -> None:
+        self.blocks = blocks
+        self._last = 0
+        for index, swapped in enumerate(blocks):
+            swapped.block.register_forward_pre_hook(partial(self._enter, index))
 
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is a LoRA's own, which trains and stays on the GPU."""
-    return "lora_" in name
+    def _enter(self, index: int, _block: nn.Module, _inputs: Any) -> None:
+        """The block of this index is about to compute, forwards or again in the backward pass."""
+        following = self._following(index)
+        for other, swapped in enumerate(self.blocks):
+            if other not in (index, following):
+                swapped.release()
+        self.blocks[index].arrive()
+        self.blocks[following].fetch()
+        self._last = index
+
+    def _following(self, index: int) -> int:
+        """Which block computes after this one, as far as can be told."""
+        if index == 0:
+            return 1  # after it in a forward pass; and the next pass's second where it ends a backward pass
+        if torch.is_grad_enabled():
+            turns = index == len(self.blocks) - 1  # the backward pass begins where the forward pass ended
+            return index - 1 if turns or index <= self._last else index + 1
+        return (index + 1) % len(self.blocks)

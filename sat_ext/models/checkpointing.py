@@ -1,114 +1,112 @@
-"""Gradient checkpointing of the transformer's blocks, all or every n-th, their inputs on the CPU if asked."""
+"""Gradient checkpointing of the transformer's blocks, with the inputs that are kept on the GPU or off it."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from sat_ext.models.levers import GradientCheckpointing
+from sat_ext.models.side_stream import SideStream, Transfer
+
+TOKENS = 3  # dimensions (B, N, D) of a block's large inputs; its others are small, and the same for all blocks
 
 
-def enable(transformer: Any, options: GradientCheckpointing) -> None:
-    """Have `transformer`, of diffusers, recompute blocks in its backward pass as `options` says."""
-    blocks: Sequence[nn.Module] = list(transformer.transformer_blocks)
-    waiting = WaitingInputs() if options.offload else None
-    recomputed = {block for i, block in enumerate(blocks) if i % options.every == 0}
-
-    def run(block: nn.Module, hidden_states: Tensor, *rest: Any) -> Any:
-        if block not in recomputed:
-            return block(hidden_states, *rest)
-        away: AbstractContextManager[Any] = waiting.instead_of(hidden_states) if waiting else nullcontext()
-        with away:
-            return checkpoint(block.__call__, hidden_states, *rest, use_reentrant=False)
-
-    transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+def checkpoint_blocks(network: CogVideoXTransformer3DModel, lever: GradientCheckpointing) -> None:
+    """Recompute the first of every `lever.every` blocks of `network` in the backward pass."""
+    network.enable_gradient_checkpointing(Checkpointing(network.transformer_blocks, lever))
 
 
-class WaitingInputs:
-    """Inputs of blocks that wait for the backward pass in pinned CPU memory.
+class Checkpointing:
+    """What diffusers' transformer calls in place of each block while gradients are on."""
 
-    They leave on a stream of their own while the block computes, and come back on it one block ahead of their use.
-    Without a GPU they are copied at once.
+    def __init__(self, blocks: nn.ModuleList, lever: GradientCheckpointing) -> None:
+        # the last ones' activations are the first to be let go of, so it is they that are kept
+        self.recomputed = set(list(blocks)[:: lever.every])
+        self.inputs = OffloadedInputs() if lever.offload else None
+
+    def __call__(self, block: nn.Module, *inputs: Any) -> Any:
+        """The block's outputs."""
+        if block not in self.recomputed:
+            return block(*inputs)
+        with nullcontext() if self.inputs is None else self.inputs.of_next_block():
+            return checkpoint(block, *inputs, use_reentrant=False)
+
+
+class OffloadedInputs:
+    """Inputs of checkpointed blocks in page-locked CPU memory, copied while the GPU computes.
+
+    An input leaves while its block computes, and its memory is free when the next block begins. In the backward
+    pass a block's inputs are fetched while the block after it computes.
     """
 
     def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._order: list[weakref.ref[_Away]] = []  # of those that a backward pass still wants
+        self.out, self.back = SideStream(), SideStream()
+        self.leaving: list[Transfer] = []
+        self._last: weakref.ref[_Inputs] | None = None
 
-    def instead_of(self, value: Tensor) -> saved_tensors_hooks:
-        """Inside, autograd keeps a copy of `value` on the CPU where it would keep `value`."""
+    def of_next_block(self) -> saved_tensors_hooks:
+        """Inside, what `checkpoint` saves of its arguments is offloaded. Weights and activations, which are saved
+        under its own hooks, are not."""
+        self.settle()
+        inputs = _Inputs(self, self._last)
+        self._last = weakref.ref(inputs)
+        return saved_tensors_hooks(inputs.pack, inputs.unpack)
 
-        def pack(saved: Tensor) -> Tensor | _Away:
-            return self._send(saved) if saved.data_ptr() == value.data_ptr() else saved
-
-        def unpack(saved: Tensor | _Away) -> Tensor:
-            return self._bring(saved) if isinstance(saved, _Away) else saved
-
-        return saved_tensors_hooks(pack, unpack)
-
-    def _send(self, value: Tensor) -> _Away:
-        if value.is_cuda:
-            stream = self._stream = self._stream or torch.cuda.Stream(value.device)
-            home = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            stream.wait_stream(torch.cuda.current_stream(value.device))
-            with torch.cuda.stream(stream):
-                home.copy_(value.detach(), non_blocking=True)
-            value.record_stream(stream)  # its memory is not given to others before the copy is made
-        else:
-            home = value.detach().clone()
-        away = _Away(home, value.device)
-        self._order = [w for w in self._order if w() is not None]
-        self._order.append(weakref.ref(away))
-        return away
-
-    def _bring(self, away: _Away) -> Tensor:
-        value = away.fetch(self._stream)
-        while self._order and (last := self._order.pop()()) is not away:
-            if last is not None:  # a pass in another order than backwards: it stays to be fetched
-                self._order.append(weakref.ref(last))
-                break
-        if self._order and (before := self._order[-1]()) is not None:
-            before.start(self._stream)
-        return value
+    def settle(self) -> None:
+        """Have what is computed from here on come after the copies of the last block's inputs."""
+        for transfer in self.leaving:
+            transfer.finish()
+        self.leaving.clear()
 
 
-class _Away:
-    """One input on the CPU."""
+class _Inputs:
+    """Those of one block. The graph alone keeps them, so that they go with it."""
 
-    def __init__(self, home: Tensor, device: torch.device) -> None:
-        self.home, self.device = home, device
-        self._back: Tensor | None = None
-        self._ready: torch.cuda.Event | None = None
+    def __init__(self, owner: OffloadedInputs, before: weakref.ref[_Inputs] | None) -> None:
+        self.owner, self.before = owner, before
+        self.saved: list[_Saved] = []
 
-    def start(self, stream: torch.cuda.Stream | None) -> None:
-        """Begin to copy it back."""
-        if self._back is None and stream is not None:
-            with torch.cuda.stream(stream):
-                self._back = self.home.to(self.device, non_blocking=True)
-                self._ready = stream.record_event()
+    def pack(self, tensor: Tensor) -> Tensor | _Saved:
+        if tensor.dim() != TOKENS:
+            return tensor
+        saved = _Saved(self.owner, tensor)
+        self.saved.append(saved)
+        return saved
 
-    def fetch(self, stream: torch.cuda.Stream | None) -> Tensor:
-        """Its value, where it was."""
-        if stream is None:
-            return self.home
-        self.start(stream)
-        value, ready, self._back = self._back, self._ready, None
-        assert value is not None and ready is not None
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(ready)
-        value.record_stream(current)
-        return value
+    def unpack(self, packed: Tensor | _Saved) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        self.owner.settle()
+        packed.fetch()
+        before = None if self.before is None else self.before()
+        for saved in () if before is None else before.saved:
+            saved.fetch()
+        return packed.take()
 
 
-def options_of(given: bool | GradientCheckpointing) -> GradientCheckpointing | None:
-    """What the YAML's `gradient_checkpointing` asks for, None where it is off."""
-    if isinstance(given, bool):
-        return GradientCheckpointing() if given else None
-    return given
+class _Saved:
+    """One tensor that is offloaded."""
+
+    def __init__(self, owner: OffloadedInputs, tensor: Tensor) -> None:
+        self.device, self.stream = tensor.device, owner.back
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        owner.leaving.append(owner.out.copy(tensor.detach(), self.host))
+        self.coming: Transfer | None = None
+
+    def fetch(self) -> None:
+        """Begin to copy it back, unless that has begun."""
+        if self.coming is None:
+            self.coming = self.stream.copy(self.host, torch.empty_like(self.host, device=self.device))
+
+    def take(self) -> Tensor:
+        """The tensor; the copy lasts as long as whoever takes it keeps it."""
+        assert self.coming is not None
+        tensor, self.coming = self.coming.finish(), None
+        return tensor

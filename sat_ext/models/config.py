@@ -68,11 +68,17 @@ class AutoencoderConfig:
 class FirstStageConfig:
     """Pixels to latents: the video autoencoder, or the tiny models' cosine transform, which has no weights.
 
+    Levers on the autoencoder's memory, in the order in which to pull them:
+    - `slicing`: encode one sample at a time, which is the default: batches take as many times the memory, and fail
+      in diffusers from nine stills of 480x720 on.
+    - `tiling`: encode in overlapping tiles of half the native height and width, which are blended; a quarter of
+      the memory, for some 40 % more time. Latents differ a little from those of the whole frame.
+    - `frames`: pixel frames that are encoded at a time, a multiple of 4. The published models saw latents of 8,
+      which other values differ from.
+    Samples are always decoded one at a time and in tiles.
+
     `condition_scale` multiplies the latents of the I2V condition frame. Null does as diffusers' pipeline:
     `scaling_factor`, or its inverse where the folder's vae/config.json says `invert_scale_latents`.
-    For the memory of encoding: `tiling` takes parts of large frames, `slicing` one sample at a time
-    (whole batches fail in diffusers from nine stills of 480x720 on), `frames` so
-    many pixel frames at a time. Tiles and other chunks change latents a little, by their group norms.
     """
 
     kind: Literal["autoencoder", "cosine"] = "autoencoder"
@@ -82,12 +88,25 @@ class FirstStageConfig:
     condition_scale: float | None = None
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
+    def __post_init__(self) -> None:
+        if self.frames < 4 or self.frames % TEMPORAL_COMPRESSION:
+            near = max(1, round(self.frames / TEMPORAL_COMPRESSION)) * TEMPORAL_COMPRESSION
+            raise ConfigError(f"model.first_stage.frames: {self.frames} is no multiple of 4; write {near}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Captions to embeddings: `t5` is a folder's encoder; `byt5` is a small random one over bytes, for
-    models without a folder. `device` "cpu" encodes on the CPU; "on_off" has the encoder on the GPU during a call.
-    `quantization` of its weights: "int8" or "nf4", by bitsandbytes.
+    models without a folder.
+
+    - `device`: "cpu" encodes on the CPU, which takes seconds a caption for a T5-XXL. "on_off" copies the encoder
+      to the GPU for each call, before the transformer's activations are there; the copy is of 9.5 GB in bf16. Both
+      keep it in the CPU memory of each rank.
+    - `quantization` of a `t5` that stays on the GPU, by bitsandbytes: "int8" and "nf4" take 1 and 0.56 bytes a
+      weight of the linear layers, but for `wo`, which transformers keeps as it is: 5.9 and 4.3 GB of a T5-XXL. The
+      embeddings differ a little from those that the model was trained on.
+
+    With cached embeddings (`sat-ext cache`) no step needs the encoder.
     """
 
     kind: Literal["t5", "byt5"] = "t5"
@@ -107,10 +126,15 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What trains. Rank, alpha and targets default to those of CogVideo's diffusers trainer
-    (finetune/schemas/args.py)."""
+    (finetune/schemas/args.py).
+
+    `quantization` is of the frozen weights below a LoRA, those of the linear layers in the blocks: "fp8" takes 1
+    byte each, with an error of some 3 % of a weight, "nf4" 0.53 bytes with some 9 %; bf16 takes 2. Each use makes
+    them whole again, which takes time.
+    """
 
     mode: Literal["full", "lora"] = "full"
-    quantization: Quantization = "none"  # of the frozen weights below a LoRA
+    quantization: Quantization = "none"
     rank: int = 128
     alpha: int = 64
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -141,6 +165,11 @@ class ModelConfig:
     With `pretrained`, a local folder in diffusers' layout, the architecture is the folder's, and a
     `transformer:` section is what the folder is expected to hold. Dropout rates default to CogVideo's
     `ucg_rate` and `noised_image_dropout` (sat/configs/cogvideox_5b_i2v_lora.yaml at tag v1.0).
+
+    `gradient_checkpointing` is true for every block, or `GradientCheckpointing`. `block_swap` is how many blocks'
+    frozen weights wait in page-locked CPU memory (that of each rank), fetched while the block before computes: all
+    but two of them leave the GPU. It costs no time as long as a block computes longer than its weights take over
+    PCIe (5B: 264 MB of bf16, some 10 ms), which small stills do not.
     """
 
     pretrained: str | None = None
@@ -155,7 +184,7 @@ class ModelConfig:
     caption_dropout: float = 0.1
     condition_dropout: float = 0.05
     gradient_checkpointing: bool | GradientCheckpointing = False
-    block_swap: int = 0  # blocks of the transformer that wait in CPU memory, fetched just before their turn
+    block_swap: int = 0
     eval_timesteps: int = 4  # noise levels at which an evaluation looks at each sample
 
     def __post_init__(self) -> None:
@@ -166,7 +195,6 @@ class ModelConfig:
             raise ConfigError(f"model.eval_timesteps: {self.eval_timesteps} is too few; use at least 1.")
         if self.pretrained is None and self.text.kind == "t5":
             raise ConfigError("model.text.kind: t5 needs a folder; set model.pretrained, or kind: byt5.")
-        check_levers(self)
 
 
 def load_model_config(mapping: Mapping[str, Any], where: str = "model") -> ModelConfig:
@@ -181,6 +209,7 @@ def load_model_config(mapping: Mapping[str, Any], where: str = "model") -> Model
     elif config.transformer is None:
         config = replace(config, transformer=TransformerConfig())
     _check_channels(config, where)
+    check_levers(config, transformer_of(config).num_layers)
     return config
 
 

@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from sat_ext.models.config import ModelConfig
 
 Quantization = Literal["none", "nf4", "fp8"]
+BLOCKS_FETCHED = 2  # of those that are swapped, on the GPU at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientCheckpointing:
     """Keep the input of a block of the transformer alone, and compute the rest anew in the backward pass.
 
-    `every`: of so many blocks one is recomputed; 1 is all of them, the least memory for a third more computing.
-    `offload`: those inputs wait in pinned CPU memory, copied while the GPU computes.
+    `every`: of n blocks one is recomputed, the first; 1 is all of them, for the least memory, and costs another
+    forward pass. `offload`: those inputs wait in page-locked CPU memory, copied while the GPU computes. It costs
+    no time as long as a block computes longer than its input takes over PCIe, which stills may not.
     """
 
     every: int = 1
@@ -29,55 +31,53 @@ class GradientCheckpointing:
             raise ConfigError(f"model.gradient_checkpointing.every: {self.every}; give 1 (all blocks) or more.")
 
 
-def recomputes_all(given: bool | GradientCheckpointing) -> bool:
-    """Whether gradient checkpointing is on for every block."""
-    return given if isinstance(given, bool) else given.every == 1
+def checkpointing_of(config: ModelConfig) -> GradientCheckpointing | None:
+    """The YAML's `gradient_checkpointing`, whose `true` is every block."""
+    lever = config.gradient_checkpointing
+    if isinstance(lever, GradientCheckpointing):
+        return lever
+    return GradientCheckpointing() if lever else None
 
 
-def check_levers(config: ModelConfig) -> None:
-    """Raise `ConfigError` for levers of `config` that do not go together."""
-    train, text = config.train, config.text
-    if config.block_swap < 0:
-        raise ConfigError(f"model.block_swap: {config.block_swap} blocks; give 0 (none) or more.")
-    if config.block_swap and train.mode != "lora":
+def check_levers(config: ModelConfig, layers: int) -> None:
+    """Raise `ConfigError` for levers that make no sense together, in a transformer of so many `layers`."""
+    lora, swap = config.train.mode == "lora", config.block_swap
+    if config.train.quantization != "none" and not lora:
         raise ConfigError(
-            f"model.block_swap: {config.block_swap} moves frozen weights, and train.mode 'full' has none; take "
-            "configs/zero/zero3-offload.yaml for full training, or train.mode: lora."
+            f"model.train.quantization: {config.train.quantization} is for frozen weights, and mode: full trains "
+            "them; use mode: lora, or quantization: none."
         )
-    if config.block_swap and not recomputes_all(config.gradient_checkpointing):
+    if swap and not lora:
         raise ConfigError(
-            f"model.block_swap: {config.block_swap} needs gradient checkpointing of every block, whose weights "
-            "are kept for the backward pass without; write 'gradient_checkpointing: true'."
+            f"model.block_swap: {swap}, but swapped weights are never written back, and mode: full trains them; "
+            "use mode: lora, or an offloading YAML of configs/zero/."
         )
-    if train.quantization != "none" and train.mode != "lora":
+    lever = checkpointing_of(config)
+    if swap and (lever is None or lever.every != 1):
         raise ConfigError(
-            f"model.train.quantization: {train.quantization} is for the frozen weights below a LoRA, and "
-            f"train.mode is '{train.mode}'; write 'mode: lora', or take the quantization out."
+            f"model.block_swap: {swap}, but a block's weights come back for the backward pass only when it is "
+            "recomputed; set model.gradient_checkpointing: true."
         )
-    if train.quantization != "none" and config.pretrained is None:
+    if swap and not BLOCKS_FETCHED < swap <= layers:
         raise ConfigError(
-            f"model.train.quantization: {train.quantization} leaves the weights below the LoRA out of "
-            "checkpoints, and no folder gives them back; set model.pretrained."
+            f"model.block_swap: {swap}; two blocks are on the GPU at a time, and the model has {layers}; give "
+            f"{BLOCKS_FETCHED + 1} to {layers}, or 0 for none."
         )
-    if text.kind == "byt5" and (text.device != "gpu" or text.quantization != "none"):
-        raise ConfigError("model.text: kind 'byt5' is tiny; leave 'device' and 'quantization' to kind 't5'.")
-    if text.quantization != "none" and text.device != "gpu":
+    if config.text.quantization != "none" and (config.text.kind != "t5" or config.text.device != "gpu"):
+        found = f"kind: {config.text.kind}" if config.text.kind != "t5" else f"device: {config.text.device}"
         raise ConfigError(
-            f"model.text.quantization: {text.quantization} is computed on the GPU, and device is '{text.device}'; "
-            "leave one of the two out."
-        )
-    if config.first_stage.frames < 4 or config.first_stage.frames % 4:
-        raise ConfigError(
-            f"model.first_stage.frames: {config.first_stage.frames}; give a multiple of 4, the frames that become "
-            "one latent frame (8 is the default)."
+            f"model.text.quantization: {config.text.quantization} is for a folder's T5 that stays on the GPU, and "
+            f"the YAML has {found}; use kind: t5 with device: gpu, or quantization: none."
         )
 
 
 def check_zero(config: ModelConfig, stage: int) -> None:
-    """Raise `ConfigError` for levers of `config` that ZeRO stage `stage` has no use for, or cannot split."""
-    for key, value in (("train.quantization", config.train.quantization), ("block_swap", config.block_swap)):
-        if stage == 3 and value not in ("none", 0):
-            raise ConfigError(
-                f"model.{key}: {value} does not go with ZeRO-3, which splits and moves weights itself; take "
-                "configs/zero/zero1.yaml or zero2.yaml."
-            )
+    """Raise `ConfigError` for levers that ZeRO's `stage` does not go with."""
+    quantization, swap = config.train.quantization, config.block_swap
+    if stage < 3 or (quantization == "none" and not swap):
+        return
+    lever = f"model.block_swap: {swap}" if swap else f"model.train.quantization: {quantization}"
+    raise ConfigError(
+        f"{lever}, but ZeRO-3 splits up all weights and brings them itself; use stage 2, or without the lever "
+        "configs/zero/zero3-offload.yaml."
+    )

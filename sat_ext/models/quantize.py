@@ -1,119 +1,165 @@
-"""The frozen weights below a LoRA in 4 or 8 bits: NF4 of bitsandbytes, or FP8."""
+"""Frozen weights of the transformer's linear layers in 4 or 8 bits, made whole again where they are used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from diffusers.models.normalization import CogVideoXLayerNormZero
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sat_ext.errors import ConfigError
 from sat_ext.models.levers import Quantization
 
-FP8 = torch.float8_e4m3fn
-FP8_LARGEST = torch.finfo(FP8).max  # 448
+NF4_BLOCK = 64  # weights that share a scale
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
-def quantize_blocks(transformer: Any, kind: Quantization) -> None:
-    """Replace the linear layers of the blocks of `transformer`, of diffusers, before its LoRA is added.
+@dataclass(frozen=True)
+class Code:
+    """A way to write a matrix of weights (rows, columns) as bytes and scales, and to read it.
 
-    Everything else (norms, embeddings, the last layer) stays as it is: it is 0.5 % of CogVideoX-5B. Raises
-    `ConfigError` where bitsandbytes is not installed.
+    `quantize(weight)` gives the bytes, uint8, and the scales, in an integer type: no cast of the model changes
+    either. `dequantize(codes, scales, shape, dtype)` gives the matrix, which quantizes to the same codes and
+    scales again.
     """
-    if kind == "none":
-        return
-    make: Callable[[nn.Linear], nn.Module] = Float8Linear.of if kind == "fp8" else nf4_linear
-    if kind == "nf4":
-        transformer.is_loaded_in_4bit = True  # peft then takes its LoRA for such layers
-    for block in transformer.transformer_blocks:
-        for name, layer in list(block.named_modules()):
-            if type(layer) is nn.Linear:
-                owner = block.get_submodule(name.rpartition(".")[0])
-                setattr(owner, name.rpartition(".")[2], make(layer))
+
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
+    dequantize: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
 
 
-def bitsandbytes(key: str) -> Any:
-    """The package, for the YAML's `key`. Raises `ConfigError` where it is not installed."""
+def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn with a power of two for each row, the least with which nothing overflows; its exponent is the
+    scale, int8. A power of two loses nothing over other scales, since the codes are floating point."""
+    weight = weight.float()
+    mantissa, exponent = torch.frexp(weight.abs().amax(dim=1) / FP8_MAX)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-100, 100)
+    codes = (weight * _power_of_two(-exponent)[:, None]).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8), exponent.to(torch.int8)
+
+
+def from_fp8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The weights, exact in bfloat16 too."""
+    factors = _power_of_two(scales.int()).to(dtype)
+    return codes.view(torch.float8_e4m3fn).to(dtype).mul_(factors[:, None])
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 to the `exponent`, int32 of -126 to 127: float32 made of its bits, and so exact on any device."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' NF4 in blocks of 64 weights. A block's scale is its largest weight, kept in bfloat16, in which
+    published weights come: the weights are rounded to it first. The scales are those bits, int16."""
+    rounded = weight.to(torch.bfloat16)
+    codes, largest = _bitsandbytes().quantize_4bit(rounded, NF4_BLOCK, "nf4", torch.uint8)
+    return codes, largest.to(torch.bfloat16).view(torch.int16)
+
+
+def from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The weights, rounded to `dtype`."""
+    largest = scales.view(torch.bfloat16).float()
+    # as one row: for a CPU it reads other blocks' scales where the rows are no multiple of 64 (seen in 0.50.2)
+    row: Tensor = _bitsandbytes().dequantize_4bit(codes, largest, NF4_BLOCK, "nf4", (shape.numel(),), dtype)
+    return row.view(shape)
+
+
+@cache
+def _bitsandbytes() -> Any:
+    """Its operators. Raises `ConfigError` where it is not installed."""
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401 (it registers them)
     except ImportError as error:
-        raise ConfigError(f"{key}: nf4 and int8 need bitsandbytes ({error}); pip install bitsandbytes.") from error
-    return bitsandbytes
+        raise ConfigError("model.train.quantization: nf4 needs bitsandbytes; pip install bitsandbytes.") from error
+    return torch.ops.bitsandbytes
 
 
-def nf4_linear(layer: nn.Linear) -> nn.Module:
-    """`layer` in NF4, quantized on the GPU where there is one: 0.5 bytes a weight, and 0.016 for the scales of
-    blocks of 64, quantized themselves (Dettmers et al. 2023, "QLoRA", section 3)."""
-    library = bitsandbytes("model.train.quantization")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantized: nn.Linear = library.nn.Linear4bit(
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,
-        compute_dtype=layer.weight.dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    quantized.weight = library.nn.Params4bit(
-        layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=quantized
-    ).to(device)
-    quantized.bias = layer.bias
-    return without_repacking(quantized)
+CODES = {"fp8": Code(to_fp8, from_fp8), "nf4": Code(to_nf4, from_nf4)}
 
 
-def without_repacking(model: nn.Module) -> nn.Module:
-    """`model`, whose layers of bitsandbytes keep one layout: on some CPUs their first evaluation packs the weights
-    anew, for widths of multiples of 64 alone, and training does not take that."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return model
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose `weight` is bytes, with `scales` beside it; for PEFT it is a linear layer.
 
-
-class Float8Linear(nn.Linear):
-    """A frozen linear layer whose weight is float8_e4m3fn times a power of two for each output.
-
-    The weight is kept as bytes, so that no cast of the model's dtype changes it, and the scales as their
-    exponents, int8. It is brought to the input's dtype for each product, and only the bytes are kept for the
-    backward pass.
+    `in_state_dict`: state dicts hold its weight, whole and in float32, in CPU memory. Loading a weight quantizes
+    it, and one from its own state dict comes back to the last bit.
     """
 
-    exponents: Tensor
+    scales: Tensor
 
-    @classmethod
-    def of(cls, layer: nn.Linear) -> Float8Linear:
-        """`layer`, rounded."""
-        made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        weight = layer.weight.data.float()
-        largest = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        exponents = torch.ceil(torch.log2(largest / FP8_LARGEST)).clamp(-127, 127)
-        rounded = (weight * torch.exp2(-exponents)).to(FP8)
-        made.weight = nn.Parameter(rounded.view(torch.uint8), requires_grad=False)
-        made.register_buffer("exponents", exponents.to(torch.int8))
-        made.bias = layer.bias
-        return made
+    def __init__(self, linear: nn.Linear, code: Code, *, in_state_dict: bool) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.code, self.in_state_dict = code, in_state_dict
+        codes, scales = code.quantize(linear.weight.detach())
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight.whole_shape = linear.weight.shape  # type: ignore[attr-defined]
+        self.bias = linear.bias
+        self.register_buffer("scales", scales, persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        product: Tensor = _Float8Product.apply(input, self.weight, self.exponents)
-        return product if self.bias is None else product + self.bias
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out_features), with weights in the dtype of `x`."""
+        output: Tensor = _Linear.apply(x, self.weight, self.scales, self.bias, self.read)
+        return output
+
+    def read(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight (out_features, in_features) that `codes` and `scales` stand for."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return self.code.dequantize(codes, scales, shape, dtype)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = f"{prefix}weight"
+        if self.in_state_dict:
+            destination[name] = self.read(self.weight.detach(), self.scales, torch.float32).cpu()
+        else:
+            del destination[name]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        name = f"{prefix}weight"
+        weight = state_dict.get(name)
+        if weight is not None and weight.shape == (self.out_features, self.in_features):
+            codes, scales = self.code.quantize(weight.to(self.weight.device))
+            self.scales.copy_(scales)
+            state_dict = {**state_dict, name: codes}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class _Float8Product(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """A linear layer that keeps its quantized weight for the backward pass, as what autograd saves: checkpointing
+    and block swap then reach it. (bitsandbytes' own keeps it out of their reach.)"""
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, exponents: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, exponents)
-        return functional.linear(input, _dequantized(weight, exponents, input.dtype))
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, read: Callable[..., Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.read = read
+        return functional.linear(x, read(codes, scales, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        codes, scales = ctx.saved_tensors
         (gradient,) = gradients
-        weight, exponents = ctx.saved_tensors
-        return gradient @ _dequantized(weight, exponents, gradient.dtype), None, None
+        return gradient @ ctx.read(codes, scales, gradient.dtype), None, None, None, None
 
 
-def _dequantized(weight: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.view(FP8).to(dtype) * torch.exp2(exponents.float()).to(dtype)
+def quantize_blocks(blocks: nn.ModuleList, quantization: Quantization, *, in_state_dict: bool) -> None:
+    """Quantize the weights of all linear layers in the transformer's blocks; biases and norms stay as they are.
+
+    Under NF4 the layers that make the modulation of the time step are FP8: an error of theirs is not averaged over
+    many inputs, but scales a channel of every token. Each weight is quantized on the GPU where there is one.
+    """
+    for module in list(blocks.modules()):
+        kind = "fp8" if isinstance(module, CogVideoXLayerNormZero) else quantization
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                home = child.weight.device
+                if home.type == "cpu" and torch.cuda.is_available():
+                    child = child.to("cuda")
+                quantized = QuantizedLinear(child, CODES[kind], in_state_dict=in_state_dict)
+                setattr(module, name, quantized.to(home))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,9 +19,7 @@ from transformers import (
 )
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import ModelConfig, folder_config, text_length, transformer_of
-from sat_ext.models.placement import on_device
-from sat_ext.models.quantize import bitsandbytes, without_repacking
+from sat_ext.models.config import ModelConfig, TextConfig, folder_config, text_length, transformer_of
 
 # Of the small encoder. Changing one makes every checkpoint of a tiny model useless.
 BYT5_SEED = 1
@@ -31,22 +31,22 @@ class T5Text(nn.Module):
     """A T5 encoder and its tokenizer. Captions are padded to `length` tokens, without an attention mask,
     as CogVideo's FrozenT5Embedder and diffusers' pipelines do.
 
-    Unless `place` is "gpu", the encoder is no part of the module tree, and stays on the CPU when the engine is
-    moved; "on_off" copies it to the captions' device for each call.
+    An encoder that is quantized or off the GPU stays out of the module tree: what moves, casts, saves or
+    partitions the model does not see it, and every rank holds it in its own memory.
     """
 
     encoder: nn.Module
 
     def __init__(
-        self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, place: str = "gpu"
+        self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, lever: TextConfig
     ) -> None:
         super().__init__()
-        encoder = encoder.eval().requires_grad_(False)
-        if place == "gpu":
+        encoder.eval().requires_grad_(False)
+        if lever.device == "gpu" and lever.quantization == "none":
             self.encoder = encoder
         else:
             self.__dict__["encoder"] = encoder
-        self.place = place
+        self.moves = lever.device == "on_off"
         self.tokenizer = tokenizer
         self.length = length
 
@@ -56,7 +56,7 @@ class T5Text(nn.Module):
 
     @torch.no_grad()
     def encode(self, captions: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Embeddings, (B, length, D). Longer captions are cut."""
+        """Embeddings, (B, length, D), on `device`. Longer captions are cut."""
         tokens = self.tokenizer(
             captions,
             padding="max_length",
@@ -65,42 +65,65 @@ class T5Text(nn.Module):
             add_special_tokens=True,
             return_tensors="pt",
         )
-        if self.place == "cpu":
-            return self.encoder(tokens.input_ids)[0].to(device, dtype)
-        with on_device([self.encoder], device) if self.place == "on_off" else nullcontext():
-            return self.encoder(tokens.input_ids.to(device))[0].to(dtype)
+        with on_device([self.encoder], device) if self.moves else nullcontext():
+            home = next(self.encoder.parameters()).device
+            return self.encoder(tokens.input_ids.to(home))[0].to(device, dtype)
+
+
+@contextmanager
+def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the modules' weights are copies on `device`; after it, the very tensors from before."""
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    homes = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes):
+            tensor.data = home
 
 
 def build_text(config: ModelConfig, dtype: torch.dtype) -> T5Text:
-    """The text encoder that `config` asks for."""
+    """The text encoder that `config` asks for. Raises `ConfigError` where its quantization cannot be had."""
     length = text_length(config)
+    if config.text.device == "cpu" and dtype == torch.float16:
+        dtype = torch.float32  # CPUs are slow in it, and T5 overflows
     if config.text.kind == "byt5":
-        return T5Text(small_byt5(transformer_of(config).text_embed_dim).to(dtype), ByT5Tokenizer(), length)
+        small = small_byt5(transformer_of(config).text_embed_dim).to(dtype)
+        return T5Text(small, ByT5Tokenizer(), length, config.text)
     assert config.pretrained is not None, "ModelConfig checks it"
     folder_config(config.pretrained, "text_encoder")
     folder_config(config.pretrained, "tokenizer", "tokenizer_config.json")
-    if config.text.device == "cpu" and dtype == torch.float16:
-        dtype = torch.float32  # in fp16 CPUs are slow, and T5 overflows
     encoder = T5EncoderModel.from_pretrained(
-        config.pretrained, subfolder="text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True,
-        quantization_config=_quantization(config.text.quantization, dtype),
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(config.pretrained, subfolder="tokenizer", local_files_only=True)
-    return T5Text(without_repacking(encoder), tokenizer, length, config.text.device)
-
-
-def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers takes. Raises `ConfigError` where it cannot be here."""
-    if kind == "none":
-        return None
-    bitsandbytes("model.text.quantization")
-    if kind == "int8":
-        if not torch.cuda.is_available():
-            raise ConfigError("model.text.quantization: int8 needs a GPU, and there is none; take nf4 or none.")
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        config.pretrained,
+        subfolder="text_encoder",
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        **_quantization(config.text, dtype),
     )
+    for layer in encoder.modules():  # bitsandbytes' own for CPUs with AVX512 packs narrow layers wrongly
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    tokenizer = AutoTokenizer.from_pretrained(config.pretrained, subfolder="tokenizer", local_files_only=True)
+    return T5Text(encoder, tokenizer, length, config.text)
+
+
+def _quantization(lever: TextConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told to quantize by; it quantizes where the encoder then stays."""
+    if lever.quantization == "none":
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.text.quantization: {lever.quantization} needs bitsandbytes; pip install bitsandbytes."
+        )
+    chosen = {
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    }[lever.quantization]
+    here = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": chosen, "device_map": {"": here}}
 
 
 def small_byt5(width: int) -> nn.Module:

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from sat_ext.errors import ConfigError
 from sat_ext.models.block_swap import swap_blocks
-from sat_ext.models.checkpointing import enable, options_of
+from sat_ext.models.checkpointing import checkpoint_blocks
 from sat_ext.models.config import ModelConfig, TrainConfig, transformer_of
+from sat_ext.models.levers import checkpointing_of
 from sat_ext.models.quantize import quantize_blocks
 
 
@@ -102,23 +103,16 @@ def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTrans
             _start_at_identity(transformer)
     if transformer_of(config).use_learned_positional_embeddings:
         transformer.patch_embed.__class__ = LearnedPatchEmbed  # same weights, same names in the checkpoint
-    quantize_blocks(transformer, config.train.quantization)
+    blocks = transformer.transformer_blocks
+    if config.train.quantization != "none":
+        quantize_blocks(blocks, config.train.quantization, in_state_dict=config.pretrained is None)
     if config.train.mode == "lora":
         add_lora(transformer, config.train)
     if config.block_swap:
-        _check_swap(transformer, config.block_swap)
-        swap_blocks(list(transformer.transformer_blocks), config.block_swap)
-    if recompute := options_of(config.gradient_checkpointing):
-        enable(transformer, recompute)
+        swap_blocks(blocks, config.block_swap)
+    if (checkpointing := checkpointing_of(config)) is not None:
+        checkpoint_blocks(transformer, checkpointing)
     return transformer
-
-
-def _check_swap(transformer: CogVideoXTransformer3DModel, number: int) -> None:
-    blocks = len(transformer.transformer_blocks)
-    if number > blocks:
-        raise ConfigError(
-            f"model.block_swap: {number}, but the transformer has {blocks} blocks; give {blocks} or less."
-        )
 
 
 def _start_at_identity(transformer: CogVideoXTransformer3DModel) -> None:

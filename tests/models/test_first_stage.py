@@ -95,3 +95,51 @@ def test_frozen_parts_stay_in_evaluation_mode(pretrained: Callable[..., Path]) -
     config = load_model_config({"pretrained": str(pretrained()), "conditioning": "i2v"})
     stage = build_first_stage(config, torch.float32)
     assert not stage.train().training and not any(p.requires_grad for p in stage.parameters())
+
+
+def autoencoder(pretrained: Callable[..., Path], **levers: object) -> AutoencoderFirstStage:
+    config = load_model_config(
+        {"pretrained": str(pretrained()), "conditioning": "i2v", "first_stage": {"kind": "autoencoder", **levers}}
+    )
+    stage = build_first_stage(config, torch.float32)
+    assert isinstance(stage, AutoencoderFirstStage)
+    return stage
+
+
+def shapes_seen(module: torch.nn.Module) -> list[torch.Size]:
+    """Of the inputs of `module`, from now on."""
+    seen: list[torch.Size] = []
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    return seen
+
+
+def test_slicing_encodes_one_sample_at_a_time_and_draws_alike(pretrained: Callable[..., Path]) -> None:
+    plain, sliced = autoencoder(pretrained), autoencoder(pretrained, slicing=True)
+    seen, pixels = shapes_seen(sliced.vae.encoder), torch.rand(3, 5, 3, 16, 16)
+    expected, found = (s.encode(pixels, torch.Generator().manual_seed(1)) for s in (plain, sliced))
+    torch.testing.assert_close(found, expected)
+    assert [shape[0] for shape in seen] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("frames", "chunks"), [(4, [5, 4, 4, 4]), (8, [9, 8]), (16, [17])])
+def test_clips_are_encoded_so_many_frames_at_a_time(
+    pretrained: Callable[..., Path], frames: int, chunks: list[int]
+) -> None:
+    stage = autoencoder(pretrained, frames=frames)
+    seen = shapes_seen(stage.vae.encoder)
+    assert stage.encode(torch.rand(1, 17, 3, 16, 16)).shape[1] == 5
+    assert [shape[2] for shape in seen] == chunks
+
+
+def test_samples_are_decoded_in_tiles_and_training_encodes_as_the_yaml_says(
+    pretrained: Callable[..., Path],
+) -> None:
+    stage = autoencoder(pretrained)
+    # diffusers' overlaps are a sixth and a fifth of a tile, in whole latent pixels
+    stage.vae.tile_sample_min_height, stage.vae.tile_sample_min_width = 48, 40
+    stage.vae.tile_latent_min_height, stage.vae.tile_latent_min_width = 6, 5
+    decoded, encoded = shapes_seen(stage.vae.decoder), shapes_seen(stage.vae.encoder)
+    pixels = stage.decode(torch.randn(1, 3, 4, 12, 10))
+    assert pixels.shape == (1, 9, 3, 96, 80) and max(shape[-2:] for shape in decoded) == (6, 5)
+    stage.encode(pixels)
+    assert {shape[-2:] for shape in encoded} == {(96, 80)}

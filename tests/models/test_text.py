@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import load_model_config
+from sat_ext.models.config import TextConfig, load_model_config
 from sat_ext.models.text import T5Text, build_text, small_byt5
-from tests.models.conftest import small_config
+from tests.models.conftest import make_batch, make_engine, small_config
 
 CPU = torch.device("cpu")
 
@@ -25,9 +26,9 @@ def test_text_length_and_width_follow_the_transformer() -> None:
 
 def test_the_small_encoder_tells_the_last_letters_and_is_the_same_everywhere() -> None:
     torch.manual_seed(0)
-    one = T5Text(small_byt5(64), ByT5Tokenizer(), 24)
+    one = T5Text(small_byt5(64), ByT5Tokenizer(), 24, TextConfig())
     torch.manual_seed(1)
-    other = T5Text(small_byt5(64), ByT5Tokenizer(), 24)
+    other = T5Text(small_byt5(64), ByT5Tokenizer(), 24, TextConfig())
     captions = ["a red circle on black", "a blue circle on black", "a red square on white"]
     red, blue, square = one.encode(captions, CPU, torch.float32)
     assert torch.equal(red, other.encode(captions, CPU, torch.float32)[0])
@@ -63,3 +64,63 @@ def test_missing_text_parts_are_named(pretrained: Callable[..., Path], tmp_path:
     config = load_model_config({"pretrained": str(tmp_path / "model"), "conditioning": "i2v"})
     with pytest.raises(ConfigError, match=rf"model\.pretrained: .*model has no {part}/"):
         build_text(config, torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cpu", "on_off"])
+def test_an_encoder_off_the_gpu_is_no_part_of_the_engine(pretrained: Callable[..., Path], device: str) -> None:
+    base = {"pretrained": str(pretrained()), "conditioning": "i2v"}
+    plain, engine = make_engine(base), make_engine({**base, "text": {"device": device}})
+    assert not any(name.startswith("text.") for name, _ in engine.named_parameters())
+    engine.bfloat16()
+    assert {p.dtype for p in engine.text.encoder.parameters()} == {torch.float32}  # its own, as it was built
+    found = engine.text.encode(["ab"], CPU, torch.float32)
+    assert torch.equal(found, plain.text.encode(["ab"], CPU, torch.float32))
+    loss, _ = engine(make_batch(5))
+    assert loss.isfinite()
+
+
+def test_an_encoder_on_the_cpu_is_not_in_half_precision(pretrained: Callable[..., Path]) -> None:
+    config = load_model_config({"pretrained": str(pretrained("2b")), "text": {"device": "cpu"}})
+    text = build_text(config, torch.float16)
+    assert {p.dtype for p in text.encoder.parameters()} == {torch.float32}
+    assert text.encode(["ab"], CPU, torch.float16).dtype == torch.float16
+
+
+def test_on_off_has_the_encoder_on_the_device_for_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = build_text(
+        load_model_config(small_config("5b", text={"kind": "byt5", "device": "on_off"})), torch.float32
+    )
+    events: list[str] = []
+
+    @contextmanager
+    def watched(modules: list[torch.nn.Module], device: torch.device) -> Iterator[None]:
+        assert modules == [text.encoder]
+        events.append(f"to {device}")
+        yield
+        events.append("back")
+
+    monkeypatch.setattr("sat_ext.models.text.on_device", watched)
+    text.encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
+    text.encode(["a"], CPU, torch.float32)
+    assert events == ["to cpu", "encode", "back"]
+
+
+@pytest.mark.parametrize(("quantization", "layer"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit")])
+def test_a_folders_encoder_is_quantized_and_stays_so(
+    pretrained: Callable[..., Path], tmp_path: Path, quantization: str, layer: str
+) -> None:
+    for part in pretrained("2b").iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "text_encoder").unlink()
+    shape = T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, vocab_size=384)
+    T5EncoderModel(shape).save_pretrained(tmp_path / "text_encoder")  # whole blocks of 64 weights a row
+    plain = build_text(load_model_config({"pretrained": str(tmp_path)}), torch.float32)
+    exact = plain.encode(["a red circle"], CPU, torch.float32)
+    chosen = load_model_config({"pretrained": str(tmp_path), "text": {"quantization": quantization}})
+    text = build_text(chosen, torch.float32)
+    for cast in (text.float, text.bfloat16, text.half):
+        cast()
+        assert layer in {type(m).__name__ for m in text.encoder.modules()}
+        error = (text.encode(["a red circle"], CPU, torch.float32) - exact).norm() / exact.norm()
+        assert 1e-4 < error < 0.2
+    assert not text.state_dict() and not list(text.parameters())

@@ -71,7 +71,8 @@ def on_every_rank(read: Callable[[], T]) -> T:
 
 def _check_fit(model: nn.Module, weights: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:
     """Raise `ConfigError` unless the names that the checkpoint itself holds, and all shapes, are the model's."""
-    shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters()}
+    # ZeRO-3's partitions, and weights that are swapped or quantized, stand for others
+    shapes = {n: getattr(p, "ds_shape", getattr(p, "whole_shape", p.shape)) for n, p in model.named_parameters()}
     shapes |= {n: b.shape for n, b in model.named_buffers()}
     # a layer under SAT's LoRA takes its base weights from a file without LoRA too (`LoraLinear` in lora2.py)
     shapes |= {n.replace(".original.", "."): s for n, s in shapes.items()}

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from sat_ext.models.block_swap import SwappedBlock
+from tests.models.conftest import make_batch
+from tests.models.test_checkpointing import LAYERS, LORA, assert_same, engine_of, loss_and_gradients
+
+QUANTIZATIONS = ["none", "nf4", "fp8"]
+
+
+def swapped(count: int = LAYERS, quantization: str = "none", **changes: Any) -> Any:
+    train = {**LORA, "quantization": quantization}
+    return engine_of(train=train, block_swap=count, **{"gradient_checkpointing": True, **changes})
+
+
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, StorageWeakRef]]:
+    """Copies that were made: of which block, and whether they still exist."""
+    made: list[tuple[int, StorageWeakRef]] = []
+    blocks: list[SwappedBlock] = []
+    fetch = SwappedBlock.fetch
+
+    def watched(block: SwappedBlock) -> None:
+        begun = block.fetched is not None
+        fetch(block)
+        if not begun:
+            assert block.fetched is not None
+            if block not in blocks:
+                blocks.append(block)
+            made.append((blocks.index(block), StorageWeakRef(block.fetched.target.untyped_storage())))
+
+    monkeypatch.setattr(SwappedBlock, "fetch", watched)
+    return made
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("offload", [False, True])
+def test_loss_and_gradients_are_the_same_to_the_last_bit(quantization: str, offload: bool) -> None:
+    expected = loss_and_gradients(engine_of(train={**LORA, "quantization": quantization}))
+    for count in (3, LAYERS):
+        engine = swapped(count, quantization, gradient_checkpointing={"offload": offload})
+        for _ in range(2):
+            assert_same(loss_and_gradients(engine), expected)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_two_blocks_at_most_are_fetched(fetches: list[tuple[int, StorageWeakRef]], quantization: str) -> None:
+    engine = swapped(quantization=quantization)
+    most = 0
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(not copy.expired() for _, copy in fetches))
+
+    for block in engine.network.transformer_blocks:
+        block.register_forward_pre_hook(count)  # just before the block computes
+        for layer in (block.attn1.to_q, block.ff):
+            layer.register_full_backward_hook(count)
+    for _ in range(2):
+        loss_and_gradients(engine)
+    with torch.no_grad():
+        engine(make_batch(5, seed=3))
+    assert most == 2
+
+
+def test_blocks_are_fetched_ahead_and_stay_where_a_pass_turns(
+    fetches: list[tuple[int, StorageWeakRef]],
+) -> None:
+    engine = swapped()
+    missed = []
+    for index, block in enumerate(engine.network.transformer_blocks):
+        # called before the window's own hook
+        swap = next(h.func.__self__.blocks[index] for h in block._forward_pre_hooks.values())
+        block.register_forward_pre_hook(
+            lambda *_, s=swap, i=index: missed.append(i) if s.fetched is None else None, prepend=True
+        )
+    loss_and_gradients(engine)
+    assert [index for index, _ in fetches] == [0, 1, 2, 3, 4, 2, 1, 0]
+    loss_and_gradients(engine)
+    assert [index for index, _ in fetches[8:]] == [2, 3, 4, 2, 1, 0]
+    fetches.clear()
+    engine.eval()(make_batch(5))
+    assert [index for index, _ in fetches] == ([2, 3, 4, 0, 1] * 4)[:-1]  # four noise levels
+    assert missed == [0]  # the very first
+
+
+def test_weights_are_on_the_device_only_as_long_as_they_are_needed() -> None:
+    engine = swapped(3)
+    sizes = {
+        name: parameter.numel()
+        for name, parameter in engine.network.transformer_blocks.named_parameters()
+        if "lora_" not in name
+    }
+    assert [int(name.split(".")[0]) for name, size in sizes.items() if size == 0][::28] == [0, 1, 3]
+    assert all(p.numel() for n, p in engine.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_state_dicts_hold_the_weights_and_fill_them(quantization: str) -> None:
+    plain, engine = engine_of(train={**LORA, "quantization": quantization}), swapped(3, quantization)
+    for state in (engine.state_dict(), engine.network.state_dict()):
+        assert all(value.numel() for value in state.values())
+    assert_same(engine.state_dict(), plain.state_dict())
+    changed = {name: value * 0.5 for name, value in plain.state_dict().items()}
+    loss_and_gradients(engine)  # with blocks that are fetched, and are not what is loaded
+    for filled in (plain, engine):
+        missing, unexpected = filled.load_state_dict(changed)
+        assert not missing and not unexpected
+    assert_same(engine.state_dict(), plain.state_dict())
+    assert_same(loss_and_gradients(engine), loss_and_gradients(plain))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_model_that_is_cast_and_moved_casts_them_too(quantization: str) -> None:
+    plain = engine_of(train={**LORA, "quantization": quantization}, gradient_checkpointing=True)
+    engine = swapped(3, quantization)
+    expected = loss_and_gradients(plain.bfloat16().to("cpu"))
+    assert_same(loss_and_gradients(engine.bfloat16().to("cpu")), expected)
+    home = engine.network.transformer_blocks[1].state_dict()
+    assert {v.dtype for n, v in home.items() if "bias" in n} == {torch.bfloat16}
+
+
+def test_evaluations_and_samples_are_the_same() -> None:
+    plain, engine, batch = engine_of(train=LORA).eval(), swapped(4).eval(), make_batch(5)
+    assert torch.equal(engine(batch)[0], plain(batch)[0])
+    made = [
+        e.sample(["a"], frames=5, height=32, width=32, steps=2, generator=torch.Generator().manual_seed(0))
+        for e in (engine, plain)
+    ]
+    assert torch.equal(*made)
+    engine.train()
+    assert_same(loss_and_gradients(engine), loss_and_gradients(plain.train()))
+
+
+def test_adapters_train_with_swapped_blocks() -> None:
+    losses = []
+    for engine in (engine_of(train=LORA), swapped()):
+        optimizer = torch.optim.AdamW([p for p in engine.parameters() if p.requires_grad], lr=1e-2)
+        found = []
+        for _ in range(3):
+            for micro_step in range(2):
+                loss = engine(make_batch(5, seed=micro_step))[0]
+                loss.backward()
+                found.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(found)
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][-2]
