@@ -225,7 +225,7 @@ def _prepare(parent: int | None, memory: int) -> None:
     warnings.simplefilter("ignore")  # Pillow's, about what it makes of broken files
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent ends this one
         signal.signal(number, signal.SIG_IGN)
-    for number in _FATAL:
+    for number in (*_FATAL, signal.SIGALRM):  # the alarm of `_serve` is to end this process, whoever uses it above
         signal.signal(number, signal.SIG_DFL)
     if parent is not None:  # forked by the main thread: the signal comes when the forking *thread* ends
         with suppress(OSError, AttributeError):

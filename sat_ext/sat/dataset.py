@@ -30,7 +30,7 @@ from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.models.shape import check_buckets, sequence_shape
-from sat_ext.sat import checkpoint, ends, fixes, lists, memory_report
+from sat_ext.sat import checkpoint, fixes, lists, memory_report
 from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.run import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
@@ -59,8 +59,6 @@ class SharedStream(DataPipeline):
     def _batches(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if info and settings_of(self.args).checkpoint == "full":
-            ends.outlive()
         if self.split != "train_data":
             return self.stream.batches(
                 start=0, rank=self.rank, worker=worker, workers=workers, cycle=self.args.eval_iters

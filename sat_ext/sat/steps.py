@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,17 @@ def install() -> None:
     """Put our steps around those of SAT's `training_main`. Call it once."""
     from sat.training import deepspeed_training
 
-    train_step, evaluate = deepspeed_training.train_step, deepspeed_training.evaluate
+    train, train_step, evaluate = (
+        deepspeed_training.train, deepspeed_training.train_step, deepspeed_training.evaluate
+    )  # fmt: skip
+
+    def train_spared(
+        model: Any, optimizer: Any, lr_scheduler: Any, train_data: Any, val_data: Any, timers: Any,
+        args: argparse.Namespace, **options: Any,
+    ) -> Any:  # fmt: skip
+        if _saves(run_of(args), args):
+            train_data, val_data = (None if data is None else ends.Spared(data) for data in (train_data, val_data))
+        return train(model, optimizer, lr_scheduler, train_data, val_data, timers, args, **options)
 
     def step(
         data: Iterator[Any], model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace, timers: Any,
@@ -49,6 +58,7 @@ def install() -> None:
         with rng.untouched():  # so that a run goes on alike, however often it is looked at
             return evaluate(*arguments, hooks=hooks, **options)
 
+    deepspeed_training.train = train_spared
     deepspeed_training.train_step = step
     deepspeed_training.evaluate = evaluate_untouched
 
@@ -83,8 +93,7 @@ def _stop(model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespac
     print_rank0(f"SIGTERM: saving iteration {args.iteration}, and ending")
     if args.iteration > 0:
         deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
-    ends.end_workers()
-    sys.exit(ends.EXIT_STATUS)
+    ends.stop()
 
 
 def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:

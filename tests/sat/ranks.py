@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ class Server:
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):  # a process that pytest forked may hold the other end
+            self.process.wait(timeout=5)
+        self.process.kill()
         self.process.wait(timeout=20)
 
     def ask(self, request: dict[str, Any]) -> Any:

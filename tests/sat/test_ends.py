@@ -15,6 +15,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from sat_ext.errors import DataError
+from sat_ext.sat.ends import Spared, end_workers
 from sat_ext.sat.uncaught import sentence_of
 from tests.sat.ranks import Server, folder_of
 from tests.sat.runs import QUICK
@@ -65,6 +66,15 @@ def test_a_data_worker_that_is_killed_is_told_of_in_a_sentence(process_group: No
         "a data worker of rank 0 was ended, perhaps by the kernel for want of memory; lower args.num_workers or "
         "args.prefetch_factor (DataLoader worker (pid"
     )
+
+
+@pytest.mark.multiprocess
+def test_sigterm_does_not_reach_a_data_worker_that_has_just_begun(process_group: None) -> None:
+    batches: Any = iter(Spared(DataLoader(Stream(spend), batch_size=None, num_workers=1)))
+    os.kill(batches._workers[0].pid, signal.SIGTERM)
+    assert next(batches) == {"txt": ["a"]}
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    end_workers()
 
 
 def test_an_error_of_the_code_is_not_made_a_sentence() -> None:
