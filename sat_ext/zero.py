@@ -100,7 +100,8 @@ def zero_section(name: str) -> dict[str, Any]:
 def fill_in_auto(deepspeed: Mapping[str, Any], hidden: int) -> dict[str, Any]:
     """`deepspeed`, a section as in the YAML, with numbers for every "auto"; `hidden` is the model's hidden size.
 
-    Raises `ConfigError` for one that nothing follows from.
+    `cpu_offload`, which CogVideo's YAML has and DeepSpeed does not take beside its successor, gives way to that.
+    Raises `ConfigError` for an "auto" that nothing follows from.
     """
     filled = deepcopy(dict(deepspeed))
     zero = filled.get("zero_optimization")
@@ -108,6 +109,8 @@ def fill_in_auto(deepspeed: Mapping[str, Any], hidden: int) -> dict[str, Any]:
         for key, size in AUTO_SIZES.items():
             if zero.get(key) == AUTO:
                 zero[key] = size(hidden)
+        if "offload_optimizer" in zero:
+            zero.pop("cpu_offload", None)
     _refuse_auto(filled, "deepspeed")
     return filled
 

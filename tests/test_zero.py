@@ -48,3 +48,13 @@ def test_an_auto_that_nothing_follows_from_is_named() -> None:
         fill_in_auto({"optimizer": {"params": {"lr": "auto"}}}, 8)
     with pytest.raises(ConfigError, match=r"deepspeed.zero_optimization.sub_group_size: 'auto'"):
         fill_in_auto({"zero_optimization": {"sub_group_size": "auto"}}, 8)
+
+
+def test_cogvideos_old_key_gives_way_to_its_successor() -> None:
+    """DeepSpeed takes either, and CogVideo's sft.yaml has `cpu_offload: false`."""
+    section = zero_section("zero2-offload")
+    section["zero_optimization"]["cpu_offload"] = False
+    assert "cpu_offload" not in fill_in_auto(section, 8)["zero_optimization"]
+    assert fill_in_auto({"zero_optimization": {"cpu_offload": True}}, 8) == {
+        "zero_optimization": {"cpu_offload": True}
+    }
