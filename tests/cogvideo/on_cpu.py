@@ -101,6 +101,9 @@ class Stub(types.ModuleType):
 
 def without_cuda() -> None:
     """Tensors and modules stay on the CPU, whatever device they are sent to or made on."""
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()  # kept from its first call: `with torch.device` then redirects the originals
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.Tensor.to = on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
