@@ -28,8 +28,6 @@ from sat_ext.encoded.write import Work, missing_work, require_room, write_sample
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.sat.shared import share_from_first_rank
 
-DEFAULT = "cache"
-
 
 def cache(
     base: BaseOption,
@@ -57,7 +55,6 @@ def cache(
     given = [sources for sources in (run.sources, run.held_out) if sources]
     lists = share_from_first_rank(lambda: [_index(run.data, sources, console) for sources in given])
     work = share_from_first_rank(lambda: _work(run.data, lists, settings, prints))
-    encoders = None
     if work.samples or work.captions:
         encoders = make()
         share_from_first_rank(lambda: _announce(work, encoders, settings, folder, console))
