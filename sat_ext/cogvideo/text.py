@@ -20,7 +20,6 @@ from sat_ext.cogvideo.parent import subclass_of
 from sat_ext.config import convert
 from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.errors import ConfigError, DataError
-from sat_ext.models.text import on_device
 
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
 EMBEDDER = "sgm.modules.encoders.modules.AbstractEmbModel"
@@ -109,6 +108,8 @@ class OffloadedTextEmbedder(FrozenEmbedder):
             module.to(dtype=dtype)
         if not on_gpu:
             return self._embed(text)
+        from sat_ext.models.text import on_device  # and transformers, without which a cache is enough
+
         with on_device(self.held, self.like.device):
             self.device = self.like.device  # where the parent sends its tokens
             return self._embed(text)

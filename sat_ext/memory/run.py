@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sat_ext.config import convert, load
-from sat_ext.convert.architecture import described
 from sat_ext.data.config import DataConfig
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import (
@@ -133,6 +132,8 @@ def read_run(config: Mapping[str, Any]) -> Run:
 
 def of_cogvideo(model: Mapping[str, Any]) -> ModelConfig:
     """CogVideo's `model` section in the words of ours: the same architecture, and the levers that are set."""
+    from sat_ext.convert.architecture import described  # and diffusers, which the data class must load without
+
     params = model["network_config"].get("params") or {}
     lora = ((params.get("modules") or {}).get("lora_config") or {}).get("params")
     first = (model.get("first_stage_config") or {}).get("params") or {}

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers.models.normalization import CogVideoXLayerNormZero
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -154,6 +153,9 @@ def quantize_blocks(blocks: nn.ModuleList, quantization: Quantization, *, in_sta
     Under NF4 the layers that make the modulation of the time step are FP8: an error of theirs is not averaged over
     many inputs, but scales a channel of every token. Each weight is quantized on the GPU where there is one.
     """
+    # here, as the planner reads this module's numbers where diffusers need not import
+    from diffusers.models.normalization import CogVideoXLayerNormZero
+
     for module in list(blocks.modules()):
         kind = "fp8" if isinstance(module, CogVideoXLayerNormZero) else quantization
         for name, child in list(module.named_children()):

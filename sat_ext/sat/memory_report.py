@@ -156,7 +156,8 @@ def _plan(args: argparse.Namespace) -> Plan | None:
     try:
         return make_plan(read_run(config), gpus=world, per_node=min(local, world))
     except Exception as error:  # whatever it is, it must not end a run that may be fine
-        log.warning("memory: cannot be predicted for this run (%s: %s)", type(error).__name__, error)
+        reason = " ".join(str(error).split())  # diffusers' errors of import have several lines
+        log.warning("memory: cannot be predicted for this run (%s: %s)", type(error).__name__, reason)
         return None
 
 

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.text import CachedTextEmbedder, OffloadedTextEmbedder, on_device
+from sat_ext.cogvideo.text import CachedTextEmbedder, OffloadedTextEmbedder
 from sat_ext.encoded import files
 from sat_ext.encoded.text import encoder_fingerprint, write_text_embeddings
 from sat_ext.errors import ConfigError, DataError
+from sat_ext.models.text import on_device
 
 LENGTH, WIDTH = 4, 6
 
