@@ -49,6 +49,7 @@ setup(
     ],
     extras_require={
         "bitsandbytes": ["bitsandbytes>=0.46"],  # 8-bit optimizers, bases and encoders in NF4
+        "heif": ["pillow-heif"],  # HEIC and HEIF stills
         "http": ["aiohttp"],  # sources behind http(s)://
         "s3": ["s3fs>=2024.5"],  # sources behind s3://
         "test": [
@@ -57,6 +58,7 @@ setup(
             "hypothesis",
             "moto[server]",
             "mypy",
+            "pillow-heif",
             "pytest",
             "pytest-timeout",
             "ruff",

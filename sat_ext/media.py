@@ -1,20 +1,19 @@
-"""What the stages share about media files: opening them, with `MediaError` for whatever fails, and colour."""
+"""What the stages share about media files: opening them, with `MediaError` for whatever fails."""
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import av
-import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from sat_ext.errors import MediaError, SatExtError
 from sat_ext.files import is_local, open_binary, size_of, suffix_of
@@ -37,6 +36,9 @@ _DEMUXERS = (
     *("jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe"),
 )
 
+# ISO/IEC 23008-12: stills in the container of MP4; "mif1" is any codec's.
+_HEIF_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "mif2", "avif"})
+
 _EXIF_ORIENTATION = 0x0112
 SIDEWAYS = frozenset({5, 6, 7, 8})
 
@@ -57,6 +59,9 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
     try:
         with ExitStack() as stack:
             container = _open_container(path, headers_only, stack)
+            if container.metadata.get("major_brand") in _HEIF_BRANDS:
+                # FFmpeg gives each tile of it as a stream: the first one would stand for the picture
+                raise MediaError(path, "a HEIF or AVIF picture and not a video; name it .heic or .avif")
             streams = [
                 s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
             ]
@@ -90,7 +95,7 @@ def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]
 def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The image, not yet decoded. Raises `MediaError`, also for what goes wrong inside the `with` block."""
     try:
-        with open_binary(path) as file, Image.open(file) as image:
+        with open_binary(path) as file, Image.open(file, formats=image_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise MediaError(path, f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
             yield image
@@ -101,16 +106,38 @@ def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Ima
         size = f"{pixels[0]} pixels" if pixels else "too many pixels"
         raise MediaError(path, f"{size}, over the limit of {MAX_PIXELS}") from error
     except UnidentifiedImageError as error:
-        raise MediaError(path, "not a readable image: unknown format") from error
+        reason = "not a readable image: unknown format"
+        with open_binary(path) as file:
+            if "HEIF" not in image_formats() and file.read(12)[4:8] == b"ftyp":
+                reason = "HEIC is read by pillow-heif alone; pip install 'sat_ext[heif]', or convert it to JPEG"
+        raise MediaError(path, reason) from error
     except Exception as error:  # Pillow's parsers leak whatever a broken file makes them stumble over
         raise MediaError(path, f"not a readable image: {str(error) or type(error).__name__}") from error
 
 
-def orientation_of(image: Image.Image) -> Any:
-    """How an image is to be turned, by its EXIF data: 1 is not at all, and `SIDEWAYS` swap width and height.
+@lru_cache(maxsize=1)
+def image_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats of stills that are read.
 
-    In a broken file it may be anything.
+    No others: some run programs (EPS runs Ghostscript) or read files beside them, whatever the file's ending.
     """
+    formats = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF")
+    try:
+        import pillow_heif
+    except ImportError:
+        return formats
+    pillow_heif.register_heif_opener()
+    return (*formats, "HEIF")
+
+
+def orientation_of(image: Image.Image) -> Any:
+    """How an image that was just opened is to be turned, by the EXIF data before its pixels.
+
+    1 is not at all, and `SIDEWAYS` swap width and height; in a broken file it may be anything. Data behind the
+    pixels (PNG's eXIf may stand there) does not count, as in browsers: `probe` would have to read all of the file.
+    """
+    if image.format == "TIFF":  # Pillow gives its size as displayed, and turns its pixels
+        return 1
     # The base class's method: PNG's own would decode the whole image, to find EXIF data behind it.
     return Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
 
@@ -136,35 +163,3 @@ def _open_container(path: str, headers_only: bool, stack: ExitStack) -> InputCon
         if not isinstance(file, str):
             file.seek(0)
     return stack.enter_context(av.open(file, metadata_errors="replace", options=options))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit sRGB, with transparency flattened on white. Raises `ValueError` for floating point pixels."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16 bits of grey; Pillow's own conversion clips everything above 255 to white.
-        grey = np.clip(np.asarray(image), 0, 65535).astype(np.float32) / 257
-        image = Image.fromarray(np.rint(grey).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating point pixels have no defined range; save it with 8 or 16 bits")
-    transparent = image.has_transparency_data
-    profile = image.info.get("icc_profile")
-    if image.mode not in ("RGB", "RGBA", "L", "CMYK") or transparent:
-        image = image.convert("RGBA" if transparent else "RGB")
-    if profile:
-        image = _to_srgb(image, profile)
-    if not transparent:
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The image in sRGB; as it is where its profile is broken or for another kind of pixels."""
-    with suppress(ImageCms.PyCMSError, OSError, ValueError):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):  # converting would only cost time
-            return image
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
-        return converted or image
-    return image

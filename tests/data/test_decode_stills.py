@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from PIL import Image, ImageCms
 
 from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.probe import probe
+from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
 from tests.media import index_of, indices_of, pattern, real_still
 
+Chunks = Sequence[tuple[bytes, bytes]]
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(64) * 4, np.arange(48)[:, None] * 5, 128), axis=2).astype(
     np.uint8
 )
@@ -112,18 +115,206 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     assert np.array_equal(read(tmp_path / "b.png"), GRADIENT)
 
 
-def write_rgb48(path: Path, pixels: np.ndarray) -> None:
-    """A PNG of 16 bits a channel, which Pillow reads but does not write."""
-    height, width, _ = pixels.shape
+def write_rgb48(path: Path, pixels: np.ndarray, *, before: Chunks = (), behind: Chunks = ()) -> None:
+    """A PNG of 16 bits a channel, which Pillow does not write, with chunks before and behind its pixels."""
+    height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    kind_of_pixels = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind_of_pixels, 0, 0, 0)),
+        *before,
         (b"IDAT", zlib.compress(rows)),
+        *behind,
     ]
     content = b"\x89PNG\r\n\x1a\n"
     for kind, data in [*chunks, (b"IEND", b"")]:
         content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     path.write_bytes(content)
+
+
+def profile(space: bytes, gamma: float) -> bytes:
+    """A small ICC profile (version 2) of sRGB's primaries, or of greys, named sRGB whatever its gamma is."""
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 12) + b"Linear sRGB\0" + bytes(78),
+        b"wtpt": xyz(0.9642, 1.0, 0.8249),
+        b"cprt": b"text" + bytes(4) + b"none\0",
+    }
+    if space == b"RGB ":  # the primaries of sRGB, adapted to D50 (ICC's own sRGB profile)
+        tags |= {b"rXYZ": xyz(0.4361, 0.2225, 0.0139), b"gXYZ": xyz(0.3851, 0.7169, 0.0971)}
+        tags |= {b"bXYZ": xyz(0.1431, 0.0606, 0.7141), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    else:
+        tags[b"kTRC"] = curve
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(body), len(value))
+        body += value + bytes(-len(value) % 4)
+    head = struct.pack(">I4sI4s4s4s12s4s", 128 + len(table + body), b"none", 0x02000000, b"mntr", space, b"XYZ ",
+                       struct.pack(">6H", 2020, 1, 1, 0, 0, 0), b"acsp").ljust(68, b"\0")  # fmt: skip
+    return (head + xyz(0.9642, 1.0, 0.8249)[8:]).ljust(128, b"\0") + table + body
+
+
+def xyz(*values: float) -> bytes:
+    return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(v * 65536) for v in values))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
+def test_a_color_profile_is_judged_by_what_it_does_and_not_by_its_name(tmp_path, mode, suffix):
+    if "A" in mode and suffix == "jpg" or "L" in mode and suffix == "webp":
+        pytest.skip(f"{suffix} has no {mode}")
+    space = b"RGB " if "RGB" in mode else b"GRAY"
+    stored = tuple(255 if band == "A" else 55 for band in mode)  # 0.2157 of the light is 128 in sRGB
+    options = {"quality": 100} if suffix in ("jpg", "webp") else {}
+    Image.new(mode, (8, 8), stored if len(stored) > 1 else 55).save(
+        tmp_path / f"a.{suffix}", icc_profile=profile(space, 1.0), **options
+    )
+    assert near(read(tmp_path / f"a.{suffix}")[4, 4], np.array([128] * 3, np.uint8), 2)
+
+
+def test_sixteen_bits_have_profiles_and_transparency_as_eight_have(tmp_path):
+    light = np.full((4, 4, 3), round(0.2157 * 65535), np.uint16)
+    for channels, space in ((1, b"GRAY"), (3, b"RGB ")):
+        embedded = b"sRGB\0\0" + zlib.compress(profile(space, 1.0))
+        write_rgb48(tmp_path / "a.png", light[..., :channels], before=[(b"iCCP", embedded)])
+        assert near(read(tmp_path / "a.png")[0, 0], np.array([128] * 3, np.uint8), 2)
+        key = struct.pack(f">{channels}H", *[0x1234] * channels)
+        pixels = np.full((4, 4, channels), 0x1234, np.uint16)
+        pixels[0] = 0x8080
+        write_rgb48(tmp_path / "b.png", pixels, before=[(b"tRNS", key)])
+        assert read(tmp_path / "b.png")[:, 0, 0].tolist() == [128, 255, 255, 255]
+        with_alpha = np.concatenate([pixels, np.full((4, 4, 1), 0, np.uint16)], axis=2)
+        with_alpha[0, :, -1] = 0xFFFF
+        write_rgb48(tmp_path / "c.png", with_alpha)
+        assert read(tmp_path / "c.png")[:, 0, 0].tolist() == [128, 255, 255, 255]
+
+
+def test_a_png_without_profile_has_its_gamma_applied(tmp_path):
+    pixels = np.full((4, 4, 3), 0x3737, np.uint16)
+    for gamma, expected in ((1.0, 128), (0.45455, 55)):
+        write_rgb48(tmp_path / "a.png", pixels, before=[(b"gAMA", struct.pack(">I", round(gamma * 100_000)))])
+        assert near(read(tmp_path / "a.png")[0, 0], np.array([expected] * 3, np.uint8), 2)
+
+
+def test_exif_data_behind_the_pixels_counts_for_neither_size_nor_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    chunk = [(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))]
+    wide = np.broadcast_to(np.uint16(900), (40, 60, 3))
+    write_rgb48(tmp_path / "a.png", wide, behind=chunk)
+    assert read(tmp_path / "a.png").shape == (40, 60, 3)
+    write_rgb48(tmp_path / "b.png", wide, before=chunk)
+    assert read(tmp_path / "b.png").shape == (60, 40, 3)
+
+
+def photograph(**options: object) -> bytes:
+    buffer = io.BytesIO()
+    with Image.open(real_still("coffee.png")) as image:
+        image.convert(str(options.pop("mode", "RGB"))).resize((240, 160)).save(
+            buffer, "JPEG", quality=90, **options
+        )
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}], ids=str)
+@pytest.mark.parametrize("fit", [None, Fit(16, 16)], ids=["whole", "smaller"])
+def test_a_damaged_jpeg_is_bad_and_not_what_the_decoder_makes_up(tmp_path, options, fit):
+    path, content = tmp_path / "a.jpg", bytearray(photograph(**options))
+    path.write_bytes(content)
+    read_still(str(path), fit=fit)
+    content[len(content) // 2 : len(content) // 2 + 40] = bytes(range(40, 80))
+    path.write_bytes(content)
+    with pytest.raises(MediaError, match=r"not a readable image: (damaged|truncated) \(.*JPEG"):
+        read_still(str(path), fit=fit)
+
+
+def test_padding_before_a_jpegs_end_and_an_end_that_is_not_marked_are_no_damage(tmp_path):
+    content = photograph()
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    whole = read(path)
+    for other in (content[:-2] + bytes(12) + content[-2:], content[:-2], content[:-1], content + b"more"):
+        path.write_bytes(other)
+        assert np.array_equal(read(path), whole)
+    path.write_bytes(content[:-2] + b"anything else" + content[-2:])
+    with pytest.raises(MediaError, match="damaged .*extraneous bytes"):
+        read(path)
+
+
+def boxed(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + kind + content
+
+
+def full_box(kind: bytes, content: bytes, *, version: int = 0, flags: int = 0) -> bytes:
+    return boxed(kind, struct.pack(">I", version << 24 | flags) + content)
+
+
+def write_tiled_heic(path: Path, colors: Sequence[tuple[int, int, int]], side: int = 128) -> None:
+    """Four tiles and the grid that puts them together, as telephones write it (ISO/IEC 23008-12, 6.6.2.3)."""
+    tiles = []
+    for color in colors:
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side), color).save(buffer, "HEIF", quality=95)
+        coded = buffer.getvalue()
+        at = coded.find(b"hvcC") - 4
+        decoder = coded[at : at + struct.unpack(">I", coded[at : at + 4])[0]]
+        at = coded.find(b"mdat") - 4
+        tiles.append(coded[at + 8 : at + struct.unpack(">I", coded[at : at + 4])[0]])
+    items = [*tiles, struct.pack(">BBBBHH", 0, 0, 1, 1, 2 * side, 2 * side)]  # the last: 2 rows, 2 columns
+    entries = [
+        full_box(b"infe", struct.pack(">HH4sB", n, 0, b"grid" if n == 5 else b"hvc1", 0), version=2, flags=n < 5)
+        for n in range(1, 6)
+    ]
+    sizes = [full_box(b"ispe", struct.pack(">II", n, n)) for n in (side, 2 * side)]
+    properties = boxed(b"ipco", decoder + sizes[0] + sizes[1])
+    uses = b"".join(struct.pack(">HBBB", n, 2, 0x81, 2) for n in range(1, 5)) + struct.pack(">HBB", 5, 1, 3)
+    properties += full_box(b"ipma", struct.pack(">I", 5) + uses)
+
+    def meta(start: int) -> bytes:
+        places = b""
+        for number, item in enumerate(items, 1):
+            places += struct.pack(">HHHII", number, 0, 1, start, len(item))
+            start += len(item)
+        return full_box(
+            b"meta",
+            full_box(b"hdlr", bytes(4) + b"pict" + bytes(13))
+            + full_box(b"pitm", struct.pack(">H", 5))
+            + full_box(b"iloc", struct.pack(">BBH", 0x44, 0, 5) + places)
+            + full_box(b"iinf", struct.pack(">H", 5) + b"".join(entries))
+            + full_box(b"iref", boxed(b"dimg", struct.pack(">HH4H", 5, 4, 1, 2, 3, 4)))
+            + boxed(b"iprp", properties),
+        )
+
+    head = boxed(b"ftyp", b"heic" + bytes(4) + b"mif1heic")
+    path.write_bytes(head + meta(len(head) + len(meta(0)) + 8) + boxed(b"mdat", b"".join(items)))
+
+
+def test_a_heic_of_tiles_is_read_whole(tmp_path):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    colors = [(220, 40, 40), (40, 200, 60), (50, 70, 220), (230, 220, 60)]
+    write_tiled_heic(tmp_path / "IMG_0001.HEIC", colors)
+    out = read(tmp_path / "IMG_0001.HEIC")
+    assert out.shape == (256, 256, 3)
+    for color, (row, column) in zip(colors, [(64, 64), (64, 192), (192, 64), (192, 192)], strict=True):
+        assert near(out[row, column], np.array(color, np.uint8), 4)
+    (tmp_path / "IMG_0001.HEIC").rename(tmp_path / "a.mov")
+    for look in (probe, lambda path: read_frames(path, [0.0])):
+        with pytest.raises(MediaError, match=r"a\.mov: a HEIF or AVIF picture and not a video; name it \.heic"):
+            look(str(tmp_path / "a.mov"))
+
+
+def test_without_pillow_heif_a_heic_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("sat_ext.media.image_formats", lambda: ("JPEG", "PNG"))
+    (tmp_path / "a.heic").write_bytes(boxed(b"ftyp", b"heic" + bytes(4) + b"mif1heic") + bytes(64))
+    with pytest.raises(MediaError, match=r"pip install 'sat_ext\[heif\]', or convert it to JPEG"):
+        probe(str(tmp_path / "a.heic"))
+
+
+def test_a_format_that_runs_a_program_is_not_read_under_another_ending(tmp_path):
+    Image.fromarray(GRADIENT).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(MediaError, match="not a readable image: unknown format"):
+        read_still(str(tmp_path / "a.jpg"))
 
 
 def test_floating_point_pixels_are_refused(tmp_path):

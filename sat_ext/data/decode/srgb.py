@@ -1,0 +1,85 @@
+"""A still's pixels as 8-bit sRGB: bit depth, colour profile and transparency."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+# PNG's rendering rule: a file's gamma within this of sRGB's own 1/2.2 is sRGB (W3C PNG, section 13.13).
+_SRGB_GAMMA, _SAME_GAMMA = 0.45455, 0.01
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit sRGB, with transparency flattened on white. Raises `ValueError` for floating point pixels."""
+    if image.mode == "F":
+        raise ValueError("floating point pixels have no defined range; save it with 8 or 16 bits")
+    info = image.info
+    colour, alpha = _split(image)
+    if profile := info.get("icc_profile"):
+        colour = _to_srgb(colour, profile)
+    elif "srgb" not in info and abs(info.get("gamma", _SRGB_GAMMA) - _SRGB_GAMMA) > _SAME_GAMMA:
+        colour = colour.point(_gamma_table(info["gamma"]) * len(colour.getbands()))
+    colour = colour if colour.mode == "RGB" else colour.convert("RGB")  # which would copy it
+    return colour if alpha is None else Image.composite(colour, Image.new("RGB", image.size, "white"), alpha)
+
+
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The colours in 8 bits (grey, RGB or CMYK), and the opacity where not all is opaque.
+
+    Colour profiles are for colours without opacity, and a profile of greys is for greys: so both stay apart.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips everything above 255 to white, and compares the transparent value to that.
+        grey = np.clip(np.asarray(image), 0, 65535)
+        key = image.info.get("transparency")
+        alpha = None if key is None else Image.fromarray(np.where(grey == key, 0, 255).astype(np.uint8))
+        return Image.fromarray(np.rint(grey.astype(np.float32) / 257).astype(np.uint8)), alpha
+    if any(tile.args == "RGB;16B" for tile in getattr(image, "tile", ())) and "transparency" in image.info:
+        # Pillow keeps the high byte of each sample, and compares it to the whole transparent one.
+        image.info["transparency"] = tuple(sample >> 8 for sample in image.info["transparency"])
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        return image.convert("L" if image.mode == "LA" else "RGB"), image.getchannel("A")
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image, None
+    return image.convert("L" if image.mode == "1" else "RGB"), None
+
+
+def is_srgb(profile: bytes | None) -> bool:
+    """Whether pixels with this ICC profile can be used as they are."""
+    return not profile or _transform(profile, "RGB") is None
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The image in sRGB; as it is where its profile is broken or for another kind of pixels."""
+    transform = _transform(profile, image.mode)
+    return image if transform is None else ImageCms.applyTransform(image, transform) or image
+
+
+@lru_cache(maxsize=64)  # data sets have few profiles, and lcms takes some ms to link one
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the profile's colours to sRGB; None where there is nothing to do.
+
+    What a profile does decides, not its name: "GIMP built-in Linear sRGB" is linear.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    if mode != "RGB":
+        return transform
+    levels = np.linspace(0, 255, 18, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    changed = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform)).astype(int) - colours
+    return transform if np.abs(changed).max() > 1 else None  # a level is lcms's rounding
+
+
+def _gamma_table(gamma: float) -> list[int]:
+    """sRGB for the 8-bit values of a PNG whose file gamma (gAMA) is this: value = light ** gamma."""
+    light = np.linspace(0, 1, 256) ** (1 / max(gamma, 1e-3))
+    srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
+    return [round(255 * v) for v in srgb.tolist()]
