@@ -15,6 +15,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
+from sat_ext.colour import UNREADABLE_MATRICES
 from sat_ext.errors import MediaError, SatExtError
 from sat_ext.files import is_local, open_binary, size_of, suffix_of
 from sat_ext.types import MAX_PIXELS
@@ -89,6 +90,13 @@ def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]
     # Beyond 8 to 1 it is a slip of the muxer; true ones end at 4 (anamorphic DV in half-width formats).
     width = round(frame.width * ratio) if ratio and 1 / 8 <= ratio <= 8 else frame.width
     return (frame.height, width) if round(frame.rotation / 90) % 2 else (width, frame.height)
+
+
+def refuse_unreadable_colours(path: str, frame: av.VideoFrame) -> None:
+    """Raise `MediaError` for a frame whose colours would come out wrong."""
+    kind = UNREADABLE_MATRICES.get(int(frame.colorspace))
+    if kind is not None:
+        raise MediaError(path, f"its colours are {kind}, which FFmpeg cannot turn into RGB; convert it to BT.709")
 
 
 @contextmanager

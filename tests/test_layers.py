@@ -13,6 +13,7 @@ LAYERS = [
     ("errors", 0),
     ("types", 0),
     ("files", 0),
+    ("colour", 0),
     ("media", 0),
     ("pixels", 0),
     ("data.stream", 3),

@@ -16,7 +16,15 @@ from PIL import Image
 
 from sat_ext.errors import MediaError
 from sat_ext.files import suffix_of
-from sat_ext.media import SIDEWAYS, UNTIMED_FORMATS, displayed_size, open_image, open_video, orientation_of
+from sat_ext.media import (
+    SIDEWAYS,
+    UNTIMED_FORMATS,
+    displayed_size,
+    open_image,
+    open_video,
+    orientation_of,
+    refuse_unreadable_colours,
+)
 from sat_ext.types import IMAGE_EXTENSIONS, MediaInfo
 
 _MAX_ANIMATION = 1 << 34  # pixels of all frames: a minute's decoding, at 300 million a second
@@ -96,6 +104,7 @@ def _displayed_size(path: str, container: InputContainer, stream: VideoStream) -
         if frames:
             frame = frames[0]
             assert isinstance(frame, av.VideoFrame)
+            refuse_unreadable_colours(path, frame)
             return displayed_size(frame, stream)
         stream.codec_context.flush_buffers()
     raise MediaError(path, "no frame can be decoded")

@@ -71,8 +71,8 @@ def read_frames(
     that starts at or before t + `TIME_TOLERANCE`; before the first frame the first, after the last the last.
     The file is read once, from the key frame before the earliest time to the frame after the latest.
 
-    `decoder` is a name of `DECODERS`. Their results are equal on 8-bit video; on 10-bit video they differ in how
-    they round and enlarge colour, on real footage by 38 dB or (mostly) more.
+    `decoder` is a name of `DECODERS`. Their results are equal: what another decoder would read in another way is
+    left to PyAV.
 
     Raises `ConfigError` for another name or one that is not installed, and `MediaError` when a wanted frame cannot
     be had, or only with errors in it.

@@ -10,7 +10,7 @@ import numpy as np
 from av.video.stream import VideoStream
 
 from sat_ext.data.decode.pick import Picked, Shape
-from sat_ext.data.decode.pyav import display_matrix, read_pyav, upright
+from sat_ext.data.decode.pyav import display_matrix, is_foreign, is_inexact, read_pyav, upright
 from sat_ext.files import is_local
 from sat_ext.media import displayed_size, open_video
 from sat_ext.types import TIME_TOLERANCE
@@ -35,7 +35,8 @@ def read_indexed(
     Files that such decoders misread are left to PyAV: decord counts the frames that an edit list hides, seeks past
     the mark in transport streams, has no times in AVI, turns mirrored videos upside down, and, without
     `open_gops`, loses frames where a group begins with some that refer to the one before it (x265's default). So
-    are files that are not local, and those with pixels that are not square or have alpha.
+    are files that are not local, and those with pixels that are not square, have alpha, or are not 8-bit 4:2:0 in
+    sRGB's colours, which they convert less exactly.
     """
     starts = _starts(path, open_gops) if is_local(path) else None
     if starts is None:
@@ -78,7 +79,7 @@ def _are_closed(packets: Sequence[av.Packet]) -> bool:
 
 
 def _is_misread(frame: av.VideoFrame, stream: VideoStream) -> bool:
-    if any(component.is_alpha for component in frame.format.components):
+    if is_inexact(frame) or is_foreign(stream) or any(c.is_alpha for c in frame.format.components):
         return True
     if sorted(displayed_size(frame, stream)) != sorted((frame.width, frame.height)):
         return True
