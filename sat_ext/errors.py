@@ -15,6 +15,10 @@ class DataError(SatExtError):
     """A data set that cannot be used as a whole (empty, no captions, a table without its path column)."""
 
 
+class TrainingError(SatExtError):
+    """A run that cannot go on, or whose result would be worth nothing."""
+
+
 class MediaError(SatExtError):
     """One file that cannot be read. `path` names it and `reason` says why, without the path."""
 

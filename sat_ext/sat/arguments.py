@@ -78,6 +78,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sat_ext")
     group.add_argument("--checkpoint", choices=["weights", "full"], help="what a checkpoint holds")
     group.add_argument("--keep-last", type=int, help="how many of the newest full checkpoints stay")
+    group.add_argument("--stop-after-bad-steps", type=int, help="steps in a row without a finite loss")
     group.add_argument("--without-fixes", nargs="*", metavar="NAME", help="repairs of SAT not to make")
 
 

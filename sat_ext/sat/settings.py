@@ -17,16 +17,20 @@ class Settings:
     """`checkpoint`: what a checkpoint holds, `weights` as SAT has it or the `full` state of the run.
 
     `keep_last`: how many of the newest `full` checkpoints stay, all where it is None; of weights alone, all do.
-    `without_fixes`: repairs of SAT that are not made.
+    `stop_after_bad_steps`: how many steps in a row may change no weight, for a loss or gradients that are not
+    finite, before the run ends. `without_fixes`: repairs of SAT that are not made.
     """
 
     checkpoint: Literal["weights", "full"] = "weights"
     keep_last: int | None = None
+    stop_after_bad_steps: int = 20
     without_fixes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.keep_last is not None and self.keep_last < 1:
             raise ConfigError(f"args.keep_last: {self.keep_last}; give 1 or more, or leave it out to keep all.")
+        if self.stop_after_bad_steps < 1:
+            raise ConfigError(f"args.stop_after_bad_steps: {self.stop_after_bad_steps}; give 1 or more.")
 
 
 NAMES = tuple(f.name for f in fields(Settings))

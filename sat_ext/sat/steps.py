@@ -14,7 +14,7 @@ from sat.helpers import print_rank0
 from torch import Tensor
 
 from sat_ext.models.config import ABSENT
-from sat_ext.sat import ends, memory_report
+from sat_ext.sat import divergence, ends, memory_report
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.claim import claim
 from sat_ext.sat.checkpoint.load import restore_rng
@@ -44,12 +44,16 @@ def install() -> None:
         run = run_of(args)
         if not run.began:
             _begin(run, args)
+            divergence.begin(model)
         if _saves(run, args) and ends.stop_asked(model.device):
             _stop(model, optimizer, lr_scheduler, args)
-        hooks = {**(hooks or {})}
+        if run.save_owed and run.bad_steps == 0:
+            deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
+        hooks, before = {**(hooks or {})}, divergence.attempts(model)
         hooks["forward_step"] = memory_report.measuring(_counted(hooks["forward_step"]))
         result = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
         memory_report.begin(args).close()
+        divergence.count(run, model, args, before)
         return result
 
     def evaluate_untouched(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:

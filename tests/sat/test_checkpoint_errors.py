@@ -16,7 +16,7 @@ import torch
 from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import load_engine, read_weights
 from sat_ext.sat.checkpoint.run import run_of
-from sat_ext.sat.settings import settings_of
+from sat_ext.sat.settings import NAMES, settings_of
 from tests.sat.ranks import Server, finish, folder_of
 from tests.sat.runs import QUICK
 
@@ -237,6 +237,6 @@ def test_settings_are_read_from_the_yaml_that_cogvideos_script_names(
     ],
 )
 def test_what_a_full_checkpoint_cannot_hold_is_refused(changes: dict[str, Any], message: str) -> None:
-    settings: dict[str, Any] = {"checkpoint": "full", "keep_last": None, "without_fixes": []}
+    settings: dict[str, Any] = {**dict.fromkeys(NAMES), "checkpoint": "full"}
     with pytest.raises(ConfigError, match=message):
         run_of(Namespace(load=None, mode="pretrain", **settings, **changes))

@@ -23,6 +23,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.sat import fixes
 from sat_ext.sat.fixes import optimizer
 from sat_ext.sat.fixes.memory import COLLECT_EVERY
+from sat_ext.sat.settings import NAMES
 
 MODULES = ("learning_rates", "model_io", "utils", "deepspeed_training")
 
@@ -40,7 +41,7 @@ def sat_training(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def make_args(**changes: Any) -> Namespace:
-    values = {"checkpoint": "weights", "keep_last": None, "without_fixes": None, "mode": "pretrain"}
+    values = {**dict.fromkeys(NAMES), "checkpoint": "weights", "mode": "pretrain"}
     return Namespace(**{**values, **changes})
 
 

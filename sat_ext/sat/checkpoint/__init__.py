@@ -7,6 +7,7 @@ under the same number of ranks bit for bit, under another with each sample of th
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def _replace_functions() -> None:
     from sat.training import deepspeed_training as sat
 
     from sat_ext.models.checkpoint import find_weights
+    from sat_ext.sat import divergence
     from sat_ext.sat.checkpoint import load, save
     from sat_ext.sat.checkpoint.layout import read_manifest
     from sat_ext.sat.checkpoint.run import run_of
@@ -43,7 +45,13 @@ def _replace_functions() -> None:
     def save_checkpoint(
         iteration: int, model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace
     ) -> None:
-        if run_of(args).settings.checkpoint == "full":
+        run = run_of(args)
+        if not divergence.stands(run, args):
+            if save.is_last(iteration, args):
+                sys.exit(1)
+            return
+        divergence.check_finite(model, args)
+        if run.settings.checkpoint == "full":
             save.save_checkpoint(iteration, model, optimizer, lr_scheduler, args)
         else:
             with save.out_of_the_way(Path(args.save) / str(iteration)):

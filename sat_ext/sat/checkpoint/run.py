@@ -22,7 +22,7 @@ from sat_ext.sat.settings import Settings, settings_of
 class Run:
     """`resumed` and `folder` are of the full checkpoint that the run goes on from; `base` holds the weights that
     its own checkpoints leave out; `saved` is the iteration of its last checkpoint; `random` are this rank's random
-    numbers in `folder`, until the first step.
+    numbers in `folder`, until the first step; `bad_steps` is how many of the newest steps changed no weight.
     """
 
     settings: Settings
@@ -34,6 +34,8 @@ class Run:
     engine: Any = field(default=None, repr=False)  # SAT prints all of `args`
     random: dict[str, Any] | None = field(default=None, repr=False)
     began: bool = False
+    bad_steps: int = 0
+    save_owed: bool = False
 
 
 def run_of(args: argparse.Namespace) -> Run:

@@ -1,0 +1,115 @@
+"""A run that has diverged ends, and what it holds takes the place of no good checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sat.helpers import print_rank0
+from torch import Tensor
+
+from sat_ext.errors import TrainingError
+from sat_ext.sat.checkpoint.run import Run, is_trained
+
+
+def begin(model: Any) -> None:
+    """Have `count` say when fp16's loss scale cannot go down: DeepSpeed ends some runs then, in a traceback, and
+    lets others skip every step."""
+    scaler: Any = getattr(model.optimizer, "loss_scaler", None)
+    if getattr(scaler, "raise_error_at_min_scale", False):
+        scaler.raise_error_at_min_scale = False
+
+
+def attempts(model: Any) -> tuple[int, int]:
+    """Of DeepSpeed's engine: updates that were begun, and those of them that it skipped for their gradients."""
+    return int(model.global_steps), int(model.skipped_steps)
+
+
+def count(run: Run, model: Any, args: argparse.Namespace, before: tuple[int, int]) -> None:
+    """Count a step that changed no weight; `before` is `attempts` of before it. Every rank counts alike.
+
+    SAT leaves a step where the loss of any rank is not finite, DeepSpeed one whose gradients are not. Neither says
+    so in what SAT returns, but DeepSpeed's counters do. Raises `TrainingError` after `stop_after_bad_steps`.
+    """
+    begun, skipped = attempts(model)
+    if begun > before[0] and skipped == before[1]:
+        run.bad_steps = 0
+        return
+    if skipped > before[1] and _is_searching(model):
+        return
+    run.bad_steps += 1
+    if run.bad_steps >= run.settings.stop_after_bad_steps:
+        raise TrainingError(
+            f"training has diverged: in {run.bad_steps} steps in a row, up to iteration {args.iteration + 1}, the "
+            f"loss or its gradients were not finite; {_remedy(args)}, or raise args.stop_after_bad_steps."
+        )
+
+
+def stands(run: Run, args: argparse.Namespace) -> bool:
+    """Whether the newest step changed the weights; where not, a save is owed, and made after one that does."""
+    run.save_owed = run.bad_steps > 0
+    if run.save_owed:
+        print_rank0(
+            f"error: the checkpoint of iteration {args.iteration} was not saved: the loss or its gradients were "
+            f"not finite in the last {run.bad_steps} step(s); it is saved after the next good one.",
+            level="ERROR",
+        )
+    return not run.save_owed
+
+
+def check_finite(model: Any, args: argparse.Namespace) -> None:
+    """Raise `TrainingError`, on every rank, where a trained weight or the optimizer's state of any is not finite.
+
+    Every number is read once, where it lies: shards under ZeRO, the CPU's memory under offload. What is swapped
+    to a disk is not read.
+    """
+    bad = next((name for name, value in _numbers(model) if not _is_finite(value)), None)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, bad)
+    for rank, name in enumerate(found):
+        if name is not None:
+            raise TrainingError(
+                f"training has diverged: at iteration {args.iteration}, {name} of rank {rank} is not finite, so "
+                f"no checkpoint was saved; {_remedy(args)}."
+            )
+
+
+def _is_searching(model: Any) -> bool:
+    """Whether fp16's dynamic loss scale may still go down: such steps are how it finds its value."""
+    if not (model.fp16_enabled() and model.dynamic_loss_scale()):
+        return False
+    return float(model.optimizer.loss_scale) > float(model._config.float16_config.min_loss_scale)
+
+
+def _numbers(model: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.module.named_parameters():
+        if is_trained(parameter):
+            yield name, getattr(parameter, "ds_tensor", parameter)
+    optimizer = getattr(model, "basic_optimizer", None)
+    for number, (master, state) in enumerate(optimizer.state.items() if optimizer is not None else ()):
+        yield f"fp32 weight {number}", master
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                yield f"the optimizer's {key} of weight {number}", value
+
+
+def _is_finite(value: Tensor) -> bool:
+    value = value.detach()
+    if not value.is_floating_point() or value.numel() == 0:
+        return True
+    # one pass without a mask of the tensor's size; NaN comes through
+    low, high = torch.aminmax(value)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _remedy(args: argparse.Namespace) -> str:
+    advice = "a lower learning rate (deepspeed.optimizer.params.lr) or a lower deepspeed.gradient_clipping"
+    for folder in (args.save, args.load):
+        if folder and (Path(folder) / "latest").is_file():
+            newest = (Path(folder) / "latest").read_text().strip()
+            return f"resume from the last good checkpoint, {newest} of {folder} (args.load), with {advice}"
+    return f"start again with {advice}"
