@@ -196,6 +196,35 @@ def test_a_png_without_profile_has_its_gamma_applied(tmp_path):
         assert near(read(tmp_path / "a.png")[0, 0], np.array([expected] * 3, np.uint8), 2)
 
 
+PQ, HLG, SRGB, BT2020, P3 = 16, 18, 13, 9, 12  # ITU-T H.273
+
+
+@pytest.mark.parametrize(
+    ("transfer", "primaries", "stored", "expected"),
+    [
+        (PQ, BT2020, (148, 148, 148), (255, 255, 255)),  # 203 cd/m2 are 58 % of PQ's signal (BT.2408, table 1)
+        (HLG, BT2020, (191, 191, 191), (255, 255, 255)),
+        (SRGB, P3, (234, 51, 35), (255, 0, 0)),  # sRGB's red in Display P3
+        (SRGB, 1, (200, 100, 50), (200, 100, 50)),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "avif", "heic"])
+def test_colours_that_a_file_gives_in_numbers_become_srgb(tmp_path, suffix, transfer, primaries, stored, expected):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "png":
+        code = bytes([primaries, transfer, 0, 1])
+        write_rgb48(path, np.full((16, 16, 3), stored, np.uint16) * 257, before=[(b"cICP", code)])
+    else:
+        if suffix == "heic":
+            pytest.importorskip("pillow_heif").register_heif_opener()
+        Image.new("RGB", (64, 64), stored).save(path, quality=100, subsampling="4:4:4")
+        written = path.read_bytes()
+        assert written.count(b"colrnclx") == 1
+        at = written.index(b"colrnclx") + 8
+        path.write_bytes(written[:at] + struct.pack(">HH", primaries, transfer) + written[at + 4 :])
+    assert near(read(path)[8, 8], np.array(expected, np.uint8), 5)
+
+
 def test_exif_data_behind_the_pixels_counts_for_neither_size_nor_pixels(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
 
+from sat_ext.colour import to_srgb
+
 # PNG's rendering rule: a file's gamma within this of sRGB's own 1/2.2 is sRGB (W3C PNG, section 13.13).
 _SRGB_GAMMA, _SAME_GAMMA = 0.45455, 0.01
+_UNSPECIFIED = (2, 2)
+_HEAD = 1 << 16  # bytes
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -17,13 +22,44 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating point pixels have no defined range; save it with 8 or 16 bits")
     info = image.info
+    coded = _coded_colours(image)  # before the pixels are read, which closes the file
     colour, alpha = _split(image)
-    if profile := info.get("icc_profile"):
-        colour = _to_srgb(colour, profile)
+    if (convert := to_srgb(*coded)) and colour.mode == "RGB":
+        colour = Image.fromarray(convert(np.asarray(colour)))
+    elif profile := info.get("icc_profile"):
+        colour = _by_profile(colour, profile)
     elif "srgb" not in info and abs(info.get("gamma", _SRGB_GAMMA) - _SRGB_GAMMA) > _SAME_GAMMA:
         colour = colour.point(_gamma_table(info["gamma"]) * len(colour.getbands()))
     colour = colour if colour.mode == "RGB" else colour.convert("RGB")  # which would copy it
     return colour if alpha is None else Image.composite(colour, Image.new("RGB", image.size, "white"), alpha)
+
+
+def _coded_colours(image: Image.Image) -> tuple[int, int]:
+    """Transfer and primaries (ITU-T H.273) that the file says in numbers, 2 where it does not.
+
+    Pillow passes over them. PNG's come before a profile (W3C PNG, section 4.3), AVIF's and HEIF's behind one.
+    """
+    if image.format == "PNG":
+        code = re.search(rb"\x00\x00\x00\x04cICP(.)(.)", _head(image), re.DOTALL)
+        return (code[2][0], code[1][0]) if code else _UNSPECIFIED
+    if image.format == "AVIF" and "icc_profile" not in image.info:
+        code = re.search(rb"colrnclx(..)(..)", _head(image), re.DOTALL)
+        return (int.from_bytes(code[2], "big"), int.from_bytes(code[1], "big")) if code else _UNSPECIFIED
+    if image.format == "HEIF" and "icc_profile" not in image.info and (nclx := image.info.get("nclx_profile")):
+        return nclx["transfer_characteristics"], nclx["color_primaries"]
+    return _UNSPECIFIED
+
+
+def _head(image: Image.Image) -> bytes:
+    """Where a file has its properties: all that comes before a PNG's pixels, and a container's first boxes."""
+    file = getattr(image, "fp", None)
+    if file is None:  # a later frame of an animation
+        return b""
+    place = file.tell()
+    file.seek(0)
+    head = file.read(_HEAD)
+    file.seek(place)
+    return head.split(b"IDAT")[0] if image.format == "PNG" else head
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -53,7 +89,7 @@ def is_srgb(profile: bytes | None) -> bool:
     return not profile or _transform(profile, "RGB") is None
 
 
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
     """The image in sRGB; as it is where its profile is broken or for another kind of pixels."""
     transform = _transform(profile, image.mode)
     return image if transform is None else ImageCms.applyTransform(image, transform) or image
