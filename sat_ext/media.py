@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
@@ -40,6 +41,8 @@ _DEMUXERS = (
 # ISO/IEC 23008-12: stills in the container of MP4; "mif1" is any codec's.
 _HEIF_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "mif2", "avif"})
 
+_STREAMS = 32  # of a file whose opening is bounded; the first is not always the video
+
 _EXIF_ORIENTATION = 0x0112
 SIDEWAYS = frozenset({5, 6, 7, 8})
 
@@ -49,7 +52,7 @@ _FULL_HEADERS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 
 @contextmanager
 def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream (not its cover art), with one decoding thread.
+    """The container and its video stream, with one decoding thread: of several, the one that players take.
 
     Raises `MediaError`, also for errors of FFmpeg inside the `with` block. FFmpeg decodes a few frames when
     it opens a file, to learn what the headers do not say, above all how far B-frames reach; a reader without
@@ -63,12 +66,11 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
             if container.metadata.get("major_brand") in _HEIF_BRANDS:
                 # FFmpeg gives each tile of it as a stream: the first one would stand for the picture
                 raise MediaError(path, "a HEIF or AVIF picture and not a video; name it .heic or .avif")
-            streams = [
-                s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
-            ]
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise MediaError(path, "no video stream")
-            context = streams[0].codec_context
+            stream = max(streams, key=_preference)
+            context = stream.codec_context
             if context is None:
                 raise MediaError(path, "no decoder for its video stream")
             if context.width * context.height > MAX_PIXELS:
@@ -77,11 +79,21 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
             context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame's own header may declare another size
             context.skip_frame = "DEFAULT"
             context.thread_count = 1  # the data workers are the parallelism
-            yield container, streams[0]
+            yield container, stream
     except SatExtError:
         raise
     except av.FFmpegError as error:
         raise MediaError(path, f"not a readable video: {error.strerror}") from error
+
+
+def _preference(stream: VideoStream) -> tuple[bool, int, int, int]:
+    """The rule of FFmpeg's `av_find_best_stream`, by headers alone, so that it does not depend on how the file was
+    opened. Of equal ones `max` takes the first."""
+    flags, context = stream.disposition, stream.codec_context
+    spoiled = flags & (Disposition.hearing_impaired | Disposition.visual_impaired)
+    frames = min(5, stream.frames or 5)  # 0 is unknown
+    rate = (context.bit_rate or 0) if context else 0
+    return context is not None, (not spoiled) + bool(flags & Disposition.default), frames, rate
 
 
 def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
@@ -160,7 +172,7 @@ def _open_container(path: str, headers_only: bool, stack: ExitStack) -> InputCon
         decoder["skip_frame"] = "all"
         # Without a limit, FFmpeg reads a megabyte in search of the pixel format, which decoding would tell.
         limit = {"probesize": "4096"} if suffix_of(path) in _FULL_HEADERS else {}
-    streams: Any = [decoder]
+    streams: Any = [decoder] * _STREAMS
     try:
         return stack.enter_context(
             av.open(file, metadata_errors="replace", options=options | limit, stream_options=streams)

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
 from sat_ext.data.decode import read_frames
@@ -62,6 +63,57 @@ def test_odd_sizes_keep_their_last_row_and_column(tmp_path, codec):
     frames = read_frames(str(path), [0.0, 0.4])
     assert frames.shape == (2, 99, 131, 3) and indices_of(frames) == [0, 10]
     assert read_frames(str(path), [0.4], fit=Fit(32, 48)).shape == (1, 3, 32, 48)
+
+
+def two_streams(path: Path, *streams: tuple[str, int, tuple[int, int], int]) -> str:
+    """Streams of (codec, number of frames, size, disposition); frame i of stream n is `pattern(100 * n + i)`."""
+    with av.open(str(path), "w") as container:
+        made = []
+        for codec, _, size, flags in streams:
+            stream = container.add_stream(codec, rate=FPS)
+            stream.height, stream.width = size
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.disposition = Disposition(flags)
+            made.append(stream)
+        for i in range(max(count for _, count, _, _ in streams)):
+            for n, (stream, (_, count, size, _)) in enumerate(zip(made, streams)):
+                if i < count:
+                    frame = av.VideoFrame.from_ndarray(pattern(100 * n + i, *size), format="rgb24")
+                    container.mux(stream.encode(frame))
+        for stream in made:
+            container.mux(stream.encode(None))
+    return str(path)
+
+
+DEFAULT, IMPAIRED = int(Disposition.default), int(Disposition.visual_impaired)
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "mov"])
+@pytest.mark.parametrize(
+    ("streams", "wanted"),
+    [
+        ([("libx264", 30, (48, 64), 0), ("libx264", 30, (96, 128), DEFAULT)], 1),  # a proxy before it
+        ([("libx264", 30, (96, 128), DEFAULT), ("libx264", 30, (192, 256), 0)], 0),
+        ([("mjpeg", 2, (48, 64), 0), ("libx264", 30, (96, 128), DEFAULT)], 1),  # a thumbnail before it
+        ([("libx264", 30, (96, 128), IMPAIRED), ("libx264", 30, (48, 64), DEFAULT)], 1),
+        ([("libx264", 30, (96, 128), 0), ("libx264", 30, (96, 128), 0)], 0),
+    ],
+)
+def test_of_several_video_streams_the_default_one_is_probed_and_read(tmp_path, suffix, streams, wanted, decoder):
+    path = two_streams(tmp_path / f"a.{suffix}", *streams)
+    with av.open(path) as container:
+        assert container.streams.best("video").index == wanted
+    _, frames, (height, width), _ = streams[wanted]
+    info = probe(path)
+    assert (info.width, info.height, info.frames, info.fps) == (
+        width,
+        height,
+        frames,
+        pytest.approx(FPS, rel=1e-2),
+    )
+    shown = read_frames(path, [0.0, 10 / FPS, 1.0], decoder=decoder)
+    assert indices_of(shown) == [100 * wanted + p for p in (0, 10, 25)]
 
 
 def circle(height: int, width: int) -> np.ndarray:

@@ -32,11 +32,11 @@ def read_indexed(
 ) -> np.ndarray:
     """As `read_pyav`, where `frames` gives a local file's frames of some numbers, ascending, of so many in all.
 
-    Files that such decoders misread are left to PyAV: decord counts the frames that an edit list hides, seeks past
-    the mark in transport streams, has no times in AVI, turns mirrored videos upside down, and, without
-    `open_gops`, loses frames where a group begins with some that refer to the one before it (x265's default). So
-    are files that are not local, and those with pixels that are not square, have alpha, or are not 8-bit 4:2:0 in
-    sRGB's colours, which they convert less exactly.
+    Files that such decoders misread are left to PyAV: they choose otherwise among several video streams; decord
+    counts the frames that an edit list hides, seeks past the mark in transport streams, has no times in AVI, turns
+    mirrored videos upside down, and, without `open_gops`, loses frames where a group begins with some that refer
+    to the one before it (x265's default). So are files that are not local, and those with pixels that are not
+    square, have alpha, or are not 8-bit 4:2:0 in sRGB's colours, which they convert less exactly.
     """
     starts = _starts(path, open_gops) if is_local(path) else None
     if starts is None:
@@ -55,7 +55,7 @@ def read_indexed(
 def _starts(path: str, open_gops: bool) -> np.ndarray | None:
     """The frames' starts in seconds after the first one's, in order; None for a file that would be misread."""
     with open_video(path) as (container, stream):
-        if not {"mp4", "matroska"} & set(container.format.name.split(",")):
+        if not {"mp4", "matroska"} & set(container.format.name.split(",")) or len(container.streams.video) > 1:
             return None
         packets = [p for p in container.demux(stream) if p.size]
         ticks = [p.pts for p in packets if p.pts is not None and not p.is_discard]
