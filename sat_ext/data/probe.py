@@ -113,10 +113,11 @@ def _displayed_size(path: str, container: InputContainer, stream: VideoStream) -
 def _count_from_header(path: str, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction] | None:
     """Frames and duration from MP4's and MOV's index; None where that does not tell.
 
-    It does not where it is absent (fragments), where an edit list hides frames, and where the rate varies:
-    the header's duration is a sum of steps in decoding order, and may end before the last frame starts.
+    It does not where it is absent (fragments), where an edit list hides frames, and where the rate varies: it is
+    in decoding order, and may end before the last frame starts. The header's duration may be missing or wrong; it
+    only tells how much longer than the others the last frame lasts.
     """
-    if "mp4" not in container.format.name or stream.duration is None or stream.time_base is None:
+    if "mp4" not in container.format.name or stream.time_base is None:
         return None
     entries = list(stream.index_entries)
     end = max((e.pos + e.size for e in entries), default=0)
@@ -126,12 +127,15 @@ def _count_from_header(path: str, container: InputContainer, stream: VideoStream
     steady = max(steps) - min(steps) <= 1  # a tick of rounding
     if not entries or len(entries) != stream.frames or any(e.is_discard for e in entries) or not steady:
         return None
-    return len(entries), stream.duration * stream.time_base
+    span = entries[-1].timestamp - entries[0].timestamp
+    last = max(Fraction(span, max(1, len(entries) - 1)), Fraction((stream.duration or 0) - span))
+    return len(entries), (span + last) * stream.time_base
 
 
 def _count_packets(path: str) -> tuple[int, Fraction]:
     """Frames and duration by reading every packet, without decoding."""
     starts: list[int] = []
+    lengths: set[int] = set()
     end = 0
     with open_video(path, headers_only=True) as (container, stream):
         base = stream.time_base or Fraction(1)
@@ -143,12 +147,16 @@ def _count_packets(path: str) -> tuple[int, Fraction]:
             start = packet.pts if packet.pts is not None else packet.dts
             timed = timed and start is not None
             starts.append(start or 0)
+            lengths.add(packet.duration or 0)
             end = max(end, starts[-1] + (packet.duration or 0))
     if not starts:
         raise MediaError(path, "its video stream has no frames")
     if not timed:
         return len(starts), len(starts) / rate if rate else Fraction(0)
     first, last = min(starts), max(starts)
-    if end == last:  # no durations: the last frame lasts as long as the others do on average
-        end += (last - first) // max(1, len(starts) - 1)
+    mean = (last - first) // max(1, len(starts) - 1)
+    # Where no frame has a length, or all have one that is far from their steps (a header's), the last frame lasts
+    # as long as the others do on average.
+    if mean and (end == last or (len(lengths) == 1 and not mean <= 2 * max(lengths) <= 4 * mean)):
+        end = last + mean
     return len(starts), (end - first) * base

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -56,6 +57,58 @@ def test_a_variable_rate_gives_the_mean_rate_and_the_true_duration(tmp_path, suf
     assert info.frames == len(starts)
     assert 1.9 < info.duration < 1.9 + 1  # how long the last frame lasts is the muxer's guess
     assert info.fps == pytest.approx(info.frames / info.duration)
+
+
+def overwrite(path: Path, mark: bytes, skip: int, value: bytes) -> Path:
+    """Other bytes, some way behind each place where `mark` is in the file."""
+    content = bytearray(path.read_bytes())
+    at = content.find(mark)
+    assert at >= 0
+    while at >= 0:
+        content[at + skip : at + skip + len(value)] = value
+        at = content.find(mark, at + 1)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 2.9, 60, None])
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_an_mp4_lasts_as_long_as_its_frames_whatever_its_headers_say(tmp_path, seconds, b_frames):
+    """The media header (mdhd) and the movie header (mvhd) have a duration, which players do not go by."""
+    path = write_clip(tmp_path / "a.mp4", 90, 30, b_frames=b_frames)
+    with av.open(str(path)) as container:
+        ticks = container.streams.video[0].time_base.denominator
+    for box, scale in ((b"mdhd", ticks), (b"mvhd", 1000)):
+        value = 0xFFFFFFFF if seconds is None else round(seconds * scale)
+        overwrite(path, box, 20, value.to_bytes(4, "big"))
+    info = probe(str(path))
+    assert (info.frames, info.fps, info.duration) == (90, pytest.approx(30), pytest.approx(3))
+
+
+@pytest.mark.parametrize("seconds", [0, 1, None])
+def test_a_variable_rate_is_told_by_the_frames_too(tmp_path, seconds):
+    path = write_clip(tmp_path / "a.mp4", len(VFR_STARTS), starts=VFR_STARTS)
+    value = 0xFFFFFFFF if seconds is None else seconds * 12800
+    info = probe(str(overwrite(path, b"mdhd", 20, value.to_bytes(4, "big"))))
+    assert info.frames == len(VFR_STARTS) and 1.9 < info.duration < 1.9 + 1
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mark", "skip", "value"),
+    [
+        ("mkv", b"\x44\x89\x88", 3, struct.pack(">d", 1.0)),  # duration of the segment
+        ("mkv", b"\x44\x89\x88", 3, struct.pack(">d", 9e9)),
+        ("mkv", b"\x23\xe3\x83", 4, (10**7).to_bytes(3, "big")),  # default duration of a frame: now 2.6 s
+        ("flv", b"\x00\x08duration\x00", 11, struct.pack(">d", 1.0)),
+        ("flv", b"\x00\x09framerate\x00", 12, struct.pack(">d", 90.0)),
+        ("avi", b"avih", 8, (11111).to_bytes(4, "little")),  # microseconds a frame
+        ("avi", b"avih", 24, (7).to_bytes(4, "little")),  # number of frames
+    ],
+)
+def test_other_headers_that_say_another_length_are_not_gone_by_either(tmp_path, suffix, mark, skip, value):
+    path = overwrite(write_clip(tmp_path / f"a.{suffix}", 90, 30), mark, skip, value)
+    info = probe(str(path))
+    assert (info.frames, info.duration) == (90, pytest.approx(3, abs=0.02))
 
 
 def test_ntsc_rates_are_exact():

@@ -27,7 +27,7 @@ from sat_ext.files import is_url
 log = logging.getLogger(__name__)
 
 # Raise it when `probe` tells something else about a file than before: all files are then probed again.
-PROBER_VERSION = 1
+PROBER_VERSION = 2
 
 # Where these change, files that could not be read are probed again: the new versions may read them.
 LIBRARIES = f"av {av.__version__}, Pillow {PIL.__version__}"
