@@ -13,6 +13,7 @@ from typing import Any
 import av
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
@@ -40,6 +41,8 @@ _DEMUXERS = (
 
 # ISO/IEC 23008-12: stills in the container of MP4; "mif1" is any codec's.
 _HEIF_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "mif2", "avif"})
+
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 _STREAMS = 32  # of a file whose opening is bounded; the first is not always the video
 
@@ -94,6 +97,24 @@ def _preference(stream: VideoStream) -> tuple[bool, int, int, int]:
     frames = min(5, stream.frames or 5)  # 0 is unknown
     rate = (context.bit_rate or 0) if context else 0
     return context is not None, (not spoiled) + bool(flags & Disposition.default), frames, rate
+
+
+def decoder_of(path: str, stream: VideoStream) -> VideoCodecContext:
+    """What decodes the stream: its own context but for VP8 and VP9 with alpha, which FFmpeg's own decoders drop.
+
+    Raises `MediaError` where this FFmpeg has no other.
+    """
+    own = stream.codec_context
+    name = _ALPHA_DECODERS.get(own.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return own
+    try:
+        context = av.CodecContext.create(name, "r")
+    except ValueError:  # an unknown codec
+        raise MediaError(path, f"this FFmpeg drops its transparency (it has no {name}); flatten it") from None
+    assert isinstance(context, VideoCodecContext)
+    context.options, context.thread_count = own.options, own.thread_count
+    return context
 
 
 def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import pairwise
 
-import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
@@ -19,6 +18,7 @@ from sat_ext.files import suffix_of
 from sat_ext.media import (
     SIDEWAYS,
     UNTIMED_FORMATS,
+    decoder_of,
     displayed_size,
     open_image,
     open_video,
@@ -96,17 +96,17 @@ def _clip(width: int, height: int, *, frames: int, duration: Fraction, codec: st
 
 def _displayed_size(path: str, container: InputContainer, stream: VideoStream) -> tuple[int, int]:
     """Width and height of the first key frame, which alone tells the rotation in every container."""
+    context = decoder_of(path, stream)
     for packet in container.demux(stream):
         if packet.size and not packet.is_keyframe:
             continue
         # Draining the decoder makes it give the frame out without those that it would reorder.
-        frames = packet.decode() or (stream.codec_context.decode(None) if packet.size else [])
+        frames = context.decode(packet) or (context.decode(None) if packet.size else [])
         if frames:
             frame = frames[0]
-            assert isinstance(frame, av.VideoFrame)
             refuse_unreadable_colours(path, frame)
             return displayed_size(frame, stream)
-        stream.codec_context.flush_buffers()
+        context.flush_buffers()
     raise MediaError(path, "no frame can be decoded")
 
 

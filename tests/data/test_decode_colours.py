@@ -139,3 +139,50 @@ def test_chroma_is_exact_in_every_format_but_the_quick_one(tmp_path, pixel_forma
         got = read_frames(path, [0.0])[0, 9, 9].astype(int)
         assert np.abs(got - colour).max() <= (1 if "p1" in pixel_format else 2), (colour, got)  # 8 bits round more
         assert np.array_equal(read_frames(path, [0.0], decoder="decord")[0, 9, 9], got)
+
+
+def transparent_clip(path: Path, codec: str, pixel_format: str = "yuva420p") -> str:
+    """10 frames: red on the right, and on the left, where nothing is to be seen, green."""
+    picture = np.zeros((64, 64, 4), np.uint8)
+    picture[:, :32], picture[:, 32:] = (0, 200, 0, 0), (200, 0, 0, 255)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt = pixel_format
+        if codec.startswith("libvpx"):
+            stream.codec_context.options = {"auto-alt-ref": "0"}
+        for _ in range(10):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pixel_format)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize(
+    ("codec", "suffix", "pixel_format"),
+    [
+        ("libvpx", "webm", "yuva420p"),
+        ("libvpx-vp9", "webm", "yuva420p"),
+        ("libvpx-vp9", "mkv", "yuva420p"),
+        ("ffv1", "mkv", "yuva420p"),
+        ("prores_ks", "mov", "yuva444p10le"),
+        ("qtrle", "mov", "argb"),
+    ],
+)
+def test_transparency_is_flattened_on_white_in_every_codec(tmp_path, codec, suffix, pixel_format, decoder):
+    path = transparent_clip(tmp_path / f"a.{suffix}", codec, pixel_format)
+    info = probe(path)
+    assert (info.width, info.height, info.frames) == (64, 64, 10)
+    for frame in read_frames(path, [0.0, 0.5, 1.2], decoder=decoder).astype(int):
+        assert np.abs(frame[32, 9] - 255).max() <= 3 and np.abs(frame[32, 55] - (200, 0, 0)).max() <= 8
+    assert len(read_frames(path, [0.9], decoder=decoder)) == 1
+
+
+def test_transparency_that_this_ffmpeg_drops_is_an_error(tmp_path, monkeypatch):
+    """A mock: the decoders of this FFmpeg are all there."""
+    monkeypatch.setattr("sat_ext.media._ALPHA_DECODERS", {"vp9": "libvpx-none"})
+    path = transparent_clip(tmp_path / "a.webm", "libvpx-vp9")
+    for read in (lambda: probe(path), lambda: read_frames(path, [0.0])):
+        with pytest.raises(MediaError, match="drops its transparency .it has no libvpx-none.; flatten it"):
+            read()

@@ -12,7 +12,7 @@ from av.video.stream import VideoStream
 from sat_ext.data.decode.pick import Picked, Shape
 from sat_ext.data.decode.pyav import display_matrix, is_foreign, is_inexact, read_pyav, upright
 from sat_ext.files import is_local
-from sat_ext.media import displayed_size, open_video
+from sat_ext.media import decoder_of, displayed_size, open_video
 from sat_ext.types import TIME_TOLERANCE
 
 AT_ONCE = 8  # frames fetched together, at full size
@@ -56,6 +56,8 @@ def _starts(path: str, open_gops: bool) -> np.ndarray | None:
     """The frames' starts in seconds after the first one's, in order; None for a file that would be misread."""
     with open_video(path) as (container, stream):
         if not {"mp4", "matroska"} & set(container.format.name.split(",")) or len(container.streams.video) > 1:
+            return None
+        if decoder_of(path, stream) is not stream.codec_context:  # its alpha would be dropped
             return None
         packets = [p for p in container.demux(stream) if p.size]
         ticks = [p.pts for p in packets if p.pts is not None and not p.is_discard]

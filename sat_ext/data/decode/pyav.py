@@ -20,7 +20,7 @@ from sat_ext.data.decode.order import DEEPEST_REORDER, Damage, Needed
 from sat_ext.data.decode.pick import Shape, pick
 from sat_ext.errors import MediaError
 from sat_ext.files import suffix_of
-from sat_ext.media import UNTIMED_FORMATS, displayed_size, open_video, refuse_unreadable_colours
+from sat_ext.media import UNTIMED_FORMATS, decoder_of, displayed_size, open_video, refuse_unreadable_colours
 from sat_ext.types import TIME_TOLERANCE
 
 # Where a seek ends behind the wanted frame (open GOPs, transport streams): from earlier, then from the start.
@@ -103,6 +103,7 @@ class _Clip:
 
     def __init__(self, path: str, container: InputContainer, stream: VideoStream, times: Sequence[float]) -> None:
         self._path, self._container, self._stream = path, container, stream
+        self._decoder = decoder_of(path, stream)
         self.timed = container.format.name not in UNTIMED_FORMATS
         self._times = sorted(times)
         rate = stream.average_rate or stream.guessed_rate
@@ -143,15 +144,13 @@ class _Clip:
         return index[-1].timestamp if "mp4" in self._container.format.name and len(index) else -math.inf
 
     def _decoded(self, damage: Damage) -> Iterator[av.VideoFrame]:
-        context = self._stream.codec_context
+        context = self._decoder
         for packet, is_needed in self._judged():
             if not is_needed and context.codec.intra_only:
                 continue
             context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             damage.send(packet.pts)
-            for frame in packet.decode():
-                assert isinstance(frame, av.VideoFrame)
-                yield frame
+            yield from context.decode(packet)
         if not self._whole:  # at the file's end, an empty packet has done this
             yield from context.decode(None)
 
@@ -183,7 +182,7 @@ class _Clip:
 
     def _needed(self) -> Needed | None:
         """None where every packet has to be decoded, up to the first frame behind the latest time."""
-        context, formats = self._stream.codec_context, set(self._container.format.name.split(","))
+        context, formats = self._decoder, set(self._container.format.name.split(","))
         if not formats & _FRAMED_FORMATS or self._origin is None or not self._base:
             return None
         if context.name not in _SKIPPING_CODECS and not context.codec.intra_only:
