@@ -17,7 +17,9 @@ from sat_ext.types import Bucket, MediaInfo
 
 SIZE_STEP = 16  # pixels a side per token: 8 (first stage) x 2 (patch)
 FRAME_STEP = 4  # frames per latent frame after the first
-DEFAULT_LENGTH_STEP = 16  # frames between the default bucket lengths: 2 s at CogVideoX's 8 fps
+# Frames between the default bucket lengths: 1 s at CogVideoX's 8 fps, so that a clip of one second is no still. 8k+1
+# frames make an odd number of latents, to which 1.5's temporal patch of 2 adds the padding that it was trained with.
+DEFAULT_LENGTH_STEP = 8
 DEFAULT_RATIOS = (9 / 16, 3 / 4, 1.0, 4 / 3, 16 / 9)  # what cameras and phones make, upright and lying
 TEXT_TOKENS = 226  # the T5 length in CogVideoX's own model files (`max_length: 226`)
 
@@ -54,7 +56,7 @@ def make_buckets(
     neither `config` nor the stand-in says anything.
 
     >>> [str(b) for b in make_buckets(BucketConfig(), (480, 720), 41)]
-    ['1x480x720', '17x480x720', '33x480x720', '41x480x720']
+    ['1x480x720', '9x480x720', '17x480x720', '25x480x720', '33x480x720', '41x480x720']
     >>> by_area = BucketConfig(frames=(49,), sizes=AreaConfig(area=345600, ratios=(1.5, 1.0)))
     >>> [str(b) for b in make_buckets(by_area, (480, 720), 49)]
     ['49x480x720', '49x576x576']
@@ -80,10 +82,10 @@ def assign(info: MediaInfo, buckets: Sequence[Bucket], *, available: int, still:
 
     >>> clip = MediaInfo(width=1280, height=720, frames=120, fps=30.0, duration=4.0, codec="h264")
     >>> buckets = make_buckets(BucketConfig(sizes=((480, 720), (720, 480))), (480, 720), 49)
-    >>> str(assign(clip, buckets, available=32, still=False, short="shorter_bucket"))
-    '17x480x720'
-    >>> assign(clip, buckets, available=32, still=False, short="drop")
-    'too short for the longest bucket (32 of 49 frames), and short_clips is drop'
+    >>> str(assign(clip, buckets, available=33, still=False, short="shorter_bucket"))
+    '33x480x720'
+    >>> assign(clip, buckets, available=33, still=False, short="drop")
+    'too short for the longest bucket (33 of 49 frames), and short_clips is drop'
     """
     if short not in _LENGTHS:
         raise ConfigError(f"short_clips: '{short}' is not known; use one of {', '.join(_LENGTHS)}.")

@@ -43,9 +43,15 @@ def frames_of(result: Bucket | str) -> int:
 
 @pytest.mark.parametrize(
     "most, expected",
-    [(1, [1]), (9, [1, 9]), (17, [1, 17]), (49, [1, 17, 33, 49]), (85, [1, 17, 33, 49, 65, 81, 85])],
+    [
+        (1, [1]),
+        (9, [1, 9]),
+        (13, [1, 9, 13]),
+        (49, [1, 9, 17, 25, 33, 41, 49]),
+        (81, [1, 9, 17, 25, 33, 41, 49, 57, 65, 73, 81]),
+    ],
 )
-def test_default_lengths_rise_by_16_up_to_the_longest(most, expected):
+def test_default_lengths_rise_by_8_up_to_the_longest(most, expected):
     made = make_buckets(BucketConfig(), VIDEO_SIZE, most)
     assert [b.frames for b in made] == expected
     assert {(b.height, b.width) for b in made} == {VIDEO_SIZE}

@@ -78,13 +78,26 @@ def shown(times: ClipTimes, fps: float) -> list[int]:
     return [int((t + TIME_TOLERANCE) * fps) for t in times.times]
 
 
+def trimmed(info: MediaInfo, skip: float, frames: int, fps: float) -> int:
+    """How many source frames are left out at each end, one by one: a clip that fills its bucket goes on filling it."""
+
+    def left(skip: int) -> MediaInfo:
+        n = info.frames - 2 * skip
+        return dataclasses.replace(info, frames=n, duration=info.duration * n / info.frames)
+
+    most = min(int(skip), (info.frames - 1) // 2)
+    if available_frames(info, fps) < frames:
+        return most
+    return max(s for s in range(most + 1) if available_frames(left(s), fps) >= frames)
+
+
 @given(st.sampled_from(CLIP_SAMPLERS), files, st.integers(1, 60), target_rates, skips, seeds)
 def test_times_have_the_length_asked_for_and_lie_in_what_is_left_of_the_clip(
     sampler, info, frames, fps, skip, seed
 ):
     for short in FILLING:
         got = sample(sampler, info, frames, fps, short=short, skip_frames=skip, seed=seed)
-        left_out = min(int(skip), (info.frames - 1) // 2)
+        left_out = trimmed(info, skip, frames, fps)
         assert len(got.times) == frames
         if info.frames == 1:
             assert set(got.times) == {0.0}
@@ -92,12 +105,18 @@ def test_times_have_the_length_asked_for_and_lie_in_what_is_left_of_the_clip(
             indices = shown(got, info.fps)
             assert min(indices) >= left_out
             assert max(indices) <= info.frames - 1 - left_out
+            assert max(got.times) < (info.frames - left_out) / info.fps
 
 
 @given(st.sampled_from(CLIP_SAMPLERS), files, st.integers(1, 60), target_rates, skips, seeds)
 def test_num_frames_counts_the_frames_that_are_not_repeats(sampler, info, frames, fps, skip, seed):
     got = sample(sampler, info, frames, fps, skip_frames=skip, seed=seed)
-    assert got.num_frames == min(frames, available_frames(info, fps, skip))
+    if available_frames(info, fps) >= frames:
+        assert got.num_frames == frames
+    else:
+        n = info.frames - 2 * trimmed(info, skip, frames, fps)
+        seconds = n / info.fps if info.frames > 1 else 0.0
+        assert got.num_frames < frames and abs(got.num_frames - seconds * fps) <= 1
     real = got.times[: got.num_frames]
     rises = len(set(real)) == len(real) and list(real) == sorted(real)
     assert rises
@@ -120,18 +139,56 @@ def test_the_same_seed_gives_the_same_times(sampler, info, seed):
 @given(st.sampled_from(["start", "middle", "random_start"]), files, st.integers(2, 49), target_rates, seeds)
 def test_a_clip_plays_at_its_own_speed(sampler, info, frames, fps, seed):
     got = sample(sampler, info, frames, fps, seed=seed)
-    assert np.allclose(np.diff(got.times[: got.num_frames]), 1 / fps, atol=1e-8)
+    steps = np.diff(got.times[: got.num_frames])
+    assert np.allclose(steps[:-1], 1 / fps, atol=1e-8)  # the last frame may be nearer: the clip ends there
+    assert not len(steps) or 0 < steps[-1] <= 1 / fps + 1e-8
     assert got.fps == int(fps + 0.5)
 
 
-@given(files, target_rates, skips)
-def test_available_frames_is_at_least_one_and_one_more_would_not_fit(info, fps, skip):
-    n = available_frames(info, fps, skip)
-    left = info.frames - 2 * min(int(skip), (info.frames - 1) // 2)
-    seconds = 0.0 if info.frames == 1 else left / info.fps
+@given(files, target_rates)
+def test_available_frames_is_at_least_one_and_one_more_would_not_fit(info, fps):
+    n = available_frames(info, fps)
+    seconds, last = (0.0, 0.0) if info.frames == 1 else (info.duration, (info.frames - 1) / info.fps)
     assert n >= 1
-    assert n == 1 or (n - 1) / fps < seconds
-    assert n / fps >= seconds - TIME_TOLERANCE - 1e-9
+    assert n == 1 or (n - 1) / fps <= max(seconds + TIME_TOLERANCE, last + 1 / fps)
+    assert n / fps >= max(seconds, last + 1 / fps) - 2 * TIME_TOLERANCE
+
+
+@given(st.sampled_from([1, 2, 3, 6, 10]), file_rates, target_rates, skips)
+@settings(deadline=None)
+def test_whole_seconds_fill_their_bucket_at_every_rate_and_whatever_is_skipped(seconds, rate, fps, skip):
+    info = media(round(seconds * rate), rate)
+    frames = int(seconds * fps) + 1
+    if info.frames < 2 or info.duration < seconds - TIME_TOLERANCE:
+        return
+    assert available_frames(info, fps) >= frames
+    for sampler in CLIP_SAMPLERS:
+        got = sample(sampler, info, frames, fps, skip_frames=skip)
+        assert got.num_frames == frames and max(shown(got, rate)) <= info.frames - 1
+        if sampler != "uniform":
+            assert got.fps == int(fps + 0.5)
+
+
+@given(files, target_rates, skips, seeds)
+@settings(deadline=None)
+def test_a_clip_fills_the_longest_bucket_that_it_can_without_a_frame_twice(info, fps, skip, seed):
+    n = available_frames(info, fps)
+    got = sample("random_start", info, n, fps, skip_frames=skip, seed=seed)
+    assert got.num_frames == n
+    if info.fps > fps:
+        indices = shown(got, info.fps)
+        assert len(set(indices)) == n
+
+
+@pytest.mark.parametrize("rate", [24.0, 25.0, 30.0, 50.0, 60.0])
+def test_trimming_leaves_what_the_longest_bucket_needs(rate):
+    six = media(round(6 * rate), rate)  # CogVideo's usual clip, with its `skip_frms_num: 3`
+    assert available_frames(six, 8) == 49
+    got = sample("start", six, 49, skip_frames=3)
+    assert got.num_frames == 49 and got.fps == 8
+    assert 0 <= got.times[0] <= 3 / rate and shown(got, rate)[-1] <= six.frames - 1
+    assert sample("start", media(round(7 * rate), rate), 49, skip_frames=3).times[0] == pytest.approx(3 / rate)
+    assert sample("start", six, 41, skip_frames=3).times[0] == pytest.approx(3 / rate)
 
 
 def test_random_start_reaches_every_start_from_which_the_clip_fits():
@@ -169,15 +226,24 @@ def test_every_source_rate_becomes_the_target_rate(fps, expected):
     assert shown(sample("start", media(60, fps), 9), fps) == expected
 
 
-def test_49_frames_at_8_fps_need_their_six_seconds_and_one_frame():
-    assert available_frames(media(180, 30.0), 8) == 48
-    assert available_frames(media(181, 30.0), 8) == 49
-    assert available_frames(media(144, 24000 / 1001), 8) == 49  # 6.006 s
+def test_a_clip_that_lacks_less_than_a_frame_of_the_target_rate_fills_its_bucket():
+    assert available_frames(media(180, 30.0), 8) == 49  # its last frame starts at 5.967 s, and 6.0 are wanted
+    assert available_frames(media(178, 30.0), 8) == 49  # 5.9 s
+    assert available_frames(media(177, 30.0), 8) == 48  # 5.867 s: the 48th of 49 shows it already
+    assert available_frames(media(60, 30.0), 8) == 17
+    assert available_frames(media(150, 30.0), 16) == 81
+    assert available_frames(media(48, 8.0), 8) == 49 and available_frames(media(47, 8.0), 8) == 48
+    assert sample("start", media(180, 30.0), 49).times[-2:] == pytest.approx((5.875, 5.998))
+
+
+def test_a_clip_that_is_filled_up_counts_only_what_it_has():
+    got = sample("start", media(5, 8.0), 9, short="loop")
+    assert got.num_frames == 5 and got.times[5] == 0.0
 
 
 def test_a_variable_rate_clip_is_measured_by_its_duration_not_its_rate():
     slow_end = dataclasses.replace(media(30, 30.0), duration=4.0)
-    assert available_frames(slow_end, 8) == 32
+    assert available_frames(slow_end, 8) == 33
     assert max(sample("uniform", slow_end, 32).times) < 4.0
 
 
@@ -238,10 +304,11 @@ def test_samplers_but_all_windows_make_one_record_of_a_file(sampler, info, frame
 @settings(deadline=None)
 def test_all_windows_covers_a_clip_side_by_side_with_less_than_a_window_left_over(info, frames, fps, skip):
     n = records_of("all_windows", info, frames=frames, fps=fps, skip_frames=skip)
-    available = available_frames(info, fps, skip)
-    left_out = min(int(skip), (info.frames - 1) // 2)
-    assert n == max(1, min(available // frames, info.frames - 2 * left_out))
-    if available < frames or n > 500:
+    left_out = trimmed(info, skip, frames, fps)
+    seconds = 0.0 if info.frames == 1 else (info.frames - 2 * left_out) / info.fps
+    inside = int(np.ceil((seconds - TIME_TOLERANCE) * fps - 1e-6))
+    assert n == max(1, min(inside // frames, info.frames - 2 * left_out))
+    if available_frames(info, fps) < frames or n > 500:
         return
     windows = [sample("all_windows", info, frames, fps, skip_frames=skip, window=i) for i in range(n)]
     period = info.duration / info.frames
@@ -253,7 +320,7 @@ def test_all_windows_covers_a_clip_side_by_side_with_less_than_a_window_left_ove
         assert b.times[0] >= a.times[0] + length - 1e-6  # no moment is in two windows
     gaps = [b.times[0] - a.times[0] - length for a, b in zip(windows, windows[1:])]
     last = windows[-1].times[-1]
-    if n == available // frames:  # and not as many as there are source frames
+    if n == inside // frames:  # and not as many as there are source frames
         assert sum(gaps) < length + TIME_TOLERANCE + 1e-6
     assert max(gaps, default=0.0) - min(gaps, default=0.0) < 1e-6  # evenly spread
     if info.frames > 1:

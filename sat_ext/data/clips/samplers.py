@@ -42,9 +42,29 @@ class Window:
         """In seconds, to the end of the last frame."""
         return self.frames * self.period
 
-    def available(self, fps: float) -> int:
-        """Frames at times start + k / fps that begin before the window ends, at least 1."""
+    @property
+    def last(self) -> float:
+        """When the last source frame starts, in seconds after the window's start."""
+        return (self.frames - 1) * self.period
+
+    def inside(self, fps: float) -> int:
+        """Frames at times k / fps that begin before the window ends, at least 1."""
         return max(1, math.ceil((self.length - TIME_TOLERANCE) * fps - _ROUNDING))
+
+    def available(self, fps: float) -> int:
+        """How many frames at times k / fps a bucket may have for the window to fill it.
+
+        The last of them may lie behind the last source frame by less than 1 / fps: it shows that frame, which
+        none before it does. And it may lie at the very end of the window, so that n seconds fill n * fps + 1 frames
+        at every source rate.
+        """
+        behind = math.ceil((self.last - TIME_TOLERANCE) * fps - _ROUNDING) + 1
+        at_end = math.floor((self.length + TIME_TOLERANCE) * fps) + 1 if self.length else 1
+        return max(behind, at_end, self.inside(fps))
+
+    def clamp(self, time: float) -> float:
+        """The time, or where it lies behind the last source frame, one at which that is on display."""
+        return min(time, self.start + max(self.last, self.length - 2 * TIME_TOLERANCE))
 
     def run(self, first: float, frames: int, fps: float) -> list[float]:
         """`frames` times at `fps`, from `first` seconds into the window on."""
@@ -84,7 +104,8 @@ def register_sampler(
     """Decorator: call a function a sampler; the arguments are `Sampler`'s.
 
     The function gets a window, the number of frames (never more than the window gives), frames a second and
-    random numbers, and returns as many times in seconds, rising, inside the window. The decorator must run before
+    random numbers, and returns as many times in seconds, rising, from the window's start to its end (or to
+    start + (frames - 1) / fps, where that is later). The decorator must run before
     the YAML is read; where data workers are spawned instead of forked, use the entry point.
 
     >>> @register_sampler("ending")
@@ -142,7 +163,7 @@ def unknown_name(what: str, name: str, valid: Sequence[str]) -> ConfigError:
 
 def _windows(window: Window, frames: int, fps: float) -> int:
     # No more than source frames: a file may say that each of them lasts for years.
-    return max(1, min(window.available(fps) // frames, window.frames))
+    return max(1, min(window.inside(fps) // frames, window.frames))
 
 
 @register_sampler("random_start")
@@ -162,7 +183,7 @@ def random_start(window: Window, frames: int, fps: float, rng: np.random.Generat
 
 @register_sampler("start")
 def start(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """From the first frame on that `skip_frms_num` leaves, at the clip's own speed.
+    """From the first frame on that trimming leaves, at the clip's own speed.
 
     >>> clip = Window(start=0.1, period=1 / 30, frames=55)  # 61 frames without three at both ends
     >>> [round(t, 3) for t in start(clip, 5, 8, np.random.default_rng(0))]

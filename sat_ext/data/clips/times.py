@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,20 +29,16 @@ class ClipTimes:
     fps: int
 
 
-def available_frames(info: MediaInfo, fps: float, skip_frames: float = 0) -> int:
-    """How many frames the clip gives at `fps` frames a second, at least 1.
+def available_frames(info: MediaInfo, fps: float) -> int:
+    """How many frames at `fps` frames a second the longest bucket may have that the whole clip fills, at least 1.
 
-    `skip_frames` source frames are left out at both ends, fewer where the clip is too short for that: at most
-    (n - 1) // 2 of n, so that one frame remains. A source slower than `fps` repeats frames in time, as a
-    player would, and these count.
+    See `Window.available`. A source slower than `fps` repeats frames in time, as a player would, and these count.
 
-    >>> clip = MediaInfo(width=720, height=480, frames=181, fps=30.0, duration=181 / 30, codec="h264")
-    >>> available_frames(clip, 8)  # 0/8 s, 1/8 s, ... 48/8 s: the last source frame starts at 180/30 s
+    >>> clip = MediaInfo(width=720, height=480, frames=180, fps=30.0, duration=6.0, codec="h264")
+    >>> available_frames(clip, 8)  # 0/8 s, 1/8 s, ... 47/8 s, and the last source frame, at 179/30 s, for 48/8 s
     49
-    >>> available_frames(clip, 8, skip_frames=3)  # 175 frames are left, 5.83 s
-    47
     """
-    return _window(info, skip_frames).available(fps)
+    return _whole(info).available(fps)
 
 
 def records_of(sampler: str, info: MediaInfo, *, frames: int, fps: float, skip_frames: float = 0) -> int:
@@ -56,7 +53,7 @@ def records_of(sampler: str, info: MediaInfo, *, frames: int, fps: float, skip_f
     1
     """
     found = find_sampler(sampler)
-    return _records(sampler, found, _window(info, 0 if found.whole else skip_frames), frames, fps)
+    return _records(sampler, found, _window(info, 0 if found.whole else skip_frames, frames, fps), frames, fps)
 
 
 def sample_times(
@@ -72,12 +69,14 @@ def sample_times(
 ) -> ClipTimes:
     """The times of `frames` frames at `fps` frames a second, by the sampler of that name.
 
-    Only the samplers called random draw from `rng`; `window` says which of its `records_of` records
-    `all_windows` shall give, and must be 0 for the others. A clip of fewer than `frames` frames (see
-    `available_frames`) is filled up by "loop" (start over) or "pad_last" (the last one again), as `short`
-    says; under the other policies such a clip must not come here. Times rise from frame to frame, but for
-    the jump back of "loop" and the standstill of "pad_last". Raises `ConfigError` for an unknown name, when a
-    sampler of stills is asked for more than one frame, and for times that are not what a sampler must give.
+    `skip_frames` source frames are left out at both ends: at most (n - 1) // 2 of n, and of a clip that has enough
+    frames for its bucket only as many as leave it enough. Only the samplers called random draw from `rng`; `window`
+    says which of its `records_of` records `all_windows` shall give, and must be 0 for the others. A clip of fewer
+    than `frames` frames (see `available_frames`) is filled up by "loop" (start over) or "pad_last" (the last one
+    again), as `short` says; under the other policies such a clip must not come here. Times rise from frame to
+    frame, but for the jump back of "loop" and the standstill of "pad_last". Raises `ConfigError` for an unknown
+    name, when a sampler of stills is asked for more than one frame, and for times that are not what a sampler must
+    give.
 
     >>> clip = MediaInfo(width=96, height=96, frames=60, fps=30.0, duration=2.0, codec="h264")
     >>> rng = np.random.default_rng(0)
@@ -101,27 +100,27 @@ def sample_times(
             f"sampler: '{sampler}' gives single frames, but {frames} were asked for; "
             "add 1 to data.params.buckets.frames, or choose another sampler."
         )
-    part = _window(info, 0 if found.whole else skip_frames)
+    part = _window(info, 0 if found.whole else skip_frames, frames, fps)
     records = _records(sampler, found, part, frames, fps)
     assert 0 <= window < records, f"window {window} of {records}"
     part = replace(part, number=window, records=records)
-    real = min(frames, part.available(fps))
+    real = frames if part.available(fps) >= frames else part.inside(fps)
     assert real == frames or short in _FILL, "a clip too short for its bucket, and no policy that fills it"
     try:
         times = [round(float(t), 9) for t in found.pick(part, real, fps, rng)]
     except Exception as error:  # whatever another package's sampler raises
         raise _failure(sampler, error) from error
-    _check_times(sampler, times, real, part)
+    _check_times(sampler, times, part, part.start + max(part.length, (real - 1) / fps), real)
     rate = round((real - 1) / (times[-1] - times[0]), 6) if real > 1 else fps
+    times = [round(part.clamp(t), 9) for t in times]
     if real < frames:
         times = [times[_FILL[short](i, real)] for i in range(frames)]
     return ClipTimes(times=tuple(times), num_frames=real, fps=max(1, math.floor(rate + 0.5)))
 
 
-def _check_times(sampler: str, times: Sequence[float], frames: int, window: Window) -> None:
-    end = window.start + window.length
+def _check_times(sampler: str, times: Sequence[float], window: Window, end: float, frames: int) -> None:
     rising = all(a < b for a, b in zip(times, times[1:]))
-    if len(times) != frames or not rising or not window.start - 1e-6 <= times[0] <= times[-1] <= end:
+    if len(times) != frames or not rising or not window.start - 1e-6 <= times[0] <= times[-1] <= end + 1e-6:
         raise ConfigError(
             f"sampler: '{sampler}' gave the times {[round(t, 3) for t in times]} for {frames} frames; mend it, so "
             f"that as many rise from {window.start:.3f} s to at most {end:.3f} s."
@@ -152,13 +151,29 @@ def _failure(sampler: str, error: Exception) -> ConfigError:
     )
 
 
-def _window(info: MediaInfo, skip_frames: float) -> Window:
-    assert info.frames >= 1 and skip_frames >= 0
+def _whole(info: MediaInfo) -> Window:
+    assert info.frames >= 1
     if info.frames == 1 or info.duration <= 0:
         return Window(start=0.0, period=0.0, frames=1)
-    skip = min(int(skip_frames), (info.frames - 1) // 2)
-    period = info.duration / info.frames  # the mean one, where the rate varies
-    return Window(start=skip * period, period=period, frames=info.frames - 2 * skip)
+    # the mean period, where the rate varies
+    return Window(start=0.0, period=info.duration / info.frames, frames=info.frames)
+
+
+def _window(info: MediaInfo, skip_frames: float, frames: int, fps: float) -> Window:
+    assert skip_frames >= 0
+    whole = _whole(info)
+    most = min(int(skip_frames), (whole.frames - 1) // 2)
+    if not most:
+        return whole
+
+    def without(skip: int) -> Window:
+        return replace(whole, start=skip * whole.period, frames=whole.frames - 2 * skip)
+
+    def is_too_much(skip: int) -> bool:
+        return without(skip).available(fps) < frames
+
+    # a clip that is too short for its bucket anyway is filled up: what lies at its ends need not be shown
+    return without(most if is_too_much(0) else bisect_left(range(1, most + 1), True, key=is_too_much))
 
 
 # Which of the `real` frames stands at place i of a short clip.

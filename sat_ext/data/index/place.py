@@ -86,7 +86,7 @@ def placer(sampler: str, buckets: Sequence[Bucket], config: DataConfig) -> Place
 
     def place(info: MediaInfo) -> tuple[int, int] | str:
         still = only_stills or info.frames == 1
-        available = 1 if still else available_frames(info, config.fps, config.skip_frms_num)
+        available = 1 if still else available_frames(info, config.fps)
         bucket = assigned(info.width, info.height, still, available)
         if isinstance(bucket, str):
             return bucket
