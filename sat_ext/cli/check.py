@@ -21,9 +21,12 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from sat_ext.cli.yaml_base import load_base
+from sat_ext.cli.yaml_base import Base, load_base
+from sat_ext.data.clips import is_still_sampler
 from sat_ext.data.decode import read_still
-from sat_ext.data.index import probe_files
+from sat_ext.data.index import longest_is_rare, probe_files
+from sat_ext.data.index.lengths import LEFT_OUT, is_too_short
+from sat_ext.data.index.place import placer
 from sat_ext.data.parts import part_info
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import read_source
@@ -94,7 +97,11 @@ def check(
 
     With --base, a file without a caption counts too, as training would refuse its source.
     """
-    items, needs_captions = _items(paths or [], base)
+    run = load_base([*base, *(paths or [])]) if base else None
+    sources = _sources(paths or [], run)
+    items: dict[str, list[Item]] = {}
+    for item in (item for own in sources.values() for item in own):
+        items.setdefault(item.path, []).append(item)
     seconds = timeout or (FULL_TIMEOUT if full else TIMEOUT)
     console = Console(stderr=True)
     found = check_items(items, full=full, timeout=seconds)
@@ -108,29 +115,24 @@ def check(
         _print_summary(files)
     bare = [f for f in files if f.caption is None]
     if bare:
-        verdict = "training refuses the source" if needs_captions else "it cannot be trained on as it is"
+        verdict = "training refuses the source" if run else "it cannot be trained on as it is"
         text = f"{len(bare)} of {len(files)} files have no caption ({bare[0].path} for one): {verdict}"
         print(f"warning: {_printable(text)}; write a text file beside each, or a table.", file=sys.stderr)
-    if any(f.kind == "bad" for f in files) or (bare and needs_captions):
+    if run and (rare := longest_is_rare(_clip_lengths(run, sources, files), run.data)):
+        print(f"warning: {'; '.join(rare)}.", file=sys.stderr)
+    if any(f.kind == "bad" for f in files) or (bare and run):
         raise typer.Exit(1)
 
 
-def _items(paths: Sequence[str], base: Sequence[str] | None) -> tuple[dict[str, list[Item]], bool]:
-    """The items by path of their file, and whether each needs a caption."""
-    if base:
-        run = load_base([*base, *paths])
-        sources = dict.fromkeys(s.path for s in (*run.sources, *run.held_out))
-    elif paths:
-        sources = dict.fromkeys(paths)
-    else:
+def _sources(paths: Sequence[str], run: Base | None) -> dict[str, list[Item]]:
+    """The items of each source, by its path."""
+    if run:
+        paths = [s.path for s in (*run.sources, *run.held_out)]
+    elif not paths:
         raise ConfigError(
             "check: nothing to check; give a folder, a table or a file, or --base with the run's YAML."
         )
-    items: dict[str, list[Item]] = {}
-    for source in sources:
-        for item in _read(source):
-            items.setdefault(item.path, []).append(item)
-    return items, bool(base)
+    return {source: _read(source) for source in dict.fromkeys(paths)}
 
 
 def _read(source: str) -> list[Item]:
@@ -180,6 +182,24 @@ def _part_reason(items: Iterable[Item], info: MediaInfo) -> str | None:
         except MediaError as error:
             return error.reason
     return None
+
+
+def _clip_lengths(run: Base, sources: Mapping[str, Sequence[Item]], files: Iterable[Checked]) -> Counter[int]:
+    """As `data.index.clip_lengths`, of what the run trains on."""
+    infos = {f.path: f.info for f in files}
+    lengths: Counter[int] = Counter()
+    for source in run.sources:
+        place = placer(source.sampler, run.buckets, run.data)
+        for item in () if is_still_sampler(source.sampler) else sources[source.path]:
+            info = infos[item.path]
+            if info is None or item.weight == 0 or (part := part_info(item, info)).frames == 1:
+                continue
+            verdict = place(part)
+            if not isinstance(verdict, str):
+                lengths[run.buckets[verdict[0]].frames] += 1
+            elif is_too_short(verdict):
+                lengths[LEFT_OUT] += 1
+    return lengths
 
 
 def _print_summary(files: Sequence[Checked]) -> None:

@@ -17,8 +17,8 @@ from sat_ext.types import Bucket, MediaInfo
 
 SIZE_STEP = 16  # pixels a side per token: 8 (first stage) x 2 (patch)
 FRAME_STEP = 4  # frames per latent frame after the first
-# Frames between the default bucket lengths: 1 s at CogVideoX's 8 fps, so that a clip of one second is no still. 8k+1
-# frames make an odd number of latents, to which 1.5's temporal patch of 2 adds the padding that it was trained with.
+# Frames between the default bucket lengths: 1 s at CogVideoX's 8 fps, so that a clip of one second stays a clip.
+# 8k+1 frames make an odd number of latents, to which 1.5 adds the padding latent that it was trained with.
 DEFAULT_LENGTH_STEP = 8
 DEFAULT_RATIOS = (9 / 16, 3 / 4, 1.0, 4 / 3, 16 / 9)  # what cameras and phones make, upright and lying
 TEXT_TOKENS = 226  # the T5 length in CogVideoX's own model files (`max_length: 226`)

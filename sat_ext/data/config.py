@@ -47,9 +47,9 @@ class DataConfig:
 
     `fps`: frames a second that the model sees. `video_size`: (height, width) in pixels, short for one entry in
     `buckets.sizes`; `max_num_frames` (4k+1): short for `buckets.frames` up to it. `skip_frms_num`: frames left
-    out at both ends of a clip (CogVideo's name). `sources` stands for SAT's `train_data` where shares, samplers
-    or names are wanted. `batch`: `{cost: auto}` (`buckets.batch_sizes` says what that gives), or samples per rank
-    by number of frames (`{1: 8, 49: 1}`).
+    out at both ends of a clip, as far as it goes on filling its bucket (CogVideo's name). `sources` stands for
+    SAT's `train_data` where shares, samplers or names are wanted. `batch`: `{cost: auto}` (`buckets.batch_sizes`
+    says what that gives), or samples per rank by number of frames (`{1: 8, 49: 1}`).
     `cache`: train from latents and text embeddings in a folder. `seed` decides the order of the data; it does not
     depend on the rank.
     """

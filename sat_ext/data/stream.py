@@ -26,6 +26,7 @@ from sat_ext.types import Bucket, Item, Sample
 
 log = logging.getLogger(__name__)
 
+_LISTED = 5  # cells of a warning
 _SLACK = 64  # bytes between the samples of a batch in shared memory
 
 
@@ -68,12 +69,13 @@ class JointStream:
             )
             for g in index.groups
         ]
-        for cell in cells:
-            if cell.records < 2 * world:
-                log.warning(
-                    "source '%s' has %d records in bucket %s for %d ranks: a step can hold one of them twice",
-                    cell.source, cell.records, cell.bucket, world,
-                )  # fmt: skip
+        few = [f"'{c.source}' {c.bucket}: {c.records}" for c in cells if c.records < 2 * world]
+        if few:
+            shown = ", ".join(few[:_LISTED]) + ", ..." * (len(few) > _LISTED)
+            log.warning(
+                "%d pairs of source and bucket have fewer than 2 records for each of the %d ranks, so that a step "
+                "can hold one twice (%s)", len(few), world, shown,
+            )  # fmt: skip
         self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, used=used)
         budget = config.on_bad_sample
         self._faults = Faults(

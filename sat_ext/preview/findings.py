@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sat_ext.data.buckets import tokens
 from sat_ext.data.clips import is_still_sampler
 from sat_ext.data.config import DataConfig
-from sat_ext.data.index import Index
+from sat_ext.data.index import Index, clip_lengths, longest_is_rare
 from sat_ext.data.schedule import Cell
 from sat_ext.preview.page import count, percent
 from sat_ext.preview.report import Finding, SourcePart
@@ -90,10 +91,10 @@ def _no_caption(facts: Facts) -> Iterator[Finding]:
 
 
 def _short(facts: Facts) -> Iterator[Finding]:
-    lengths = sorted({b.frames for b in facts.data.make_buckets() if b.frames > 1})
-    if not facts.short or not lengths:
+    least, fps = needed_frames(facts.data), facts.data.fps
+    if not facts.short or least is None:
         return
-    share, least, fps = facts.short / facts.clips, lengths[0], facts.data.fps
+    share = facts.short / facts.clips
     fate = {
         "loop": "they are played again from the start to fill it",
         "pad_last": "their last frame is repeated to fill it",
@@ -103,10 +104,23 @@ def _short(facts: Facts) -> Iterator[Finding]:
         fate = "they are trained on as stills" if stills else "they are left out"
     yield Finding(
         level="warning" if share > RARE else "note",
-        text=f"{percent(share)} of your clips ({count(facts.short)}) are shorter than the smallest frame bucket "
-        f"({least} frames, {least / fps:.1f} s at {fps} fps): {fate}.",
+        text=f"{percent(share)} of your clips ({count(facts.short)}) are shorter than the frame bucket that they "
+        f"need ({least} frames, {(least - 1) / fps:.3g} s at {fps} fps): {fate}.",
         remedy="Add a shorter length to data.params.buckets.frames, or choose another data.params.short_clips.",
     )
+
+
+def needed_frames(data: DataConfig) -> int | None:
+    """How long a clip must be to be shown moving and as it is: the shortest length above 1; the longest where
+    shorter clips are filled up or left out. None where no length is above 1."""
+    lengths = {b.frames for b in data.make_buckets() if b.frames > 1}
+    return (min if data.short_clips == "shorter_bucket" else max)(lengths, default=None)
+
+
+def _longest(facts: Facts) -> Iterator[Finding]:
+    if rare := longest_is_rare(clip_lengths(facts.index), facts.data):
+        what, remedy = rare
+        yield Finding(level="warning", text=f"{what[0].upper()}{what[1:]}.", remedy=f"{remedy.capitalize()}.")
 
 
 def _dropped(facts: Facts) -> Iterator[Finding]:
@@ -227,13 +241,21 @@ def _few(facts: Facts) -> Iterator[Finding]:
             ),
         )
     used = {c.bucket for c in facts.cells}
+    most = max(map(tokens, used))
     empty = [b for b in facts.data.make_buckets() if b not in used]
-    if empty:
+    costly = [b for b in empty if tokens(b) > most]
+    if costly:
+        yield Finding(
+            level="warning",
+            text=f"No file falls into {_buckets(costly)}, larger than any that is filled: the plan of memory, "
+            "and the batches under {cost: auto}, are sized for what is never trained on.",
+            remedy="Take them out: lower data.params.max_num_frames, or shorten data.params.buckets.",
+        )
+    if idle := [b for b in empty if b not in costly]:
         yield Finding(
             level="note",
-            text=f"No file falls into {'the bucket' if len(empty) == 1 else 'these buckets:'} "
-            f"{', '.join(map(str, empty))}.",
-            remedy="Empty buckets cost nothing; take them out of data.params.buckets to say what you mean.",
+            text=f"No file falls into {_buckets(idle)}.",
+            remedy="These cost nothing; take them out of data.params.buckets to say what you mean.",
         )
 
 
@@ -247,9 +269,13 @@ def _all_still(facts: Facts) -> Iterator[Finding]:
 
 
 _CHECKS = (
-    _unreadable, _no_caption, _all_still, _short, _dropped, _cut, _enlarged, _repeated, _few, _slow,
+    _unreadable, _no_caption, _all_still, _longest, _short, _dropped, _cut, _enlarged, _repeated, _few, _slow,
     _same_captions, _long_captions,
 )  # fmt: skip
+
+
+def _buckets(buckets: Sequence[Bucket]) -> str:
+    return f"{'the bucket' if len(buckets) == 1 else 'these buckets:'} {', '.join(map(str, buckets))}"
 
 
 def _files(number: int) -> str:

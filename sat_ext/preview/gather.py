@@ -19,7 +19,7 @@ from sat_ext.data.stream import JointStream
 from sat_ext.models.config import ModelConfig
 from sat_ext.preview import charts
 from sat_ext.preview.charts import Chart
-from sat_ext.preview.findings import HEAVY_CUT, LETTERS_PER_TOKEN, Facts, find, reason_group
+from sat_ext.preview.findings import HEAVY_CUT, LETTERS_PER_TOKEN, Facts, find, needed_frames, reason_group
 from sat_ext.preview.page import percent
 from sat_ext.preview.report import BucketPart, Report, SourcePart
 from sat_ext.preview.samples import show
@@ -161,16 +161,17 @@ def _files(uses: Uses, index: Index, left_out: Sequence[MediaInfo]) -> tuple[int
 
 
 def _short(uses: Uses, index: Index, data: DataConfig, left_out: Sequence[MediaInfo]) -> tuple[int, int]:
-    """How many clips are shorter than the shortest length above 1, and out of how many that are shown moving."""
+    """How many clips are shorter than `needed_frames`, and out of how many that are to be shown moving."""
     meant = uses.clip & np.array([not is_still_sampler(index.samplers[s]) for s in uses.sources])[uses.source]
     gone = [i for i in left_out if i.kind == "video"]
     of = int(meant.sum()) + len(gone)
-    lengths = sorted({b.frames for b in data.make_buckets() if b.frames > 1})
-    if not lengths:
+    needed = needed_frames(data)
+    if needed is None:
         return 0, of
-    frames = np.ceil((uses.seconds - TIME_TOLERANCE) * data.fps)  # `available_frames`, but for skip_frms_num
-    short = int((meant & (frames < lengths[0])).sum())
-    return short + sum(available_frames(i, data.fps, data.skip_frms_num) < lengths[0] for i in gone), of
+    # as `Window.available`: the last frame may be wanted at the clip's end, or less than 1 / fps after it starts
+    late = 1 / data.fps - np.divide(1, uses.fps, out=np.zeros_like(uses.fps), where=uses.fps > 0) - TIME_TOLERANCE
+    fills = uses.seconds + np.maximum(late, TIME_TOLERANCE) > (needed - 1) / data.fps
+    return int((meant & ~fills).sum()) + sum(available_frames(i, data.fps) < needed for i in gone), of
 
 
 def _efficiency(schedule: Schedule, looked: np.ndarray, shape: SequenceShape) -> float:

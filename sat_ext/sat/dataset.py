@@ -25,7 +25,7 @@ from webdataset import DataPipeline
 from sat_ext.cogvideo.check import check_run
 from sat_ext.config import load
 from sat_ext.data.config import DataConfig, sources_of
-from sat_ext.data.index import build_index
+from sat_ext.data.index import build_index, clip_lengths, longest_is_rare
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
@@ -142,6 +142,8 @@ class JointImageVideoDataset:
         sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
         index = share_from_first_rank(lambda: build_index(sources, config, probing=_with_progress_bar))
         print_rank0(f"{split}: {index.summary()}")
+        if rare := longest_is_rare(clip_lengths(index), config):
+            print_rank0(f"{split}: warning: {'; '.join(rare)}.")
         per_rank = args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size
         sizes = config.batch_sizes(buckets, largest=per_rank, shape=sequence_shape(model))
         if largest is not None:

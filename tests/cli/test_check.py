@@ -148,6 +148,21 @@ def test_base_checks_what_the_run_trains_and_evaluates_on(run: Run, data: Path, 
     assert {"a.mp4", "x.png"} <= set(rows_of(out))
 
 
+def test_base_warns_where_the_longest_bucket_stays_empty(run: Run, data: Path, tmp_path: Path) -> None:
+    base = tmp_path / "run.yaml"
+    text = "data: {{params: {{video_size: [64, 64], max_num_frames: {}, sources: [{{path: {}}}]}}}}"
+    base.write_text(text.format(49, data))
+    code, _, err = run("--base", base)
+    assert code == 0
+    assert (
+        "warning: none of the 2 clips is long enough for the longest bucket (49 frames, 6 s at 8 fps), so the "
+        "model never trains at that length; the others are shorter: 1 at 17 frames, 1 at 9 frames; add clips of 6 "
+        "s or more, or set data.params.max_num_frames to 17.\n" in err
+    )
+    base.write_text(text.format(17, data))
+    assert "longest bucket" not in run("--base", base)[2]
+
+
 def test_a_single_file_and_a_table_can_be_checked(run: Run, data: Path, tmp_path: Path) -> None:
     assert run(data / "a.mp4", "--json")[0] == 0
     table = tmp_path / "t.jsonl"

@@ -174,7 +174,10 @@ def test_it_warns_in_plain_words(page: Path) -> None:
     text = Reader(page).text
     assert "1 problem to mend first, and" in text
     assert "1 file cannot be read." in text
-    assert "33 % of your clips (2) are shorter than the smallest frame bucket (9 frames, 1.1 s at 8 fps): " in text
+    assert (
+        "33 % of your clips (2) are shorter than the frame bucket that they need (9 frames, 1 s at 8 fps): "
+        in text
+    )
     assert "they are trained on as stills." in text
     assert "lose more than a quarter of the picture" in text
     assert "smaller than their bucket and enlarged" in text
@@ -190,6 +193,21 @@ def test_what_becomes_of_short_clips_follows_the_policy(tmp_path: Path) -> None:
     text = Reader(write_page(write_base(tmp_path, params="buckets: {frames: [1, 9]}\n    short_clips: drop"))).text
     assert "they are left out" in text
     assert "too short for the longest bucket" in text
+
+
+def test_it_warns_of_buckets_that_are_sized_for_and_never_filled(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    text = Reader(write_page(write_base(tmp_path, params="buckets: {frames: [1, 5, 9, 49]}"))).text
+    assert (
+        "None of the 6 clips is long enough for the longest bucket (49 frames, 6 s at 8 fps), so the model never "
+        "trains at that length; the others are shorter: 4 at 9 frames, 2 at 5 frames." in text
+    )
+    assert "Add clips of 6 s or more, or take the lengths above 9 out of data.params.buckets.frames." in text
+    assert "No file falls into the bucket 49x64x64, larger than any that is filled: " in text
+    assert "cost nothing" not in text
+    text = Reader(write_page(write_base(tmp_path, params="buckets: {frames: [1, 5, 9, 13, 17]}"))).text
+    assert "No file falls into these buckets: 9x64x64, 13x64x64. These cost nothing" in text
+    assert "long enough for the longest bucket" not in text
 
 
 def test_shares_and_epochs_are_the_schedules(page: Path) -> None:

@@ -147,7 +147,7 @@ def test_all_that_cogvideo_says_stays_but_what_the_overlays_are_for(model: Path)
 def test_the_merged_files_pass_the_checks(model: Path) -> None:
     merged = read_yaml([*theirs(model), *map(path_of, [*fitting(model), "offload-text"])])
     buckets = load(DataConfig, merged["data"]["params"], "data.params").make_buckets()
-    assert {b.frames for b in buckets} == ({1, 17, 33, 49, 65, 81} if is_new(model) else {1, 17, 33, 49})
+    assert {b.frames for b in buckets} == {1, *range(9, 82 if is_new(model) else 50, 8)}
     check_model(merged["model"], buckets)
     text = merged["model"]["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"]
     assert text == (224 if is_new(model) else 226)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sat_ext.config import load
 from sat_ext.data.config import DataConfig
-from sat_ext.data.index import Index, build_index
+from sat_ext.data.index import Index, build_index, clip_lengths, longest_is_rare
 from sat_ext.data.index.columns import item_batches
 from sat_ext.data.index.place import visits_by_weight
 from sat_ext.data.sources import SourceConfig
@@ -238,6 +238,42 @@ def test_a_name_that_is_not_utf8_is_refused() -> None:
     items = [Item(path="clips/caf\udce9.mp4", key="k", captions=("c",))]
     with pytest.raises(DataError, match=r"^'clips/caf.udce9\.mp4': not valid UTF-8; rename the file, or mend its"):
         list(item_batches(items))
+
+
+def test_clips_are_counted_by_the_length_they_are_trained_at(media: Path) -> None:
+    rows = [{"path": "long.mp4", "caption": "", "start": s, "end": 5.0} for s in (0.0, 0.5, 3.0, 4.8)]
+    source = write_table(media, [*rows, {"path": "still.png", "caption": ""}])
+    stills = SourceConfig(path=source.path, sampler="random_frame", name="stills")
+    assert clip_lengths(build_index([source, stills], config(max_num_frames=49))) == {
+        41: 1,
+        33: 1,
+        17: 1,
+        1: 1,
+        0: 0,
+    }
+    short = build_index([source], config(buckets={"frames": [1, 33]}, short_clips="drop"))
+    assert clip_lengths(short) == {33: 2, 0: 2, 1: 0}
+
+
+@pytest.mark.parametrize(
+    ("clips", "start", "remedy"),
+    [
+        ({49: 2, 33: 8}, None, None),
+        ({1: 0}, None, None),
+        ({}, None, None),
+        ({33: 5, 1: 4, 0: 1}, "none of the 10 clips is long enough", "or set data.params.max_num_frames to 33"),
+        ({49: 1, 41: 1, 17: 8}, "only 1 of the 10 clips are long enough", "max_num_frames to 41"),
+        ({1: 3}, "none of the 3 clips is long enough", "give data.params.buckets.frames shorter lengths"),
+    ],
+)
+def test_a_longest_bucket_that_is_nearly_empty_is_named(
+    clips: dict[int, int], start: str | None, remedy: str | None
+) -> None:
+    found = longest_is_rare(clips, config(max_num_frames=49))
+    if start is None:
+        assert found is None
+    else:
+        assert found is not None and found[0].startswith(start) and found[1].endswith(str(remedy))
 
 
 def test_an_index_crosses_process_boundaries(media: Path) -> None:

@@ -19,6 +19,7 @@ from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.demo_data import write_demo
 from sat_ext.errors import ConfigError, DataError
+from tests.media import index_of, write_clip
 
 
 @pytest.fixture
@@ -44,6 +45,28 @@ def test_every_file_lands_in_a_bucket_and_is_read(demo: Path) -> None:
     assert not index.dropped
     batches = islice(stream_of(index, config()).batches(start=0, rank=0), 12)
     assert {b["kind"][0] for b in batches} == {"image", "video"}
+
+
+@pytest.mark.parametrize("rate", [24, 30])
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_clips_of_six_seconds_train_at_49_frames_with_cogvideos_trimming(
+    tmp_path: Path, rate: int, decoder: str
+) -> None:
+    clip = write_clip(tmp_path / "six.mp4", 6 * rate, rate, size=(64, 64))
+    write_clip(tmp_path / "long.mp4", 7 * rate, rate, size=(64, 64))
+    table = tmp_path / "rows.csv"
+    table.write_text("path,caption,start,end\nsix.mp4,a,,\nlong.mp4,b,0.5,6.5\n")
+    data = config(max_num_frames=49, skip_frms_num=3, decoder=decoder)
+    index = build_index([SourceConfig(path=str(table))], data)
+    assert {g.bucket.frames for g in index.groups} == {49}
+    batch = next(stream_of(index, data).batches(start=0, rank=0))
+    assert batch["num_frames"].tolist() == [49] and batch["fps"].tolist() == [8]
+    pixels = ((batch["mp4"][0].permute(0, 2, 3, 1) + 1) * 127.5).numpy()
+    seen = [index_of(frame) for frame in pixels]
+    first, last = (0, 6 * rate - 1) if batch["txt"] == ["a"] else (rate // 2, rate // 2 + 6 * rate - 1)
+    assert len(set(seen)) == 49 and seen == sorted(seen)
+    assert first <= seen[0] <= first + 3 and last - 3 <= seen[-1] <= last
+    assert clip.exists()
 
 
 def test_unreadable_files_are_left_out_and_named(demo: Path, caplog: pytest.LogCaptureFixture) -> None:

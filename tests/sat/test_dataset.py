@@ -114,6 +114,15 @@ def test_a_progress_bar_is_shown_where_there_is_something_to_wait_for(
     assert "probing files" not in capsys.readouterr().out
 
 
+def test_a_longest_bucket_without_clips_is_warned_of_at_the_start(
+    sat_args: MakeArgs, caplog: pytest.LogCaptureFixture
+) -> None:
+    sat_iterator(sat_args())
+    assert "longest bucket" not in caplog.text
+    sat_iterator(sat_args(), {**PARAMS, "max_num_frames": 49})
+    assert "train_data: warning: none of the 12 clips is long enough for the longest bucket (49 " in caplog.text
+
+
 def test_workers_do_not_change_the_batches(sat_args: MakeArgs) -> None:
     alone = list(islice(sat_iterator(sat_args()), 6))
     workers = list(islice(sat_iterator(sat_args(num_workers=2)), 6))

@@ -55,8 +55,8 @@ class Window:
         """How many frames at times k / fps a bucket may have for the window to fill it.
 
         The last of them may lie behind the last source frame by less than 1 / fps: it shows that frame, which
-        none before it does. And it may lie at the very end of the window, so that n seconds fill n * fps + 1 frames
-        at every source rate.
+        none before it does. And it may lie at the very end of the window, so that n seconds fill n * fps + 1
+        frames at every source rate.
         """
         behind = math.ceil((self.last - TIME_TOLERANCE) * fps - _ROUNDING) + 1
         at_end = math.floor((self.length + TIME_TOLERANCE) * fps) + 1 if self.length else 1

@@ -69,14 +69,14 @@ def sample_times(
 ) -> ClipTimes:
     """The times of `frames` frames at `fps` frames a second, by the sampler of that name.
 
-    `skip_frames` source frames are left out at both ends: at most (n - 1) // 2 of n, and of a clip that has enough
-    frames for its bucket only as many as leave it enough. Only the samplers called random draw from `rng`; `window`
-    says which of its `records_of` records `all_windows` shall give, and must be 0 for the others. A clip of fewer
-    than `frames` frames (see `available_frames`) is filled up by "loop" (start over) or "pad_last" (the last one
+    `skip_frames` source frames are left out at both ends: at most (n - 1) // 2 of n, and of a clip that fills its
+    bucket only as many as let it go on filling it. Only the samplers called random draw from `rng`; `window` says
+    which of its `records_of` records `all_windows` shall give, and must be 0 for the others. A clip of fewer than
+    `frames` frames (see `available_frames`) is filled up by "loop" (start over) or "pad_last" (the last one
     again), as `short` says; under the other policies such a clip must not come here. Times rise from frame to
     frame, but for the jump back of "loop" and the standstill of "pad_last". Raises `ConfigError` for an unknown
-    name, when a sampler of stills is asked for more than one frame, and for times that are not what a sampler must
-    give.
+    name, when a sampler of stills is asked for more than one frame, and for times that are not what a sampler
+    must give.
 
     >>> clip = MediaInfo(width=96, height=96, frames=60, fps=30.0, duration=2.0, codec="h264")
     >>> rng = np.random.default_rng(0)
