@@ -118,6 +118,8 @@ def check(
         verdict = "training refuses the source" if run else "it cannot be trained on as it is"
         text = f"{len(bare)} of {len(files)} files have no caption ({bare[0].path} for one): {verdict}"
         print(f"warning: {_printable(text)}; write a text file beside each, or a table.", file=sys.stderr)
+    for sentence in run.doubts if run else ():
+        print(f"warning: {sentence}", file=sys.stderr)
     if run and (rare := longest_is_rare(_clip_lengths(run, sources, files), run.data)):
         print(f"warning: {'; '.join(rare)}.", file=sys.stderr)
     if any(f.kind == "bad" for f in files) or (bare and run):

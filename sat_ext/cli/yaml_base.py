@@ -10,6 +10,7 @@ import torch
 import typer
 
 from sat_ext.cogvideo.check import check_model
+from sat_ext.cogvideo.doubts import doubts
 from sat_ext.config import convert, load, read_yaml, reject_unknown_keys
 from sat_ext.data.buckets import SequenceShape
 from sat_ext.data.config import DataConfig, name_sources, sources_of
@@ -37,7 +38,8 @@ class Base:
     `sources` are trained on, `held_out` are those of `args.valid_data` and `test_data`.
     `micro_batch` is in samples of the costliest bucket per rank and step, `batch_sizes` in samples per rank and
     step by bucket; `model` is the YAML's own section (empty where there is none) and `shape` what follows from
-    it. `train_iters` counts optimizer steps, each of `accumulation` steps of the data; None where not set.
+    it. `doubts` are sentences about what will hardly train as it is meant. `train_iters` counts optimizer steps,
+    each of `accumulation` steps of the data; None where not set.
     """
 
     data: DataConfig
@@ -51,6 +53,7 @@ class Base:
     accumulation: int
     num_workers: int
     dtype: torch.dtype
+    doubts: tuple[str, ...]
     train_iters: int | None
 
 
@@ -91,6 +94,7 @@ def load_base(paths: Sequence[str]) -> Base:
         accumulation=_count("gradient_accumulation_steps", args, deepspeed, "gradient_accumulation_steps"),
         num_workers=_count("num_workers", args, least=0),
         dtype=_dtype(deepspeed),
+        doubts=tuple(doubts(model, deepspeed, args)),
         train_iters=convert(int | None, args.get("train_iters"), "args.train_iters"),
     )
 

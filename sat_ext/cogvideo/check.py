@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch.distributed as dist
+
 from sat_ext.cogvideo import __all__ as TARGETS
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import TEMPORAL_COMPRESSION, latent_frames
@@ -23,6 +25,8 @@ from sat_ext.types import Bucket
 OURS = "sat_ext.cogvideo."
 LOSS = OURS + "JointDiffusionLoss"
 SAMPLER = OURS + "PaddedSampler"
+LOSS_OPTIONS = ("parent", "loss_weights", "condition_dropout", "condition_scale", "scale_factor")
+SCALE_FACTOR = 0.7  # of every image-to-video model (`scale_factor` in CogVideo's YAMLs)
 OVERLAY = "sat_ext_overlay"  # the key of `model` in which an overlay says what it is for
 NETWORK = "dit_video_concat.DiffusionTransformer"
 _FRAMES = "data.params.buckets.frames"
@@ -120,6 +124,7 @@ def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
             "model.loss_fn_config.target: CogVideo's own loss does not pass 'ofs', which this network asks for "
             f"(ofs_embed_dim); name {LOSS}."
         )
+    _check_options(model, joint)
     for bucket in buckets:
         _check_length(bucket, network, joint)
         _check_size(bucket, network)
@@ -147,6 +152,7 @@ def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Seque
             f"and the code that runs is of CogVideo's {branch[checkout]}; check out {branch[network.generation]}, "
             f"or name the YAML of a {checkout} model."
         )
+    _check_noise_levels(model, checkout)
     sampler = _target(model.get("sampler_config"))
     odd = any(latent_frames(b.frames) % network.patch[0] for b in buckets)
     if checkout == "1.5" and sampler not in ("", SAMPLER) and args.eval_interval and (odd or network.needs_ofs):
@@ -160,6 +166,51 @@ def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Seque
             "args.only_log_video_latents: false has every evaluation decode what it sampled, and CogVideo's main "
             f"branch takes 3 latent frames for it, of which a bucket of {short[0].frames} frames has "
             f"{latent_frames(short[0].frames)}; set it to true."
+        )
+
+
+def _check_noise_levels(model: Mapping[str, Any], checkout: str | None) -> None:
+    """The main branch asserts while it builds its own loss that its groups of noise levels divide the ranks."""
+    loss = model.get("loss_fn_config") or {}
+    params = ((loss.get("params") or {}).get("sigma_sampler_config") or {}).get("params") or {}
+    groups, ranks = params.get("group_num", 0), dist.get_world_size() if dist.is_initialized() else 1
+    uniform = checkout == "1.5" and params.get("uniform_sampling") and ranks > 8
+    if uniform and _target(loss) != LOSS and (not groups or ranks % groups):
+        raise ConfigError(
+            f"model.loss_fn_config.params.sigma_sampler_config.params.group_num: {groups} does not divide {ranks} "
+            f"ranks, which CogVideo's loss insists on; name {LOSS} in model.loss_fn_config.target, which takes "
+            "groups that do, or set uniform_sampling: false."
+        )
+
+
+def _check_options(model: Mapping[str, Any], joint: bool) -> None:
+    """Options of our loss and sampler that have no effect, or one that nobody means."""
+    loss = (model.get("loss_fn_config") or {}).get("params") or {}
+    if not joint and (ours := [o for o in LOSS_OPTIONS if o in loss]):
+        raise ConfigError(
+            f"model.loss_fn_config.params.{ours[0]}: an option of {LOSS}, and the target is another; append "
+            "configs/cogvideo/joint.yaml."
+        )
+    own, given = float(model.get("scale_factor", 1.0)), loss.get("scale_factor", SCALE_FACTOR)
+    if loss.get("condition_scale") is not None and is_conditioned(model) and given != own:
+        raise ConfigError(
+            f"model.loss_fn_config.params.scale_factor: {given}, but model.scale_factor is {own}, so the "
+            "condition would not be at condition_scale; write the same number in both."
+        )
+    sampler = model.get("sampler_config") or {}
+    shown = (sampler.get("params") or {}).get("condition_scale")
+    if is_conditioned(model) and _target(sampler) == SAMPLER and shown != loss.get("condition_scale"):
+        raise ConfigError(
+            f"model.sampler_config.params.condition_scale: {shown}, but the loss trains at "
+            f"{loss.get('condition_scale')} (model.loss_fn_config.params), so evaluations would show another "
+            "model than the trained one; write the same number in both."
+        )
+    prefixes = model.get("not_trainable_prefixes") or []
+    modules = (model["network_config"].get("params") or {}).get("modules") or {}
+    if "all" in prefixes and "lora_config" not in modules:
+        raise ConfigError(
+            "model.not_trainable_prefixes: 'all' leaves LoRA alone to train, and the network has none "
+            "(lora_config); append configs/cogvideo/lora.yaml, or name CogVideo's YAML with LoRA."
         )
 
 

@@ -51,7 +51,9 @@ class CachedFirstStage(nn.Module):
 class CogVideoEncoders:
     """`sat_ext.encoded.encoders.Encoders` of CogVideo's `model` section; its code must be importable.
 
-    Latents of clips are as the first stage gives them, which the engine scales; conditions are scaled.
+    Latents of clips are as the first stage gives them, which the engine scales. Conditions are at `scale_factor`,
+    as the engine makes them; the fingerprint holds that scale, and `JointDiffusionLoss` brings them to its
+    `condition_scale`, so that one cache serves every value of it.
     """
 
     def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sat_ext.cogvideo.check import SCALE_FACTOR
 from sat_ext.cogvideo.parent import subclass_of
 from sat_ext.config import convert, load
 from sat_ext.errors import ConfigError
@@ -41,6 +43,13 @@ class JointDiffusionLoss(nn.Module):
       decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch), and has the condition's frame
       in front of all; so it is here. The loss is a mean over the other frames.
     - `condition_latents` (B, 1, C, h, w), of a batch from a cache, are taken in place of `concat_images`.
+    - `condition_scale` is what the first stage's latent of the condition frame is multiplied by, a cached one too.
+      Without it that is `scale_factor`, as in CogVideo's engine, whose `model.scale_factor` it must equal. A model
+      without condition ignores it. A 1.5 model needs it: CogVideo trains with 0.7 (`shared_step` in
+      sat/diffusion_video.py of the main branch), and no sampler uses that (docs/cogvideo.md).
+    - `sigma_sampler_config` with `uniform_sampling` gives each group of ranks an interval of noise levels. Where
+      its `group_num` (40 in 1.5) does not divide the ranks, which fails in CogVideo's main branch, there are as
+      many groups as divide both ranks and levels, which is the rule of its tag v1.0.
     - `ofs` (B,) is given to a network that embeds it, and that fails without: 2.0, or the batch's own.
 
     `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown, out of its
@@ -61,9 +70,15 @@ class JointDiffusionLoss(nn.Module):
         parent: str = PARENT,
         loss_weights: Mapping[str, float] | None = None,
         condition_dropout: float = 0.0,
+        condition_scale: float | None = None,
+        scale_factor: float = SCALE_FACTOR,
         **params: Any,
     ) -> None:
+        if "sigma_sampler_config" in params:
+            mpu = _parallel_state(type(self))
+            params["sigma_sampler_config"] = fitting_groups(params["sigma_sampler_config"], mpu)
         super().__init__(**params)
+        self.condition_factor = condition_factor(condition_scale, scale_factor, PARAMS)
         self.kind_weights = load(LossWeights, loss_weights or {}, f"{PARAMS}.loss_weights")
         for kind, weight in asdict(self.kind_weights).items():
             if weight < 0:
@@ -94,7 +109,8 @@ class JointDiffusionLoss(nn.Module):
             first = batch.pop("condition_latents").to(input)
             batch["concat_images"] = torch.cat([first, torch.zeros_like(first).expand_as(input[:, 1:])], dim=1)
         if "concat_images" in batch:
-            batch["concat_images"] = condition(batch["concat_images"], still | dropped, self._padding)
+            images = scaled(batch["concat_images"], self.condition_factor)
+            batch["concat_images"] = condition(images, still | dropped, self._padding)
         elif self.condition_dropout:
             raise ConfigError(
                 f"{PARAMS}.condition_dropout: {self.condition_dropout}, but the model has no image condition "
@@ -141,14 +157,53 @@ class JointDiffusionLoss(nn.Module):
 
         CogVideo gives the others neither `kind` nor `loss_weight` (`broad_cast_batch` in its train_video.py).
         """
-        modules = [sys.modules.get(base.__module__) for base in type(self).__mro__]
-        mpu: Any = next((vars(m)["mpu"] for m in modules if m and "mpu" in vars(m)), None)
+        mpu = _parallel_state(type(self))
         if mpu is None or not dist.is_initialized() or mpu.get_model_parallel_world_size() == 1:
             return still, dropped, factors
         values = torch.stack([v.to(factors) for v in (still, dropped, factors)])
         source = dist.get_rank() - mpu.get_model_parallel_rank()
         dist.broadcast(values, src=source, group=mpu.get_model_parallel_group())
         return values[0].bool().cpu(), values[1].bool().cpu(), values[2]
+
+
+def condition_factor(condition_scale: float | None, scale_factor: float, where: str) -> float:
+    """What the condition that CogVideo's engine makes, at `scale_factor`, is multiplied by to be at
+    `condition_scale`. Raises `ConfigError`; `where` is the place in the YAML."""
+    scales = {
+        "scale_factor": convert(float, scale_factor, f"{where}.scale_factor"),
+        "condition_scale": convert(float | None, condition_scale, f"{where}.condition_scale"),
+    }
+    for name, value in scales.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{where}.{name}: {value} is not a scale; give a number above 0.")
+    wanted = scales["condition_scale"]
+    return 1.0 if wanted is None else float(wanted / scales["scale_factor"])
+
+
+def scaled(latents: Tensor, factor: float) -> Tensor:
+    """`latents` times `factor`, computed in float32; themselves where it is 1."""
+    return latents if factor == 1.0 else (latents.float() * factor).to(latents)
+
+
+def fitting_groups(sigma_sampler: Any, mpu: Any) -> Any:
+    """CogVideo's `sigma_sampler_config` with a `group_num` that divides the ranks, where it has one that does not.
+
+    The tag v1.0 takes the largest number that divides ranks and noise levels (`DiscreteSampling` in
+    sgm/modules/diffusionmodules/sigma_sampling.py); the main branch asserts that the YAML's number fits.
+    """
+    params = (sigma_sampler or {}).get("params") or {}
+    if mpu is None or not params.get("uniform_sampling") or not params.get("group_num"):
+        return sigma_sampler
+    ranks = mpu.get_data_parallel_world_size()
+    if ranks % params["group_num"] == 0:
+        return sigma_sampler
+    return {**sigma_sampler, "params": {**params, "group_num": math.gcd(ranks, params["num_idx"])}}
+
+
+def _parallel_state(loss: type) -> Any:
+    """The `sat.mpu` that the parent's module imports; None where it does without."""
+    modules = [sys.modules.get(base.__module__) for base in loss.__mro__]
+    return next((vars(m)["mpu"] for m in modules if m and "mpu" in vars(m)), None)
 
 
 def kinds(batch: Mapping[str, Any], count: int) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_ext.cogvideo.loss import condition
+from sat_ext.cogvideo.check import SCALE_FACTOR
+from sat_ext.cogvideo.loss import condition, condition_factor, scaled
 from sat_ext.cogvideo.parent import accepted, import_class
 from sat_ext.config import reject_unknown_keys
 from sat_ext.models.conditioning import padding_frames
@@ -23,11 +24,19 @@ class PaddedSampler:
 
     CogVideo's evaluations (`log_video` in sat/diffusion_video.py of its main branch) sample as many latent frames
     as the batch has, which fails for an odd number, and pass no `ofs`, which fails for image-to-video models. Here
-    both come as in training (`JointDiffusionLoss`): a frame of padding in front, dropped from the result, and
-    2.0 as `ofs`. With an even number and an `ofs` given, as in sample_video.py, it does what the parent does.
+    both come as in training (`JointDiffusionLoss`): a frame of padding in front, and 2.0 as `ofs`. The condition,
+    which comes at `scale_factor`, is brought to `condition_scale` as in that loss.
 
-    `parent` and its parameters stay in `params`. Raises `ConfigError` where the parent cannot be imported.
+    The engine drops the first of the frames that it decodes (`decode_first_stage`), as one of padding. So the
+    padding stays in the result, and where none was needed a copy of the first frame goes in front. With an `ofs`
+    given, as by sample_video.py for image-to-video models, it does what the parent does: frames and condition come
+    as that script makes them.
+
+    `parent` and its parameters stay in `params`. Raises `ConfigError` where the parent cannot be imported, and for
+    a scale that is none.
     """
+
+    condition_factor: float
 
     def __new__(cls, *, parent: str = PARENT, **params: Any) -> PaddedSampler:
         """An object of a class made here, over the parent's."""
@@ -37,8 +46,16 @@ class PaddedSampler:
             reject_unknown_keys(params, accepted(cls), PARAMS)
         return super().__new__(cls)
 
-    def __init__(self, *, parent: str = PARENT, **params: Any) -> None:
+    def __init__(
+        self,
+        *,
+        parent: str = PARENT,
+        condition_scale: float | None = None,
+        scale_factor: float = SCALE_FACTOR,
+        **params: Any,
+    ) -> None:
         super().__init__(**params)
+        self.condition_factor = condition_factor(condition_scale, scale_factor, PARAMS)
 
     def __call__(
         self,
@@ -50,19 +67,22 @@ class PaddedSampler:
         ofs: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Latents (B, T, C, h, w) from noise `x` of that shape; `cond` and `uc` may hold the image as `concat`."""
+        """Latents from noise `x` (B, T, C, h, w), with one frame in front more than T unless `ofs` is given.
+
+        `cond` and `uc` may hold the image as `concat`.
+        """
+        if ofs is not None:
+            given: Tensor = super().__call__(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)  # type: ignore[misc]
+            return given
         padding = padding_frames(x.shape[1], TEMPORAL_PATCH)
-        if padding:
-            x = torch.cat([torch.randn_like(x[:, :padding]), x], dim=1)
-            cond, uc = _padded(cond, padding), _padded(uc, padding)
-        if ofs is None:
-            ofs = torch.full((1,), OFS, device=x.device)
+        x = torch.cat([torch.randn_like(x[:, :padding]), x], dim=1)
+        cond, uc = (self._as_trained(c, padding) for c in (cond, uc))
+        ofs = torch.full((1,), OFS, device=x.device)
         latents: Tensor = super().__call__(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)  # type: ignore[misc]
-        return latents[:, padding:]
+        return latents if padding else torch.cat([latents[:, :1], latents], dim=1)
 
-
-def _padded(cond: dict[str, Tensor] | None, padding: int) -> Any:
-    if cond is None or "concat" not in cond:
-        return cond
-    none = torch.zeros(len(cond["concat"]), dtype=torch.bool)
-    return {**cond, "concat": condition(cond["concat"], none, padding)}
+    def _as_trained(self, cond: dict[str, Tensor] | None, padding: int) -> Any:
+        if cond is None or "concat" not in cond:
+            return cond
+        none = torch.zeros(len(cond["concat"]), dtype=torch.bool)
+        return {**cond, "concat": condition(scaled(cond["concat"], self.condition_factor), none, padding)}

@@ -7,6 +7,7 @@ what a model accepts without loading one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -77,8 +78,9 @@ class FirstStageConfig:
       which other values differ from.
     Samples are always decoded one at a time and in tiles.
 
-    `condition_scale` multiplies the latents of the I2V condition frame. Null does as diffusers' pipeline:
-    `scaling_factor`, or its inverse where the folder's vae/config.json says `invert_scale_latents`.
+    `condition_scale` multiplies the latents of the I2V condition frame, in training and in `sat-ext sample`. Null
+    does as diffusers' pipeline: `scaling_factor`, or its inverse where the folder's vae/config.json says
+    `invert_scale_latents`.
     """
 
     kind: Literal["autoencoder", "cosine"] = "autoencoder"
@@ -92,6 +94,11 @@ class FirstStageConfig:
         if self.frames < 4 or self.frames % TEMPORAL_COMPRESSION:
             near = max(1, round(self.frames / TEMPORAL_COMPRESSION)) * TEMPORAL_COMPRESSION
             raise ConfigError(f"model.first_stage.frames: {self.frames} is no multiple of 4; write {near}.")
+        if self.condition_scale is not None and (self.kind == "cosine" or not 0 < self.condition_scale < math.inf):
+            raise ConfigError(
+                f"model.first_stage.condition_scale: {self.condition_scale} is not a scale of an autoencoder's "
+                "latents; give a number above 0, or null for the one of diffusers' pipeline."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

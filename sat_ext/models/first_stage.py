@@ -109,7 +109,8 @@ class AutoencoderFirstStage(nn.Module):
         # CogVideoX-1.5's I2V model was trained on condition latents of another scale. Its vae/config.json
         # says so with `invert_scale_latents`, which diffusers' pipeline reads as the factor's inverse.
         inverted = bool(dict(vae.config).get("invert_scale_latents", False))
-        self.condition_scale = condition_scale or (1.0 / self.scale if inverted else self.scale)
+        default = 1.0 / self.scale if inverted else self.scale
+        self.condition_scale = default if condition_scale is None else condition_scale
 
     def train(self, mode: bool = True) -> AutoencoderFirstStage:
         """Stay in evaluation mode, whatever is asked."""

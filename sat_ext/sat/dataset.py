@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, get_worker_info
 from webdataset import DataPipeline
 
 from sat_ext.cogvideo.check import check_run
+from sat_ext.cogvideo.doubts import doubts
 from sat_ext.config import load
 from sat_ext.data.config import DataConfig, sources_of
 from sat_ext.data.index import build_index, clip_lengths, longest_is_rare
@@ -139,6 +140,9 @@ class JointImageVideoDataset:
             check_run(args, model, buckets)
         else:
             check_buckets(model, buckets)
+        if split == "train_data":
+            for sentence in doubts(model, getattr(args, "deepspeed_config", None) or {}, vars(args)):
+                print_rank0(f"warning: {sentence}", level="WARNING")
         sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
         index = share_from_first_rank(lambda: build_index(sources, config, probing=_with_progress_bar))
         print_rank0(f"{split}: {index.summary()}")

@@ -143,7 +143,12 @@ def test_base_checks_what_the_run_trains_and_evaluates_on(run: Run, data: Path, 
     two.write_text(
         f"args: {{valid_data: [{held}]}}\ndata: {{params: {{video_size: [64, 64], max_num_frames: 9}}}}"
     )
-    code, out, _ = run("--base", one, two, "--json")
+    three = tmp_path / "three.yaml"
+    three.write_text(
+        "model: {pretrained: nowhere, train: {mode: lora}}\ndeepspeed: {optimizer: {params: {lr: 1.0e-7}}}"
+    )
+    code, out, err = run("--base", one, two, three, "--json")
+    assert "warning: deepspeed.optimizer.params.lr: 1e-07 is a rate for tuning every weight; a LoRA" in err
     assert code == 0
     assert {"a.mp4", "x.png"} <= set(rows_of(out))
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import yaml
 from conftest import HERE, ROOT, Checkout, Launch
 
+from sat_ext.cogvideo.encoders import fingerprints
 from sat_ext.encoded.latents import LatentStore, entries_in
 
 pytestmark = pytest.mark.multiprocess
@@ -86,6 +88,21 @@ def test_a_run_from_a_cache_trains_on_both_kinds(
         assert run.kinds(rank=rank) == {"image", "video"}
         assert all(math.isfinite(loss) and loss > 0 for loss in run.losses(rank))
         assert all(step["shape"][2] == 16 for step in run.steps(rank=rank))
+
+
+def test_a_cache_is_of_the_scale_that_its_conditions_were_written_with() -> None:
+    """And of no `condition_scale`: the loss brings them to it."""
+
+    def stage(scale_factor: float, **loss: float) -> str:
+        embedder = {"params": {"max_length": 226}}
+        model = {
+            "scale_factor": scale_factor, "first_stage_config": {}, "loss_fn_config": {"params": loss},
+            "conditioner_config": {"params": {"emb_models": [embedder]}},
+        }  # fmt: skip
+        return fingerprints(model, torch.bfloat16).first_stage
+
+    assert stage(0.7) != stage(1.0)
+    assert stage(0.7, condition_scale=1.0) == stage(0.7)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,44 @@ def test_what_cannot_train_is_named(made: dict[str, Any], message: str) -> None:
         check_model(made, [bucket(1), bucket(49)])
 
 
+CONDITIONED = {"noised_image_input": True, "scale_factor": 0.7}
+AT_ONE = {**JOINT, "params": {"condition_scale": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"loss_fn_config": AT_ONE, "scale_factor": 0.5},
+            r"loss_fn_config\.params\.scale_factor: 0\.7, but model\.scale_factor is 0\.5, .* same number in both",
+        ),
+        (
+            {"loss_fn_config": AT_ONE, "sampler_config": {"target": "sat_ext.cogvideo.PaddedSampler"}},
+            r"sampler_config\.params\.condition_scale: None, but the loss trains at 1\.0 .* same number in both",
+        ),
+        (
+            {"loss_fn_config": {**THEIRS, "params": {"condition_scale": 1.0}}},
+            r"loss_fn_config\.params\.condition_scale: an option of sat_ext\.cogvideo\.JointDiffusionLoss, .* "
+            r"append configs/cogvideo/joint\.yaml\.",
+        ),
+        (
+            {"not_trainable_prefixes": ["all"]},
+            r"not_trainable_prefixes: 'all' leaves LoRA alone to train, and the network has none .*lora\.yaml",
+        ),
+    ],
+)  # fmt: skip
+def test_a_scale_or_a_lora_without_its_other_half_is_refused(changes: dict[str, Any], message: str) -> None:
+    made = model("1.5", **{**CONDITIONED, **changes})
+    with pytest.raises(ConfigError, match=message):
+        check_model(made, [bucket(5)])
+
+
+def test_a_condition_at_one_scale_everywhere_is_taken() -> None:
+    sampler = {"target": "sat_ext.cogvideo.PaddedSampler", "params": {"condition_scale": 1.0}}
+    check_model(model("1.5", **CONDITIONED, loss_fn_config=AT_ONE, sampler_config=sampler), [bucket(81)])
+    check_model(model("1.5", loss_fn_config=AT_ONE, sampler_config=sampler), [bucket(81)])  # text to video
+
+
 def test_odd_latent_frames_of_a_1_5_model_need_our_loss() -> None:
     theirs = model("1.5", loss_fn_config=THEIRS)
     check_model(theirs, [bucket(13), bucket(77)])
@@ -215,6 +253,22 @@ def test_mains_evaluations_cannot_decode_a_still(checkout: Callable[[str], None]
         ConfigError, match=r"args\.only_log_video_latents: .* of which a bucket of 1 frames has 1;"
     ):
         check_run(args, model("1.5"), [bucket(1), bucket(81)])
+
+
+def test_noise_levels_that_do_not_divide_the_ranks_are_told_before(
+    checkout: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout("1.5")
+    levels = {"params": {"uniform_sampling": True, "group_num": 40, "num_idx": 1000}}
+    theirs = model("1.5", loss_fn_config={**THEIRS, "params": {"sigma_sampler_config": levels}})
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for ranks in (8, 40, 16):
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda ranks=ranks: ranks)
+        check_run(ARGS, {**theirs, "loss_fn_config": {**JOINT, "params": {"sigma_sampler_config": levels}}}, [])
+        if ranks != 16:
+            check_run(ARGS, theirs, [])
+    with pytest.raises(ConfigError, match=r"group_num: 40 does not divide 16 ranks, .*uniform_sampling: false"):
+        check_run(ARGS, theirs, [])
 
 
 def test_what_the_script_would_stumble_over_later_is_told_before(checkout: Callable[[str], None]) -> None:

@@ -256,6 +256,21 @@ def test_latents_and_condition_are_padded_to_whole_patches(frames: int, padded: 
         assert not seen[:, 1:, CHANNELS:].any()
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_condition_is_brought_from_the_engines_scale_to_the_one_asked_for(cached: bool) -> None:
+    network, batch = Network(Transformer(i2v=True)), batch_of(["video", "image"], 3, i2v=True)
+    unscaled = batch["concat_images"]
+    batch["concat_images"] = 0.7 * unscaled
+    if cached:  # `sat-ext cache` writes it as the engine makes it
+        batch["condition_latents"] = batch.pop("concat_images")[:, :1]
+    for asked, expected in ((None, 0.7), (1.0, 1.0), (1 / 0.7, 1 / 0.7)):
+        losses(joint(condition_scale=asked), network, 3, batch)
+        seen = network.diffusion_model.seen["x"][:, :, CHANNELS:]
+        torch.testing.assert_close(seen[0], expected * unscaled[0])
+        assert not seen[1].any()
+    losses(joint(condition_scale=2.0), Network(Transformer()), 3, batch_of(["video"], 3))  # nothing to scale
+
+
 def test_a_condition_on_every_frame_is_on_the_padding_too() -> None:
     network, batch = Network(Transformer([2, 2, 2], i2v=True)), batch_of(["video"], 3, i2v=True)
     batch["concat_images"] = batch["concat_images"][:, :1].expand(-1, 3, -1, -1, -1)
@@ -348,6 +363,10 @@ def test_it_is_the_parents_class_with_its_weights() -> None:
         ({"condition_droput": 0.1}, f"{PARAMS}: unknown key 'condition_droput'; {NEAREST}"),
         ({"condition_dropout": 1.5}, f"{PARAMS}.condition_dropout: 1.5 is no chance; give 0 to 1."),
         ({"condition_dropout": "often"}, f"{PARAMS}.condition_dropout: expected float, got 'often'."),
+        (
+            {"condition_scale": -1},
+            f"{PARAMS}.condition_scale: -1.0 is not a scale; give a number above 0.",
+        ),
         ({"loss_weights": {"image": -1}}, f"{PARAMS}.loss_weights.image: -1.0 is below 0; 0 leaves the kind out."),
         (
             {"loss_weights": {"image": 0, "video": 0}},

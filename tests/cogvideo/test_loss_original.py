@@ -153,6 +153,102 @@ def check_1_0_trains_on_stills(sat: Path) -> None:
         model.run(model.loss(), model.batch(["image"] * 2, 1), 1)
 
 
+def check_the_condition_is_at_the_scale_of_the_sampler(sat: Path) -> None:
+    """What the engine's `shared_step` hands to the loss, beside what sample_video.py hands to the sampler."""
+    from types import MethodType, SimpleNamespace
+
+    from diffusion_video import SATVideoDiffusionEngine as Engine
+
+    new = "1.5" in tiny.model_names(sat)[0]
+    model, handed = image_to_video(sat), []
+
+    class Stage(SimpleNamespace):
+        def __call__(self, x: Tensor, batch: dict[str, Any]) -> tuple[None, None]:
+            def denoise(network: Any, noisy: Tensor, levels: Tensor, cond: dict[str, Tensor], **_: Any) -> Tensor:
+                handed.append(cond["concat"])
+                return noisy
+
+            for scale in (None, 1.0, 1 / 0.7):
+                model.loss(condition_scale=scale)(model.network, denoise, lambda _: {}, x, dict(batch))
+            return None, None
+
+    engine = Stage(
+        lr_scale=None, noised_image_input=True, noised_image_all_concat=False, noised_image_dropout=0.0,
+        latent_input=False, en_and_decode_n_samples_a_time=None, disable_first_stage_autocast=True,
+        scale_factor=0.7, input_key="mp4", dtype=torch.float32, add_noise_to_first_frame=lambda image: image,
+        first_stage_model=SimpleNamespace(encode=lambda x: x),
+    )  # fmt: skip
+    for name in ("get_input", "encode_first_stage"):
+        setattr(engine, name, MethodType(getattr(Engine, name), engine))
+    pixels = torch.randn(1, 4, 16, HEIGHT, WIDTH)
+    Engine.shared_step(engine, {"mp4": pixels, "kind": ["video"]})
+    latent = pixels[:, :1]
+    plain, unscaled, inverted = (c[:, :1] for c in handed)
+    torch.testing.assert_close(plain, 0.7 * latent)
+    torch.testing.assert_close(unscaled, latent)
+    torch.testing.assert_close(inverted, latent / 0.7)
+    sampled = engine.encode_first_stage(latent.transpose(1, 2), None).transpose(1, 2)
+    script = (sat / "sample_video.py").read_text()
+    assert ("image = image / model.scale_factor" in script) == new
+    if new:
+        sampled = sampled / engine.scale_factor
+    torch.testing.assert_close(unscaled if new else plain, sampled)
+
+
+def check_an_evaluation_decodes_every_frame_that_it_sampled(sat: Path) -> None:
+    from types import SimpleNamespace
+
+    from diffusion_video import SATVideoDiffusionEngine as Engine
+
+    if "1.5" not in tiny.model_names(sat)[0]:
+        raise Skip("the tag v1.0 decodes all")
+    decoder = SimpleNamespace(decode=lambda z, **_: z)
+    engine: Any = SimpleNamespace(scale_factor=1.0, en_and_decode_n_samples_a_time=None, first_stage_model=decoder)
+    from sat_ext.cogvideo import PaddedSampler
+
+    sampler: Any = PaddedSampler(parent=f"{__name__}.Noise")
+    for frames in (4, 5):
+        x = torch.randn(1, frames, 16, 2, 2)
+        decoded = Engine.decode_first_stage(engine, sampler(None, x, {}).transpose(1, 2))
+        torch.testing.assert_close(decoded.transpose(1, 2), x)
+
+
+class Noise:
+    """A sampler that gives its noise back."""
+
+    def __call__(self, denoiser: Any, x: Tensor, cond: Any, uc: Any = None, ofs: Any = None) -> Tensor:
+        return x
+
+
+def check_noise_levels_are_split_over_any_number_of_ranks(sat: Path) -> None:
+    from sat import mpu
+
+    model = image_to_video(sat)
+    params = model.config.loss_fn_config.params.sigma_sampler_config.params
+    assert params.uniform_sampling and params.num_idx == 1000
+    before = mpu.get_data_parallel_world_size, mpu.get_data_parallel_rank
+    try:
+        for world in (9, 12, 16, 24, 40, 48):
+            mpu.get_data_parallel_world_size = lambda world=world: world
+            sampler = model.loss().sigma_sampler
+            assert sampler.group_width * sampler.group_num == world
+            covered: set[int] = set()
+            for rank in range(world):
+                mpu.get_data_parallel_rank = lambda rank=rank: rank
+                levels = sampler(4000, return_idx=True)[1]
+                assert int(levels.max() - levels.min()) < sampler.sigma_interval
+                covered |= set(levels.tolist())
+            assert len(covered) > 990
+            try:
+                model.loss(ours=False)
+            except AssertionError:
+                assert world % 40
+            else:
+                assert world % 40 == 0 or "group_num" not in params
+    finally:
+        mpu.get_data_parallel_world_size, mpu.get_data_parallel_rank = before
+
+
 def check_metrics_and_weights_go_by_kind(sat: Path) -> None:
     for model in models(sat):
         batch, weight = model.batch(["image", "video", "image"], 4), torch.tensor([2.0, 3.0, 4.0])

@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sat_ext.cogvideo.check import check_model
+from sat_ext.cogvideo.doubts import doubts, lora_scale
 from sat_ext.config import load, read_yaml
 from sat_ext.data.config import DataConfig
 from sat_ext.errors import ConfigError
@@ -42,7 +43,8 @@ REPLACED = {
         "model.latent_input", "model.sampler_config.target", "data.params.video_size", "data.params.fps",
         "data.params.max_num_frames",
     },
-    "lora": {"model.not_trainable_prefixes"},
+    "lora": {"model.not_trainable_prefixes", "deepspeed.optimizer.params.lr"},
+    "lora-rate": {"deepspeed.optimizer.params.lr"},
     "sizes-2b": {
         "model.network_config.params.modules.pos_embed_config.target",
         "model.network_config.params.modules.final_layer_config.target",
@@ -97,7 +99,8 @@ def is_new(model: Path) -> bool:
 def fitting(model: Path) -> list[str]:
     """The overlays that go with a model, all at once."""
     own = ["1.5"] if is_new(model) else ["sizes-2b" if "2b" in model.name else "sizes-5b"]
-    return ["joint", *own, *(["i2v"] if "i2v" in model.name else []), *([] if "lora" in model.name else ["lora"])]
+    lora = "lora-rate" if "lora" in model.name else "lora"
+    return ["joint", *own, *(["i2v"] if "i2v" in model.name else []), lora]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -151,6 +154,50 @@ def test_the_merged_files_pass_the_checks(model: Path) -> None:
     check_model(merged["model"], buckets)
     text = merged["model"]["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"]
     assert text == (224 if is_new(model) else 226)
+
+
+@needs_checkout
+@pytest.mark.parametrize("model", MODELS)
+def test_a_lora_of_every_generation_trains_at_cogvideos_own_rate_for_it(model: Path) -> None:
+    merged = read_yaml([*theirs(model), *map(path_of, fitting(model))])
+    assert 5e-4 <= merged["deepspeed"]["optimizer"]["params"]["lr"] <= 1e-3
+    assert "Between 1E-3 and 5E-4 For Lora and 1E-5 For SFT" in model.with_name("sft.yaml").read_text()
+    assert doubts(merged["model"], merged["deepspeed"], {}) == []
+    assert lora_scale(merged["model"]) is not None
+    without = read_yaml([*theirs(model), *map(path_of, fitting(model)[:-1])])
+    found = doubts(without["model"], without["deepspeed"], {})
+    if "lora" not in model.name:
+        assert found == []
+        with pytest.raises(ConfigError, match="'all' leaves LoRA alone to train, and the network has none"):
+            check_model(
+                read_yaml([*theirs(model), *map(path_of, [*fitting(model)[:-1], "lora-rate"])])["model"], []
+            )
+        return
+    scale = 256 if "i2v" in model.name else 128
+    assert found[0].startswith("deepspeed.optimizer.params.lr: 1e-05 is a rate for tuning every weight; a LoRA")
+    assert f"scaled by 1/{scale} hardly learns at it" in found[0]
+
+
+def test_a_rate_is_doubted_for_the_built_in_lora_too_and_never_for_full_tuning() -> None:
+    def found(lr: float | None, **train: Any) -> list[str]:
+        optimizer = {} if lr is None else {"params": {"lr": lr}}
+        return doubts({"train": train}, {"optimizer": optimizer}, {"lr": 1e-7})
+
+    assert found(1e-4, mode="lora") == found(1e-5, mode="full") == found(None) == []
+    assert "a LoRA scaled by 64/128 hardly learns" in found(1e-6, mode="lora")[0]
+    assert "a LoRA scaled by 1/128 hardly learns" in found(1e-4, mode="lora", alpha=1)[0]
+    assert "lr: 1e-07 is a rate" in found(None, mode="lora")[0]
+
+
+@needs_checkout
+@pytest.mark.parametrize("model", [p for p in MODELS if "1.5_5b_i2v" in p.id])
+def test_a_condition_that_no_sampler_uses_is_doubted(model: Path) -> None:
+    merged = read_yaml([*theirs(model), *map(path_of, ["joint", "1.5", "i2v"])])
+    params = merged["model"]["loss_fn_config"]["params"]
+    assert params["condition_scale"] == merged["model"]["sampler_config"]["params"]["condition_scale"] == 1.0
+    assert doubts(merged["model"], merged["deepspeed"], {}) == []
+    del params["condition_scale"]
+    assert "the condition trains at scale_factor (0.7), which no" in doubts(merged["model"], {}, {})[0]
 
 
 @needs_checkout

@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXImageToVideoPipeline
 
 from sat_ext.demo_data import BACKGROUNDS, COLOURS
+from sat_ext.errors import ConfigError
 from sat_ext.models.config import load_model_config
 from sat_ext.models.first_stage import AutoencoderFirstStage, CosineFirstStage, build_first_stage
 from tests.models.conftest import write_pretrained
@@ -86,9 +90,25 @@ def test_condition_scale_follows_invert_scale_latents(tmp_path: Path) -> None:
     config = load_model_config({"pretrained": str(folder), "conditioning": "i2v"})
     stage, frame = build_first_stage(config, torch.float32), torch.rand(1, 1, 3, 16, 16)
     torch.testing.assert_close(stage.encode_condition(frame), stage.encode(frame) / 0.7**2)
+    pipeline = SimpleNamespace(
+        vae=stage.vae, vae_scaling_factor_image=0.7, vae_scale_factor_temporal=4, vae_scale_factor_spatial=8,
+        transformer=SimpleNamespace(config=SimpleNamespace(patch_size_t=2)),
+        scheduler=SimpleNamespace(init_noise_sigma=1.0),
+    )  # fmt: skip
+    _, theirs = CogVideoXImageToVideoPipeline.prepare_latents(
+        pipeline, frame[:, 0], num_channels_latents=4, num_frames=5, height=16, width=16, dtype=torch.float32,
+        device="cpu", generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    torch.testing.assert_close(theirs[:, :1], stage.encode_condition(frame, torch.Generator().manual_seed(1)))
     explicit = replace(config, first_stage=replace(config.first_stage, condition_scale=1.0))
     stage = build_first_stage(explicit, torch.float32)
     torch.testing.assert_close(stage.encode_condition(frame), stage.encode(frame) / 0.7)
+
+
+@pytest.mark.parametrize("options", [{"condition_scale": 0.0}, {"kind": "cosine", "condition_scale": 1.0}])
+def test_a_condition_scale_that_is_none_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"condition_scale: \d\.0 is not a scale of an autoencoder's latents"):
+        load_model_config({"text": {"kind": "byt5"}, "first_stage": options})
 
 
 def test_frozen_parts_stay_in_evaluation_mode(pretrained: Callable[..., Path]) -> None:

@@ -214,6 +214,8 @@ def test_fingerprints_follow_weights_options_and_dtype(tmp_path: Path) -> None:
     assert encoders.fingerprints(model, torch.float32).first_stage != first.first_stage
     tiled = {**model, "first_stage": {"tiling": True}}
     assert encoders.fingerprints(tiled, torch.bfloat16).first_stage != first.first_stage
+    scaled = {**model, "first_stage": {"condition_scale": 1.0}}
+    assert encoders.fingerprints(scaled, torch.bfloat16).first_stage != first.first_stage
     weights = moved / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
