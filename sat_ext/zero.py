@@ -43,6 +43,10 @@ AUTO_SIZES: dict[str, Callable[[int], int]] = {
     "stage3_max_reuse_distance": lambda hidden: 28 * hidden**2,
 }
 
+# The largest weight of a published model: the token embedding of T5 v1.1 XXL. `offload_param.buffer_size` must
+# hold a rank's part of every weight, on one GPU the whole (DeepSpeed's partitioned_param_swapper.py asserts it).
+T5_EMBEDDING = 32128 * 4096
+
 _PARTS = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": AUTO}
 _STAGE_1_AND_2 = {**_PARTS, "allgather_bucket_size": AUTO}
 _STAGE_3 = {
@@ -67,8 +71,7 @@ _ZERO: dict[str, dict[str, Any]] = {
     "zero3-nvme": {
         **_STAGE_3,
         "offload_optimizer": {**_NVME, "buffer_count": 4},
-        # a buffer holds the largest weight: the feed-forward's, 4 hidden^2, with room to spare
-        "offload_param": {**_NVME, "buffer_count": 8, "buffer_size": 100_000_000},
+        "offload_param": {**_NVME, "buffer_count": 8, "buffer_size": AUTO},
     },
     # messages of 100 MB, which a node's links need to be busy (ZeRO++, section 3)
     "zero3-8gpus": {**_STAGE_3, "reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 50_000_000},
@@ -109,6 +112,9 @@ def fill_in_auto(deepspeed: Mapping[str, Any], hidden: int) -> dict[str, Any]:
         for key, size in AUTO_SIZES.items():
             if zero.get(key) == AUTO:
                 zero[key] = size(hidden)
+        param = zero.get("offload_param")
+        if isinstance(param, dict) and param.get("buffer_size") == AUTO:
+            param["buffer_size"] = max(T5_EMBEDDING, 4 * hidden**2)  # or the transformer's: its feed-forward's
         if "offload_optimizer" in zero:
             zero.pop("cpu_offload", None)
     _refuse_auto(filled, "deepspeed")
@@ -119,7 +125,8 @@ def _refuse_auto(section: Mapping[str, Any], where: str) -> None:
     for key, value in section.items():
         if value == AUTO:
             raise ConfigError(
-                f"{where}.{key}: 'auto' is known for {', '.join(AUTO_SIZES)} of zero_optimization; write a value."
+                f"{where}.{key}: 'auto' is known for {', '.join(AUTO_SIZES)} and offload_param.buffer_size of "
+                "zero_optimization; write a value."
             )
         if isinstance(value, Mapping):
             _refuse_auto(value, f"{where}.{key}")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sat_ext.memory.advice import Room, advise, first_that_fits, levers, slowdown, with_zero
+from sat_ext.memory.cache import cache_that_fits, plan_cache
 from sat_ext.memory.plan import make_plan
 from sat_ext.memory.run import Run
 from sat_ext.memory.table import as_data, sentences
@@ -79,7 +80,11 @@ def test_levers_that_are_pulled_or_make_no_sense_are_not_named() -> None:
     assert not any("quantization" in name or "block_swap" in name for name in full)
     assert "model.gradient_checkpointing: true" not in full  # the YAML has it
     original = [lever.yaml for lever in levers(read_run(_config()))]
-    assert original == ["configs/cogvideo/joint.yaml (ChunkedFirstStage)", "configs/cogvideo/offload-text.yaml"]
+    assert original == [
+        "configs/cogvideo/joint.yaml (ChunkedFirstStage)",
+        "configs/cogvideo/cached.yaml, with what sat-ext cache made",
+        "configs/cogvideo/offload-text.yaml",
+    ]
 
 
 def test_an_eight_bit_optimizer_is_not_combined_with_offload() -> None:
@@ -89,6 +94,34 @@ def test_an_eight_bit_optimizer_is_not_combined_with_offload() -> None:
     assert with_zero(eight, next(n for n in ZERO_NAMES if n.startswith("zero2-offload"))) is None
     quantized = replace(run, model=replace(run.model, train=replace(run.model.train, quantization="nf4")))
     assert with_zero(quantized, "zero3") is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "levers"),
+    [
+        (16, ()),  # T5 and autoencoder together take more
+        (12, ()),
+        (8, ("model.text.quantization: nf4", "model.first_stage.frames: 4")),
+        (5, ("model.text.device: cpu", "model.first_stage.tiling: true")),
+    ],
+)
+def test_the_cache_can_be_made_on_the_gpus_that_need_it(gpu: int, levers: tuple[str, ...]) -> None:
+    run = replace(run_of(), cached=True, cached_text=True)  # the YAML may train from it already
+    plan = cache_that_fits(run, 1, gpu * GB)
+    assert plan.levers == levers and plan.gpu <= gpu * GB
+    whole = plan_cache(run, 1)
+    assert whole.text > 9.5 * GB and whole.gpu == max(whole.text, whole.first_stage)
+    assert whole.text + whole.first_stage > 16 * GB
+
+
+def test_cogvideos_cache_needs_its_own_levers() -> None:
+    run = read_run(_config())
+    assert plan_cache(run, 1).gpu > 16 * GB  # of CogVideo's own first stage, which has no chunks
+    assert cache_that_fits(run, 1, 16 * GB).levers == ("configs/cogvideo/joint.yaml (ChunkedFirstStage)",)
+    plan = cache_that_fits(run, 8, 8 * GB)
+    text, first_stage = plan.levers
+    assert text == "configs/cogvideo/offload-text.yaml" and first_stage.endswith("{frames: 4, recompute: level}")
+    assert plan.gpu <= 8 * GB and plan.host > 8 * 9.5 * GB  # each rank holds T5
 
 
 def test_where_nothing_helps_the_largest_part_is_named() -> None:
@@ -101,7 +134,7 @@ def test_where_nothing_helps_the_largest_part_is_named() -> None:
 
 def test_the_data_for_programs() -> None:
     there = room(80)
-    data: dict[str, Any] = as_data(advise(run_of(), there), there)
+    data: dict[str, Any] = as_data(advise(run_of(), there), plan_cache(run_of(), 1), there)
     one = next(c for c in data["configs"] if c["name"] == "zero2")
     parts = {"weights", "gradients", "optimizer", "activations", "first_stage", "text_encoder", "buffers"}
     assert parts <= set(one["per_gpu"])

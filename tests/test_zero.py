@@ -8,6 +8,10 @@ import pytest
 
 from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
+from sat_ext.memory.counts import count
+from sat_ext.memory.options import read_options
+from sat_ext.memory.run import read_run
+from sat_ext.models.config import transformer_of
 from sat_ext.zero import AUTO_SIZES, ZERO_NAMES, fill_in_auto, zero_section
 
 FOLDER = Path(__file__).parent.parent / "configs" / "zero"
@@ -33,7 +37,22 @@ def test_auto_becomes_a_number_that_follows_from_the_hidden_size(name: str) -> N
     assert section == zero_section(name)  # which is left as it was
     zero = filled["zero_optimization"]
     for key, value in section["zero_optimization"].items():
+        if isinstance(value, dict) and "buffer_size" in value:
+            value = {**value, "buffer_size": 131_596_288}
         assert zero[key] == (AUTO_SIZES[key](3072) if value == "auto" else value)
+
+
+@pytest.mark.parametrize("model", ["cogvideox-2b", "cogvideox-5b-i2v", "cogvideox-1.5-5b-i2v"])
+def test_a_buffer_for_nvme_holds_the_largest_weight(model: str) -> None:
+    """On one GPU a rank's part is the whole, and DeepSpeed asserts that it fits."""
+    names = (f"model/{model}", "train/full", "data/joint", "zero/zero3-nvme")
+    run = read_run(read_yaml([str(FOLDER.parent / f"{name}.yaml") for name in names]))
+    counts, hidden = count(run), 64 * transformer_of(run.model).num_attention_heads
+    largest = max(p.numel for p in (*counts.network, *counts.first_stage, *counts.text))
+    assert largest == 131_596_288
+    section = fill_in_auto(zero_section("zero3-nvme"), hidden)["zero_optimization"]
+    assert section["offload_param"]["buffer_size"] >= largest
+    assert read_options(run.deepspeed, hidden).param_buffer >= largest
 
 
 def test_the_sizes_are_those_of_hugging_faces_trainers() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +22,22 @@ from sat_ext.cogvideo.script import CHECKOUT
 from sat_ext.data.cached import Cached, Shown, media_codes
 from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, build_index
-from sat_ext.encoded.encoders import Encoders, Fingerprints
+from sat_ext.encoded.encoders import Encoders, Fingerprints, Part
 from sat_ext.encoded.latents import CacheConfig, Entry, LatentStore
 from sat_ext.encoded.text import write_text_embeddings
-from sat_ext.encoded.write import Work, missing_work, require_room, write_samples
-from sat_ext.errors import ConfigError, DataError
+from sat_ext.encoded.write import Progress, Work, missing_work, require_room, write_samples
+from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.sat.shared import share_from_first_rank
+
+REMEDIES = {
+    "text": "set model.text.quantization: nf4, or model.text.device: cpu, which is slower",
+    "first_stage": "set model.first_stage.tiling: true, for the training run too: latents change a little",
+}
+COGVIDEO_REMEDIES = {
+    "text": "append configs/cogvideo/offload-text.yaml, which encodes on the CPU",
+    "first_stage": "append configs/cogvideo/joint.yaml, and set model.first_stage_config.params: {frames: 4, "
+    "recompute: level}",
+}
 
 
 def cache(
@@ -56,6 +67,7 @@ def cache(
     lists = share_from_first_rank(lambda: [_index(run.data, sources, console) for sources in given])
     work = share_from_first_rank(lambda: _work(run.data, lists, settings, prints))
     if work.samples or work.captions:
+        _use_own_gpu()
         encoders = make()
         share_from_first_rank(lambda: _announce(work, encoders, settings, folder, console))
         _write(work.of_rank(rank, world), encoders, run, settings, prints, console)
@@ -78,6 +90,19 @@ def _join() -> tuple[int, int]:
     else:
         dist.init_process_group("gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def _use_own_gpu() -> None:
+    """Have "the GPU" of libraries that name no number be this rank's: CogVideo's T5 sends its tokens there, and
+    bitsandbytes quantizes there. Raises `ConfigError` where the machine has too few."""
+    local = int(os.environ["LOCAL_RANK"])
+    if not torch.cuda.is_available():
+        return
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK: {local}, and this machine has {torch.cuda.device_count()} GPUs; start one process a GPU."
+        )
+    torch.cuda.set_device(local)
 
 
 def _settings(run: Base, output: Path | None, clips: int | None) -> CacheConfig:
@@ -147,14 +172,40 @@ def _write(
     work: Work, encoders: Encoders, run: Base, settings: CacheConfig, prints: Fingerprints, console: Console
 ) -> None:
     folder = Path(settings.folder)
-    write_text_embeddings(folder, work.captions, encoders.embed, prints.text)
-    errors = write_samples(
-        folder, work.samples, encoders, conditions=settings.conditions, decoder=run.data.decoder,
-        timeout=run.data.on_bad_sample.timeout, workers=run.num_workers,
-        progress=lambda items, total: track(items, description="encoding", total=total, console=console),
-    )  # fmt: skip
+    errors: list[MediaError] = []
+    # one encoder after the other, each only where there is work for it
+    if work.captions:
+        with _held(encoders, "text", run):
+            write_text_embeddings(
+                folder, work.captions, encoders.embed, prints.text, progress=_progress("captions", console)
+            )
+    if work.samples:
+        with _held(encoders, "first_stage", run):
+            errors = write_samples(
+                folder, work.samples, encoders, conditions=settings.conditions, decoder=run.data.decoder,
+                timeout=run.data.on_bad_sample.timeout, workers=run.num_workers,
+                progress=_progress("encoding", console),
+            )  # fmt: skip
     for error in errors:
         print(f"left out, mend or remove it: {error}", file=sys.stderr)
+
+
+def _progress(description: str, console: Console) -> Progress:
+    return lambda items, total: track(items, description=description, total=total, console=console)
+
+
+@contextmanager
+def _held(encoders: Encoders, part: Part, run: Base) -> Iterator[None]:
+    """Inside, `part` is loaded. Raises `ConfigError` where the GPU is too small for it."""
+    try:
+        with encoders.holding(part):
+            yield
+    except torch.cuda.OutOfMemoryError as error:
+        remedy = (COGVIDEO_REMEDIES if "network_config" in run.model else REMEDIES)[part]
+        raise ConfigError(
+            f"the GPU's memory is too small for the {part.replace('_', ' ')} ({str(error).split('.')[0]}); "
+            f"{remedy}. What is encoded already is kept, and `sat-ext plan` predicts what each part takes."
+        ) from error
 
 
 def _facts(

@@ -13,8 +13,9 @@ from sat_ext.cli.yaml_base import BaseOption, MoreYaml
 from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
 from sat_ext.memory.advice import Room, advise
+from sat_ext.memory.cache import cache_that_fits
 from sat_ext.memory.run import read_run
-from sat_ext.memory.table import as_data, configurations, of_buckets, of_one, sentences
+from sat_ext.memory.table import as_data, configurations, of_buckets, of_cache, of_one, sentences
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 WIDTH = 150  # columns, where the output is no terminal
@@ -39,15 +40,15 @@ def plan(
         gpu_memory=size_of(gpu_memory, "--gpu-memory"),
         host_memory=size_of(host_memory, "--host-memory"),
     )
-    advice = advise(run, room)
+    advice, cache = advise(run, room), cache_that_fits(run, room.per_node, room.gpu_memory)
     if as_json:
-        print(json.dumps(as_data(advice, room)))
+        print(json.dumps(as_data(advice, cache, room)))
     else:
         console = Console()
         if not console.is_terminal:
             console = Console(width=WIDTH)
         given = advice.plans[0]
-        for table in (configurations(advice, room), of_one(given), of_buckets(given)):
+        for table in (configurations(advice, room), of_one(given), of_buckets(given), of_cache(cache, room)):
             console.print(table)
             console.print()
         for line in sentences(advice, room):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_ext.cogvideo.parent import import_class
-from sat_ext.encoded.encoders import Fingerprints, LatentShape
+from sat_ext.encoded.encoders import Fingerprints, LatentShape, Part, loaded
 from sat_ext.encoded.files import files_fingerprint
 from sat_ext.encoded.latents import fingerprint_of
 from sat_ext.encoded.text import encoder_fingerprint
@@ -60,9 +61,13 @@ class CogVideoEncoders:
         _require_encoder(model)
         self.dtype, self.device = dtype, device
         self.scale = float(model["scale_factor"])
-        self.first_stage = _built(model["first_stage_config"], "model.first_stage_config").to(device, dtype).eval()
         embedder = _embedder(model)
-        self.text = _built(embedder, "model.conditioner_config.params.emb_models").to(device, dtype).eval()
+        self.sections = {
+            "text": (embedder, "model.conditioner_config.params.emb_models"),
+            "first_stage": (model["first_stage_config"], "model.first_stage_config"),
+        }
+        self.text: Any = None
+        self.first_stage: Any = None
         params = embedder.get("params") or {}
         network = model["network_config"]["params"]
         patches = (network.get("modules") or {}).get("patch_embed_config") or {}
@@ -75,6 +80,10 @@ class CogVideoEncoders:
             conditions=bool(model.get("noised_image_input")),
             text=(int(params.get("max_length", 226)), int(width)),
         )
+
+    def holding(self, part: Part) -> AbstractContextManager[None]:
+        """See `Encoders`."""
+        return loaded(self, part, lambda: _built(*self.sections[part]).to(self.device, self.dtype).eval())
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:

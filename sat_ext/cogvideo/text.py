@@ -20,6 +20,9 @@ from sat_ext.cogvideo.parent import subclass_of
 from sat_ext.config import convert
 from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.errors import ConfigError, DataError
+from sat_ext.models.cpu import encoder_dtype, own_cores
+from sat_ext.models.remembered import Remembered
+from sat_ext.models.side_stream import on_device
 
 T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
 EMBEDDER = "sgm.modules.encoders.modules.AbstractEmbModel"
@@ -59,11 +62,12 @@ class OffloadedTextEmbedder(FrozenEmbedder):
     - `device`: "cpu" encodes on the CPU; "on_off" copies the encoder to the GPU for each call and lets the copy go
       after it. With the engine on the CPU they are the same, and "on_off" says so.
     - `dtype` of the encoder, "bf16" or "fp32": without one the training dtype, as in CogVideo, but on the CPU fp32
-      where that is fp16, in which CPUs are slow and T5 overflows.
+      unless that is bf16 and the CPU computes in it.
 
-    Every rank holds the encoder in its own memory. Embeddings (B, max_length, D) come in the training dtype and
-    where the engine is. `parent` (of CogVideo's `Frozen...` sort: it takes `device`) and its parameters stay in
-    `params`. Raises `ConfigError` for a value that is neither of these.
+    Every rank holds the encoder in its own memory, and encodes a caption once as long as it remembers it.
+    Embeddings (B, max_length, D) come in the training dtype and where the engine is. `parent` (of CogVideo's
+    `Frozen...` sort: it takes `device`) and its parameters stay in `params`. Raises `ConfigError` for a value that
+    is neither of these.
     """
 
     def __new__(cls, *, parent: str = T5_EMBEDDER, **params: Any) -> OffloadedTextEmbedder:
@@ -86,6 +90,7 @@ class OffloadedTextEmbedder(FrozenEmbedder):
         self.moves = moves
         self.encoder_dtype = None if dtype is None else DTYPES[dtype]
         self.told = False
+        self.remembered = Remembered()
         self.held: list[nn.Module] = []
         for name in list(self._modules):
             module = self._modules.pop(name)
@@ -102,21 +107,18 @@ class OffloadedTextEmbedder(FrozenEmbedder):
             self.told = True
         dtype = self.encoder_dtype
         if dtype is None:
-            half = self.like.dtype == torch.float16
-            dtype = torch.float32 if half and not on_gpu else self.like.dtype
+            dtype = self.like.dtype if on_gpu else encoder_dtype(self.like.dtype)
         for module in self.held:
             module.to(dtype=dtype)
-        if not on_gpu:
-            return self._embed(text)
-        from sat_ext.models.text import on_device  # and transformers, without which a cache is enough
-
-        with on_device(self.held, self.like.device):
+        if on_gpu:
             self.device = self.like.device  # where the parent sends its tokens
-            return self._embed(text)
+        parent = super().forward
 
-    def _embed(self, text: Sequence[str]) -> Tensor:
-        embedding: Tensor = super().forward(text)
-        return embedding.to(self.like)
+        def encode(missing: list[str]) -> list[Tensor]:
+            with on_device(self.held, self.like.device) if on_gpu else own_cores():
+                return [parent([caption])[0].to("cpu", self.like.dtype) for caption in missing]
+
+        return self.remembered.embeddings(text, encode).to(self.like)
 
 
 class CachedTextEmbedder(FrozenEmbedder):

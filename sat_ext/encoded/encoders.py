@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Part = Literal["text", "first_stage"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +37,15 @@ class LatentShape:
 
 
 class Encoders(Protocol):
-    """Pixels are (B, T, 3, H, W) in uint8, latents (B, t, C, h, w) in the training dtype, on the CPU."""
+    """Pixels are (B, T, 3, H, W) in uint8, latents (B, t, C, h, w) in the training dtype, on the CPU.
+
+    Nothing is loaded outside `holding`, and inside it one part alone: the GPUs that need a cache cannot hold both.
+    """
 
     shape: LatentShape
+
+    def holding(self, part: Part) -> AbstractContextManager[None]:
+        """Inside, this part is loaded: "text" for `embed`, "first_stage" for the others."""
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and deviation of the posterior, as the engine takes them; None where nothing is drawn."""
@@ -45,3 +55,15 @@ class Encoders(Protocol):
 
     def embed(self, captions: list[str]) -> Tensor:
         """(B, tokens, width)."""
+
+
+@contextmanager
+def loaded(owner: Any, part: Part, build: Callable[[], Any]) -> Iterator[None]:
+    """Inside, `owner` has what `build` gives as its attribute `part`; after it, None, and its memory is free."""
+    setattr(owner, part, build())
+    try:
+        yield
+    finally:
+        setattr(owner, part, None)
+        gc.collect()  # modules refer to themselves: without it their memory would still be there for the next part
+        torch.cuda.empty_cache()

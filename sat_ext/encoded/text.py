@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from sat_ext.errors import ConfigError, DataError
 
 WRITER = "sat-ext cache"
 FINGERPRINT = "fingerprint"  # the key in a file's metadata
+FILE_SECONDS = 60.0  # at most that much work is lost by a kill, and what one batch takes
 
 
 class TextEmbeddings:
@@ -93,6 +96,7 @@ def write_text_embeddings(
     *,
     batch: int = 16,
     per_file: int = 512,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> int:
     """Write the embeddings of the captions that `folder` lacks, and of the empty one; how many were written.
 
@@ -112,17 +116,25 @@ def write_text_embeddings(
         present = TextEmbeddings(folder)
         present.require(fingerprint, "write to another folder")
         wanted = {key: caption for key, caption in wanted.items() if key not in present.files}
-    rest = iter(wanted.items())
-    while part := dict(islice(rest, per_file)):
-        keys, texts = list(part), list(part.values())
-        tensors: dict[str, Tensor] = {}
-        for start in range(0, len(keys), batch):
-            with torch.no_grad():
-                embedded = embed(texts[start : start + batch]).cpu()
-            # a tensor of its own for each: a file holds no views
-            tensors |= {k: e.clone() for k, e in zip(keys[start : start + batch], embedded)}
-        name = blake2b("".join(keys).encode(), digest_size=8).hexdigest()  # one for these captions, in any process
+    tensors: dict[str, Tensor] = {}
+    since = time.monotonic()
+
+    def write() -> None:
+        # one name for these captions, in any process
+        name = blake2b("".join(tensors).encode(), digest_size=8).hexdigest()
         write_aside(folder / f"text-{name}.safetensors", tensors, {FINGERPRINT: json.dumps(dict(fingerprint))})
+
+    shown = iter(progress(wanted.items(), len(wanted)))
+    while part := dict(islice(shown, min(batch, per_file - len(tensors)))):
+        with torch.no_grad():
+            embedded = embed(list(part.values())).cpu()
+        # a tensor of its own for each: a file holds no views
+        tensors |= {key: one.clone() for key, one in zip(part, embedded)}
+        if len(tensors) >= per_file or time.monotonic() - since > FILE_SECONDS:
+            write()
+            tensors, since = {}, time.monotonic()
+    if tensors:
+        write()
     return len(wanted)
 
 

@@ -9,6 +9,7 @@
 | `states.py` | what DeepSpeed allocates for what trains, on one rank |
 | `activations.py`, `encoders.py` | what a micro-batch takes: transformer, first stage, text encoder |
 | `host.py`, `plan.py` | all of it by part, and the peak |
+| `cache.py` | the same of `sat-ext cache` |
 | `advice.py` | which configuration to use, and which lever to pull |
 | `table.py` | plans as a table |
 """

@@ -165,6 +165,7 @@ def levers(run: Run) -> list[Lever]:
                 yaml="model.network_config.params.transformer_args.checkpoint_activations: true",
                 pull=_checkpointing,
             ),
+            Lever(yaml="configs/cogvideo/cached.yaml, with what sat-ext cache made", pull=_from_cache),
             Lever(yaml="configs/cogvideo/offload-text.yaml", pull=_text_on_cpu),
         ]
         return [lever for lever in known if lever.pull(run) is not None]
@@ -174,7 +175,8 @@ def levers(run: Run) -> list[Lever]:
         Lever(yaml="model.first_stage.tiling: true", pull=_first_stage(tiling=True)),
         Lever(yaml="model.gradient_checkpointing: true", pull=_checkpointing),
         Lever(yaml="model.first_stage.frames: 4", pull=_first_stage(frames=4)),
-        Lever(yaml="model.text.device: cpu  # or cached embeddings, data.params.cache", pull=_text_on_cpu),
+        Lever(yaml="data.params.cache: {folder: ...}  # made once, by sat-ext cache", pull=_from_cache),
+        Lever(yaml="model.text.device: cpu  # seconds a caption; a cache costs none", pull=_text_on_cpu),
         Lever(yaml="deepspeed.optimizer.type: bitsandbytes.optim.AdamW8bit", pull=_eight_bit),
         Lever(yaml="model.gradient_checkpointing: {offload: true}", pull=_checkpoints_on_host),
         Lever(yaml="model.train.quantization: nf4", pull=_nf4),
@@ -225,6 +227,13 @@ def _checkpoints_on_host(run: Run) -> Run | None:
     if run.checkpointing is not None and run.checkpointing.offload:
         return None
     return replace(run, model=replace(run.model, gradient_checkpointing=GradientCheckpointing(offload=True)))
+
+
+def _from_cache(run: Run) -> Run | None:
+    if run.cached:
+        return None
+    sampling = replace(run.model.sampling, number=0)  # there is no decoder
+    return replace(run, cached=True, cached_text=True, model=replace(run.model, sampling=sampling))
 
 
 def _text_on_cpu(run: Run) -> Run | None:

@@ -52,7 +52,8 @@ def encode_peak(run: Run, bucket: Bucket) -> int:
     else:
         chunks = list(_chunks(bucket.frames, first.frames))
         peak = max(_chunk_peak(first.autoencoder, f, area, old=i > 0) for i, f in enumerate(chunks))
-        if run.model.pretrained == COGVIDEO:  # ChunkedFirstStage: an activation of the clip at full resolution
+        # ChunkedFirstStage: an activation of the clip at full resolution
+        if run.model.pretrained == COGVIDEO and run.recompute == "block":
             extra = first.autoencoder.block_out_channels[0] * bucket.frames * area
     return given + (peak + extra) * item
 

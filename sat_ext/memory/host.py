@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
-from sat_ext.memory.activations import activations
 from sat_ext.memory.counts import Counts
 from sat_ext.memory.options import Options
 from sat_ext.memory.run import Run, sizes
 from sat_ext.memory.states import States
 from sat_ext.memory.weights import bytes_of, text_bytes
+from sat_ext.models.config import transformer_of
+from sat_ext.models.remembered import REMEMBERED
 
 PROCESS = 3_000_000_000  # a rank with PyTorch, SAT, DeepSpeed and CUDA's libraries, before it holds anything
 WORKER = 420_000_000  # a data worker with its guard (README, what is measured)
@@ -32,17 +34,17 @@ def host_parts(
         buffers = options.param_buffers * options.param_buffer * run.itemsize
         weights = buffers + min(own.host_weights, options.params_in_cpu * run.itemsize)
         pinned = [*own.pinned, buffers]
-    checkpoints = max(activations(run, sizes(run, bucket)).on_host for bucket in run.batches)
-    pixels = max(n * b.frames * 3 * b.height * b.width for b, n in run.batches.items())
+    whole = run.model.text.device != "gpu" or run.model.text.quantization != "none"  # each rank holds it
     each_rank = {
         "weights": weights,
         "gradients": own.host_gradients,
         "optimizer": own.host_optimizer,
-        "text_encoder": text_bytes(run, counts) * (run.model.text.device != "gpu"),
+        "text_encoder": text_bytes(run, counts) * (run.model.text.device != "gpu")
+        + REMEMBERED * (whole and not run.cached_text),
         "block_swap": run.model.block_swap * block,
-        "checkpoints": checkpoints,
+        "checkpoints": sum(checkpoint_memory(run)),
         "pinned": rounding(pinned),
-        "data_workers": run.workers * (WORKER + BATCHES_AHEAD * pixels),
+        "data_workers": workers_bytes(run),
         "processes": PROCESS,
     }
     parts = {name: per_node * value for name, value in each_rank.items()}
@@ -52,6 +54,32 @@ def host_parts(
     return {**parts, "loading": max(0, loading - sum(parts.values()))}
 
 
+def workers_bytes(run: Run) -> int:
+    """A rank's data workers, with the batches that wait in them."""
+    pixels = max(n * b.frames * 3 * b.height * b.width for b, n in run.batches.items())
+    return run.workers * (WORKER + BATCHES_AHEAD * pixels)
+
+
+def checkpoint_memory(run: Run) -> list[int]:
+    """Page-locked bytes of block inputs that are offloaded, by the size of an allocation.
+
+    PyTorch rounds each up to a power of two, and keeps it for a later one of that size: so each size has as many
+    as the bucket that needs most of them.
+    """
+    checkpointing, transformer = run.checkpointing, transformer_of(run.model)
+    if checkpointing is None or not checkpointing.offload:
+        return []
+    blocks = -(-transformer.num_layers // checkpointing.every)
+    width = transformer.num_attention_heads * transformer.attention_head_dim * run.itemsize
+    most: Counter[int] = Counter()
+    for bucket in run.batches:
+        size, found = sizes(run, bucket), Counter[int]()
+        for tokens in (size.video, size.text):  # a block's two inputs
+            found[power_of_two(size.samples * tokens * width)] += blocks
+        most |= found
+    return [allocation * count for allocation, count in most.items()]
+
+
 def rounding(allocations: Iterable[int]) -> int:
     """What page-locked memory takes on top: PyTorch's allocator rounds each allocation up to a power of two
     (CachingHostAllocatorImpl in aten/src/ATen/core/CachingHostAllocator.h).
@@ -59,4 +87,13 @@ def rounding(allocations: Iterable[int]) -> int:
     >>> rounding([5, 8])
     3
     """
-    return sum((1 << (n - 1).bit_length()) - n for n in allocations if n)
+    return sum(power_of_two(n) - n for n in allocations if n)
+
+
+def power_of_two(number: int) -> int:
+    """The least that is not below `number`.
+
+    >>> power_of_two(5), power_of_two(8)
+    (8, 8)
+    """
+    return 1 << (number - 1).bit_length()

@@ -38,7 +38,8 @@ class Run:
     `batches` are samples per rank and micro-step by bucket; `deepspeed` is the YAML's section. `itemsize` is the
     bytes of one number in the training dtype. `cached`: latents come from disk, and
     `cached_text`: embeddings. `whole_clips`: the
-    first stage holds an activation of the whole clip at full resolution, as CogVideo's do.
+    first stage holds an activation of the whole clip at full resolution, as CogVideo's do; `recompute` is that of
+    `ChunkedFirstStage`.
     """
 
     model: ModelConfig
@@ -50,6 +51,7 @@ class Run:
     cached: bool = False
     cached_text: bool = False
     whole_clips: bool = False
+    recompute: str = "block"
 
     @property
     def lora(self) -> bool:
@@ -127,6 +129,7 @@ def read_run(config: Mapping[str, Any]) -> Run:
         cached=bool(params.get("cache")),
         cached_text=bool(params.get("cache")) or original and _text_embedder(section).get("target") == CACHED_TEXT,
         whole_clips=original and target != CHUNKED_FIRST_STAGE,
+        recompute=((section.get("first_stage_config") or {}).get("params") or {}).get("recompute", "block"),
     )
 
 

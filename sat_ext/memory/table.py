@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from sat_ext.memory.advice import RULE, Advice, Room
+from sat_ext.memory.cache import CachePlan
 from sat_ext.memory.plan import Plan
 
 SHORT = {
@@ -16,6 +18,9 @@ SHORT = {
     "pinned": "pinned", "block_swap": "block swap", "checkpoints": "checkpoints", "data_workers": "data workers",
     "processes": "processes", "loading": "loading",
 }  # fmt: skip
+
+
+NVME = " It needs a CUDA toolkit, libaio and a fast disk at nvme_path, and was never run on a GPU."
 
 
 def gigabytes(number: int) -> str:
@@ -61,8 +66,21 @@ def of_buckets(plan: Plan, measured: Mapping[str, int] | None = None) -> Table:
         row = [str(peak.samples), gigabytes(peak.activations), gigabytes(peak.peak)]
         if measured is not None:
             found = measured.get(str(peak.bucket))
-            row += ["not seen", ""] if found is None else [gigabytes(found), f"{peak.peak / found - 1:+.1%}"]
+            row += ["not measured", ""] if found is None else [gigabytes(found), f"{peak.peak / found - 1:+.1%}"]
         table.add_row(str(peak.bucket), *row)
+    return table
+
+
+def of_cache(plan: CachePlan, room: Room) -> Table:
+    """A row for making the cache."""
+    table = Table("GB of a GPU", box=None)
+    for title in ("text", "first stage", "GPU", "host", "fits"):
+        table.add_column(title, justify="right")
+    fits = plan.gpu <= room.gpu_memory and plan.host <= room.host_memory
+    numbers = [gigabytes(n) for n in (plan.text, plan.first_stage, plan.gpu, plan.host)]
+    table.add_row("sat-ext cache", *numbers, "yes" if fits else "no")
+    for lever in plan.levers:
+        table.add_row(f"  with {lever}")
     return table
 
 
@@ -72,7 +90,7 @@ def sentences(advice: Advice, room: Room) -> list[str]:
         name, slower = advice.recommended, advice.slowdowns[advice.recommended]
         use = "the configuration as given" if name == "given" else f"configs/zero/{name}.yaml"
         cost = f", about {slower:.2f} times as long a step as without" if slower > 1.005 else ""
-        return [f"Use {use}{cost}.", RULE]
+        return [f"Use {use}{cost}.{NVME if name == 'zero3-nvme' else ''}", RULE]
     lines = [f"Nothing fits {gigabytes(room.gpu_memory)} GB a GPU and {gigabytes(room.host_memory)} GB a host."]
     if advice.with_levers is None:
         least = min(advice.plans, key=lambda p: (p.gpu, p.host))
@@ -83,14 +101,16 @@ def sentences(advice: Advice, room: Room) -> list[str]:
         )
     else:
         plan = advice.with_levers
-        lines.append(f"configs/zero/{plan.name}.yaml fits ({gigabytes(plan.gpu)} GB a GPU) with:")
+        needs = NVME if plan.name == "zero3-nvme" else ""
+        lines.append(f"configs/zero/{plan.name}.yaml fits ({gigabytes(plan.gpu)} GB a GPU) with:{needs}")
         lines += [f"  {lever}" for lever in advice.levers]
     return [*lines, RULE]
 
 
-def as_data(advice: Advice, room: Room) -> dict[str, Any]:
+def as_data(advice: Advice, cache: CachePlan, room: Room) -> dict[str, Any]:
     """All of it, in bytes."""
     return {
+        "cache": {**asdict(cache), "gpu": cache.gpu},
         "configs": [_plan_data(plan, advice.slowdowns, room) for plan in advice.plans],
         "recommended": advice.recommended,
         "levers": list(advice.levers),

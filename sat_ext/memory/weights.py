@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from sat_ext.memory.counts import Counts, Parameter
 from sat_ext.memory.run import Run
+from sat_ext.models.cpu import computes_in_bf16
 from sat_ext.models.quantize import NF4_BLOCK
 
 # Bytes of the scales: in blocks of a transformer's NF4 a bfloat16 each, a row of its FP8 an exponent
@@ -28,12 +29,13 @@ def bytes_of(parameters: Iterable[Parameter], run: Run, split: int = 1) -> int:
 
 
 def text_bytes(run: Run, counts: Counts, split: int = 1) -> int:
-    """Bytes of the text encoder's weights."""
-    kind = run.model.text.quantization
+    """Bytes of the text encoder's weights. On the CPU they are fp32 unless it computes in bf16; this machine's CPU
+    stands for the run's."""
+    kind, item = run.model.text.quantization, run.itemsize
+    if run.model.text.device == "cpu" and not computes_in_bf16():
+        item = 4
     return sum(
-        -(-p.numel // split) * run.itemsize
-        if kind == "none" or not p.matrix
-        else _quantized(p, kind, TEXT_SCALES[kind])
+        -(-p.numel // split) * item if kind == "none" or not p.matrix else _quantized(p, kind, TEXT_SCALES[kind])
         for p in counts.text
     )
 

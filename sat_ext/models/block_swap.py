@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_ext.models.side_stream import SideStream, Transfer, page_lock
+from sat_ext.models.side_stream import SideStream, Transfer, host_memory, page_lock
 
 ALIGNMENT = 256  # bytes, as CUDA aligns what it allocates
 
@@ -91,7 +91,7 @@ class SwappedBlock:
 
     def _pack(self, values: list[Tensor]) -> None:
         """Copy the values into one piece of CPU memory: one allocation and one copy a block."""
-        self.host = torch.empty(sum(_room(v) for v in values), dtype=torch.uint8)
+        self.host = host_memory(sum(_room(v) for v in values))
         self.locked = False
         self.home = self._views(self.host, values)
         for home, value in zip(self.home, values):

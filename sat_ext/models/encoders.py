@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_ext.encoded.encoders import Fingerprints, LatentShape
+from sat_ext.encoded.encoders import Fingerprints, LatentShape, Part, loaded
 from sat_ext.encoded.files import files_fingerprint
 from sat_ext.encoded.latents import fingerprint_of
 from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
@@ -24,7 +25,7 @@ from sat_ext.models.config import (
     transformer_of,
 )
 from sat_ext.models.first_stage import FirstStage, build_first_stage
-from sat_ext.models.text import build_text
+from sat_ext.models.text import T5Text, build_text
 from sat_ext.pixels import to_model_range
 
 
@@ -34,8 +35,9 @@ class EngineEncoders:
     def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         config = load_model_config(model)
         self.dtype, self.device = dtype, device
-        self.first_stage: FirstStage = build_first_stage(config, dtype).to(device)
-        self.text = build_text(config, dtype).to(device)
+        self.config = config
+        self.first_stage: FirstStage | None = None
+        self.text: T5Text | None = None
         self.shape = LatentShape(
             channels=latent_channels(config),
             side=spatial_compression(config),
@@ -45,13 +47,20 @@ class EngineEncoders:
             text=(text_length(config), transformer_of(config).text_embed_dim),
         )
 
+    def holding(self, part: Part) -> AbstractContextManager[None]:
+        """See `Encoders`."""
+        build: Any = {"text": build_text, "first_stage": build_first_stage}[part]
+        return loaded(self, part, lambda: build(self.config, self.dtype).to(self.device))
+
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Encoders`."""
+        assert self.first_stage is not None
         mean, deviation = self.first_stage.moments(to_model_range(pixels.to(self.device), self.dtype))
         return mean.cpu(), None if deviation is None else deviation.cpu()
 
     def condition(self, pixels: Tensor, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
         """See `Encoders`. The noise is that of a training step."""
+        assert self.first_stage is not None
         frames = to_model_range(pixels[:, :1].to(self.device), self.dtype)
         clean = self.first_stage.encode_condition(frames)
         noisy = [
@@ -62,6 +71,7 @@ class EngineEncoders:
 
     def embed(self, captions: list[str]) -> Tensor:
         """See `Encoders`."""
+        assert self.text is not None
         return self.text.encode(captions, self.device, self.dtype)
 
 

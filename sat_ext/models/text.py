@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +18,9 @@ from transformers import (
 
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, TextConfig, folder_config, text_length, transformer_of
+from sat_ext.models.cpu import encoder_dtype, own_cores
+from sat_ext.models.remembered import Remembered
+from sat_ext.models.side_stream import on_device
 
 # Of the small encoder. Changing one makes every checkpoint of a tiny model useless.
 BYT5_SEED = 1
@@ -32,7 +33,8 @@ class T5Text(nn.Module):
     as CogVideo's FrozenT5Embedder and diffusers' pipelines do.
 
     An encoder that is quantized or off the GPU stays out of the module tree: what moves, casts, saves or
-    partitions the model does not see it, and every rank holds it in its own memory.
+    partitions the model does not see it, and every rank holds it in its own memory. It encodes each caption once
+    (`Remembered`), while one in the module tree encodes every batch: under ZeRO-3 that gathers from all ranks.
     """
 
     encoder: nn.Module
@@ -49,6 +51,7 @@ class T5Text(nn.Module):
         self.moves = lever.device == "on_off"
         self.tokenizer = tokenizer
         self.length = length
+        self.remembered = Remembered()
 
     def train(self, mode: bool = True) -> T5Text:
         """Stay in evaluation mode, whatever is asked: T5 has dropout."""
@@ -57,6 +60,16 @@ class T5Text(nn.Module):
     @torch.no_grad()
     def encode(self, captions: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
         """Embeddings, (B, length, D), on `device`. Longer captions are cut."""
+        if "encoder" in self._modules:
+            return self._embed(captions).to(device, dtype)
+
+        def encode(missing: list[str]) -> list[Tensor]:
+            with on_device([self.encoder], device) if self.moves else own_cores():
+                return [self._embed([caption])[0].to("cpu", dtype) for caption in missing]
+
+        return self.remembered.embeddings(captions, encode).to(device, dtype)
+
+    def _embed(self, captions: list[str]) -> Tensor:
         tokens = self.tokenizer(
             captions,
             padding="max_length",
@@ -65,30 +78,15 @@ class T5Text(nn.Module):
             add_special_tokens=True,
             return_tensors="pt",
         )
-        with on_device([self.encoder], device) if self.moves else nullcontext():
-            home = next(self.encoder.parameters()).device
-            return self.encoder(tokens.input_ids.to(home))[0].to(device, dtype)
-
-
-@contextmanager
-def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules' weights are copies on `device`; after it, the very tensors from before."""
-    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    homes = [t.data for t in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
-        yield
-    finally:
-        for tensor, home in zip(tensors, homes):
-            tensor.data = home
+        embedded: Tensor = self.encoder(tokens.input_ids.to(next(self.encoder.parameters()).device))[0]
+        return embedded
 
 
 def build_text(config: ModelConfig, dtype: torch.dtype) -> T5Text:
     """The text encoder that `config` asks for. Raises `ConfigError` where its quantization cannot be had."""
     length = text_length(config)
-    if config.text.device == "cpu" and dtype == torch.float16:
-        dtype = torch.float32  # CPUs are slow in it, and T5 overflows
+    if config.text.device == "cpu":
+        dtype = encoder_dtype(dtype)
     if config.text.kind == "byt5":
         small = small_byt5(transformer_of(config).text_embed_dim).to(dtype)
         return T5Text(small, ByT5Tokenizer(), length, config.text)

@@ -38,11 +38,13 @@ log = logging.getLogger(__name__)
 @dataclass
 class Measured:
     """Of the micro-steps of one bucket: bytes that PyTorch allocated and reserved at most, and what each took in
-    seconds (of the newest ones), the first one aside: it makes optimizer states and looks for kernels.
+    seconds (of the newest ones). All without the first one, which may make optimizer states and looks for kernels:
+    cuDNN tries them with workspaces of gigabytes. What that one allocated is `first`.
     """
 
     samples: int = 0
     steps: int = 0
+    first: int = 0
     allocated: int = 0
     reserved: int = 0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
@@ -76,7 +78,9 @@ class MemoryReport:
                 seen.seconds.append(now - since)
             seen.steps += 1
         if torch.cuda.is_available():
-            if seen is not None:
+            if seen is not None and seen.steps == 1:
+                seen.first = torch.cuda.max_memory_allocated()
+            elif seen is not None:
                 seen.allocated = max(seen.allocated, torch.cuda.max_memory_allocated())
                 seen.reserved = max(seen.reserved, torch.cuda.max_memory_reserved())
             torch.cuda.reset_peak_memory_stats()
@@ -90,17 +94,18 @@ class MemoryReport:
         if not torch.cuda.is_available():
             print("memory: the peak was not measured, there is no GPU")
         elif self.plan is not None:
-            peaks = {bucket: of.allocated for bucket, of in self.measured.items()}
+            peaks = {bucket: of.allocated for bucket, of in self.measured.items() if of.steps > 1}
             Console().print(of_buckets(self.plan, peaks))
 
     def data(self) -> dict[str, Any]:
-        """Predicted bytes by part, and by bucket what was predicted and measured (None without a GPU)."""
+        """Predicted bytes by part, and by bucket what was predicted and measured: None without a GPU, and
+        where a bucket came once."""
         gpu = torch.cuda.is_available()
         peaks = {str(b.bucket): b.peak for b in self.plan.buckets} if self.plan else {}
         buckets = [
             {
                 "bucket": bucket, "samples": of.samples, "steps": of.steps, "predicted": peaks.get(bucket),
-                "allocated": of.allocated if gpu else None, "reserved": of.reserved if gpu else None,
+                "allocated": of.allocated or None, "reserved": of.reserved or None, "first": of.first or None,
                 "seconds": statistics.median(of.seconds) if of.seconds else None,
             }
             for bucket, of in self.measured.items()

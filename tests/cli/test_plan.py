@@ -22,7 +22,15 @@ def plan(*options: str, files: tuple[str, ...] = LORA) -> Result:
 def test_the_table_shows_parts_buckets_and_what_to_use() -> None:
     shown = plan("--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "1TB")
     assert shown.exit_code == 0, shown.output
-    for words in ("activations", "first stage", "given", "zero3", "49x480x720", "Use configs/zero/"):
+    for words in (
+        "activations",
+        "first stage",
+        "given",
+        "zero3",
+        "49x480x720",
+        "Use configs/zero/",
+        "sat-ext cache",
+    ):
         assert words in shown.output
 
 
@@ -39,6 +47,7 @@ def test_json_is_one_object() -> None:
     assert [c["name"] for c in found["configs"]][:2] == ["given", "zero0"]
     assert found["recommended"] and shown.exit_code == 0
     assert found["gpu_memory"] == 80 * 10**9
+    assert found["cache"]["gpu"] == max(found["cache"]["text"], found["cache"]["first_stage"])
 
 
 def test_a_tiny_model_fits_anything() -> None:

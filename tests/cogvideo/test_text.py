@@ -100,6 +100,31 @@ def test_offloaded_embeddings_are_the_parent_s(device: str, dtype: torch.dtype) 
     assert torch.equal(embedding, Encoder(device="cpu").to(dtype)(["a cat", ""]))
 
 
+def test_the_offloaded_encoder_sees_each_caption_once_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    forward = Encoder.forward
+
+    def watched(encoder: Encoder, text: list[str]) -> Tensor:
+        seen.append(text)
+        return forward(encoder, text)
+
+    monkeypatch.setattr(Encoder, "forward", watched)
+    conditioner = Conditioner(offloaded())
+    embedding = conditioner({"txt": ["a cat", "", "a cat"]})
+    assert torch.equal(conditioner({"txt": ["a cat", "a cat", "", "a dog"]})[:3], embedding[[0, 0, 1]])
+    assert seen == [["a cat"], [""], ["a dog"]]
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_on_the_cpu_only_where_it_computes_in_it(
+    fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sat_ext.models.cpu.computes_in_bf16", lambda: fast)
+    embedder = offloaded()
+    embedding = Conditioner(embedder).bfloat16()({"txt": ["a cat"]})
+    assert (embedding.dtype, embedder.transformer.weight.dtype) == (torch.bfloat16, dtype)
+
+
 def test_the_offloaded_encoder_is_no_part_of_the_engine() -> None:
     embedder = offloaded()
     conditioner = Conditioner(embedder)

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import logging
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sat_ext.models import side_stream
 from sat_ext.models.block_swap import SwappedBlock
+from sat_ext.models.side_stream import host_memory, lock_weights, on_device, page_lock
 from tests.models.conftest import make_batch
 from tests.models.test_checkpointing import LAYERS, LORA, assert_same, engine_of, loss_and_gradients
 
@@ -151,3 +156,95 @@ def test_adapters_train_with_swapped_blocks() -> None:
             optimizer.zero_grad()
         losses.append(found)
     assert losses[0] == losses[1] and losses[0][0] != losses[0][-2]
+
+
+class Cuda:
+    """No GPU is here: as much of CUDA's runtime as page-locking touches. A call that fails leaves its error, which
+    the check after the next kernel takes, and raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> None:
+        self.status, self.error, self.locked = status, 0, dict[int, int]()
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(side_stream.torch, "zeros", self.kernel)
+
+    def cudaHostRegister(self, address: int, size: int, _: int) -> int:  # noqa: N802
+        self.error = self.status
+        if not self.status:
+            self.locked[address] = size
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.locked[address]
+        return 0
+
+    def kernel(self, *_: Any, **__: Any) -> Any:
+        error, self.error = self.error, 0
+        if error:
+            raise RuntimeError(f"CUDA error {error}")
+        return SimpleNamespace(add_=lambda _: None)
+
+
+def test_memory_that_cannot_be_locked_leaves_no_error_for_the_next_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda = Cuda(monkeypatch, status=2)
+    with caplog.at_level(logging.WARNING):
+        assert not page_lock(host_memory(512))
+    assert cuda.error == 0 and "could not be page-locked (CUDA error 2)" in caplog.text
+    cuda.kernel()
+
+
+def test_locked_memory_is_unlocked_with_it_and_by_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    memory, other = host_memory(512), host_memory(512)
+    assert page_lock(memory) and page_lock(other) and len(cuda.locked) == 2
+    del memory
+    assert len(cuda.locked) == 1
+    pid = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: pid + 1)  # a data worker lets go of what it inherited
+    del other
+    assert len(cuda.locked) == 1
+
+
+def test_memory_for_copies_is_shared_with_forks_and_so_never_copied_for_them() -> None:
+    """Linux copies private pages that a device has pinned at each fork."""
+    memory = host_memory(1 << 20)
+    begin, (seen, tell) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(begin[0], 1)
+        os.write(tell, b"1" if int(memory[-1]) == 7 else b"0")
+        os._exit(0)
+    memory[-1] = 7  # a private page would now be two
+    os.write(begin[1], b"x")
+    assert os.read(seen, 1) == b"1"
+    os.waitpid(child, 0)
+
+
+def test_weights_that_visit_the_gpu_are_locked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, layer = Cuda(monkeypatch), torch.nn.Linear(3, 2)
+    expected = [p.detach().clone() for p in layer.parameters()]
+    tensors = list(layer.parameters())
+    lock_weights(tensors)
+    places = [p.data_ptr() for p in tensors]
+    assert sorted(cuda.locked) == sorted(places)
+    lock_weights(tensors)
+    assert [p.data_ptr() for p in tensors] == places and all(map(torch.equal, tensors, expected))
+    with on_device([layer], torch.device("cpu")):
+        pass
+    assert [p.data_ptr() for p in tensors] == places
+    layer.double()  # new memory, which is locked in its turn
+    lock_weights(tensors)
+    assert {p.data_ptr() for p in layer.parameters()} == set(cuda.locked)
+    del layer, tensors
+    assert not cuda.locked
+
+
+def test_where_one_tensor_cannot_be_locked_the_others_are_not_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Cuda(monkeypatch, status=2)
+    layer = torch.nn.Linear(3, 2)
+    for _ in range(2):
+        lock_weights(list(layer.parameters()))
+    assert caplog.text.count("could not be page-locked") == 1

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +13,10 @@ import torch
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from sat_ext.errors import ConfigError
+from sat_ext.models import cpu
 from sat_ext.models.config import TextConfig, load_model_config
+from sat_ext.models.cpu import own_cores
+from sat_ext.models.remembered import Remembered
 from sat_ext.models.text import T5Text, build_text, small_byt5
 from tests.models.conftest import make_batch, make_engine, small_config
 
@@ -77,6 +83,80 @@ def test_an_encoder_off_the_gpu_is_no_part_of_the_engine(pretrained: Callable[..
     assert torch.equal(found, plain.text.encode(["ab"], CPU, torch.float32))
     loss, _ = engine(make_batch(5))
     assert loss.isfinite()
+
+
+def test_an_encoder_off_the_gpu_sees_each_caption_once_and_alone(pretrained: Callable[..., Path]) -> None:
+    """So embeddings are the same to the last bit in a resumed run, which remembers nothing."""
+    config = load_model_config({"pretrained": str(pretrained()), "conditioning": "i2v", "text": {"device": "cpu"}})
+    text, again = build_text(config, torch.float32), build_text(config, torch.float32)
+    sizes: list[int] = []
+    text.encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    stills = text.encode(["ab", "ab", "", "cd", "ab"], CPU, torch.bfloat16)
+    assert sizes == [1, 1, 1] and stills.dtype == torch.bfloat16
+    assert torch.equal(stills[[0, 3]], text.encode(["ab", "cd"], CPU, torch.bfloat16)) and len(sizes) == 3
+    assert torch.equal(again.encode(["cd", "ab"], CPU, torch.bfloat16), stills[[3, 0]])
+
+
+def test_embeddings_are_remembered_up_to_a_size_and_the_empty_caption_for_good() -> None:
+    asked: list[str] = []
+
+    def encode(captions: list[str]) -> list[torch.Tensor]:
+        asked.extend(captions)
+        return [torch.full((2, 3), float(len(c))) for c in captions]
+
+    remembered = Remembered(limit=2 * 24)  # of "" and one more
+    assert remembered.embeddings(["", "a", "bb", ""], encode)[:, 0, 0].tolist() == [0, 1, 2, 0]
+    assert asked == ["", "a", "bb"]
+    remembered.embeddings(["bb", ""], encode)
+    assert len(asked) == 3
+    remembered.embeddings(["a", "", "bb"], encode)
+    assert asked[3:] == ["a"]  # bb was remembered until a came
+    assert remembered._size == sum(t.untyped_storage().nbytes() for t in remembered._found.values()) == 48
+
+
+def test_an_encoder_that_zero_3_may_split_is_called_once_a_batch(pretrained: Callable[..., Path]) -> None:
+    """Its weights are gathered from all ranks, so that every rank must call it as often."""
+    text = build_text(load_model_config({"pretrained": str(pretrained()), "conditioning": "i2v"}), torch.float32)
+    sizes: list[int] = []
+    text.encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    for _ in range(2):
+        text.encode(["ab", "ab", ""], CPU, torch.float32)
+    assert sizes == [3, 3]
+
+
+def test_text_on_the_cpu_has_this_ranks_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    try:
+        torch.set_num_threads(1)  # as torchrun has it
+        for variable, ranks in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_SIZE", cores), ("LOCAL_SIZE", 4 * cores)):
+            monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+            monkeypatch.setenv(variable, str(ranks))
+            with own_cores():
+                assert torch.get_num_threads() == max(1, cores // ranks)
+            assert torch.get_num_threads() == 1
+        torch.set_num_threads(3)  # somebody's choice
+        with own_cores():
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bf16_on_a_cpu_only_where_it_computes_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN is asked for real, by a process of its own that it gives AVX2 alone; a file stands in for a CPU with
+    AVX512 and without bf16, of which it says yes."""
+    code = "import torch; from sat_ext.models.cpu import encoder_dtype; print(encoder_dtype(torch.bfloat16))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "torch.float32\n"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu, "CPU_INFO", tmp_path / "cpuinfo")
+    for flags, expected in (("avx2 avx512f", torch.float32), ("avx512f avx512_bf16", torch.bfloat16)):
+        (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
+        assert cpu.encoder_dtype(torch.bfloat16) == expected
+        assert cpu.encoder_dtype(torch.float16) == cpu.encoder_dtype(torch.float32) == torch.float32
 
 
 def test_an_encoder_on_the_cpu_is_not_in_half_precision(pretrained: Callable[..., Path]) -> None:

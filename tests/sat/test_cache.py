@@ -8,14 +8,19 @@ import shutil
 import signal
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from sat_ext.encoded import write
+from sat_ext.cli import cache as command
+from sat_ext.encoded import text, write
+from sat_ext.encoded.encoders import Part
 from sat_ext.encoded.latents import LatentStore
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.models import encoders
@@ -222,3 +227,89 @@ def test_fingerprints_follow_weights_options_and_dtype(tmp_path: Path) -> None:
     weights.write_bytes(content)
     changed = encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16)
     assert changed.first_stage != first.first_stage and changed.text == first.text
+
+
+def test_one_encoder_is_loaded_at_a_time(tmp_path: Path) -> None:
+    """A GPU of 8 to 16 GB holds T5 or the autoencoder with its activations, and not both."""
+    folder = write_pretrained(tmp_path / "model", "5b-i2v")
+    model = {"pretrained": str(folder), "conditioning": "i2v"}
+    made = encoders.EngineEncoders(model, torch.float32, torch.device("cpu"))
+    weights = []
+    for part, other in (("text", "first_stage"), ("first_stage", "text")):
+        assert made.text is made.first_stage is None
+        with made.holding(part):
+            assert getattr(made, other) is None
+            weights += [StorageWeakRef(p.untyped_storage()) for p in getattr(made, part).parameters()]
+            if part == "text":
+                assert made.embed(["a cat"]).shape == (1, *made.shape.text)
+            else:
+                assert (
+                    made.moments(torch.zeros(1, 1, 3, 32, 32, dtype=torch.uint8))[0].shape[2]
+                    == made.shape.channels
+                )
+        assert weights and all(weight.expired() for weight in weights), part
+
+
+def test_what_a_gpu_cannot_hold_is_told_with_the_remedy_and_text_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error alone is made up: PyTorch raises it where a GPU has no more memory."""
+    order: list[str] = []
+
+    class Encoders:
+        @contextmanager
+        def holding(self, part: Part) -> Any:
+            order.append(part)
+            yield
+
+        def embed(self, captions: list[str]) -> torch.Tensor:
+            return torch.zeros(len(captions), 2, 3)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB.")
+
+    monkeypatch.setattr(command, "write_samples", full)
+    work: Any = SimpleNamespace(captions=("a cat",), samples=("x",))
+    for section, remedy in (
+        ({}, "set model.first_stage.tiling: true"),
+        ({"network_config": {}}, "frames: 4, recompute: level"),
+    ):
+        run: Any = SimpleNamespace(model=section, num_workers=0)
+        run.data = SimpleNamespace(decoder="auto", on_bad_sample=SimpleNamespace(timeout=1))
+        settings: Any = SimpleNamespace(folder=str(tmp_path), conditions=1)
+        with pytest.raises(ConfigError, match=f"too small for the first stage .*{remedy}.*is kept"):
+            command._write(work, Encoders(), run, settings, SimpleNamespace(text={}), command.Console())
+    assert order == ["text", "first_stage"] * 2
+    assert torch.equal(text.TextEmbeddings(tmp_path)["a cat"], torch.zeros(2, 3))
+
+
+def test_each_rank_encodes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CogVideo's T5 sends its tokens to "cuda", and bitsandbytes asks for the current device. No GPU is here, so
+    that of `torch.cuda` which is asked stands in for two."""
+    chosen: list[int] = []
+    for name, value in (
+        ("is_available", lambda: True),
+        ("device_count", lambda: 2),
+        ("set_device", chosen.append),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        command._use_own_gpu()
+    assert chosen == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="LOCAL_RANK: 2, and this machine has 2 GPUs; start one process a GPU"):
+        command._use_own_gpu()
+
+
+def test_a_kill_costs_a_minute_of_captions_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 on a CPU takes minutes for what a file may hold."""
+    monkeypatch.setattr(text, "FILE_SECONDS", -1.0)
+    seen = []
+
+    def embed(captions: list[str]) -> torch.Tensor:
+        seen.append(len(list(tmp_path.glob("text-*"))))
+        return torch.zeros(len(captions), 2, 3)
+
+    text.write_text_embeddings(tmp_path, [f"{i}" for i in range(5)], embed, {}, batch=2)
+    assert seen == [0, 1, 2]

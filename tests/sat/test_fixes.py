@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import pickle
 import sys
 import types
@@ -21,7 +22,7 @@ from torch import nn
 
 from sat_ext.errors import ConfigError
 from sat_ext.sat import fixes
-from sat_ext.sat.fixes import optimizer
+from sat_ext.sat.fixes import memory, optimizer, sizes
 from sat_ext.sat.fixes.memory import COLLECT_EVERY
 from sat_ext.sat.settings import NAMES
 
@@ -343,3 +344,52 @@ def test_sats_optimizer_needs_a_compiler_of_pytorchs_cuda(monkeypatch: pytest.Mo
         else:
             with pytest.raises(ConfigError, match=f"by an nvcc of CUDA 12.8, and {compiler} is of 12.6"):
                 fixes.ema_optimizer(with_optimizer())
+
+
+@pytest.mark.parametrize("initialized", [False, True])
+def test_the_allocators_segments_grow_unless_the_user_says_otherwise(
+    initialized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is here: that there is one is made up, and what PyTorch's allocator is asked is recorded."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", asked.append)
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(variable, "max_split_size_mb:128")
+        assert not memory.expandable_segments(Namespace())
+        monkeypatch.delenv(variable)
+    for version, variable in (("2.4.1", "PYTORCH_CUDA_ALLOC_CONF"), ("2.13.0+cpu", "PYTORCH_ALLOC_CONF")):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert memory.expandable_segments(Namespace())
+        assert os.environ[variable] == "expandable_segments:True"
+        monkeypatch.delenv(variable)
+    assert asked == ["expandable_segments:True"] * 2 * initialized
+
+
+def test_offload_to_nvme_that_cannot_work_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That there is a GPU without a toolkit is made up; whether libaio is here is DeepSpeed's own look."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils import cpp_extension
+
+    def section(path: str) -> Namespace:
+        return Namespace(
+            deepspeed_config={"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": path}}}
+        )
+
+    with pytest.raises(
+        ConfigError, match=r"offload_param.nvme_path: /nowhere is not a folder that can be written"
+    ):
+        sizes.auto_sizes(section("/nowhere"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(ConfigError, match=r"offload_param.device: nvme needs a CUDA toolkit .*zero3-offload.yaml"):
+        sizes.auto_sizes(section(str(tmp_path)))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"nvme needs libaio with its headers \(apt install libaio-dev\), of"):
+        sizes.auto_sizes(section(str(tmp_path)))
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: True)
+    assert not sizes.auto_sizes(section(str(tmp_path)))

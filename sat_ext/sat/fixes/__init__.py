@@ -15,7 +15,7 @@ from sat.helpers import print_rank0
 from sat_ext.sat.fixes.cpu import cpu_training, no_compiler
 from sat_ext.sat.fixes.launcher import launcher
 from sat_ext.sat.fixes.loading import load, resume
-from sat_ext.sat.fixes.memory import empty_cache
+from sat_ext.sat.fixes.memory import empty_cache, expandable_segments
 from sat_ext.sat.fixes.optimizer import ema_optimizer
 from sat_ext.sat.fixes.optimizer_path import optimizer_path
 from sat_ext.sat.fixes.sampling import zero3_sampling
@@ -36,6 +36,7 @@ FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
     "zero3_sampling": zero3_sampling,
     "lr_schedule": lr_schedule,
     "empty_cache": empty_cache,
+    "expandable_segments": expandable_segments,
     "ema_optimizer": ema_optimizer,
     "optimizer_path": optimizer_path,
     "auto_sizes": auto_sizes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import os
 import sys
 from typing import Any
 
@@ -14,6 +15,24 @@ from sat_ext.sat.fixes.standin import StandIn
 
 FULL = 0.9  # of the GPU's memory is reserved: only then does emptying the cache help
 COLLECT_EVERY = 100  # steps
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # variables that set PyTorch's allocator
+SEGMENTS = "expandable_segments:True"
+
+
+def expandable_segments(args: argparse.Namespace) -> bool:
+    """Symptom: buckets of many sizes leave gaps in the GPU's memory that PyTorch has reserved, and a run dies of
+    memory that is "reserved by PyTorch but unallocated".
+
+    The allocator's segments grow instead. A setting of the user's in PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF
+    stays as it is.
+    """
+    if not torch.cuda.is_available() or any(os.environ.get(name) for name in ALLOCATOR):
+        return False
+    new = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)  # warns of the older name
+    os.environ[ALLOCATOR[new]] = SEGMENTS  # read at the allocator's first use
+    if torch.cuda.is_initialized():  # CogVideo's script chooses its GPU before it loads the data class
+        torch.cuda.memory._set_allocator_settings(SEGMENTS)
+    return True
 
 
 def empty_cache(args: argparse.Namespace) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
+from sat_ext.errors import ConfigError
 from sat_ext.models.shape import sequence_shape
 from sat_ext.zero import AUTO, fill_in_auto
 
@@ -17,10 +20,11 @@ def auto_sizes(args: argparse.Namespace) -> bool:
     sizes that follow from the model; its own defaults take gigabytes; and it dies where a YAML adds
     `offload_optimizer` to CogVideo's `cpu_offload: false` ("Cannot provide deprecated parameter").
 
-    Raises `ConfigError` for one that nothing follows from.
+    Raises `ConfigError` for one that nothing follows from, and where offload to NVMe cannot work here.
     """
     config = getattr(args, "deepspeed_config", None)
     zero = (config or {}).get("zero_optimization") or {}
+    _check_nvme(zero)
     if not config or not (_has_auto(config) or {"cpu_offload", "offload_optimizer"} <= zero.keys()):
         return False
     model: Any = OmegaConf.to_container(OmegaConf.create(args.model_config), resolve=True)
@@ -30,3 +34,36 @@ def auto_sizes(args: argparse.Namespace) -> bool:
 
 def _has_auto(section: Mapping[str, Any]) -> bool:
     return any(_has_auto(v) if isinstance(v, Mapping) else v == AUTO for v in section.values())
+
+
+def _check_nvme(zero: Mapping[str, Any]) -> None:
+    """DeepSpeed would end in a compiler's messages after the model is loaded, or fill the system's disk."""
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name) or {}
+        if section.get("device") != "nvme":
+            continue
+        where, path = f"deepspeed.zero_optimization.{name}", str(section.get("nvme_path", ""))
+        if not (os.path.isdir(path) and os.access(path, os.W_OK)):
+            raise ConfigError(
+                f"{where}.nvme_path: {path} is not a folder that can be written; name one on an NVMe disk."
+            )
+        if missing := _lacking():
+            raise ConfigError(
+                f"{where}.device: nvme needs {' and '.join(missing)}, of which DeepSpeed compiles its reader; "
+                "install that, or use configs/zero/zero3-offload.yaml."
+            )
+
+
+def _lacking() -> list[str]:
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils import cpp_extension
+
+    if installed_ops.get(AsyncIOBuilder.NAME):
+        return []
+    toolkit = cpp_extension.CUDA_HOME is not None or not torch.cuda.is_available()
+    found = {
+        "a CUDA toolkit (nvcc on PATH, or CUDA_HOME)": toolkit,
+        "libaio with its headers (apt install libaio-dev)": AsyncIOBuilder().is_compatible(),
+    }
+    return [name for name, there in found.items() if not there]
