@@ -14,13 +14,24 @@ Kind = Literal["image", "video"]
 # rounded to the container's clock, and arithmetic in seconds to binary fractions.
 TIME_TOLERANCE = 1e-3
 
+_IMAGES = (
+    ".jpg .jpeg .jpe .jfif .jif .jfi .pjpeg .pjp .mpo .png .webp .avif .heic .heif .hif .bmp .dib .tif .tiff .gif"
+)
+_VIDEOS = """
+    .mp4 .m4v .mov .qt .f4v .3gp .3g2 .insv .mkv .mk3d .webm .avi .divx .flv .wmv .asf .mpg .mpeg .mpe .m1v
+    .m2v .vob .ts .m2t .m2ts .mts .ogv .ogm .mxf .nut .ivf .y4m .rm .rmvb .dv .apng
+"""
+_OTHERS = """
+    .txt .md .rst .log .json .jsonl .ndjson .csv .tsv .parquet .arrow .yaml .yml .toml .ini .cfg .xml .html
+    .htm .css .js .py .pyc .pyd .pyi .ipynb .sh .bat .zip .gz .bz2 .xz .zst .7z .rar .tar .tgz .npy .npz .pt
+    .pth .pkl .pickle .safetensors .ckpt .bin .h5 .hdf5 .mat .db .sqlite .lock .cls .cls2 .id .srt .vtt .ass
+    .sub .lrc .wav .mp3 .flac .ogg .oga .opus .m4a .aac .wma .aiff .mid .caption .tags .torrent .url .lnk
+    .part .tmp .bak .md5 .sha1 .sha256
+"""
 # What a folder is searched for. GIF and WebP are among the stills, and clips where they are animated.
-IMAGE_EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
-)
-VIDEO_EXTENSIONS = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
-)
+IMAGE_EXTENSIONS, VIDEO_EXTENSIONS = frozenset(_IMAGES.split()), frozenset(_VIDEOS.split())
+# What is known to be neither. Files with other endings are counted and named, as they may be media.
+OTHER_EXTENSIONS = frozenset(_OTHERS.split())
 
 # Pillow's own limit against decompression bombs (1 GiB / 4 / 3 pixels), held for frames of a video too.
 MAX_PIXELS = 89_478_485

@@ -78,6 +78,16 @@ def _unreadable(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _unread(facts: Facts) -> Iterator[Finding]:
+    if unread := facts.index.unread:
+        endings = ", ".join(f"{number:,} {ending}" for ending, number in unread.items())
+        yield Finding(
+            level="warning",
+            text=f"Left out for their endings, which are not read: {endings}.",
+            remedy="Convert them, stills to JPEG or PNG and clips to MP4, or give them their usual ending.",
+        )
+
+
 def _no_caption(facts: Facts) -> Iterator[Finding]:
     empty = [p for p, captions in _captions(facts) if not any(c.strip() for c in captions)]
     if empty:
@@ -269,8 +279,8 @@ def _all_still(facts: Facts) -> Iterator[Finding]:
 
 
 _CHECKS = (
-    _unreadable, _no_caption, _all_still, _longest, _short, _dropped, _cut, _enlarged, _repeated, _few, _slow,
-    _same_captions, _long_captions,
+    _unreadable, _unread, _no_caption, _all_still, _longest, _short, _dropped, _cut, _enlarged, _repeated, _few,
+    _slow, _same_captions, _long_captions,
 )  # fmt: skip
 
 

@@ -205,7 +205,9 @@ def test_it_warns_of_buckets_that_are_sized_for_and_never_filled(tmp_path: Path)
     assert "Add clips of 6 s or more, or take the lengths above 9 out of data.params.buckets.frames." in text
     assert "No file falls into the bucket 49x64x64, larger than any that is filled: " in text
     assert "cost nothing" not in text
+    (tmp_path / "stills" / "new.JXL").write_bytes(b"x")
     text = Reader(write_page(write_base(tmp_path, params="buckets: {frames: [1, 5, 9, 13, 17]}"))).text
+    assert "Left out for their endings, which are not read: 1 .jxl." in text
     assert "No file falls into these buckets: 9x64x64, 13x64x64. These cost nothing" in text
     assert "long enough for the longest bucket" not in text
 

@@ -33,6 +33,10 @@ CODECS = [
     ("ffv1", "yuv420p", ("mkv", "avi"), "ffv1"),
     ("mpeg4", "yuv420p", ("mp4", "avi", "mkv"), "mpeg4"),
     ("mjpeg", "yuvj420p", ("mov", "avi"), "mjpeg"),
+    ("libx264", "yuv420p", ("3gp", "3g2", "f4v"), "h264"),
+    ("libvpx", "yuv420p", ("ogv",), "vp8"),
+    ("mpeg2video", "yuv420p", ("mxf", "nut"), "mpeg2video"),
+    ("apng", "rgb24", ("apng",), "apng"),
 ]
 CASES = [(codec, pixels, suffix, name) for codec, pixels, suffixes, name in CODECS for suffix in suffixes]
 

@@ -276,6 +276,15 @@ def test_a_longest_bucket_that_is_nearly_empty_is_named(
         assert found is not None and found[0].startswith(start) and found[1].endswith(str(remedy))
 
 
+def test_files_of_endings_that_are_not_read_stand_in_the_summary(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jxl", "c.jxl"):
+        write_still(tmp_path / "a.png") if name == "a.png" else (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).with_suffix(".txt").write_text("")
+    index = build_index([SourceConfig(path=str(tmp_path))], config())
+    assert index.unread == {".jxl": 2}
+    assert index.summary().endswith("; 0 unreadable, 0 in no bucket, 2 of endings that are not read (.jxl)")
+
+
 def test_an_index_crosses_process_boundaries(media: Path) -> None:
     index = build_index([write_table(media, [{"path": "still.png", "caption": "s"}])], config())
     again = pickle.loads(pickle.dumps(index))

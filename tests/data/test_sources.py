@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -103,7 +105,109 @@ def test_a_caption_that_is_not_utf8_is_mended_and_named(tmp_path, caplog):
     put(tmp_path / "a.mp4")
     (tmp_path / "a.txt").write_bytes("a café".encode("latin-1"))
     assert [i.captions for i in read_source(str(tmp_path))] == [("a caf\ufffd",), ("a caption",)]
-    assert "captions that are not UTF-8, their bad bytes replaced: 1 ('a.txt')" in caplog.text
+    assert "captions that are not UTF-8, their bad bytes replaced; save them as UTF-8: 1 ('a.txt')" in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_texts_of_windows_are_read_whatever_their_encoding(tmp_path, encoding):
+    def write(path: Path, text: str) -> str:
+        path.parent.mkdir(exist_ok=True)
+        mark = "\ufeff" if encoding.endswith(("-le", "-be")) else ""
+        path.write_bytes((mark + text).encode(encoding))
+        return str(path)
+
+    put(tmp_path / "d" / "a.mp4")
+    write(tmp_path / "d" / "a.txt", "Ein größeres Café.\r\n")
+    write(tmp_path / "p" / "prompts.txt", "Ein größeres Café. \r\nZwei.\r\n")
+    write(tmp_path / "p" / "videos.txt", "a.mp4 \r\nb.mp4\r\n")
+    csv = write(tmp_path / "t.csv", "path,caption\r\na.mp4,Ein größeres Café.\r\n")
+    jsonl = write(tmp_path / "t.jsonl", json.dumps({"path": "a.mp4", "caption": "Ein größeres Café."}) + "\r\n")
+    for source in (tmp_path / "d", tmp_path / "p", csv, jsonl):
+        first = read_source(str(source))[0]
+        assert (first.key, first.captions) == ("a.mp4", ("Ein größeres Café.",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_utf_16_without_a_mark_is_refused_by_name(tmp_path, encoding):
+    put(tmp_path / "d" / "a.mp4")
+    texts = {
+        "d/a.txt": "A cat.",
+        "t.csv": "path,caption\na.mp4,A cat.\n",
+        "t.jsonl": '{"path": "a", "caption": ""}',
+    }
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(DataError, match=rf"{path.name}: it has null bytes, .*; save it as UTF-8\."):
+            read_source(str(path.parent if path.suffix == ".txt" else path))
+
+
+def test_captions_are_found_whatever_their_case_and_accents(tmp_path):
+    def decomposed(name: str) -> str:  # as macOS writes it
+        return unicodedata.normalize("NFD", name)
+
+    pairs = {
+        "IMG_1.JPG": "IMG_1.TXT",
+        "Photo.jpg": "photo.txt",
+        "café.mp4": decomposed("café.txt"),
+        decomposed("größe/Ärger.png"): "GRÖSSE/ärger.Txt",
+        "Videos/a.mp4": "Labels/A.txt",
+    }
+    for media, caption in pairs.items():
+        put(tmp_path / media)
+        put(tmp_path / caption, f"of {media}")
+    items = read_source(str(tmp_path))
+    assert {i.key: i.captions for i in items} == {media: (f"of {media}",) for media in pairs}
+    assert all(Path(i.path).is_file() for i in items)
+
+
+def test_captions_that_may_be_of_several_files_are_refused(tmp_path):
+    put(tmp_path / "a" / "clip.mp4")
+    for name in ("Clip.txt", "CLIP.txt"):
+        put(tmp_path / "a" / name, "?")
+    with pytest.raises(DataError, match=r"'clip.txt' is not there, and 'CLIP.txt', 'Clip.txt' may be meant; give"):
+        read_source(str(tmp_path / "a"))
+    put(tmp_path / "a" / "clip.txt", "mine")  # the same name wins
+    assert read_source(str(tmp_path / "a"))[0].captions == ("mine",)
+    for name in ("x.jpg", "X.jpg", "x.txt"):
+        put(tmp_path / "b" / name, "?")
+    with pytest.raises(DataError, match=r"'x.txt' may be the caption of two files, as '.\.txt' and as"):
+        read_source(str(tmp_path / "b"))
+    put(tmp_path / "c" / "x.jpg")
+    pair(tmp_path / "c", "x.mp4", "of both")
+    assert [i.captions for i in read_source(str(tmp_path / "c"))] == [("of both",)] * 2
+
+
+def test_files_of_other_endings_are_read_or_counted_and_named(tmp_path, caplog):
+    known = [f"{n}{e}" for n, e in enumerate((".jfif", ".3gp", ".ogv", ".apng", ".mxf", ".HEIC", ".JPE", ".vob"))]
+    for name in (*known, "a.jxl", "b.jxl", "c.PSD", "d.wtv", "README.md", "x.npy", "LICENSE"):
+        pair(tmp_path, name)
+    unread: Counter[str] = Counter()
+    assert {i.key for i in read_source(str(tmp_path), unread=unread)} == set(known)
+    assert unread == {".jxl": 2, ".psd": 1, ".wtv": 1}
+    assert (
+        "left out for their ending .jxl, which is not read; convert or rename them: 2 ('a.jxl', 'b.jxl')"
+        in caplog.text
+    )
+    assert len(caplog.records) == 3
+    for name in known:
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"below it, but 4 files ending in .jxl, .psd, .wtv; known are "):
+        read_source(str(tmp_path))
+
+
+def test_tables_of_windows_and_macos_name_the_files_of_this_disk(tmp_path):
+    names = ["videos/sub/a.mp4", unicodedata.normalize("NFD", "café/b.mp4"), "back\\slash.mp4"]
+    for name in names:
+        put(tmp_path / name)
+    written = ["Videos\\sub\\A.mp4", "café/b.mp4", "back\\slash.mp4", " videos/sub/a.mp4 ", "videos\\none.mp4"]
+    table = put(tmp_path / "t.jsonl", "".join(json.dumps({"path": n, "caption": "x"}) + "\n" for n in written))
+    found = {i.key: os.path.relpath(i.path, tmp_path) for i in read_source(str(table))}
+    assert [found[n] for n in written] == [*names, names[0], "videos\\none.mp4"]
+    put(tmp_path / "videos" / "SUB" / "a.mp4")
+    table.write_text('{"path": "videos\\\\Sub\\\\a.mp4", "caption": "x"}')
+    with pytest.raises(DataError, match=r"t.jsonl, line 1: '.*' may be any of '.*; write it as it is"):
+        read_source(str(table))
 
 
 def test_empty_captions_are_kept_and_counted_in_one_warning(tmp_path, caplog):

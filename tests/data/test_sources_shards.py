@@ -158,7 +158,7 @@ def test_what_cannot_be_used_of_a_tar_is_left_out_and_counted(tmp_path, caplog):
         "samples left out for want of a caption: 2 ('s.tar/2', 's.tar/3')",
         "members .json that are no JSON objects, left out: 1",
         "empty captions, to be trained without one: 1 ('s.tar/4')",
-        "captions that are not UTF-8, their bad bytes replaced: 1",
+        "captions that are not UTF-8, their bad bytes replaced; save them as UTF-8: 1",
     ):
         assert text in caplog.text
 
@@ -239,3 +239,13 @@ def test_why_a_tar_has_no_samples_is_told_before_the_error(tmp_path, caplog):
     with pytest.raises(DataError, match="no image or video with a caption"):
         read_source(str(path))
     assert "tars that end before their last member does" in caplog.text
+
+
+def test_members_of_one_name_in_another_case_or_with_other_accents_belong_together(tmp_path, caplog):
+    members = [("Photo.png", png(1)), ("PHOTO.TXT", "one"), ("cafe\u0301.png", png(2)), ("café.txt", "two")]
+    members += [("3.png", png(3)), ("3.txt", "drei ü".encode("utf-16")), ("4.jxl", b"x"), ("4.txt", "?")]
+    items = read_source(write_tar(tmp_path / "s.tar", members))
+    assert sorted(i.captions[0] for i in items) == ["drei ü", "one", "two"]
+    assert "left out for their ending .jxl, which is not read; convert or rename them: 1" in caplog.text
+    with pytest.raises(DataError, match=r"t.tar: 'AÉ', 'Aé', 'aé' may belong together in"):
+        read_source(write_tar(tmp_path / "t.tar", [("aé.png", png(1)), ("AÉ.txt", "1"), ("Aé.txt", "2")]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +47,7 @@ class Index:
 
     `samplers` and `shares` are by source name; a share that is not given is the number of the source's records.
     `bad` are the files, or parts of files, that could not be read and `dropped` those that fit no bucket or have
-    the weight 0, each as (path, reason).
+    the weight 0, each as (path, reason). `unread` counts, by ending, files that may be media and are not read.
     """
 
     table: pa.Table
@@ -55,6 +56,7 @@ class Index:
     shares: dict[str, float]
     bad: tuple[tuple[str, str], ...]
     dropped: tuple[tuple[str, str], ...]
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     def item(self, row: int) -> tuple[Item, MediaInfo]:
         """The item of one row, and what the whole of its file holds."""
@@ -66,6 +68,8 @@ class Index:
         parts = [f"{g.source} {g.bucket}: {len(g.rows)}" for g in self.groups]
         total = sum(len(g.rows) for g in self.groups)
         left_out = f"{len(self.bad)} unreadable, {len(self.dropped)} in no bucket"
+        if self.unread:
+            left_out += f", {sum(self.unread.values())} of endings that are not read ({', '.join(self.unread)})"
         return f"{total} records ({', '.join(parts)}); {left_out}"
 
 
@@ -84,7 +88,8 @@ def build_index(
     """
     named = name_sources(tuple(sources), "sources")
     paths = dict.fromkeys(source.path for source in named.values())  # several sources may read one folder
-    items = {path: list(item_batches(read_source(path))) for path in paths}
+    unread: Counter[str] = Counter()
+    items = {path: list(item_batches(read_source(path, unread=unread))) for path in paths}
     infos = _infos(items, config, probing)
     names = pa.array(list(named))
     buckets = config.make_buckets()
@@ -110,6 +115,7 @@ def build_index(
         shares={name: float(counts[name]) if s.share is None else s.share for name, s in named.items()},
         bad=bad,
         dropped=tuple(entry for found in placed.values() for entry in found.dropped),
+        unread=dict(sorted(unread.items())),
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import braceexpand
@@ -52,19 +53,22 @@ class SourceConfig:
             raise ConfigError(f"sources: share {self.share} of '{self.path}' must be a number above 0.")
 
 
-def read_source(path: str, *, captions_required: bool = True) -> list[Item]:
+def read_source(path: str, *, captions_required: bool = True, unread: Counter[str] | None = None) -> list[Item]:
     """Every item of a source. Folders are searched through all levels, links followed.
 
     Items come in natural order of their keys (clip2 before clip10), whatever the file system's order is. What is
     odd about a source but no reason to stop is logged once, with a count. Raises `DataError` when there is nothing
     to read, not a caption for every file, or a value that cannot be meant. Without `captions_required`, a file
-    without a caption is an item whose `captions` are empty.
+    without a caption is an item whose `captions` are empty. To `unread` are added, by their ending, the files that
+    may be media and are left out for it.
     """
     notes = Notes(captions_required=captions_required)
     try:
         items = _read(path, notes)
     finally:
         notes.log(path)
+    if unread is not None:
+        unread.update(notes.unread)
     items.sort(key=lambda item: _natural(item.key))
     return items
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from sat_ext.data.sources.listing import Folder, Notes, list_folder, listed, one_line
+from sat_ext.data.sources.listing import Folder, Notes, by_folded, folded, list_folder, listed, one_line
 from sat_ext.errors import DataError
 from sat_ext.files import is_url
 from sat_ext.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Item
@@ -31,7 +31,10 @@ def read_sidecars(folder: Folder, notes: Notes) -> list[Item]:
     inner: list[tuple[int, str]] = []
     outer: list[tuple[int, str]] = []
     bare: list[str] = []
-    for name in filter(is_media, folder.names):
+    for name in folder.names:
+        if not is_media(name):
+            notes.leave_out(name)
+            continue
         found = captions.find(name)
         if found is None:
             bare.append(name)
@@ -47,8 +50,10 @@ def read_sidecars(folder: Folder, notes: Notes) -> list[Item]:
             ".jsonl or .csv."
         )
     if not media and not bare:
+        others = f", but {sum(notes.unread.values())} files ending in {', '.join(sorted(notes.unread))}"
         raise DataError(
-            f"{folder.root}: no image or video in this folder or below it; known are {' '.join(sorted(_MEDIA))}."
+            f"{folder.root}: no image or video in this folder or below it{others if notes.unread else ''}; "
+            f"known are {' '.join(sorted(_MEDIA))}."
         )
     texts = [""] * len(media)
     for place, text in _texts(folder, inner, captions, outer, notes):
@@ -80,14 +85,14 @@ class _Captions:
 
     def __init__(self, folder: Folder, notes: Notes) -> None:
         self._folder, self._notes = folder, notes
-        self._names = {n for n in folder.names if n.endswith(".txt")}
+        self._names = _Texts(folder)
         self._outer: Folder | None = None
-        self._outer_names: set[str] = set()
+        self._outer_names = _Texts(Folder("", []))
         root = folder.root if is_url(folder.root) else os.path.abspath(folder.root)
         parts = root.split("/")
         self._outer_root: str | None = None
         for i in reversed(range(3 if is_url(root) else 1, len(parts))):
-            if parts[i] in _LABELLED_FOLDERS:
+            if parts[i].lower() in _LABELLED_FOLDERS:
                 self._outer_root = "/".join((*parts[:i], "labels", *parts[i + 1 :]))
                 break
 
@@ -96,19 +101,19 @@ class _Captions:
         if self._outer is None:
             root = self._outer_root
             self._outer = list_folder(root, self._notes) if root else Folder("", [])
-            self._outer_names = set(self._outer.names)
+            self._outer_names = _Texts(self._outer)
         return self._outer
 
     def find(self, media: str) -> tuple[Folder, str] | None:
         """The folder and the name in it, or None."""
         beside, label = self._inside(media)
-        for name in (beside, label):
-            if name is not None and name in self._names:
+        for wanted in (beside, label):
+            if wanted is not None and (name := self._names.find(wanted)):
                 return self._folder, name
         if label is None and self._outer_root is not None:
             labels = self.labels()
-            if beside in self._outer_names:
-                return labels, beside
+            if name := self._outer_names.find(beside):
+                return labels, name
         return None
 
     def candidates(self, media: str) -> list[str]:
@@ -122,6 +127,38 @@ class _Captions:
         beside = os.path.splitext(media)[0] + ".txt"
         parts = beside.split("/")
         for i in reversed(range(len(parts) - 1)):
-            if parts[i] in _LABELLED_FOLDERS:
+            if parts[i].lower() in _LABELLED_FOLDERS:
                 return beside, "/".join((*parts[:i], "labels", *parts[i + 1 :]))
         return beside, None
+
+
+class _Texts:
+    """The text files of a folder, found by their names or, where those differ, whatever their case and accents."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._root = folder.root
+        self._names = {n for n in folder.names if n.lower().endswith(".txt")}
+        self._alike: dict[str, list[str]] | None = None
+        self._taken: dict[str, str] = {}
+
+    def find(self, wanted: str) -> str | None:
+        """The name of the caption that should be called `wanted`.
+
+        Raises `DataError` where several may be meant, or where the one is already another file's.
+        """
+        name = wanted if wanted in self._names else None
+        if name is None:
+            self._alike = by_folded(self._names) if self._alike is None else self._alike
+            alike = self._alike.get(folded(wanted), [])
+            if len(alike) > 1:
+                raise DataError(
+                    f"{self._root}: '{wanted}' is not there, and {listed(sorted(alike))} may be meant; give the "
+                    "file and its caption the same name."
+                )
+            name = alike[0] if alike else None
+        if name is not None and self._taken.setdefault(name, wanted) != wanted:
+            raise DataError(
+                f"{self._root}: '{name}' may be the caption of two files, as '{wanted}' and as "
+                f"'{self._taken[name]}'; give each file a caption of the same name."
+            )
+        return name

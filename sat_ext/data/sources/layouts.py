@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 from sat_ext.data.sources.folder import is_media, read_sidecars
-from sat_ext.data.sources.listing import Folder, Notes, is_text, one_line, read_bytes, resolve
+from sat_ext.data.sources.listing import Folder, Notes, encoding_of, is_text, one_line, read_bytes, resolve
 from sat_ext.data.sources.shards import read_shards
 from sat_ext.data.sources.tables import read_table
 from sat_ext.errors import DataError
@@ -62,7 +62,7 @@ def read_folder(folder: Folder, notes: Notes) -> list[Item]:
 
 
 def _is_metadata(name: str) -> bool:
-    return name.rpartition("/")[2] in _METADATA
+    return name.rpartition("/")[2].lower() in _METADATA
 
 
 def _one_split(names: list[str], folder: Folder, notes: Notes) -> list[str]:
@@ -116,8 +116,9 @@ def _read_lists(folder: Folder, prompts: str, names: set[str], notes: Notes) -> 
 def _list(folder: Folder, name: str) -> list[str]:
     """The lines that are not blank, as CogVideo reads them."""
     where = folder.location(name)
+    data = read_bytes(where)
     try:
-        text = read_bytes(where).decode("utf-8-sig")
+        text = data.decode(encoding_of(data, where))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8.") from None
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [line.strip() for line in re.split("[\r\n]", text) if line.strip()]

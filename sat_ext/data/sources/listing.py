@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import filesystem, is_url, open_binary, reason_of
+from sat_ext.types import OTHER_EXTENSIONS
 
 log = logging.getLogger(__name__)
 
 # A caption is cut there. No text encoder reads a hundredth of it, and a video called .txt shall not fill memory.
 MAX_CAPTION_BYTES = 1 << 20
+
+# How text files begin that are not plain UTF-8; of those that fit the first counts. Windows writes such files.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 _LISTED = 3  # how many examples a message names
 _AT_ONCE = 256  # small files that are fetched together from a server
@@ -25,11 +39,13 @@ _AT_ONCE = 256  # small files that are fetched together from a server
 class Notes:
     """What is odd about a source but no reason to stop: one warning for each kind of it, with a count.
 
-    Where captions are not required, files without one are items without captions.
+    Where captions are not required, files without one are items without captions. `unread` counts, by ending,
+    files that may be media and are not read.
     """
 
     def __init__(self, *, captions_required: bool = True) -> None:
         self.captions_required = captions_required
+        self.unread: Counter[str] = Counter()
         self._names: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
         self._lock = threading.Lock()  # shards are read in threads
@@ -40,6 +56,14 @@ class Notes:
             self._counts[what] = self._counts.get(what, 0) + 1
             if self._counts[what] <= _LISTED:
                 self._names.setdefault(what, []).append(name)
+
+    def leave_out(self, name: str) -> None:
+        """A file that is no media by its ending."""
+        ending = os.path.splitext(name)[1].lower()
+        if ending and ending not in OTHER_EXTENSIONS:
+            with self._lock:
+                self.unread[ending] += 1
+            self.add(f"files left out for their ending {ending}, which is not read; convert or rename them", name)
 
     def log(self, source: str) -> None:
         """Write them down."""
@@ -96,12 +120,39 @@ def text_of(data: bytes, name: str, notes: Notes) -> str:
     if len(data) > MAX_CAPTION_BYTES:
         notes.add("captions cut after 1 MiB", name)
         data = data[:MAX_CAPTION_BYTES]
+    encoding = encoding_of(data, name)
+    decoder = codecs.getincrementaldecoder(encoding)
+    whole = len(data) < MAX_CAPTION_BYTES  # what is cut may end inside a letter
     try:
-        text = data.decode("utf-8-sig")
+        return decoder().decode(data, whole)
     except UnicodeDecodeError:
-        notes.add("captions that are not UTF-8, their bad bytes replaced", name)
-        text = data.decode("utf-8-sig", errors="replace")
-    return text
+        notes.add("captions that are not UTF-8, their bad bytes replaced; save them as UTF-8", name)
+        return decoder("replace").decode(data, whole)
+
+
+def encoding_of(head: bytes, where: str) -> str:
+    """The encoding of a text that starts with `head`. Raises `DataError` for UTF-16 and UTF-32 without a mark."""
+    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in head:
+        raise DataError(
+            f"{where}: it has null bytes, as a text in UTF-16 without a byte order mark; save it as UTF-8."
+        )
+    return encoding
+
+
+def folded(name: str) -> str:
+    """The same for names that differ only in case, or in how accents are written (macOS makes é two letters)."""
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def by_folded(names: Iterable[str]) -> dict[str, list[str]]:
+    """`names` that are the same to `folded`, by that."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(folded(name), []).append(name)
+    return found
 
 
 def one_line(text: str) -> str:
@@ -182,7 +233,8 @@ def resolve(base: str, file: str, where: str) -> str:
     if is_url(file):
         return file
     if not is_url(base):
-        return os.path.join(base, file)
+        return os.path.join(base, _as_on_disk(base, file, where))
+    file = file.replace("\\", "/")
     if file.startswith("/"):
         raise DataError(
             f"{where}: '{file}' is a local path in a table behind a URL; write a relative one or a URL."
@@ -195,6 +247,37 @@ def resolve(base: str, file: str, where: str) -> str:
         elif part not in ("", ".", ".."):
             parts.append(quote(part) if scheme in ("http", "https") else part)
     return f"{scheme}://{'/'.join(parts)}"
+
+
+def _as_on_disk(base: str, file: str, where: str) -> str:
+    """How the file of a table made on another system is called here; `file` itself where nothing is alike.
+
+    Tables of Windows have backslashes, those of macOS other accents, and both another case. Only names with
+    backslashes, other letters than ASCII, or spaces around them are looked at: that costs a look at the disk.
+    """
+    if (file.isascii() and "\\" not in file and file == file.strip()) or os.path.lexists(os.path.join(base, file)):
+        return file
+    found = ""
+    for part in file.strip().replace("\\", "/").split("/"):
+        step = os.path.join(found, part) if found or part else "/"
+        if not os.path.lexists(os.path.join(base, step)):
+            folder = os.path.join(base, found)
+            try:
+                alike = _names_in(folder, os.stat(folder).st_mtime_ns).get(folded(part), [])
+            except OSError:
+                return file
+            if len(alike) > 1:
+                raise DataError(f"{where}: '{file}' may be any of {listed(alike)}; write it as it is on the disk.")
+            if not alike:
+                return file
+            step = os.path.join(found, alike[0])
+        found = step
+    return found
+
+
+@lru_cache(maxsize=64)
+def _names_in(folder: str, changed: int) -> dict[str, list[str]]:
+    return by_folded(os.listdir(folder))
 
 
 def folder_of(path: str) -> str:

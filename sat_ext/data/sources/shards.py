@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sat_ext.data.sources.folder import is_media
-from sat_ext.data.sources.listing import MAX_CAPTION_BYTES, Notes, is_text, listed, one_line, text_of
+from sat_ext.data.sources.listing import (
+    MAX_CAPTION_BYTES,
+    Notes,
+    by_folded,
+    folded,
+    is_text,
+    listed,
+    one_line,
+    text_of,
+)
 from sat_ext.data.sources.rows import CAPTION_COLUMNS, fields_of
 from sat_ext.errors import DataError, MediaError, SatExtError
 from sat_ext.files import filesystem, is_url, member_location, open_binary
@@ -103,6 +112,7 @@ def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
 
     Where names hold further dots, `a.b.mp4` goes with `a.b.txt` if that is there. Without it, it goes by
     WebDataset's key, and is left out where that has plainer media: `a.seg.png` beside `a.jpg` is an annotation.
+    A caption whose name differs in case or in how accents are written counts where no other does.
     """
     by_stem: dict[str, _Sample] = {}
     for name, offset, size, data in _members(tar, notes):
@@ -116,6 +126,7 @@ def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
         else:
             sample.row = _object(data, f"{tar}#{name}", notes)
     found: dict[str, _Sample] = {}
+    alike: dict[str, list[str]] | None = None
     for stem, sample in by_stem.items():
         key = _webdataset_key(stem)
         plain = by_stem.get(key, _Sample())
@@ -123,6 +134,17 @@ def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
             continue
         if sample.text is None and sample.row is None:
             sample.text, sample.row = plain.text, plain.row
+        if sample.text is None and sample.row is None:
+            alike = by_folded(by_stem) if alike is None else alike
+            same = alike[folded(stem)]
+            names = [name for name in same if not by_stem[name].media]
+            if names and len(same) > 2:
+                raise DataError(
+                    f"{tar}: {listed(sorted(same))} may belong together in several ways; give each file and its "
+                    "caption the same name."
+                )
+            for name in names:
+                sample.text, sample.row = by_stem[name].text, by_stem[name].row
         found[stem] = sample
     return found
 
@@ -217,6 +239,8 @@ def _kind(member: tarfile.TarInfo, tar: str, notes: Notes) -> str | None:
         return None
     text = name.lower().endswith((".txt", ".json"))
     if not text and not is_media(name):
+        if member.isreg():
+            notes.leave_out(f"{tar}#{name}")
         return None
     if not member.isreg() or member.issparse():
         notes.add("links and other members that are no plain files, left out", f"{tar}#{name}")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sat_ext.data.sources.folder import is_media
-from sat_ext.data.sources.listing import Notes, folder_of, is_text, resolve
+from sat_ext.data.sources.listing import Notes, encoding_of, folder_of, is_text, resolve
 from sat_ext.data.sources.rows import (
     CAPTION_COLUMNS,
     OTHER_COLUMNS,
@@ -30,6 +30,7 @@ from sat_ext.files import cell_location, is_url, open_binary
 from sat_ext.types import Item
 
 _LISTED = 3
+_HEAD = 4096  # bytes that tell a table's encoding
 _LONGEST_CELL = 16 << 20  # of a CSV, in characters; Python's own limit is 128 KiB
 _ROWS_AT_ONCE = 4096
 _READ_BYTES = 1 << 20  # of a column; without it, Arrow reads all files of a row group to find how the first starts
@@ -142,8 +143,11 @@ def _require_captions(row: Any, where: str) -> None:
 
 def _lines(table: str) -> Iterator[str]:
     try:
-        with _open(table) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
-            yield from file
+        with _open(table) as raw:
+            encoding = encoding_of(raw.read(_HEAD), table)
+            raw.seek(0)
+            with io.TextIOWrapper(raw, encoding=encoding, newline="") as file:
+                yield from file
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: not UTF-8 ({error.reason}); save the table as UTF-8.") from None
     except MediaError as error:
