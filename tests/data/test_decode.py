@@ -126,6 +126,32 @@ def test_frames_before_an_open_key_frame_are_read_from_the_one_before_it(tmp_pat
         assert np.array_equal(read_frames(str(path), [place / 25])[0], whole[place]), place
 
 
+def shifting_noise(path: Path, width: int, frames: int = 60, **params: int) -> Path:
+    """A slow pan over large noise by x264, without any key frame but the first: columns are refreshed in turn."""
+    big = np.random.default_rng(0).integers(0, 256, (12, 60, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    text = ":".join(f"{name.replace('_', '-')}={value}" for name, value in params.items())
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"x264-params": f"intra-refresh=1:{text}"})
+        stream.width, stream.height, stream.pix_fmt = width, 96, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(big[:, i : i + width]), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("decoder", READERS)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize(("width", "keyint", "bframes"), [(64, 10, 0), (128, 10, 0), (128, 29, 0), (128, 10, 2)])
+def test_intra_refresh_gives_the_true_frames(tmp_path, width, keyint, bframes, suffix, decoder):
+    path = shifting_noise(tmp_path / f"a.{suffix}", width, keyint=keyint, bframes=bframes, scenecut=0)
+    with av.open(str(path)) as container:
+        truth = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for place in (*range(19, 60, 8), *range(50, 60)):
+        assert np.array_equal(read_frames(str(path), [place / 25], decoder=decoder)[0], truth[place]), place
+
+
 def test_a_stream_cut_between_key_frames_shows_its_first_whole_frame_first(tmp_path, clip):
     path = remux(clip, tmp_path / "a.ts", keep=lambda number: number >= 5)
     first, *others = read(path, [0, 1.0, 1.2])

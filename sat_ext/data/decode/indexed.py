@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import av
 import numpy as np
 from av.video.stream import VideoStream
 
 from sat_ext.data.decode.pick import Picked, Shape
-from sat_ext.data.decode.pyav import display_matrix, is_foreign, is_inexact, read_pyav, upright
+from sat_ext.data.decode.pyav import display_matrix, is_foreign, is_inexact, read_pyav, starts_at, upright
 from sat_ext.files import is_local
 from sat_ext.media import decoder_of, displayed_size, open_video
 from sat_ext.types import TIME_TOLERANCE
@@ -32,11 +33,12 @@ def read_indexed(
 ) -> np.ndarray:
     """As `read_pyav`, where `frames` gives a local file's frames of some numbers, ascending, of so many in all.
 
-    Files that such decoders misread are left to PyAV: they choose otherwise among several video streams; decord
-    counts the frames that an edit list hides, seeks past the mark in transport streams, has no times in AVI, turns
-    mirrored videos upside down, and, without `open_gops`, loses frames where a group begins with some that refer
-    to the one before it (x265's default). So are files that are not local, and those with pixels that are not
-    square, have alpha, or are not 8-bit 4:2:0 in sRGB's colours, which they convert less exactly.
+    Files that such decoders misread are left to PyAV: they choose otherwise among several video streams, and seek
+    to frames that intra refresh marks as key frames; decord counts the frames that an edit list hides, seeks past
+    the mark in transport streams, has no times in AVI, turns mirrored videos upside down, and, without
+    `open_gops`, loses frames where a group begins with some that refer to the one before it (x265's default). So
+    are files that are not local, and those with pixels that are not square, have alpha, or are not 8-bit 4:2:0 in
+    sRGB's colours, which they convert less exactly.
     """
     starts = _starts(path, open_gops) if is_local(path) else None
     if starts is None:
@@ -67,6 +69,12 @@ def _starts(path: str, open_gops: bool) -> np.ndarray | None:
         frame = next(container.decode(stream), None)
         if frame is None or _is_misread(frame, stream):
             return None
+        keys = [p.pts for p in packets if p.is_keyframe and p.pts is not None and not p.is_discard]
+        if len(keys) > 1:
+            container.seek(keys[1], stream=stream)
+            with suppress(av.FFmpegError):  # damage, of frames that may not be wanted
+                if not starts_at(next(container.decode(stream), frame), keys[1]):
+                    return None
         return (np.sort(np.array(ticks)) - min(ticks)) * float(stream.time_base or 0)
 
 

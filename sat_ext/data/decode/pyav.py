@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
@@ -82,7 +83,7 @@ def _decode(
 ) -> Iterator[tuple[float, _Decoded]] | None:
     """Frames in order of display with their starts, from the one on display at the earliest time or earlier.
 
-    None when the seek, to `lead` seconds before, went too far.
+    None when the seek, to `lead` seconds before, went too far, or to a frame that is no true key frame.
     """
     first = min(times)
     clip = _Clip(path, container, stream, times)
@@ -93,9 +94,20 @@ def _decode(
         container.seek(stream.start_time + ticks, stream=stream)
     frames = clip.frames()
     earliest = next(frames, None)
-    if earliest is None or earliest[0] > first + TIME_TOLERANCE:
+    if earliest is None or earliest[0] > first + TIME_TOLERANCE or not starts_at(earliest[1][0], clip.key):
         return None
     return chain([earliest], frames)
+
+
+def starts_at(frame: av.VideoFrame, key: int | None) -> bool:
+    """Whether the first frame after a seek to the key frame at `key` does not follow from frames before it.
+
+    Under intra refresh, what is marked as a key frame is a P-frame, from which on the picture is said to become
+    whole within some frames. FFmpeg holds these back, but at the end of a clip x264 says it of what never does.
+    """
+    if frame.pts is None or key is None or frame.pts < key:
+        return True
+    return frame.pts == key and frame.pict_type not in (PictureType.P, PictureType.B)
 
 
 class _Clip:
@@ -112,6 +124,7 @@ class _Clip:
         self._origin = stream.start_time
         self._last_dts = -math.inf
         self._whole = False  # read to its end
+        self.key: int | None = None  # where reading began, unless frames follow from it that are not displayed
 
     def frames(self) -> Iterator[tuple[float, _Decoded]]:
         """Frames in order of display, each with its start in seconds after the stream's first frame.
@@ -204,7 +217,9 @@ class _Clip:
         synchronised = False
         for packet in self._container.demux(self._stream):
             self._last_dts = max(self._last_dts, packet.dts if packet.dts is not None else -math.inf)
-            synchronised = synchronised or packet.is_keyframe
+            if packet.is_keyframe and not synchronised:
+                synchronised = True
+                self.key = None if packet.is_discard or self._decoder.codec.intra_only else packet.pts
             # An empty packet (a frame that the encoder dropped) would mean the end to the decoder, as the last
             # one, without times, shall do.
             if (packet.size and not synchronised) or (not packet.size and packet.dts is not None):
