@@ -34,7 +34,7 @@ setup(
         "av>=14",
         "braceexpand",
         "decord>=0.6.0; platform_machine == 'x86_64'",
-        "fsspec>=2024.5",
+        "fsspec>=2026.7",
         "jinja2",
         "numpy",
         "Pillow>=11.3",
@@ -51,7 +51,7 @@ setup(
         "bitsandbytes": ["bitsandbytes>=0.46"],  # 8-bit optimizers, bases and encoders in NF4
         "heif": ["pillow-heif"],  # HEIC and HEIF stills
         "http": ["aiohttp"],  # sources behind http(s)://
-        "s3": ["s3fs>=2024.5"],  # sources behind s3://
+        "s3": ["s3fs>=2026.7"],  # sources behind s3://
         "test": [
             "aiohttp",
             "bitsandbytes>=0.46",
@@ -62,7 +62,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "ruff",
-            "s3fs>=2024.5",
+            "s3fs>=2026.7",
             "scikit-image",
             "scikit-video",
             "types-PyYAML",

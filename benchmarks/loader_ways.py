@@ -70,7 +70,11 @@ class Ours(IterableDataset[dict[str, Any]]):
     def __init__(self, path: str, length: int, dtype: torch.dtype) -> None:
         self.length = length
         config = DataConfig(
-            fps=FPS, video_size=(HEIGHT, WIDTH), buckets=BucketConfig(frames=(FRAMES,)), batch={FRAMES: 1}
+            fps=FPS,
+            video_size=(HEIGHT, WIDTH),
+            buckets=BucketConfig(frames=(FRAMES,)),
+            batch={FRAMES: 1},
+            allowed_roots=(str(Path(path).resolve().parent),),
         )
         with tempfile.TemporaryDirectory() as folder:
             table = Path(folder) / "clips.jsonl"

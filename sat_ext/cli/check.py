@@ -29,7 +29,7 @@ from sat_ext.data.index.lengths import LEFT_OUT, is_too_short
 from sat_ext.data.index.place import placer
 from sat_ext.data.parts import part_info
 from sat_ext.data.probe import probe
-from sat_ext.data.sources import read_source
+from sat_ext.data.sources import check_roots, read_source
 from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files import suffix_of
@@ -89,6 +89,10 @@ def check(
         bool, typer.Option("--json", help="one JSON object a line for each file, and nothing else")
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="decode every frame of every clip, too (slow)")] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROOT", help="a folder, or sftp://, that names and links in the data may lead to"),
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.1, help="seconds for one file; default 60, with --full 1800")
     ] = None,
@@ -98,7 +102,7 @@ def check(
     With --base, a file without a caption counts too, as training would refuse its source.
     """
     run = load_base([*base, *(paths or [])]) if base else None
-    sources = _sources(paths or [], run)
+    sources = _sources(paths or [], run, allow or [])
     items: dict[str, list[Item]] = {}
     for item in (item for own in sources.values() for item in own):
         items.setdefault(item.path, []).append(item)
@@ -126,21 +130,23 @@ def check(
         raise typer.Exit(1)
 
 
-def _sources(paths: Sequence[str], run: Base | None) -> dict[str, list[Item]]:
+def _sources(paths: Sequence[str], run: Base | None, allow: Sequence[str]) -> dict[str, list[Item]]:
     """The items of each source, by its path."""
+    check_roots(allow, "--allow")
     if run:
+        allow = [*allow, *run.data.allowed_roots]
         paths = [s.path for s in (*run.sources, *run.held_out)]
     elif not paths:
         raise ConfigError(
             "check: nothing to check; give a folder, a table or a file, or --base with the run's YAML."
         )
-    return {source: _read(source) for source in dict.fromkeys(paths)}
+    return {source: _read(source, allow) for source in dict.fromkeys(paths)}
 
 
-def _read(source: str) -> list[Item]:
+def _read(source: str, allow: Sequence[str]) -> list[Item]:
     if suffix_of(source) in IMAGE_EXTENSIONS | VIDEO_EXTENSIONS and not os.path.isdir(source):
         return [Item(path=source, key=source, captions=())]  # a single file
-    return read_source(source, captions_required=False)
+    return read_source(source, captions_required=False, allowed_roots=allow)
 
 
 def check_items(items: dict[str, list[Item]], *, full: bool, timeout: float) -> Iterator[Checked]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sat_ext.config import convert
 from sat_ext.data.buckets import BucketConfig, SequenceShape, batch_sizes, make_buckets
 from sat_ext.data.clips import find_sampler
-from sat_ext.data.sources import SourceConfig
+from sat_ext.data.sources import SourceConfig, check_roots
 from sat_ext.encoded.latents import CacheConfig
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
@@ -50,8 +50,9 @@ class DataConfig:
     out at both ends of a clip, as far as it goes on filling its bucket (CogVideo's name). `sources` stands for
     SAT's `train_data` where shares, samplers or names are wanted. `batch`: `{cost: auto}` (`buckets.batch_sizes`
     says what that gives), or samples per rank by number of frames (`{1: 8, 49: 1}`).
-    `cache`: train from latents and text embeddings in a folder. `seed` decides the order of the data; it does not
-    depend on the rank.
+    `allowed_roots`: folders, and protocols such as "sftp://", that names and links in the data may lead to beside
+    the sources' own folders. `cache`: train from latents and text embeddings in a folder. `seed` decides the order
+    of the data; it does not depend on the rank.
     """
 
     fps: int = 8
@@ -59,6 +60,7 @@ class DataConfig:
     max_num_frames: int | None = None
     skip_frms_num: float = 0.0
     sources: tuple[SourceConfig, ...] = ()
+    allowed_roots: tuple[str, ...] = ()
     buckets: BucketConfig = field(default_factory=BucketConfig)
     batch: dict[Any, Any] = field(default_factory=lambda: {"cost": "auto"})
     short_clips: Literal["shorter_bucket", "loop", "pad_last", "drop"] = "shorter_bucket"
@@ -83,6 +85,7 @@ class DataConfig:
                     "{1: 8, 49: 1}."
                 )
         name_sources(self.sources, "data.params.sources")
+        check_roots(self.allowed_roots, "data.params.allowed_roots")
 
     def make_buckets(self) -> tuple[Bucket, ...]:
         """The buckets, from `buckets` or its short forms. Raises `ConfigError`."""

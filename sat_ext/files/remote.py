@@ -6,7 +6,6 @@ File systems are made in the process that uses them: fsspec's event loop does no
 from __future__ import annotations
 
 import os
-import re
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,8 +26,6 @@ _ATTEMPTS = 3
 _NO_RANGES = "its server does not answer range requests; copy it to a disk, or serve it by one that does"
 _EXTRAS = {"s3": "sat_ext[s3]", "s3a": "sat_ext[s3]", "http": "sat_ext[http]", "https": "sat_ext[http]"}
 
-_CHAIN = re.compile(r"::[a-z0-9]+(://|$)")  # zip://a.jpg::s3://bucket/b.zip
-
 # Every file system that was made, by process, and never dropped: were a forked worker to drop those that it takes
 # over, closing their connections would strike them from the list (epoll) on which its parent still waits for them.
 _kept: dict[tuple[int, int], Any] = {}
@@ -38,7 +35,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for `url`, and the path in it. Raises `ConfigError` where no package reads it."""
     protocol = url.partition("://")[0]
     try:
-        if "::" in url and not _CHAIN.search(url):  # in a name, where fsspec would cut it
+        if "::" in url:  # a name, which fsspec would cut there, and open what it says behind it
             maker = fsspec.get_filesystem_class(protocol)
             fs = maker(**{**maker._get_kwargs_from_urls(url), **_timeouts(protocol)})
             path = maker._strip_protocol(url)

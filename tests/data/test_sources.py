@@ -74,7 +74,7 @@ def test_links_are_followed_and_loops_of_links_end(tmp_path):
     os.symlink(tmp_path / "set", tmp_path / "set" / "sub" / "up")
     os.symlink(tmp_path / "set" / "sub", tmp_path / "set" / "again")
     os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "linked")
-    items = read_source(str(tmp_path / "set"))
+    items = read_source(str(tmp_path / "set"), allowed_roots=[str(tmp_path)])
     assert [Path(i.path).name for i in items] == ["a.mp4", "b.mp4"]
 
 
@@ -270,7 +270,8 @@ def test_jsonl_rows_are_read_under_every_accepted_name(tmp_path, path_column, ca
 
 def test_a_table_may_name_absolute_paths_and_one_file_twice(tmp_path):
     rows = [{"path": "/data/a.mp4", "caption": c} for c in ("one", "two")]
-    items = read_source(str(put(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows)))))
+    table = str(put(tmp_path / "t.jsonl", "\n".join(map(json.dumps, rows))))
+    items = read_source(table, allowed_roots=["/data"])
     assert [(i.path, i.key, i.captions[0]) for i in items] == [
         ("/data/a.mp4", "/data/a.mp4", "one"),
         ("/data/a.mp4", "/data/a.mp4#2", "two"),

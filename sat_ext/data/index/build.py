@@ -89,7 +89,8 @@ def build_index(
     named = name_sources(tuple(sources), "sources")
     paths = dict.fromkeys(source.path for source in named.values())  # several sources may read one folder
     unread: Counter[str] = Counter()
-    items = {path: list(item_batches(read_source(path, unread=unread))) for path in paths}
+    roots = config.allowed_roots
+    items = {p: list(item_batches(read_source(p, allowed_roots=roots, unread=unread))) for p in paths}
     infos = _infos(items, config, probing)
     names = pa.array(list(named))
     buckets = config.make_buckets()

@@ -17,19 +17,21 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import braceexpand
 
 from sat_ext.data.sources.layouts import read_folder
 from sat_ext.data.sources.listing import Notes, list_folder, listed
+from sat_ext.data.sources.reach import Reach, check_roots
 from sat_ext.data.sources.shards import read_shards
 from sat_ext.data.sources.tables import TABLES, read_table, suffix_of_table
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import is_url
 from sat_ext.types import Item
 
-__all__ = ["SourceConfig", "read_source"]
+__all__ = ["SourceConfig", "check_roots", "read_source"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +55,23 @@ class SourceConfig:
             raise ConfigError(f"sources: share {self.share} of '{self.path}' must be a number above 0.")
 
 
-def read_source(path: str, *, captions_required: bool = True, unread: Counter[str] | None = None) -> list[Item]:
-    """Every item of a source. Folders are searched through all levels, links followed.
+def read_source(
+    path: str,
+    *,
+    captions_required: bool = True,
+    allowed_roots: Sequence[str] = (),
+    unread: Counter[str] | None = None,
+) -> list[Item]:
+    """Every item of a source. Folders are searched at all levels, and links followed that stay in the source
+    or in `allowed_roots`.
 
     Items come in natural order of their keys (clip2 before clip10), whatever the file system's order is. What is
     odd about a source but no reason to stop is logged once, with a count. Raises `DataError` when there is nothing
-    to read, not a caption for every file, or a value that cannot be meant. Without `captions_required`, a file
-    without a caption is an item whose `captions` are empty. To `unread` are added, by their ending, the files that
-    may be media and are left out for it.
+    to read, not a caption for every file, a value that cannot be meant, or a name that leads out of the source.
+    Without `captions_required`, a file without a caption is an item whose `captions` are empty. To `unread` are
+    added, by their ending, the files that may be media and are left out for it.
     """
-    notes = Notes(captions_required=captions_required)
+    notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
         items = _read(path, notes)
     finally:
@@ -81,12 +90,14 @@ def _natural(key: str) -> tuple[str, str]:
 def _read(path: str, notes: Notes) -> list[Item]:
     if not path:
         raise DataError("sources: a path is empty; give a folder, a table or tar shards.")
+    path = re.sub("^(file|local)://", "", path)  # its rows would be free of what holds for local ones
     if not is_url(path):
         path = os.path.normpath(os.path.expanduser(path))
     if "{" in path and (is_url(path) or not os.path.exists(path)):
         return _read_range(path, notes)
     suffix = suffix_of_table(path)
     if not is_url(path):
+        notes.reach.add(path if os.path.isdir(path) else os.path.dirname(path))
         if os.path.isdir(path):
             return read_folder(list_folder(path, notes), notes)
         if not os.path.exists(path):
@@ -119,6 +130,8 @@ def _read_range(path: str, notes: Notes) -> list[Item]:
             raise DataError(
                 f"{path}: {len(absent)} of its {len(paths)} files are missing ({listed(absent)}); mend the range."
             )
+    for folder in {os.path.dirname(p) for p in paths}:
+        notes.reach.add(folder)
     suffixes = {suffix_of_table(p) for p in paths}
     common = os.path.commonprefix([p.rpartition("/")[0] + "/" for p in paths]).rpartition("/")[0] + "/"
     if suffixes == {".tar"}:

@@ -94,6 +94,7 @@ class _Captions:
         for i in reversed(range(3 if is_url(root) else 1, len(parts))):
             if parts[i].lower() in _LABELLED_FOLDERS:
                 self._outer_root = "/".join((*parts[:i], "labels", *parts[i + 1 :]))
+                notes.reach.add("/".join(parts[:i]) or "/", "labels", *parts[i + 1 :])
                 break
 
     def labels(self) -> Folder:

@@ -109,7 +109,9 @@ def _read_lists(folder: Folder, prompts: str, names: set[str], notes: Notes) -> 
             raise DataError(f"{where}: {file!r} is no path.")
         uses[file] += 1
         key = file if uses[file] == 1 else f"{file}#{uses[file]}"
-        items.append(Item(path=resolve(folder.root, file, where), key=key, captions=(one_line(prompt),)))
+        items.append(
+            Item(path=resolve(folder.root, file, where, notes.reach), key=key, captions=(one_line(prompt),))
+        )
     return items
 
 

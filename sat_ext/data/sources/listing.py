@@ -8,12 +8,13 @@ import os
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from sat_ext.data.sources.reach import Reach, leads_out
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import filesystem, is_url, open_binary, reason_of
 from sat_ext.types import OTHER_EXTENSIONS
@@ -39,12 +40,12 @@ _AT_ONCE = 256  # small files that are fetched together from a server
 class Notes:
     """What is odd about a source but no reason to stop: one warning for each kind of it, with a count.
 
-    Where captions are not required, files without one are items without captions. `unread` counts, by ending,
-    files that may be media and are not read.
+    Where captions are not required, files without one are items without captions. `reach` says which names of the
+    source may be opened; `unread` counts, by ending, files that may be media and are not read.
     """
 
-    def __init__(self, *, captions_required: bool = True) -> None:
-        self.captions_required = captions_required
+    def __init__(self, *, captions_required: bool = True, reach: Reach | None = None) -> None:
+        self.captions_required, self.reach = captions_required, reach or Reach()
         self.unread: Counter[str] = Counter()
         self._names: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
@@ -79,13 +80,19 @@ def listed(names: Sequence[str], count: int | None = None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """`names`: every file below `root`, relative to it, with forward slashes, in any order. No hidden ones."""
+    """`names`: every file below `root`, relative to it, with forward slashes, in any order. No hidden ones.
+
+    `links`: those of them that links lead out of the source, and may not be opened.
+    """
 
     root: str
     names: list[str]
+    links: Mapping[str, str] = field(default_factory=dict)
 
     def location(self, name: str) -> str:
-        """Where the file `name` is."""
+        """Where the file `name` is. Raises `DataError` for one of `links`."""
+        if name in self.links:
+            raise DataError(leads_out(f"{self.root}/{name}", self.links[name]))
         return f"{self.root}/{name}"
 
     def texts(self, names: Sequence[str], notes: Notes) -> Iterator[str]:
@@ -166,10 +173,11 @@ def list_folder(root: str, notes: Notes) -> Folder:
     """The folder with all its levels. Empty where there is none. Raises `DataError` for a server's errors."""
     if is_url(root):
         return _list_remote(root.rstrip("/"))
-    return Folder(root, list(_list_local(root, notes)))
+    links: dict[str, str] = {}
+    return Folder(root, list(_list_local(root, notes, links)), links)
 
 
-def _list_local(root: str, notes: Notes) -> Iterator[str]:
+def _list_local(root: str, notes: Notes, links: dict[str, str]) -> Iterator[str]:
     """A folder that links lead to more than once is read once, so loops of links end."""
     seen = {os.path.realpath(root)}
     for folder, below, names in os.walk(root, followlinks=True):
@@ -189,6 +197,9 @@ def _list_local(root: str, notes: Notes) -> Iterator[str]:
             if not is_text(prefix + name):
                 notes.add("files left out for their names, which are not UTF-8", repr(prefix + name))
                 continue
+            target = notes.reach.leaves(os.path.join(folder, name))
+            if target is not None:
+                links[prefix + name] = target
             yield prefix + name
 
 
@@ -228,12 +239,15 @@ def _refuse_unlistable(fs: Any, root: str, inner: str) -> None:
             raise DataError(f"{root}: {reason}; check the address and your rights.") from error
 
 
-def resolve(base: str, file: str, where: str) -> str:
-    """Where `file` of a table in the folder or URL `base` is: a URL, an absolute path, or relative to `base`."""
-    if is_url(file):
-        return file
-    if not is_url(base):
-        return os.path.join(base, _as_on_disk(base, file, where))
+def resolve(base: str, file: str, where: str, reach: Reach | None = None) -> str:
+    """Where `file` of a table in the folder or URL `base` is: a URL, an absolute path, or relative to `base`.
+
+    Raises `DataError` where that is not in `reach`.
+    """
+    if is_url(file) or not is_url(base):
+        path = file if is_url(file) else os.path.join(base, _as_on_disk(base, file, where))
+        (reach or Reach()).check(path, where)
+        return path
     file = file.replace("\\", "/")
     if file.startswith("/"):
         raise DataError(

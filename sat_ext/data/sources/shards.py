@@ -77,7 +77,7 @@ def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
 
 def _read_shard(tar: str, prefix: str, notes: Notes) -> Iterator[Item]:
     samples = _samples(tar, notes)
-    extra = _meta_rows(tar)
+    extra = _meta_rows(tar, notes)
     for key, sample in samples.items():
         where = f"{tar}, sample {key}"
         row = dict(sample.row or {})
@@ -251,11 +251,12 @@ def _kind(member: tarfile.TarInfo, tar: str, notes: Notes) -> str | None:
     return "text" if text else "media"
 
 
-def _meta_rows(tar: str) -> dict[str, dict[str, Any]]:
+def _meta_rows(tar: str, notes: Notes) -> dict[str, dict[str, Any]]:
     """The rows of SAT's `.meta.jsonl` beside a tar, by key; none where there is none."""
     path = next((p for p in _meta_paths(tar) if _exists(p)), None)
     if path is None:
         return {}
+    notes.reach.check(path, tar)
     rows: dict[str, dict[str, Any]] = {}
     with open_binary(path) as file:
         for number, line in enumerate(file, start=1):

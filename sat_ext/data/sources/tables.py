@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from sat_ext.data.sources.folder import is_media
 from sat_ext.data.sources.listing import Notes, encoding_of, folder_of, is_text, resolve
+from sat_ext.data.sources.reach import Reach
 from sat_ext.data.sources.rows import (
     CAPTION_COLUMNS,
     OTHER_COLUMNS,
@@ -55,7 +56,7 @@ def read_table(table: str, notes: Notes, *, prefix: str = "") -> list[Item]:
     items: list[Item] = []
     bare: list[str] = []
     uses: Counter[str] = Counter()
-    for place, key, path, fields in TABLES[suffix_of_table(table)](table):
+    for place, key, path, fields in TABLES[suffix_of_table(table)](table, notes.reach):
         if not fields["captions"]:
             bare.append(place)
         elif not any(fields["captions"]):
@@ -84,7 +85,7 @@ def suffix_of_table(path: str) -> str:
 _Rows = Iterator[tuple[str, str, str, dict[str, Any]]]
 
 
-def _jsonl(table: str) -> _Rows:
+def _jsonl(table: str, reach: Reach) -> _Rows:
     base = folder_of(table)
     for number, line in enumerate(_lines(table), start=1):
         if not line.strip():
@@ -99,10 +100,10 @@ def _jsonl(table: str) -> _Rows:
             ) from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: a JSON {type(row).__name__}; write one object a line.")
-        yield _named_file(row, base, f"line {number}", where)
+        yield _named_file(row, base, f"line {number}", where, reach)
 
 
-def _csv(table: str) -> _Rows:
+def _csv(table: str, reach: Reach) -> _Rows:
     """Comma-separated, with a header."""
     base = folder_of(table)
     csv.field_size_limit(_LONGEST_CELL)
@@ -122,18 +123,20 @@ def _csv(table: str) -> _Rows:
                     "put quotes around a caption that holds commas."
                 )
             row = dict.fromkeys(header) | dict(zip(header, cells, strict=False))
-            yield _named_file(row, base, place, f"{table}, {place}")
+            yield _named_file(row, base, place, f"{table}, {place}", reach)
     except csv.Error as error:
         raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}); mend the quotes.") from None
 
 
-def _named_file(row: dict[str, Any], base: str, place: str, where: str) -> tuple[str, str, str, dict[str, Any]]:
+def _named_file(
+    row: dict[str, Any], base: str, place: str, where: str, reach: Reach
+) -> tuple[str, str, str, dict[str, Any]]:
     column = column_of(row, PATH_COLUMNS, "path", where)
     file = row[column]
     if not isinstance(file, str) or not file or not is_text(file):
         raise DataError(f"{where}: '{column}' is {shown(file)}; it must be the path of a media file.")
     _require_captions(row, where)
-    return place, file, resolve(base, file, where), fields_of(row, where)
+    return place, file, resolve(base, file, where, reach), fields_of(row, where)
 
 
 def _require_captions(row: Any, where: str) -> None:
@@ -160,7 +163,7 @@ def _open(table: str) -> Any:
     return io.BytesIO() if is_empty else open_binary(table)
 
 
-def _parquet(table: str) -> _Rows:
+def _parquet(table: str, reach: Reach) -> _Rows:
     base, name = folder_of(table), os.path.basename(urlsplit(table).path if is_url(table) else table)
     try:
         with _open(table) as file:
@@ -172,7 +175,7 @@ def _parquet(table: str) -> _Rows:
             if column is None:
                 wanted.append(column_of(names, PATH_COLUMNS, "path", table))
                 for number, row in _parquet_rows(source, wanted):
-                    yield _named_file(row, base, f"row {number}", f"{table}, row {number}")
+                    yield _named_file(row, base, f"row {number}", f"{table}, row {number}", reach)
                 return
             if pa.types.is_struct(source.schema_arrow.field(column).type):
                 wanted.append(f"{column}.path")
@@ -223,4 +226,4 @@ def _first_suffix(source: pq.ParquetFile, column: str) -> str:
     return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), ".jpg")
 
 
-TABLES: dict[str, Callable[[str], _Rows]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+TABLES: dict[str, Callable[[str, Reach], _Rows]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
