@@ -38,6 +38,15 @@ def test_cogvideos_diffusers_layout_goes_line_by_line(tmp_path, prompts):
     assert items[1].path == str(tmp_path / "videos/2.mp4")
 
 
+def test_its_lists_may_be_written_on_windows(tmp_path):
+    put(tmp_path / "Prompts.TXT", "A cat. \r\n\r\nA dog.\r\n")
+    put(tmp_path / "Videos.txt", "Clips\\1.mp4\r\n clips\\2.MP4 \r\n")
+    for name in ("1.mp4", "2.mp4"):
+        put(tmp_path / "clips" / name)
+    found = {i.path: i.captions for i in read_source(str(tmp_path))}
+    assert found == {f"{tmp_path}/clips/1.mp4": ("A cat.",), f"{tmp_path}/clips/2.mp4": ("A dog.",)}
+
+
 def test_its_first_frames_are_counted_but_not_read(tmp_path, caplog):
     put(tmp_path / "prompts.txt", "A cat.\nA dog.\n")
     put(tmp_path / "videos.txt", "videos/1.mp4\nvideos/2.mp4\n")

@@ -29,9 +29,9 @@ def read_folder(folder: Folder, notes: Notes) -> list[Item]:
     Of a data set with splits (train, test, ...) only the training split is read; the other's folder may be given
     as a source of its own. Raises `DataError`.
     """
-    names = set(folder.names)
+    names = {n.lower(): n for n in folder.names if "/" not in n}
     prompts = next((p for p in _PROMPTS if p in names), None)
-    if prompts and names & {"videos.txt", "images.txt"}:
+    if prompts and names.keys() & {"videos.txt", "images.txt"}:
         return _read_lists(folder, prompts, names, notes)
     tables = _one_split([n for n in folder.names if _is_metadata(n)], folder, notes)
     if tables:
@@ -81,13 +81,13 @@ def _split_of(name: str) -> str | None:
     return next((match[1] for match in found if match), None)
 
 
-def _read_lists(folder: Folder, prompts: str, names: set[str], notes: Notes) -> list[Item]:
+def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Notes) -> list[Item]:
     """CogVideo's layout for its diffusers `finetune/`: line by line a prompt, a clip, and for I2V a first frame.
 
     The first frames are not read: the condition of a clip is the frame that it starts with. Without
     `videos.txt`, `images.txt` lists stills to train on.
     """
-    lists = {n: _list(folder, n) for n in (prompts, "videos.txt", "images.txt") if n in names}
+    lists = {n: _list(folder, names[n]) for n in (prompts, "videos.txt", "images.txt") if n in names}
     counts = {n: len(lines) for n, lines in lists.items()}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} in {n}" for n, count in counts.items())
@@ -104,7 +104,7 @@ def _read_lists(folder: Folder, prompts: str, names: set[str], notes: Notes) -> 
     uses: Counter[str] = Counter()
     items = []
     for number, (file, prompt) in enumerate(zip(lists[media], lists[prompts], strict=True), start=1):
-        where = f"{folder.location(media)}, line {number}"
+        where = f"{folder.location(names[media])}, line {number}"
         if not is_text(file):
             raise DataError(f"{where}: {file!r} is no path.")
         uses[file] += 1
