@@ -89,6 +89,51 @@ def two_streams(path: Path, *streams: tuple[str, int, tuple[int, int], int]) -> 
     return str(path)
 
 
+def interlaced(path: Path, codec: str, options: dict[str, str], *, field_order: int = 0) -> str:
+    """12 frames of a white bar that moves between their even and odd rows, 6 pixels a field."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height = 160, 96
+        stream.pix_fmt = "yuv422p10le" if codec == "prores_ks" else "yuv420p"
+        stream.codec_context.thread_count = 1
+        if field_order:
+            stream.codec_context.field_order = field_order
+        for i in range(12):
+            picture = np.zeros((96, 160, 3), np.uint8)
+            picture[::2, 12 * i + 4 : 12 * i + 20] = 255
+            picture[1::2, 12 * i + 10 : 12 * i + 26] = 255
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize(
+    ("codec", "suffix", "options", "field_order"),
+    [
+        ("libx264", "mp4", {"x264-params": "tff=1"}, 0),
+        ("libx264", "mkv", {"x264-params": "bff=1"}, 0),
+        ("libx264", "ts", {"x264-params": "tff=1"}, 0),
+        ("mpeg2video", "mpg", {"flags": "+ildct+ilme"}, 0),
+        ("prores_ks", "mov", {"flags": "+ildct"}, 0),
+        ("ffv1", "mkv", {}, 2),
+    ],
+)
+def test_interlaced_clips_have_no_combs(tmp_path, codec, suffix, options, field_order, decoder):
+    path = interlaced(tmp_path / f"a.{suffix}", codec, options, field_order=field_order)
+    assert probe(path).frames == 12
+    for frame, place in zip(read_frames(path, [0.0, 5 / 25], decoder=decoder).astype(int), (0, 5)):
+        assert frame.shape == (96, 160, 3)
+        assert np.abs(np.diff(frame[8:-8], axis=0)).max() < 60  # 255 where rows are of two moments
+        assert frame[40, 12 * place + 12].min() > 200 and frame[40, 12 * place + 40].max() < 60
+
+
+def test_progressive_frames_in_an_interlaced_format_keep_their_rows(tmp_path):
+    path = interlaced(tmp_path / "a.mp4", "libx264", {"x264-params": "fake-interlaced=1", "crf": "5"})
+    assert np.abs(np.diff(read_frames(path, [0.0])[0].astype(int), axis=0)).max() > 200
+
+
 DEFAULT, IMPAIRED = int(Disposition.default), int(Disposition.visual_impaired)
 
 

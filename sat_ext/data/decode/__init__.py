@@ -10,7 +10,8 @@ import torch
 
 from sat_ext.data.decode.decord import read_decord
 from sat_ext.data.decode.pick import Shape
-from sat_ext.data.decode.pyav import as_displayed, read_pyav
+from sat_ext.data.decode.pyav import read_pyav
+from sat_ext.data.decode.rgb import as_displayed
 from sat_ext.data.decode.stills import read_animated_webp, read_picture
 from sat_ext.data.decode.torchcodec import read_torchcodec
 from sat_ext.errors import ConfigError, MediaError

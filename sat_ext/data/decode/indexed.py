@@ -11,7 +11,8 @@ import numpy as np
 from av.video.stream import VideoStream
 
 from sat_ext.data.decode.pick import Picked, Shape
-from sat_ext.data.decode.pyav import display_matrix, is_foreign, is_inexact, read_pyav, starts_at, upright
+from sat_ext.data.decode.pyav import read_pyav, starts_at
+from sat_ext.data.decode.rgb import display_matrix, is_foreign, is_inexact, is_interlaced, upright
 from sat_ext.files import is_local
 from sat_ext.media import decoder_of, displayed_size, open_video
 from sat_ext.types import TIME_TOLERANCE
@@ -37,8 +38,8 @@ def read_indexed(
     to frames that intra refresh marks as key frames; decord counts the frames that an edit list hides, seeks past
     the mark in transport streams, has no times in AVI, turns mirrored videos upside down, and, without
     `open_gops`, loses frames where a group begins with some that refer to the one before it (x265's default). So
-    are files that are not local, and those with pixels that are not square, have alpha, or are not 8-bit 4:2:0 in
-    sRGB's colours, which they convert less exactly.
+    are files that are not local, those with pixels that are not square or have alpha, interlaced ones, and those
+    that are not 8-bit 4:2:0 in sRGB's colours, which they convert less exactly.
     """
     starts = _starts(path, open_gops) if is_local(path) else None
     if starts is None:
@@ -89,7 +90,9 @@ def _are_closed(packets: Sequence[av.Packet]) -> bool:
 
 
 def _is_misread(frame: av.VideoFrame, stream: VideoStream) -> bool:
-    if is_inexact(frame) or is_foreign(stream) or any(c.is_alpha for c in frame.format.components):
+    if is_inexact(frame) or is_foreign(stream) or is_interlaced(frame, stream):
+        return True
+    if any(component.is_alpha for component in frame.format.components):
         return True
     if sorted(displayed_size(frame, stream)) != sorted((frame.width, frame.height)):
         return True

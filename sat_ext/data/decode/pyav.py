@@ -7,21 +7,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import PictureType
-from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
-from sat_ext.colour import to_srgb
 from sat_ext.data.decode.order import DEEPEST_REORDER, Damage, Needed
 from sat_ext.data.decode.pick import Shape, pick
+from sat_ext.data.decode.rgb import Converter, Decoded
 from sat_ext.errors import MediaError
 from sat_ext.files import suffix_of
-from sat_ext.media import UNTIMED_FORMATS, decoder_of, displayed_size, open_video, refuse_unreadable_colours
+from sat_ext.media import UNTIMED_FORMATS, decoder_of, open_video
 from sat_ext.types import TIME_TOLERANCE
 
 # Where a seek ends behind the wanted frame (open GOPs, transport streams): from earlier, then from the start.
@@ -41,14 +39,6 @@ _ORDERED_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
 
 _LOOKAHEAD = 2 * DEEPEST_REORDER  # packets that are known before one is judged
 
-# swscale's quick way misses the colours of 8-bit 4:2:0 video by up to 2.4 levels, in a ninth of the exact time. It
-# misses those of other formats by more than 3, in half the time (3.5 ms a 1080p frame in place of 7).
-_QUICK_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-_BILINEAR = 2  # flags of libswscale/swscale.h, which older PyAV does not name
-_EXACT = _BILINEAR | 0x2000 | 0x40000  # SWS_FULL_CHR_H_INT, SWS_ACCURATE_RND
-
-_Decoded = tuple[av.VideoFrame, bool]  # a frame, and whether it is damaged
-
 
 def read_pyav(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
     """See `read_frames`."""
@@ -56,7 +46,7 @@ def read_pyav(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
         with _open(path) as (container, stream):
             frames = _decode(path, container, stream, times, lead)
             if frames is not None:
-                return pick(path, frames, times, _Converter(path, stream, shape))
+                return pick(path, frames, times, Converter(path, stream, shape))
     raise AssertionError("reading from the start of a file seeks nowhere")
 
 
@@ -80,7 +70,7 @@ def _headers_suffice(stream: VideoStream) -> bool:
 
 def _decode(
     path: str, container: InputContainer, stream: VideoStream, times: Sequence[float], lead: float
-) -> Iterator[tuple[float, _Decoded]] | None:
+) -> Iterator[tuple[float, Decoded]] | None:
     """Frames in order of display with their starts, from the one on display at the earliest time or earlier.
 
     None when the seek, to `lead` seconds before, went too far, or to a frame that is no true key frame.
@@ -126,7 +116,7 @@ class _Clip:
         self._whole = False  # read to its end
         self.key: int | None = None  # where reading began, unless frames follow from it that are not displayed
 
-    def frames(self) -> Iterator[tuple[float, _Decoded]]:
+    def frames(self) -> Iterator[tuple[float, Decoded]]:
         """Frames in order of display, each with its start in seconds after the stream's first frame.
 
         Frames that are not on display at any of the times may be missing.
@@ -226,98 +216,3 @@ class _Clip:
                 continue
             self._whole = self._whole or not packet.size
             yield packet
-
-
-class _Converter:
-    """Decoded frames of one clip to RGB, and to what is kept of them."""
-
-    def __init__(self, path: str, stream: VideoStream, shape: Shape) -> None:
-        self._path, self._stream, self._shape = path, stream, shape
-        self._reformatter = VideoReformatter()
-        self._matrix: Matrix | None = None
-        self._rotation: float | None = None
-
-    def __call__(self, decoded: _Decoded) -> tuple[np.ndarray, np.ndarray]:
-        frame, damaged = decoded
-        if damaged:
-            raise MediaError(self._path, f"the data of its frame at {frame.time or 0:.3f} s is damaged")
-        refuse_unreadable_colours(self._path, frame)
-        if frame.rotation != self._rotation:  # the first frame; to ask all of them would keep all in memory
-            self._matrix, self._rotation = display_matrix(frame), frame.rotation
-        pixels = upright(self._rgb(frame), self._matrix)
-        size = displayed_size(frame, self._stream)
-        return pixels, self._shape(pixels, None if size == pixels.shape[1::-1] else size)
-
-    def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        context = self._stream.codec_context  # the decoder has put there what the frames say
-        convert = to_srgb(int(context.color_trc), int(context.color_primaries), _peak(frame))
-        alpha = any(component.is_alpha for component in frame.format.components)
-        if not (convert or alpha):
-            plane = self._reformat(frame, "rgb24").planes[0]
-            rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-            return rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
-        names = ("gbrp16le", "gbrap16le") if convert else ("rgb24", "rgba")
-        pixels = np.asarray(self._reformat(frame, names[alpha]).to_ndarray(), np.uint16 if convert else np.uint8)
-        rgb = convert(pixels[..., :3]) if convert else pixels[..., :3]
-        if not alpha:
-            return rgb
-        weight = pixels[..., 3:].astype(np.uint16) >> (8 if convert else 0)
-        flat = rgb * weight + 255 * (255 - weight)  # on white, as stills are
-        return ((flat + 127) // 255).astype(np.uint8)
-
-    def _reformat(self, frame: av.VideoFrame, name: str) -> av.VideoFrame:
-        flags = _EXACT if is_inexact(frame) else _BILINEAR
-        return self._reformatter.reformat(frame, format=name, interpolation=flags, threads=1)
-
-
-def is_inexact(frame: av.VideoFrame) -> bool:
-    """Whether swscale's quick way, which other decoders take, misses the frame's colours by up to 3 levels."""
-    return frame.format.name not in _QUICK_FORMATS and not frame.format.is_rgb
-
-
-def is_foreign(stream: VideoStream) -> bool:
-    """Whether a stream has HDR or wide primaries. To be asked once a frame of it was decoded."""
-    return to_srgb(int(stream.codec_context.color_trc), int(stream.codec_context.color_primaries)) is not None
-
-
-def _peak(frame: av.VideoFrame) -> int:
-    """Full signal in the 16 bits that swscale gives: it shifts full ranges, and scales others to 255 << 8."""
-    name = frame.format.name
-    if frame.color_range != ColorRange.JPEG and not frame.format.is_rgb and not name.startswith("yuvj"):
-        return 255 << 8
-    bits = frame.format.components[0].bits
-    return ((1 << bits) - 1) << (16 - bits)
-
-
-def as_displayed(pixels: np.ndarray, shown: tuple[int, int] | None) -> np.ndarray:
-    """The frame with square pixels: one that has others is stretched, as players do."""
-    if shown is None:
-        return pixels
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-    return frame.reformat(*shown, interpolation="BICUBIC", threads=1).to_ndarray()
-
-
-Matrix = tuple[int, int, int, int]  # (a, b, c, d) of the display matrix
-
-
-def display_matrix(frame: av.VideoFrame) -> Matrix | None:
-    """How a frame is to be turned and mirrored, which neither FFmpeg nor PyAV does; None: not at all.
-
-    The matrix has rows (a, b, u), (c, d, v), (x, y, w) and sends (p, q) to (ap + cq + x, bp + dq + y):
-    FFmpeg's libavutil/display.h. A frame that was asked lives until Python collects its cycles.
-    """
-    content: Any = frame.side_data.get("DISPLAYMATRIX")
-    if content is None:
-        return None
-    a, b, _, c, d = (int(v) for v in np.frombuffer(content, np.int32)[:5])
-    return a, b, c, d
-
-
-def upright(pixels: np.ndarray, matrix: Matrix | None) -> np.ndarray:
-    """The pixels turned and mirrored. Only quarter turns and mirror images occur in files."""
-    if matrix is None:
-        return pixels
-    a, b, c, d = matrix
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
