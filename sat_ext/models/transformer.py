@@ -102,7 +102,11 @@ def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTrans
         if config.train.mode == "full":  # closed gates would keep every gradient from adapters
             _start_at_identity(transformer)
     if transformer_of(config).use_learned_positional_embeddings:
-        transformer.patch_embed.__class__ = LearnedPatchEmbed  # same weights, same names in the checkpoint
+        embed = transformer.patch_embed
+        embed.__class__ = LearnedPatchEmbed  # same weights, same names in the checkpoint
+        if config.train.mode == "full":  # a buffer in diffusers, which would never train; CogVideo trains it
+            positions = embed._buffers.pop("pos_embedding").to(embed.proj.weight.dtype)
+            embed.pos_embedding = torch.nn.Parameter(positions, requires_grad=False)  # until the engine says so
     blocks = transformer.transformer_blocks
     if config.train.quantization != "none":
         quantize_blocks(blocks, config.train.quantization, in_state_dict=config.pretrained is None)

@@ -17,18 +17,22 @@ from in_checkout import Skip
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from sat_ext.config import read_yaml
+
 HEIGHT, WIDTH = tiny.SIZE[0] // 8, tiny.SIZE[1] // 8
 OURS = "sat_ext.cogvideo.JointDiffusionLoss"
+LORA = {"lora_config": {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 128}}}
 
 
 class Model:
     """The tiny network, denoiser and loss of a configuration, without first stage and text encoder."""
 
-    def __init__(self, sat: Path, name: str) -> None:
+    def __init__(self, sat: Path, name: str, modules: dict[str, Any] | None = None) -> None:
         from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
         from sgm.util import instantiate_from_config
 
         self.config = OmegaConf.create(tiny.model(sat, name, Path("nowhere"))["model"])
+        self.config.network_config.params.modules.update(modules or {})
         torch.manual_seed(0)
         self.network = OpenAIWrapper(instantiate_from_config(self.config.network_config))
         for parameter in self.network.parameters():
@@ -211,6 +215,67 @@ def check_an_evaluation_decodes_every_frame_that_it_sampled(sat: Path) -> None:
         x = torch.randn(1, frames, 16, 2, 2)
         decoded = Engine.decode_first_stage(engine, sampler(None, x, {}).transpose(1, 2))
         torch.testing.assert_close(decoded.transpose(1, 2), x)
+
+
+def check_a_lora_learns_at_the_rate_of_the_overlays_and_not_at_the_one_for_full_tuning(sat: Path) -> None:
+    """SAT's LoRA at its real rank on one batch, with the optimizer's settings of the documented commands."""
+    name, overlay = ("cogvideox_2b_lora", "lora-rate")
+    if "1.5" in tiny.model_names(sat)[0]:
+        name, overlay = ("cogvideox1.5_5b", "lora")
+    theirs = [str(sat / "configs" / f"{n}.yaml") for n in (name, "sft")]
+    ours = [str(Path(__file__).parents[2] / "configs" / "cogvideo" / f"{n}.yaml") for n in ("joint", overlay)]
+    falls = []
+    for files in ([*theirs, ours[0]], [*theirs, *ours]):
+        params = read_yaml(files)["deepspeed"]["optimizer"]["params"]
+        model = Model(sat, name, LORA)
+        adapters = [p for n, p in model.network.named_parameters() if "matrix_" in n]
+        for part, parameter in model.network.named_parameters():
+            if "matrix_B" in part:
+                torch.nn.init.zeros_(parameter)  # as it begins
+            elif "matrix_A" in part:
+                torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
+        optimizer = torch.optim.AdamW(
+            adapters, lr=params["lr"], betas=tuple(params["betas"]), eps=float(params["eps"]),
+            weight_decay=params["weight_decay"],
+        )  # fmt: skip
+        loss, batch, found = model.loss(), model.batch(["video"] * 2, 2), []
+        for _ in range(100):
+            losses, _ = model.run(loss, batch, 2)
+            optimizer.step()
+            found.append(float(losses.mean()))
+        falls.append(1 - found[-1] / found[0])
+    before, after = falls
+    assert 20 * abs(before) < 0.004 < after, falls  # shares of the loss, after 100 steps
+
+
+def check_a_dropped_caption_is_what_the_sampler_guides_against(sat: Path) -> None:
+    """Embeddings of zeros, both: sample_video.py asks for them, and `ucg_rate` gives them in training."""
+    from sgm.modules import GeneralConditioner
+
+    assert 'force_uc_zero_embeddings = ["txt"]' in (sat / "sample_video.py").read_text()
+    entry = {"target": f"{__name__}.Embedder", "params": {}, "input_key": "txt", "ucg_rate": 1.0}
+    conditioner = GeneralConditioner([OmegaConf.create(entry)])
+    batch = {"txt": ["a", "b"]}
+    dropped = conditioner(batch)["crossattn"]
+    entry["ucg_rate"] = 0.1
+    shown, guided = GeneralConditioner([OmegaConf.create(entry)]).get_unconditional_conditioning(
+        batch, force_uc_zero_embeddings=["txt"]
+    )
+    assert torch.equal(dropped, guided["crossattn"]) and not dropped.any() and shown["crossattn"].any()
+    # for diffusers, which guides against the embedding of ""
+    empty = GeneralConditioner([OmegaConf.create({**entry, "ucg_rate": 1.0, "legacy_ucg_value": ""})])
+    assert torch.equal(empty({"txt": ["a", "b"]})["crossattn"], Embedder()(["", ""]))
+
+
+def Embedder() -> Any:
+    """Of captions, by their length: a text encoder for CogVideo's conditioner."""
+    from sgm.modules.encoders.modules import AbstractEmbModel
+
+    class ByLength(AbstractEmbModel):  # type: ignore[misc]
+        def forward(self, text: list[str]) -> Tensor:
+            return torch.stack([torch.full((3, 4), 1.0 + len(t)) for t in text])
+
+    return ByLength()
 
 
 class Noise:

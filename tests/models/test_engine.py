@@ -185,6 +185,20 @@ def test_lora_trains_its_adapters_alone_and_starts_as_the_base() -> None:
     torch.testing.assert_close(lora(make_batch(5, seed=1))[0], base(make_batch(5, seed=1))[0])
 
 
+def test_learned_positions_train_with_every_other_weight_and_not_beside_a_lora() -> None:
+    name = "patch_embed.pos_embedding"
+    engine = make_engine(small_config("5b-i2v"))
+    frozen = [n for n, p in engine.network.named_parameters() if not p.requires_grad]
+    assert not frozen and not list(engine.network.named_buffers()), "full tuning trains every weight"
+    engine(make_batch(9))[0].backward()
+    positions = engine.network.get_parameter(name)
+    assert positions.grad is not None and (positions.grad[:, 8:] != 0).any()  # behind 8 tokens of text
+    lora = make_engine(small_config("5b-i2v", train={"mode": "lora", "rank": 4, "alpha": 4}))
+    assert name in dict(lora.network.named_buffers())
+    lora.load_state_dict({k: v for k, v in engine.state_dict().items() if k.endswith(name)}, strict=False)
+    assert torch.equal(lora.network.get_buffer(name).float(), positions)
+
+
 def test_lora_learns() -> None:
     engine = make_engine(small_config("5b", train={"mode": "lora", "rank": 4, "alpha": 4}))
     torch.nn.init.normal_(engine.network.transformer_blocks[0].norm1.linear.weight, std=0.5)
