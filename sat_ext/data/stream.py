@@ -69,7 +69,7 @@ class JointStream:
             )
             for g in index.groups
         ]
-        few = [f"'{c.source}' {c.bucket}: {c.records}" for c in cells if c.records < 2 * world]
+        few = [f"'{c.source}' {c.bucket}: {c.records}" for c in cells if c.records < 2 * world and world > 1]
         if few:
             shown = ", ".join(few[:_LISTED]) + ", ..." * (len(few) > _LISTED)
             log.warning(
@@ -87,31 +87,24 @@ class JointStream:
         )
         self._read = Guard(read_pixels, timeout=budget.timeout, capacity=capacity)
 
-    def batches(
-        self, *, start: int, rank: int, worker: int = 0, workers: int = 1, cycle: int | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """Endless batches of `rank` from step `start` on; worker w of n makes every n-th, from the w-th.
-
-        With `cycle`, the steps after `start + cycle` are those from `start` again: every evaluation of so many
-        steps then sees the same samples.
-        """
-        if cycle is not None:
-            steps = list(islice(self.schedule.steps(start), cycle))
-            number = worker
-            while True:
-                yield self.batch(steps[number % cycle], rank)
-                number += workers
+    def batches(self, *, start: int, rank: int, worker: int = 0, workers: int = 1) -> Iterator[dict[str, Any]]:
+        """Endless batches of `rank` from step `start` on; worker w of n makes every n-th, from the w-th."""
         for step in islice(self.schedule.steps(start), worker, None, workers):
             yield self.batch(step, rank)
 
     def batch(self, step: Step, rank: int) -> dict[str, Any]:
         """The batch of one step. Raises `DataError` when too many files cannot be read."""
+        batch = self.collated(step.cell, self.schedule.positions(step, rank))
+        batch["loss_weight"] = torch.full((len(batch["txt"]),), self.schedule.loss_weight(step.cell))
+        return batch
+
+    def collated(self, cell: int, positions: np.ndarray) -> dict[str, Any]:
+        """The samples at `positions` of a cell's stream as a batch, without `loss_weight`. Raises as `batch`."""
         self._read.release()  # the samples of the last batch were copied into it
-        samples = [self.sample(step.cell, int(p)) for p in self.schedule.positions(step, rank)]
+        samples = [self.sample(cell, int(p)) for p in positions]
         batch = collate(samples, torch.uint8 if self.cached else self.dtype)
         if self.cached is not None and self.cached.as_pixels:
             batch["mp4"] = batch.pop("latents").to(self.dtype)
-        batch["loss_weight"] = torch.full((len(samples),), self.schedule.loss_weight(step.cell))
         return batch
 
     def sample(self, cell: int, position: int) -> Sample:

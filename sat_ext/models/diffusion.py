@@ -8,6 +8,8 @@ tools/convert_weight_sat2hf.py writes beside the published weights.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +110,12 @@ def uniform_timesteps(
 ) -> Tensor:
     """`count` independent timesteps for training, (count,) int64, on the generator's device."""
     return torch.randint(*interval, (count,), generator=generator, device=generator.device)
+
+
+def sample_seeds(batch: Mapping[str, Any]) -> list[int]:
+    """For each sample of a batch a number of its source and key alone, which an evaluation draws from."""
+    names = zip(batch["source"], batch["key"], strict=True)
+    return [zlib.crc32(f"{source}/{key}".encode()) for source, key in names]
 
 
 def stratified_timesteps(offsets: Tensor, strata: int) -> Tensor:

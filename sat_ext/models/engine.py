@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from sat_ext.models.config import ABSENT, OFS, folder_config, load_model_config,
 from sat_ext.models.diffusion import (
     NoiseSchedule,
     read_schedule,
+    sample_seeds,
     stratified_timesteps,
     timestep_interval,
     uniform_timesteps,
@@ -176,9 +176,7 @@ class VideoDiffusionEngine(nn.Module):
             condition = self._condition(first, latents, torch.zeros(len(first), dtype=torch.bool), batch)
         latents, condition, padding = self._padded(latents, condition)
         text = self.text.encode(batch["txt"], latents.device, self.network.dtype)
-        names = [f"{source}/{key}" for source, key in zip(batch["source"], batch["key"], strict=True)]
-        seeds = [zlib.crc32(name.encode()) for name in names]
-        generators = [torch.Generator(latents.device).manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator(latents.device).manual_seed(seed) for seed in sample_seeds(batch)]
         offsets = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
         losses = []
         for timesteps in stratified_timesteps(offsets, self.config.eval_timesteps):

@@ -26,6 +26,7 @@ from sat_ext.cogvideo.check import check_run
 from sat_ext.cogvideo.doubts import doubts
 from sat_ext.config import load
 from sat_ext.data.config import DataConfig, sources_of
+from sat_ext.data.held_out import HeldOut
 from sat_ext.data.index import build_index, clip_lengths, longest_is_rare
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
@@ -45,9 +46,9 @@ MANY_FILES = 500  # some seconds of probing
 class SharedStream(DataPipeline):
     """One entry of a SAT data list. All entries of the list hold the same `JointStream` and iterator."""
 
-    def __init__(self, stream: JointStream, args: argparse.Namespace, split: str, shared: list[Any]) -> None:
+    def __init__(self, stream: JointStream | HeldOut, args: argparse.Namespace, shared: list[Any]) -> None:
         super().__init__()
-        self.stream, self.args, self.split, self._shared = stream, args, split, shared
+        self.stream, self.args, self._shared = stream, args, shared
         self.rank = mpu.get_data_parallel_rank()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -60,10 +61,8 @@ class SharedStream(DataPipeline):
     def _batches(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if self.split != "train_data":
-            return self.stream.batches(
-                start=0, rank=self.rank, worker=worker, workers=workers, cycle=self.args.eval_iters
-            )
+        if isinstance(self.stream, HeldOut):
+            return self.stream.batches(rank=self.rank, worker=worker, workers=workers)
         # read here, not when SAT builds the data set: the checkpoint is loaded in between
         start = first_step(self.args)
         return self.stream.batches(start=start, rank=self.rank, worker=worker, workers=workers)
@@ -108,9 +107,8 @@ class JointImageVideoDataset:
         if _is_stream(args, split):
             entries = args.sat_ext_streams.setdefault(split, [])
             if not entries:
-                stream = cls._stream(args, config, split, world=mpu.get_data_parallel_world_size())
-                entries += [stream, []]
-            return SharedStream(entries[0], args, split, entries[1])
+                entries += [cls._shared_stream(args, config, split), []]
+            return SharedStream(entries[0], args, entries[1])
         return MapStyle(cls._stream(args, config, split, world=1, paths=[path], largest=1))
 
     @classmethod
@@ -122,6 +120,19 @@ class JointImageVideoDataset:
             return list(config.sources)
         weights = args.train_data_weights if split == "train_data" and len(paths) == len(args.train_data) else None
         return sources_of(paths, weights)
+
+    @classmethod
+    def _shared_stream(cls, args: argparse.Namespace, config: DataConfig, split: str) -> JointStream | HeldOut:
+        """Training's endless stream, or the fixed list of an evaluation."""
+        world = mpu.get_data_parallel_world_size()
+        if split == "train_data":
+            return cls._stream(args, config, split, world=world)
+        held_out = HeldOut(
+            cls._stream(args, config, split, world=1),
+            samples=args.eval_iters * (args.eval_batch_size or args.batch_size), world=world,
+        )  # fmt: skip
+        print_rank0(f"{split}: an evaluation is of {sum(held_out.counts)} samples: {held_out.summary()}")
+        return held_out
 
     @classmethod
     def _stream(

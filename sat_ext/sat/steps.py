@@ -35,6 +35,7 @@ def install() -> None:
     ) -> Any:  # fmt: skip
         if _saves(run_of(args), args):
             train_data, val_data = (None if data is None else ends.Spared(data) for data in (train_data, val_data))
+        val_data = None if val_data is None else rng.Unseen(val_data)
         return train(model, optimizer, lr_scheduler, train_data, val_data, timers, args, **options)
 
     def step(

@@ -73,7 +73,7 @@ class TrainingHooks:
     def forward_step_eval(
         self, data_iterator: Iterator[dict[str, Any]], model: Any, args: argparse.Namespace, timers: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One step of an evaluation; the first batch of each kind is also sampled from."""
+        """One step of an evaluation, of one bucket on all ranks; the first of each kind is also sampled from."""
         batch = self._next(data_iterator, timers)
         kind = batch["kind"][0]
         if self._sampled.get(kind) != args.iteration:
@@ -83,10 +83,13 @@ class TrainingHooks:
         return loss, metrics
 
     def handle_metrics(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Means over the steps and ranks that had a value. SAT calls it on the first rank only."""
+        """Write down the held-out losses, and whether they are `test_data`'s. SAT calls it on the first rank."""
         means = mean_metrics(gathered)
         record = {"iteration": self.args.iteration, **{k: round(float(v), 6) for k, v in means.items()}}
-        self.evaluations.append(record)
+        if getattr(self.args, "sat_ext_evaluated", "val") == "test":
+            record["data"] = "test_data"
+        else:
+            self.evaluations.append(record)
         if self.args.save:
             with (Path(self.args.save) / "heldout.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -137,9 +140,7 @@ class TrainingHooks:
         """Held-out loss before the first step. SAT evaluates after steps only."""
         streams = getattr(self.args, "sat_ext_streams", {})
         if "valid_data" in streams and self.args.eval_interval:
-            batches = streams["valid_data"][0].batches(
-                start=0, rank=mpu.get_data_parallel_rank(), cycle=self.args.eval_iters
-            )
+            batches = streams["valid_data"][0].batches(rank=mpu.get_data_parallel_rank())
             hooks = {"forward_step_eval": self.forward_step_eval, "handle_metrics": self.handle_metrics}
             evaluate_and_print_results(
                 f"iteration {self.args.iteration}", batches, model, self.args.eval_iters, self.args, timers,

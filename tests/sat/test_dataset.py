@@ -172,13 +172,13 @@ def test_the_same_folder_may_be_trained_and_evaluated_on(sat_args: MakeArgs, dem
     same = [str(demo / "train")]
     args = sat_args(train_data=same, valid_data=same)
     batches = sat_iterator(args, split="val")
-    assert keys(batches, 6)[:3] == keys(sat_iterator(sat_args(train_data=same, valid_data=same), split="val"), 3)
+    assert keys(batches, 6)[:4] == keys(sat_iterator(sat_args(train_data=same, valid_data=same), split="val"), 4)
 
 
 def test_every_evaluation_sees_the_same_samples(sat_args: MakeArgs) -> None:
-    seen = keys(sat_iterator(sat_args(num_workers=2), split="val"), 9)
-    assert seen[:3] == seen[3:6] == seen[6:9]
-    assert len({k for batch in seen[:3] for k in batch}) > 3
+    seen = keys(sat_iterator(sat_args(num_workers=2), split="val"), 12)  # 3 clips and 3 stills, 2 in a batch
+    assert seen[:4] == seen[4:8] == seen[8:12]
+    assert len({k for batch in seen[:4] for k in batch}) == 6
 
 
 def test_first_frame_sources_give_stills_of_clips(sat_args: MakeArgs, demo: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from sat.helpers import print_rank0
 
 from sat_ext.sat.fixes.cpu import cpu_training, no_compiler
+from sat_ext.sat.fixes.evaluation import evaluation
 from sat_ext.sat.fixes.launcher import launcher
 from sat_ext.sat.fixes.loading import load, resume
 from sat_ext.sat.fixes.memory import empty_cache, expandable_segments
@@ -33,7 +34,8 @@ FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
     "save": save,
     "parallel_layers": parallel_layers,
     "zero3_build": zero3_build,
-    "zero3_sampling": zero3_sampling,
+    "evaluation": evaluation,
+    "zero3_sampling": zero3_sampling,  # around that evaluation
     "lr_schedule": lr_schedule,
     "empty_cache": empty_cache,
     "expandable_segments": expandable_segments,
