@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from sat_ext.encoded.latents import CacheConfig, Entry, LatentStore
 from sat_ext.encoded.text import write_text_embeddings
 from sat_ext.encoded.write import Progress, Work, missing_work, require_room, write_samples
 from sat_ext.errors import ConfigError, DataError, MediaError
+from sat_ext.sat import peers
 from sat_ext.sat.shared import share_from_first_rank
 
 REMEDIES = {
@@ -89,6 +91,10 @@ def _join() -> tuple[int, int]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group("gloo")
+        peers.set_limit(
+            timedelta(days=7)
+        )  # no limit but that of a launcher: a rank that ends still ends the others
+        peers.begin()
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -42,6 +42,13 @@ def main() -> None:
     except SatExtError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        from sat_ext.sat.peers import sentence_of_lost  # SAT, which most commands do without
+
+        if not (sentence := sentence_of_lost(error)):
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from sat import arguments as sat_arguments
 
 from sat_ext.config import convert, read_yaml, reject_unknown_keys
 from sat_ext.errors import ConfigError
+from sat_ext.sat import peers
 from sat_ext.sat.lists import fill_in
 from sat_ext.sat.settings import settings_of
 
@@ -79,6 +80,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoint", choices=["weights", "full"], help="what a checkpoint holds")
     group.add_argument("--keep-last", type=int, help="how many of the newest full checkpoints stay")
     group.add_argument("--stop-after-bad-steps", type=int, help="steps in a row without a finite loss")
+    group.add_argument("--timeout-minutes", type=float, help="how long a rank waits for another")
     group.add_argument("--without-fixes", nargs="*", metavar="NAME", help="repairs of SAT not to make")
 
 
@@ -182,4 +184,5 @@ def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
 def initialize(args: argparse.Namespace) -> None:
     """Start the process group and seed every random number generator, as SAT does."""
     sat_arguments.initialize_distributed(args)
+    peers.begin()
     sat_arguments.set_random_seed(args.seed)

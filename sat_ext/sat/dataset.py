@@ -37,7 +37,7 @@ from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.run import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.settings import settings_of
-from sat_ext.sat.shared import share_from_first_rank
+from sat_ext.sat.shared import require_everywhere, share_from_first_rank
 from sat_ext.sat.uncaught import show_sentences
 
 MANY_FILES = 500  # some seconds of probing
@@ -155,6 +155,10 @@ class JointImageVideoDataset:
             for sentence in doubts(model, getattr(args, "deepspeed_config", None) or {}, vars(args)):
                 print_rank0(f"warning: {sentence}", level="WARNING")
         sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
+        local = (
+            [config.cache.folder] if config.cache else [s.path for s in sources]
+        )  # media, or what is read instead
+        require_everywhere(local, "data.params.cache.folder" if config.cache else f"args.{split}")
         index = share_from_first_rank(lambda: build_index(sources, config, probing=_with_progress_bar))
         print_rank0(f"{split}: {index.summary()}")
         if rare := longest_is_rare(clip_lengths(index), config):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from sat_ext.config import load, read_yaml, reject_unknown_keys
 from sat_ext.errors import ConfigError
 
+MINUTES = 0.2, 10080  # above the seconds between two signs of a rank that works alone (`shared.HEARTBEAT`)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -19,18 +21,24 @@ class Settings:
     `keep_last`: how many of the newest `full` checkpoints stay, all where it is None; of weights alone, all do.
     `stop_after_bad_steps`: how many steps in a row may change no weight, for a loss or gradients that are not
     finite, before the run ends. `without_fixes`: repairs of SAT that are not made.
+    `timeout_minutes`: how long a rank waits for another, which may be sampling alone in an evaluation.
     """
 
     checkpoint: Literal["weights", "full"] = "weights"
     keep_last: int | None = None
     stop_after_bad_steps: int = 20
     without_fixes: tuple[str, ...] = ()
+    timeout_minutes: float = 60.0
 
     def __post_init__(self) -> None:
         if self.keep_last is not None and self.keep_last < 1:
             raise ConfigError(f"args.keep_last: {self.keep_last}; give 1 or more, or leave it out to keep all.")
         if self.stop_after_bad_steps < 1:
             raise ConfigError(f"args.stop_after_bad_steps: {self.stop_after_bad_steps}; give 1 or more.")
+        if not MINUTES[0] <= self.timeout_minutes <= MINUTES[1]:
+            raise ConfigError(
+                f"args.timeout_minutes: {self.timeout_minutes}; give {MINUTES[0]} to {MINUTES[1]} (a week)."
+            )
 
 
 NAMES = tuple(f.name for f in fields(Settings))

@@ -5,20 +5,23 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import re
+import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sat_ext.errors import SatExtError
+from sat_ext.errors import DataError, SatExtError
+from sat_ext.files import is_url
 
 T = TypeVar("T")
 
-HEARTBEAT = 60.0  # seconds; the ranks that wait give up after 10 minutes (NCCL) or 30 (gloo) without a message
+HEARTBEAT = 5.0  # seconds; the ranks that wait give up after `args.timeout_minutes` without a message
 _CHUNK = 64 << 20  # bytes in one message
 _ALIGNMENT = 64  # of buffers, as Arrow wants them
 
@@ -42,6 +45,24 @@ def share_from_first_rank(make: Callable[[], T], *, heartbeat: float = HEARTBEAT
     header, spans, name = message
     memory = _spread(buffers, spans, Path(tempfile.gettempdir(), name))
     return pickle.loads(header, buffers=[memory[start:end] for start, end in spans])
+
+
+def require_everywhere(paths: Sequence[str], place: str) -> None:
+    """Raise `DataError` where some ranks lack a local file or folder of `paths` that others have.
+
+    What all of them lack is left to the reader, who says more about it.
+    """
+    lacking = [p for p in paths if not is_url(p) and not Path(re.sub(r"/?[^/]*[{*?].*", "", p) or ".").exists()]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (socket.gethostname(), lacking))
+    for path in paths:
+        without = [f"rank {rank} ({host})" for rank, (host, lacks) in enumerate(found) if path in lacks]
+        if 0 < len(without) < len(found):
+            others = f"{len(found) - len(without)} of {len(found)} ranks have it"
+            raise DataError(
+                f"{place}: {path} is not there for {', '.join(without)}, and {others}; a mount may be missing on "
+                "that machine."
+            )
 
 
 def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat: float) -> Any:

@@ -8,6 +8,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from sat_ext.errors import SatExtError
+from sat_ext.sat.peers import sentence_of_lost
 
 
 def sentence_of(error: BaseException) -> str | None:
@@ -24,7 +25,7 @@ def sentence_of(error: BaseException) -> str | None:
             f"args.num_workers or args.prefetch_factor ({' '.join(text.split()).rstrip('.')})."
         )
     if not isinstance(error, SatExtError):
-        return None
+        return sentence_of_lost(error)
     kind = type(error)
     return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 

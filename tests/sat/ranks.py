@@ -90,6 +90,11 @@ class Running:
         """Signal the ranks and all that they have started."""
         os.killpg(self.pids[0], number)
 
+    def alive(self) -> bool:
+        """Whether all ranks run: one that has ended is a zombie until `wait`."""
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in self.pids]
+        return "Z" not in states
+
     def log(self, rank: int = 0) -> str:
         return (self.folder / f"rank{rank}.log").read_text()
 
@@ -221,7 +226,7 @@ def prepare(records: Path, request: dict[str, Any]) -> None:
         save.Writer._write = lambda *arguments: (time.sleep(request["slow_writes"]), write(*arguments))[1]
     if request.get("own_disks"):
         node = records.with_suffix("")
-        node.mkdir()
+        node.mkdir(exist_ok=True)
         os.chdir(node)
     if request.get("busy") is not None:
         be_busy(records.parent / "busy", request["busy"])

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from sat import mpu
+from torch.distributed import distributed_c10d
 from torch.utils.data import DataLoader, IterableDataset
 
-from sat_ext.errors import DataError
+from sat_ext.errors import ConfigError, DataError
+from sat_ext.sat import peers
 from sat_ext.sat.ends import Spared, end_workers
 from sat_ext.sat.uncaught import sentence_of
 from tests.sat.ranks import Server, folder_of
@@ -75,6 +83,61 @@ def test_sigterm_does_not_reach_a_data_worker_that_has_just_begun(process_group:
     assert next(batches) == {"txt": ["a"]}
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     end_workers()
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_stops_answering_is_named(
+    server: Server, configure: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Stopped, as a machine that is cut off looks to the others: they wait 12 s for it."""
+    arguments = configure(tmp_path, **{**QUICK, "train_iters": 100000, "timeout_minutes": 0.2})
+    run = server.start(arguments, world=3, folder=tmp_path, slow=0.05)
+    try:
+        while len(run.records(2)) < 3:
+            time.sleep(0.2)
+            assert run.alive(), run.log()[-3000:]
+        os.kill(run.pids[1], signal.SIGSTOP)
+        statuses = run.wait(timeout=300)
+    finally:
+        run.kill()
+    assert (statuses[0], statuses[2]) == (1, 1)
+    for rank in (0, 2):
+        (sentence,) = [line for line in run.log(rank).splitlines() if line.startswith("error: ")]
+        assert sentence.startswith(
+            f"error: rank {rank} ({socket.gethostname()}) lost the others: no sign of rank 1 ("
+        )
+        assert "Traceback" not in run.log(rank)
+
+
+@pytest.mark.multiprocess
+def test_a_machine_without_the_data_is_named(
+    server: Server, configure: Callable[..., list[str]], demo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rank0").mkdir()
+    (tmp_path / "rank0" / "mounted").symlink_to(demo / "train")
+    arguments = configure(tmp_path, **{**QUICK, "train_data": ["mounted"]})
+    run = server.start(arguments, world=2, folder=tmp_path, own_disks=True)
+    assert run.wait() == [1, 1]
+    for rank in range(2):
+        assert (
+            f"error: args.train_data: mounted is not there for rank 1 ({socket.gethostname()}), and 1 of 2 ranks have "
+            "it; a mount may be missing on that machine."
+        ) in run.log(rank)
+
+
+def test_the_time_limit_reaches_every_group(process_group: None) -> None:
+    """Those that SAT and CogVideo have made before our data class is loaded, and those that come later."""
+    before = distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout
+    early = dist.new_group([0])
+    try:
+        peers.timeout(Namespace(checkpoint=None, keep_last=None, without_fixes=None, timeout_minutes=90.0))
+        groups = [dist.group.WORLD, early, mpu.get_data_parallel_group(), dist.new_group([0])]
+        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+        assert limits == [timedelta(minutes=90)] * 4
+    finally:
+        distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout = before
+    with pytest.raises(ConfigError, match=r"args\.timeout_minutes: 0; give 0\.2 to 10080"):
+        peers.timeout(Namespace(checkpoint=None, keep_last=None, without_fixes=None, timeout_minutes=0))
 
 
 def test_an_error_of_the_code_is_not_made_a_sentence() -> None:

@@ -24,6 +24,7 @@ from sat_ext.sat.fixes.saving import save
 from sat_ext.sat.fixes.schedule import lr_schedule
 from sat_ext.sat.fixes.sizes import auto_sizes
 from sat_ext.sat.fixes.zero3 import parallel_layers, zero3_build
+from sat_ext.sat.peers import timeout
 from sat_ext.sat.settings import settings_of
 
 FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
@@ -43,6 +44,7 @@ FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
     "optimizer_path": optimizer_path,
     "auto_sizes": auto_sizes,
     "launcher": launcher,
+    "timeout": timeout,
 }
 
 _applied: set[str] = set()

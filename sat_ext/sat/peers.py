@@ -1,0 +1,144 @@
+"""The other ranks: how long one waits for them, and which of them is gone when an exchange fails.
+
+Every rank counts up a number of its own in the process group's store, from a thread that goes on while its
+training waits. A rank that hangs in the kernel, is stopped, has ended or is cut off no longer counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import re
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from sat.helpers import print_rank0
+from torch.distributed import distributed_c10d
+
+from sat_ext.sat.settings import settings_of
+
+BEAT = 2.0  # seconds
+SILENT = 60.0  # seconds after which the first rank says that another gives no sign
+_LOST = re.compile(
+    r"Timed out waiting|timed out|timeout|Connection \w+ by peer|Broken pipe|Connection refused", re.I
+)
+
+_peers: _Peers | None = None
+_limit = timedelta()
+
+
+def timeout(args: argparse.Namespace) -> bool:
+    """Symptom: SAT starts its process groups with NCCL's limit of 10 minutes, and a first rank that works alone
+    for longer, as where CogVideo samples 1.5 in an evaluation, ends the run.
+
+    `args.timeout_minutes` is the limit of the groups that there are, and of those that are made later.
+    """
+    set_limit(timedelta(minutes=settings_of(args).timeout_minutes))
+    begin()
+    return True
+
+
+def set_limit(limit: timedelta) -> None:
+    """Have every process group, present and future, wait so long for an exchange."""
+    global _limit
+    _limit = limit
+    module: Any = distributed_c10d
+    module.default_pg_timeout = limit  # read whenever a group is made without one
+    if module.default_pg_nccl_timeout is not None:  # where PyTorch has NCCL
+        module.default_pg_nccl_timeout = limit
+    if dist.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(limit, group)
+
+
+def begin() -> None:
+    """Give signs of life from now on, where there are other ranks. Safe to call again."""
+    global _peers
+    if _peers is None and dist.is_initialized() and dist.get_world_size() > 1:
+        _peers = _Peers()
+
+
+def sentence_of_lost(error: BaseException) -> str | None:
+    """Of an exchange that failed, which ranks are gone as far as it can be known; None for any other error.
+
+    It takes some seconds in which those that are there give a sign.
+    """
+    text = " ".join(str(error).split())
+    ours = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    if not ours or not _LOST.search(text) or not dist.is_initialized():
+        return None
+    limit = f"args.timeout_minutes, {_limit.total_seconds() / 60:g}" if _limit else "their limit"
+    who = _peers.gone() if _peers else ""
+    reason = (
+        f"no sign of {who}, which ended, hangs or is cut off; look at the end of its log and at its network"
+        if who
+        else f"all ranks give signs of life; where one works alone for long, raise the limit ({limit})"
+    )
+    return f"rank {dist.get_rank()} ({socket.gethostname()}) lost the others: {reason} ({text[:200]})."
+
+
+class _Peers:
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        shared: Any = distributed_c10d._get_default_store()
+        self.store = shared.clone()  # exchanges wait in the other, and lock it
+        self.store.set_timeout(timedelta(seconds=10))
+        self.store.set(f"sat_ext/host/{self.rank}", socket.gethostname())
+        self._counts: list[int] = []
+        self._seen: dict[int, float] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)  # a daemon in a call of PyTorch would crash Python's end
+
+    def gone(self) -> str:
+        """The ranks without a sign of life, with their hosts; empty where there is none."""
+        try:
+            before = self._read()
+            time.sleep(2.5 * BEAT)
+            silent = [r for r, (a, b) in enumerate(zip(before, self._read())) if a == b and r != self.rank]
+            # the first to ask is right: the ranks that end after it are no cause
+            names = ", ".join(map(self._name, silent))
+            names = self.store.compare_set("sat_ext/lost", "", names).decode() if names else ""
+            if self.rank == 0:
+                time.sleep(2.5 * BEAT)  # the others may be reading, and the store ends with this process
+            return str(names)
+        except RuntimeError:
+            return f"rank 0 ({os.environ.get('MASTER_ADDR', 'the first host')}), where the ranks register"
+
+    def _name(self, rank: int) -> str:
+        key = f"sat_ext/host/{rank}"
+        host = self.store.get(key).decode() if self.store.check([key]) else "a host that never answered"
+        return f"rank {rank} ({host})"
+
+    def _read(self) -> list[int]:
+        return [self.store.add(f"sat_ext/beat/{rank}", 0) for rank in range(self.world)]
+
+    def _run(self) -> None:
+        while not self._end.wait(BEAT):
+            try:
+                self.store.add(f"sat_ext/beat/{self.rank}", 1)
+                if self.rank == 0:
+                    self._watch()
+            except RuntimeError:  # the store is gone; what waits for the others will say so
+                continue
+
+    def _watch(self) -> None:
+        """Name a silent rank long before an exchange gives up: NCCL's ends the process, and names nobody."""
+        counts, now = self._read(), time.monotonic()
+        for rank, count in enumerate(counts):
+            if not self._counts or count != self._counts[rank]:
+                self._seen[rank] = now
+            elif now - self._seen[rank] > SILENT:
+                self._seen[rank] = float("inf")  # once
+                print_rank0(f"warning: no sign of {self._name(rank)} for {SILENT:.0f} s; it hangs or is cut off")
+        self._counts = counts
+
+    def _stop(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=15)
