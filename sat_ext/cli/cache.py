@@ -91,9 +91,7 @@ def _join() -> tuple[int, int]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group("gloo")
-        peers.set_limit(
-            timedelta(days=7)
-        )  # no limit but that of a launcher: a rank that ends still ends the others
+        peers.set_limit(timedelta(days=7))  # ranks finish hours apart, and one that ends still ends the others
         peers.begin()
     return dist.get_rank(), dist.get_world_size()
 

@@ -120,8 +120,8 @@ def test_a_machine_without_the_data_is_named(
     assert run.wait() == [1, 1]
     for rank in range(2):
         assert (
-            f"error: args.train_data: mounted is not there for rank 1 ({socket.gethostname()}), and 1 of 2 ranks have "
-            "it; a mount may be missing on that machine."
+            f"error: args.train_data: mounted is not there for rank 1 ({socket.gethostname()}), and 1 of 2 ranks "
+            "have it; a mount may be missing on that machine."
         ) in run.log(rank)
 
 
@@ -136,7 +136,7 @@ def test_the_time_limit_reaches_every_group(process_group: None) -> None:
         assert limits == [timedelta(minutes=90)] * 4
     finally:
         distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout = before
-    with pytest.raises(ConfigError, match=r"args\.timeout_minutes: 0; give 0\.2 to 10080"):
+    with pytest.raises(ConfigError, match=r"args\.timeout_minutes: 0\.0; give 0\.2 to 10080"):
         peers.timeout(Namespace(checkpoint=None, keep_last=None, without_fixes=None, timeout_minutes=0))
 
 
