@@ -17,6 +17,7 @@ LAYERS = [
     ("media", 0),
     ("pixels", 0),
     ("data.stream", 3),
+    ("data.held_out", 4),
     ("data.index", 2),
     ("data.config", 2),
     ("data.cached", 2),
