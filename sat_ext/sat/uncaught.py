@@ -8,7 +8,6 @@ from types import TracebackType
 import torch.distributed as dist
 
 from sat_ext.errors import SatExtError
-from sat_ext.sat.peers import sentence_of_lost
 
 
 def sentence_of(error: BaseException) -> str | None:
@@ -24,8 +23,12 @@ def sentence_of(error: BaseException) -> str | None:
             f"a data worker of rank {rank} was ended, perhaps by the kernel for want of memory; lower "
             f"args.num_workers or args.prefetch_factor ({' '.join(text.split()).rstrip('.')})."
         )
-    if not isinstance(error, SatExtError):
+    if isinstance(error, RuntimeError) and dist.is_initialized():
+        from sat_ext.sat.peers import sentence_of_lost  # and SAT, which most errors do without
+
         return sentence_of_lost(error)
+    if not isinstance(error, SatExtError):
+        return None
     kind = type(error)
     return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 

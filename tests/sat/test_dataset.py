@@ -18,6 +18,7 @@ from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.pixels import to_model_range
 from sat_ext.sat.dataset import _new_name, _pixel_type
+from sat_ext.sat.settings import NAMES
 
 TINY = str(Path(__file__).parents[2] / "configs" / "model" / "tiny.yaml")
 PARAMS = {"video_size": [64, 64], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0.0}
@@ -222,7 +223,8 @@ def test_the_second_of_the_two_lines_is_missed_as_well(sat_args: MakeArgs) -> No
 
 def test_a_full_checkpoint_needs_the_stream(sat_args: MakeArgs) -> None:
     args = sat_args(iterable_dataset=False, iterable_dataset_eval="", batch_size=1)
-    args.checkpoint, args.keep_last, args.without_fixes = "full", None, ["cpu_training", "no_compiler"]
+    settings = {"checkpoint": "full", "without_fixes": ["cpu_training", "no_compiler"]}
+    vars(args).update({**dict.fromkeys(NAMES), **settings})
     with pytest.raises(
         ConfigError, match=r"leaves the order to SAT, and 'checkpoint: full' cannot go on in it; add"
     ):

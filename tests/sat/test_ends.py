@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.sat import peers
 from sat_ext.sat.ends import Spared, end_workers
+from sat_ext.sat.settings import NAMES, Settings
 from sat_ext.sat.uncaught import sentence_of
 from tests.sat.ranks import Server, folder_of
 from tests.sat.runs import QUICK
@@ -130,14 +131,14 @@ def test_the_time_limit_reaches_every_group(process_group: None) -> None:
     before = distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout
     early = dist.new_group([0])
     try:
-        peers.timeout(Namespace(checkpoint=None, keep_last=None, without_fixes=None, timeout_minutes=90.0))
+        peers.timeout(Namespace(**{**dict.fromkeys(NAMES), "timeout_minutes": 90.0}))
         groups = [dist.group.WORLD, early, mpu.get_data_parallel_group(), dist.new_group([0])]
         limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
         assert limits == [timedelta(minutes=90)] * 4
     finally:
         distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout = before
     with pytest.raises(ConfigError, match=r"args\.timeout_minutes: 0\.0; give 0\.2 to 10080"):
-        peers.timeout(Namespace(checkpoint=None, keep_last=None, without_fixes=None, timeout_minutes=0))
+        Settings(timeout_minutes=0.0)
 
 
 def test_an_error_of_the_code_is_not_made_a_sentence() -> None:
