@@ -6,7 +6,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
+from sat_ext.cogvideo.doubts import doubts
 from sat_ext.config import load
 from sat_ext.data.config import DataConfig
 from sat_ext.errors import ConfigError
@@ -34,7 +36,9 @@ def test_models_are_known_to_the_last_key(model: str) -> None:
     assert (config.conditioning == "i2v") == ("i2v" in model or model == "tiny")
 
 
-@pytest.mark.parametrize(("train", "data", "zero"), product(names("train"), names("data"), names("zero")))
+@pytest.mark.parametrize(
+    ("train", "data", "zero"), product([t for t in names("train") if t != "fp16"], names("data"), names("zero"))
+)
 def test_any_training_data_and_zero_files_merge(
     train: str, data: str, zero: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +75,18 @@ def test_a_broken_yaml_is_named(tmp_path: Path, text: str, message: str) -> None
 def test_a_missing_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no file nowhere.yaml"):
         parse_args(["--base", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize("zero", [z for z in names("zero") if z != "zero0"])
+def test_fp16_lies_over_every_zero_file_that_scales_the_loss(zero: str) -> None:
+    files = ["model/tiny.yaml", "data/joint.yaml", f"zero/{zero}.yaml", "train/full.yaml", "train/fp16.yaml"]
+    merged = read_yaml([str(CONFIGS / f) for f in files])["deepspeed"]
+    assert merged["fp16"]["enabled"] and not merged["bf16"]["enabled"]
+    DeepSpeedConfig({"train_batch_size": 1, **{k: merged[k] for k in ("fp16", "bf16")}})
+    model = read_yaml([str(CONFIGS / "model" / "cogvideox-2b.yaml")])["model"]
+    lora = {"optimizer": {"params": {"lr": 1e-4}}}
+    assert doubts(model, {**merged, **lora}, {}) == []
+    assert "published in fp16" in doubts(model, {**lora, "bf16": {"enabled": True}}, {})[0]
 
 
 TINY = [str(CONFIGS / f) for f in ("model/tiny.yaml", "data/joint.yaml", "zero/zero1.yaml", "train/full.yaml")]

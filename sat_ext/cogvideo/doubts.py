@@ -19,7 +19,7 @@ def doubts(model: Mapping[str, Any], deepspeed: Mapping[str, Any], args: Mapping
     """A sentence each. The arguments are the sections of the merged YAML, `args` may be SAT's arguments."""
     given = ((deepspeed.get("optimizer") or {}).get("params") or {}).get("lr")
     lr = args.get("lr") or SAT_LR if given is None else given
-    found = [_lora_rate(model, float(lr)), _condition_scale(model)]
+    found = [_lora_rate(model, float(lr)), _condition_scale(model), _precision(model, deepspeed)]
     return [sentence for sentence in found if sentence]
 
 
@@ -46,6 +46,23 @@ def _lora_rate(model: Mapping[str, Any], lr: float) -> str | None:
         f"deepspeed.optimizer.params.lr: {lr:g} is a rate for tuning every weight; a LoRA scaled by {scale[1]} "
         f"hardly learns at it (lr x scale is {lr * scale[0]:.1e}, and the least that CogVideo trains one with is "
         f"{LEAST_LORA_STEP:.1e}: 5e-4 at 1/256); {cure}."
+    )
+
+
+def _precision(model: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> str | None:
+    """CogVideoX-2B, the one model without rotary positions, was published in fp16, the others in bf16."""
+    if "network_config" in model:
+        position = read_network(model).position_params
+        is_2b = "text_length" in position and "hidden_size_head" not in position
+    else:
+        transformer = model.get("transformer") or {}
+        rotary = transformer.get("use_rotary_positional_embeddings", False)
+        is_2b = bool(model.get("pretrained") and transformer and not rotary)
+    if not is_2b or not (deepspeed.get("bf16") or {}).get("enabled"):
+        return None
+    return (
+        "deepspeed.bf16.enabled: true, and CogVideoX-2B was published in fp16; bf16 keeps three bits less; "
+        "append configs/train/fp16.yaml."
     )
 
 
