@@ -7,14 +7,15 @@ decoded: nothing else tells how long its frames last.
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 
+import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
 
 from sat_ext.errors import MediaError
-from sat_ext.files import suffix_of
+from sat_ext.files import container_of, is_url, suffix_of
 from sat_ext.media import (
     SIDEWAYS,
     UNTIMED_FORMATS,
@@ -26,6 +27,8 @@ from sat_ext.media import (
     refuse_unreadable_colours,
 )
 from sat_ext.types import IMAGE_EXTENSIONS, MediaInfo
+
+_HEAD = 32  # frames; decoders put off at most 16
 
 _MAX_ANIMATION = 1 << 34  # pixels of all frames: a minute's decoding, at 300 million a second
 
@@ -83,6 +86,8 @@ def _probe_video(path: str) -> MediaInfo:
         codec = stream.codec_context.codec.canonical_name  # not the decoder's, such as libdav1d
         counted = _count_from_header(path, container, stream)
         width, height = _displayed_size(path, container, stream)
+    if counted is None and is_url(container_of(path)):
+        counted = _count_from_ends(path)
     frames, duration = counted or _count_packets(path)
     return _clip(width, height, frames=frames, duration=duration, codec=codec)
 
@@ -130,6 +135,32 @@ def _count_from_header(path: str, container: InputContainer, stream: VideoStream
     span = entries[-1].timestamp - entries[0].timestamp
     last = max(Fraction(span, max(1, len(entries) - 1)), Fraction((stream.duration or 0) - span))
     return len(entries), (span + last) * stream.time_base
+
+
+def _count_from_ends(path: str) -> tuple[int, Fraction] | None:
+    """Frames and duration of a remote AVI file by its index, and of a Matroska file by its first frames and its
+    last group, to which its index leads. None where there is no index, or these frames come at no steady rate.
+    """
+    with open_video(path, headers_only=True) as (container, stream):
+        rate, base = stream.average_rate, stream.time_base
+        if not rate or not base:
+            return None
+        if container.format.name == "avi":
+            count = sum(entry.size > 0 for entry in stream.index_entries)
+            return (count, count / rate) if count else None
+        if "matroska" not in container.format.name or container.duration is None:
+            return None
+        head = [p.pts for p in islice(container.demux(stream), _HEAD) if p.size and p.pts is not None]
+        if len(head) < _HEAD or not len(stream.index_entries):
+            return None
+        container.seek(int(Fraction(container.duration, av.time_base) / base), stream=stream)
+        tail = [p.pts for p in container.demux(stream) if p.size and p.pts is not None]
+    first, step = min(head), 1 / (rate * base)
+    known = sorted(head)[: _HEAD // 2], sorted(tail)  # the others may be displayed after some that were not read
+    if not tail or any(abs(b - a - step) > 1 for part in known for a, b in pairwise(part)):
+        return None
+    count = round((known[1][-1] - first) / step) + 1
+    return count, count / rate
 
 
 def _count_packets(path: str) -> tuple[int, Fraction]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
+import av.filter
 import numpy as np
 import pytest
 
@@ -39,7 +40,19 @@ def make(path: Path, codec: str, b_frames: int | None, gop: int, params: str) ->
 def straight(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        return np.stack([deinterlaced(f).to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def deinterlaced(frame: av.VideoFrame) -> av.VideoFrame:
+    if not frame.interlaced_frame:
+        return frame
+    graph = av.filter.Graph()
+    size = {"width": frame.width, "height": frame.height}
+    source = graph.add_buffer(**size, format=frame.format, time_base=frame.time_base)
+    scale = graph.add("scale", f"{frame.width}:{frame.height}:flags=bicubic+accurate_rnd")
+    graph.link_nodes(source, graph.add("field", "top"), scale, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])

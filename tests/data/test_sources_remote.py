@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -69,6 +70,42 @@ def check_same(folder: Path, url: str, kind: str) -> None:
     assert [told(i) for i in items] == [told(i) for i in local]
     for here, there in zip(local, items, strict=True):
         assert there.path.startswith(url) and probe(there.path) == probe(here.path)
+
+
+def noisy_clip(path: Path, codec: str, frames: int = 250) -> int:
+    """Some megabytes of 25 frames a second, with sound between them; how many bytes."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 256, 256, "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.bit_rate = 12, 8_000_000
+        sound = container.add_stream("pcm_s16le", rate=8000)
+        sound.layout = "mono"
+        for number in range(frames):
+            noise = rng.integers(0, 256, (256, 256, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 320), np.int16), format="s16", layout="mono")
+            silence.sample_rate, silence.pts = 8000, 320 * number
+            container.mux(sound.encode(silence))
+        container.mux([*stream.encode(None), *sound.encode(None)])
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["mkv libx264", "mkv mpeg4", "avi mpeg4", "mov libx264"])
+def test_a_remote_clip_is_probed_without_its_middle(tmp_path, server, kind):
+    suffix, codec = kind.split()
+    size = noisy_clip(tmp_path / f"a.{suffix}", codec)
+    here, there = probe(f"{tmp_path}/a.{suffix}"), probe(f"{server.url}/a.{suffix}")
+    assert there.frames == here.frames == 250
+    assert (there.fps, there.duration) == (pytest.approx(25), pytest.approx(10))
+    assert (there.width, there.height, there.codec) == (here.width, here.height, here.codec)
+    assert server.sent < 0.4 * size, (server.sent, size)
+
+
+def test_a_remote_clip_of_a_varying_rate_is_still_counted(tmp_path, server):
+    starts = [n / 25 + 0.015 * (n % 3) for n in range(60)]
+    write_clip(tmp_path / "a.mkv", 60, 25, starts=starts)
+    assert probe(f"{server.url}/a.mkv") == probe(f"{tmp_path}/a.mkv")
 
 
 @pytest.mark.parametrize("kind", KINDS)
