@@ -16,6 +16,7 @@ LAYERS = [
     ("colour", 0),
     ("media", 0),
     ("pixels", 0),
+    ("data.guard", 0),
     ("data.stream", 3),
     ("data.held_out", 4),
     ("data.index", 2),

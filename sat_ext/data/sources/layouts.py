@@ -6,7 +6,8 @@ import re
 from collections import Counter
 
 from sat_ext.data.sources.folder import is_media, read_sidecars
-from sat_ext.data.sources.listing import Folder, Notes, encoding_of, is_text, one_line, read_bytes, resolve
+from sat_ext.data.sources.lines import lines_of
+from sat_ext.data.sources.listing import Folder, Notes, is_text, one_line, resolve
 from sat_ext.data.sources.shards import read_shards
 from sat_ext.data.sources.tables import read_table
 from sat_ext.errors import DataError
@@ -118,9 +119,4 @@ def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Note
 def _list(folder: Folder, name: str) -> list[str]:
     """The lines that are not blank, as CogVideo reads them."""
     where = folder.location(name)
-    data = read_bytes(where)
-    try:
-        text = data.decode(encoding_of(data, where))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8.") from None
-    return [line.strip() for line in re.split("[\r\n]", text) if line.strip()]
+    return [line.strip() for line in lines_of(where) if line.strip()]

@@ -9,14 +9,15 @@ import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from sat_ext.data.sources.reach import Reach, leads_out
-from sat_ext.errors import DataError, MediaError
-from sat_ext.files import filesystem, is_url, open_binary, reason_of
+from sat_ext.errors import DataError
+from sat_ext.files import filesystem, is_url, reason_of
 from sat_ext.types import OTHER_EXTENSIONS
 
 log = logging.getLogger(__name__)
@@ -106,10 +107,19 @@ class Folder:
             some = names[first : first + _AT_ONCE]
             paths = [f"{inner.rstrip('/')}/{name}" for name in some]
             # Not `cat`, which would take the brackets of "clip [HD].txt" for a pattern.
-            for name, data in zip(some, fs.cat_ranges(paths, None, None, on_error="return"), strict=True):
+            heads = fs.cat_ranges(paths, 0, MAX_CAPTION_BYTES + 1, on_error="return")
+            for name, path, data in zip(some, paths, heads, strict=True):
+                if not isinstance(data, bytes) and _is_empty(fs, path):
+                    data = b""  # in which there is no range
                 if not isinstance(data, bytes):
                     raise DataError(f"{self.location(name)}: cannot be read: {data}; check the server.")
                 yield text_of(data, name, notes)
+
+
+def _is_empty(fs: Any, path: str) -> bool:
+    with suppress(Exception):  # each file system of fsspec has errors of its own
+        return bool(fs.info(path).get("size") == 0)
+    return False
 
 
 def _head(path: str) -> bytes:
@@ -301,12 +311,3 @@ def folder_of(path: str) -> str:
     if path.startswith(("http://", "https://")):
         path = urlsplit(path)._replace(query="", fragment="").geturl()
     return path.rpartition("/")[0]
-
-
-def read_bytes(path: str) -> bytes:
-    """A whole small file. Raises `DataError`."""
-    try:
-        with open_binary(path) as file:
-            return file.read()
-    except MediaError as error:
-        raise DataError(f"{path}: {error.reason}; check sources or train_data.") from error

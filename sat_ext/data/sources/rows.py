@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from sat_ext.data.sources.listing import one_line
+from sat_ext.data.sources.listing import MAX_CAPTION_BYTES, one_line
 from sat_ext.errors import DataError
 
 PATH_COLUMNS = (
@@ -89,6 +89,8 @@ def _captions(row: Row, where: str) -> tuple[str, ...]:
     for caption in captions:
         if not isinstance(caption, str):
             raise DataError(f"{where}: the caption is {shown(caption)}; it must be a string, or a list of them.")
+        if len(caption) > MAX_CAPTION_BYTES:
+            raise DataError(f"{where}: a caption of {len(caption)} letters; give at most {MAX_CAPTION_BYTES}.")
     return tuple(map(one_line, captions))
 
 

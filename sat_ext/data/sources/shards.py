@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sat_ext.data.sources.folder import is_media
+from sat_ext.data.sources.lines import lines_of
 from sat_ext.data.sources.listing import (
     MAX_CAPTION_BYTES,
     Notes,
@@ -258,19 +259,18 @@ def _meta_rows(tar: str, notes: Notes) -> dict[str, dict[str, Any]]:
         return {}
     notes.reach.check(path, tar)
     rows: dict[str, dict[str, Any]] = {}
-    with open_binary(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                key = row["key"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DataError(
-                    f"{path}, line {number}: not a JSON object with a 'key' ({error!r}); write lines such as "
-                    '{"key": "0001", "caption": "A cat."}.'
-                ) from None
-            rows.setdefault(str(key).removeprefix("./"), {}).update(row)
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            key = row["key"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"{path}, line {number}: not a JSON object with a 'key' ({error!r}); write lines such as "
+                '{"key": "0001", "caption": "A cat."}.'
+            ) from None
+        rows.setdefault(str(key).removeprefix("./"), {}).update(row)
     return rows
 
 

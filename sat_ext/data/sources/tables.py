@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sat_ext.data.guard import Guard
 from sat_ext.data.sources.folder import is_media
-from sat_ext.data.sources.listing import Notes, encoding_of, folder_of, is_text, resolve
+from sat_ext.data.sources.lines import LONGEST_LINE, lines_of, open_list
+from sat_ext.data.sources.listing import Notes, folder_of, is_text, resolve
 from sat_ext.data.sources.reach import Reach
 from sat_ext.data.sources.rows import (
     CAPTION_COLUMNS,
@@ -27,13 +29,13 @@ from sat_ext.data.sources.rows import (
     shown,
 )
 from sat_ext.errors import DataError, MediaError
-from sat_ext.files import cell_location, is_url, open_binary
+from sat_ext.files import cell_location, is_url
 from sat_ext.types import Item
 
 _LISTED = 3
-_HEAD = 4096  # bytes that tell a table's encoding
-_LONGEST_CELL = 16 << 20  # of a CSV, in characters; Python's own limit is 128 KiB
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 512
+_LARGEST_BATCH = 32 << 20  # bytes of so many rows: 64 KiB each, or a few of the longest captions
+_MEMORY, _TIMEOUT = 1 << 30, 3600.0  # bytes and seconds that a Parquet table may take in its guard
 _READ_BYTES = 1 << 20  # of a column; without it, Arrow reads all files of a row group to find how the first starts
 
 # The suffix of an embedded file that has no name, by how it starts.
@@ -87,7 +89,7 @@ _Rows = Iterator[tuple[str, str, str, dict[str, Any]]]
 
 def _jsonl(table: str, reach: Reach) -> _Rows:
     base = folder_of(table)
-    for number, line in enumerate(_lines(table), start=1):
+    for number, line in enumerate(lines_of(table), start=1):
         if not line.strip():
             continue
         where = f"{table}, line {number}"
@@ -106,8 +108,8 @@ def _jsonl(table: str, reach: Reach) -> _Rows:
 def _csv(table: str, reach: Reach) -> _Rows:
     """Comma-separated, with a header."""
     base = folder_of(table)
-    csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader(_lines(table), strict=True)
+    csv.field_size_limit(LONGEST_LINE)
+    reader = csv.reader(lines_of(table), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         if header:
@@ -144,56 +146,73 @@ def _require_captions(row: Any, where: str) -> None:
         column_of(row, CAPTION_COLUMNS, "caption", where)
 
 
-def _lines(table: str) -> Iterator[str]:
-    try:
-        with _open(table) as raw:
-            encoding = encoding_of(raw.read(_HEAD), table)
-            raw.seek(0)
-            with io.TextIOWrapper(raw, encoding=encoding, newline="") as file:
-                yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table}: not UTF-8 ({error.reason}); save the table as UTF-8.") from None
-    except MediaError as error:
-        raise DataError(f"{table}: {error.reason}; check sources or train_data.") from error
-
-
-def _open(table: str) -> Any:
-    # An empty local table is an error of its own, not that of a media file.
-    is_empty = not is_url(table) and os.path.isfile(table) and not os.path.getsize(table)
-    return io.BytesIO() if is_empty else open_binary(table)
-
-
 def _parquet(table: str, reach: Reach) -> _Rows:
     base, name = folder_of(table), os.path.basename(urlsplit(table).path if is_url(table) else table)
-    try:
-        with _open(table) as file:
-            source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
-            names = source.schema_arrow.names
-            _require_captions(names, table)
-            wanted = [c for c in (*CAPTION_COLUMNS, *OTHER_COLUMNS) if c in names]
-            column = embedded_column(source.schema_arrow)
+    with _readable(table), Guard(_survey, timeout=_TIMEOUT, memory=_MEMORY) as guard:
+        unnamed = guard(table)
+    with _readable(table), open_list(table) as file:
+        source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+        wanted, column = _wanted(source, table)
+        for number, row in enumerate(row for batch in _batches(source, wanted) for row in batch.to_pylist()):
+            where = f"{table}, row {number}"
             if column is None:
-                wanted.append(column_of(names, PATH_COLUMNS, "path", table))
-                for number, row in _parquet_rows(source, wanted):
-                    yield _named_file(row, base, f"row {number}", f"{table}, row {number}", reach)
-                return
-            if pa.types.is_struct(source.schema_arrow.field(column).type):
-                wanted.append(f"{column}.path")
-            unnamed = _first_suffix(source, column)
-            for number, row in _parquet_rows(source, wanted):
-                inner = (row.get(column) or {}).get("path") or ""
-                suffix = os.path.splitext(inner)[1].lower() if is_media(inner) else unnamed
-                location = cell_location(table, column, number, suffix)
-                yield f"row {number}", f"{name}#{number}", location, fields_of(row, f"{table}, row {number}")
+                yield _named_file(row, base, f"row {number}", where, reach)
+                continue
+            inner = (row.get(column) or {}).get("path") or ""
+            suffix = os.path.splitext(inner)[1].lower() if is_media(inner) else unnamed
+            location = cell_location(table, column, number, suffix)
+            yield f"row {number}", f"{name}#{number}", location, fields_of(row, where)
+
+
+def _survey(table: str) -> str:
+    """The suffix of the files in its cells that have no name. Decodes all rows once, in a guard: a kilobyte of
+    Parquet may hold gigabytes of them, and Arrow takes the memory before it tells."""
+    with _readable(table), open_list(table) as file:
+        size = file.seek(0, os.SEEK_END)
+        source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+        wanted, column = _wanted(source, table)
+        if source.metadata.num_rows > size:
+            raise DataError(
+                f"{table}: {source.metadata.num_rows} rows in {size} bytes; no list of files is so small, "
+                "and it is not read."
+            )
+        for batch in _batches(source, wanted):
+            if batch.nbytes > _LARGEST_BATCH:
+                raise MemoryError
+        return "" if column is None else _first_suffix(source, column)
+
+
+@contextmanager
+def _readable(table: str) -> Iterator[None]:
+    """What Arrow and the guard raise, as `DataError`."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DataError(
+            f"{table}: {_ROWS_AT_ONCE} of its rows take more than {_LARGEST_BATCH >> 20} MiB without their files; "
+            "shorten their values."
+        ) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table}: not a readable Parquet file ({error}); write it anew.") from error
     except MediaError as error:
         raise DataError(f"{table}: {error.reason}; check sources or train_data.") from error
 
 
-def _parquet_rows(source: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    batches = source.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns, use_threads=False)
-    return enumerate(row for batch in batches for row in batch.to_pylist())
+def _wanted(source: pq.ParquetFile, table: str) -> tuple[list[str], str | None]:
+    """The columns that are read of every row, and the one that holds whole files."""
+    names = source.schema_arrow.names
+    _require_captions(names, table)
+    wanted = [c for c in (*CAPTION_COLUMNS, *OTHER_COLUMNS) if c in names]
+    column = embedded_column(source.schema_arrow)
+    if column is None:
+        wanted.append(column_of(names, PATH_COLUMNS, "path", table))
+    elif pa.types.is_struct(source.schema_arrow.field(column).type):
+        wanted.append(f"{column}.path")
+    return wanted, column
+
+
+def _batches(source: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    return source.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns, use_threads=False)
 
 
 def embedded_column(schema: pa.Schema) -> str | None:
