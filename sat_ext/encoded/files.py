@@ -1,10 +1,20 @@
-"""Safetensors files that are there whole or not at all."""
+"""Safetensors files that are there whole or not at all, and whose every byte has a checksum.
+
+In the metadata, `crc32` has that of each tensor, which is compared where the tensor is read, and `header_crc32`
+that of all that stands before the tensors, itself taken as zeros. Files of earlier versions have neither.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Iterator
+import re
+import struct
+import zlib
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,16 +23,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sat_ext.errors import ConfigError, DataError
+from sat_ext import checksums
+from sat_ext.errors import ConfigError, DataError, MediaError
+
+log = logging.getLogger(__name__)
 
 _MEGABYTE = 1 << 20
+_TENSORS, _HEADER = "crc32", "header_crc32"  # keys in the metadata
+_NONE = "0" * 8
+_SIGNATURE = re.compile(rb'"%s":"(.{8})"' % _HEADER.encode(), re.DOTALL)
+_LONGEST_HEADER = 100_000_000  # bytes: safetensors' own limit
+REMEDY = "delete it, and run sat-ext cache again"
 
 
 def write_aside(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write `file` so that it is there whole or not at all. Raises `DataError`."""
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata)
+        sums = json.dumps({name: checksums.of_tensor(tensor) for name, tensor in tensors.items()})
+        save_file(tensors, partial, {**metadata, _TENSORS: sums, _HEADER: _NONE})
+        _sign(partial)
         os.replace(partial, file)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: cannot be written ({error}); free space or name another folder.") from error
@@ -49,11 +69,60 @@ def files_fingerprint(path: Path) -> str:
     return found.hexdigest()
 
 
+def read_tensors(file: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Those of `names` that `file` has, memory-mapped. Raises `MediaError` where one is not what was written."""
+    try:
+        with opened(file) as shard:
+            sums = json.loads(shard.metadata().get(_TENSORS, "{}")) if shard.metadata() else {}
+            found = {name: shard.get_tensor(name) for name in set(shard.keys()).intersection(names)}
+    except DataError as error:
+        raise MediaError(str(file), str(error).removeprefix(f"{file}: ")) from error
+    for name, tensor in found.items():
+        if sums and sums.get(name) != checksums.of_tensor(tensor):
+            raise MediaError(str(file), f"damaged: '{name}' is not what was written; {REMEDY}")
+    return found
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """The safetensors file, memory-mapped. Raises `DataError` where it is not one, or a part of one."""
+    """The safetensors file, memory-mapped. Raises `DataError` where it is not one, or its header is damaged."""
     try:
+        with file.open("rb") as stream:
+            header = _header(stream)
+        signature = _SIGNATURE.search(header)
+        if signature is None:
+            _tell_unsigned(file.parent)
+        if signature and signature[1] != _checksum(header, signature.start(1)):
+            raise DataError(f"{file}: damaged: its header is not what was written; {REMEDY}.")
         with safe_open(file, framework="pt") as shard:
             yield shard
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); delete it, and write its embeddings anew.") from error
+        raise DataError(f"{file}: cannot be read ({error}); {REMEDY}.") from error
+
+
+@lru_cache
+def _tell_unsigned(folder: Path) -> None:
+    log.warning("%s: holds files without checksums, of an earlier version: damage in them is not found.", folder)
+
+
+def _header(stream: Any) -> bytes:
+    """What stands before the tensors: the header's length, and the header."""
+    length: bytes = stream.read(8)
+    if len(length) < 8 or (size := struct.unpack("<Q", length)[0]) > _LONGEST_HEADER:
+        raise SafetensorError("not a safetensors file")
+    header: bytes = stream.read(size)
+    return length + header
+
+
+def _checksum(header: bytes, place: int) -> bytes:
+    without = header[:place] + _NONE.encode() + header[place + len(_NONE) :]
+    return b"%08x" % zlib.crc32(without)
+
+
+def _sign(file: Path) -> None:
+    with file.open("r+b") as stream:
+        header = _header(stream)
+        signature = _SIGNATURE.search(header)
+        assert signature is not None
+        stream.seek(signature.start(1))
+        stream.write(_checksum(header, signature.start(1)))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_ext.encoded.files import opened, write_aside
+from sat_ext.encoded.files import opened, read_tensors, write_aside
 from sat_ext.errors import ConfigError, DataError, MediaError
 
 ENTRIES = "entries"  # the key in a file's metadata
@@ -106,16 +106,14 @@ class LatentStore:
     def read(self, key: str) -> dict[str, Tensor]:
         """`mean`, and, where the sample has them, `std`, `first` and `noisy`, memory-mapped.
 
-        Raises `MediaError` for a file that could not be read when it was to be encoded.
+        Raises `MediaError` for a file that could not be read when it was to be encoded, and for latents that are
+        not what was written.
         """
         if key in self._bad:
             raise MediaError(*self._bad[key])
-        found: dict[str, Tensor] = {}
-        with opened(self._files[self._places[key]]) as shard:
-            for part in PARTS:
-                if (name := f"{key}.{part}") in shard.keys():  # noqa: SIM118, not a mapping
-                    found[part] = shard.get_tensor(name)
-        return found
+        names = {f"{key}.{part}": part for part in PARTS}
+        found = read_tensors(self._files[self._places[key]], names)
+        return {names[name]: tensor for name, tensor in found.items()}
 
     def require(self, wanted: Sequence[Entry], command: str) -> None:
         """Raise `DataError` unless all of `wanted` are here: what has changed, and the `command` that mends it."""

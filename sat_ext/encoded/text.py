@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_ext.encoded.files import files_fingerprint, opened, write_aside
-from sat_ext.errors import ConfigError, DataError
+from sat_ext.encoded.files import files_fingerprint, opened, read_tensors, write_aside
+from sat_ext.errors import ConfigError, DataError, MediaError
 
 WRITER = "sat-ext cache"
 FINGERPRINT = "fingerprint"  # the key in a file's metadata
@@ -48,9 +48,10 @@ class TextEmbeddings:
             raise DataError(
                 f"{self.folder}: there is no embedding of the caption {shown!r}; write it with {WRITER}."
             )
-        with opened(self.files[key]) as shard:
-            tensor: Tensor = shard.get_tensor(key)
-        return tensor
+        try:
+            return read_tensors(self.files[key], [key])[key]
+        except MediaError as error:  # a caption has no other that could take its place
+            raise DataError(f"{error}.") from error
 
     def require(self, expected: Mapping[str, str], remedy: str) -> None:
         """Raise `ConfigError` where the embeddings are not those of an encoder of this fingerprint.

@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from sat_ext import checksums
 from sat_ext.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "training_config.yaml"
 WEIGHTS_NAME = "mp_rank_00_model_states.pt"
 MANIFEST_NAME = "sat_ext.json"
+CHECKSUM = "checksum"  # the key in it
 
 # SAT keeps the state of NumPy's generator in its checkpoints; these are all the types that it is made of.
 RNG_STATE_TYPES: list[Any] = [
@@ -40,6 +42,9 @@ RNG_STATE_TYPES: list[Any] = [
     np.array([0]).__reduce__()[0],  # the function that rebuilds an array, wherever this NumPy keeps it
     (np.array([0]).__reduce__()[0], "numpy.core.multiarray._reconstruct"),  # and where NumPy 1 kept it
 ]
+
+
+_sound: set[tuple[str, int, int]] = set()  # files that this process found right: path, size, time of change
 
 
 def find_run(path: Path) -> Path:
@@ -74,13 +79,15 @@ def find_weights(run: Path, iteration: int | None = None) -> Path:
         raise ConfigError(f"{no_checkpoint(run)}; name a run's folder.")
     tag = str(iteration) if iteration is not None else latest.read_text(errors="replace").strip()
     if iteration is None and not tag.isdecimal() and tag != "release":
-        raise ConfigError(f"{latest}: {tag[:40]!r} is not the number of a checkpoint; write {_others(run)} there.")
+        others = _others(run) or "the number of one that is there"
+        raise ConfigError(f"{latest}: {tag[:40]!r} is not the number of a checkpoint; write {others} there.")
     file = run / tag / WEIGHTS_NAME
     if not file.is_file():
         source = "'latest' names" if iteration is None else "base weights:"
         aside = [run / f"{tag}{end}" for end in (".partial", ".old.partial")]  # a kill between two renames
         whole = [p.name for p in aside if (p / MANIFEST_NAME).is_file()]
-        remedy = f"rename {whole[0]} to {tag}" if whole else f"write {_others(run)} into 'latest'"
+        others = _others(run) or "the number of one that is there"
+        remedy = f"rename {whole[0]} to {tag}" if whole else f"write {others} into 'latest'"
         raise ConfigError(
             f"{run}: {source} {tag}, but there is no {file.name} in it, so the save was cut short or the folder "
             f"moved; {remedy}."
@@ -88,18 +95,36 @@ def find_weights(run: Path, iteration: int | None = None) -> Path:
     return file
 
 
-def _others(run: Path) -> str:
-    found = sorted(int(p.parent.name) for p in run.glob(f"*/{WEIGHTS_NAME}") if p.parent.name.isdecimal())
-    return f"another ({', '.join(map(str, found[-5:]))})" if found else "the number of one that is there"
+def _others(run: Path, but: str = "") -> str:
+    names = {p.parent.name for p in run.glob(f"*/{WEIGHTS_NAME}") if p.parent.name.isdecimal()} - {but}
+    return f"another ({', '.join(sorted(names, key=int)[-5:])})" if names else ""
+
+
+def require_sound(file: Path, part: int = 0, parts: int = 1) -> None:
+    """Raise `ConfigError` where a record of `file` has not the checksum with which `torch.save` wrote it.
+
+    The records are read once in a process. Of `parts` ranks that share them, each passes its own number as `part`.
+    """
+    status = file.stat()
+    identity = (str(file.resolve()), status.st_size, status.st_mtime_ns)
+    if identity in _sound:
+        return
+    if (reason := checksums.broken_record(file, part, parts)) is not None:
+        run = file.parent.parent
+        others = _others(run, but=file.parent.name) if (run / "latest").is_file() else ""
+        remedy = f"write {others} into {run / 'latest'}" if others else "name another checkpoint, or copy it again"
+        raise ConfigError(f"{file}: damaged: {reason}; {remedy}.")
+    _sound.add(identity)
 
 
 def read_file(file: Path, *, types: tuple[Any, ...] = ()) -> Any:
     """What `torch.save` wrote to `file`, on the CPU; tensors are mapped where the format allows.
 
     Only tensors and plain values are taken, the state of NumPy's generator, and objects of `types`. Raises
-    `ConfigError`.
+    `ConfigError`, also where a record is damaged (`require_sound`).
     """
     try:
+        require_sound(file)
         with torch.serialization.safe_globals([*RNG_STATE_TYPES, *types]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError:
@@ -132,6 +157,14 @@ def under_adapters(weights: dict[str, Tensor], names: Collection[str]) -> dict[s
     return {moved.get(name, name): value for name, value in weights.items()}
 
 
+def weight_files(run: Path, iteration: int | None = None) -> Iterator[Path]:
+    """The files that `read_weights` reads. Raises `ConfigError`."""
+    place: tuple[Path, int | None] | None = (run, iteration)
+    while place is not None:
+        yield (file := find_weights(*place))
+        place = read_base(file.parent)
+
+
 def read_weights(run: Path, iteration: int | None = None) -> tuple[dict[str, Tensor], int]:
     """All weights of a checkpoint by name, and its iteration: what it left out comes from its base weights.
 
@@ -154,10 +187,29 @@ def read_base(folder: Path) -> tuple[Path, int | None] | None:
     if not file.is_file():
         return None
     try:
-        base = json.loads(file.read_text())["base"]
+        base = read_json(file)["base"]
         return None if base is None else (Path(base["path"]), base["iteration"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: truncated or changed ({error}); take another checkpoint.") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The values of a manifest. Raises `ValueError` where they are not what was written.
+
+    Those of earlier versions have no checksum. `base.path` is not in it: you may write where the base moved to.
+    """
+    content: dict[str, Any] = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError("not a manifest")
+    if content.pop(CHECKSUM, None) not in (None, checksum_of(content)):
+        raise ValueError("its checksum is that of other values")
+    return content
+
+
+def checksum_of(manifest: dict[str, Any]) -> str:
+    """Of a manifest's values, all but `base.path`."""
+    base = manifest.get("base")
+    return checksums.of_json({**manifest, "base": {**base, "path": ""} if base else base})
 
 
 def load_engine(run: Path) -> tuple[VideoDiffusionEngine, int]:

@@ -308,7 +308,7 @@ def test_a_run_cut_short_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: p
 def test_a_damaged_file_is_named(folder: Path) -> None:
     (file,) = folder.glob("text-*.safetensors")
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(DataError, match=rf"{file.name}: cannot be read \(.*\); delete it, and write its"):
+    with pytest.raises(DataError, match=rf"{file.name}: cannot be read \(.*\); delete it, and run sat-ext cache"):
         cached(folder=str(folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import tarfile
 import threading
 from collections.abc import Callable, Iterable
@@ -171,10 +172,12 @@ def test_a_broken_cache_is_rebuilt_with_a_warning(
 
 
 def test_offsets_that_point_out_of_the_file_are_found(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Arrow itself would read the memory that they point to."""
+    """Arrow itself would read the memory that they point to. The file is one without a checksum."""
     build(folder)
     file = folder / ".sat_ext" / "index.arrow"
-    data = bytearray(file.read_bytes())
+    data = bytearray(file.read_bytes()[: -cache._TRAILER.size])
+    file.write_bytes(data)
+    assert build(folder)[1] == 0
     offsets = pa.array(cached(folder)["path"].to_pylist(), pa.large_string()).buffers()[1]
     at = data.find(bytes(offsets)[:24])
     assert at > 0
@@ -183,6 +186,21 @@ def test_offsets_that_point_out_of_the_file_are_found(folder: Path, caplog: pyte
     caplog.clear()
     assert build(folder)[1] == 9
     assert "not a readable cache" in caplog.text
+
+
+def test_a_flipped_bit_anywhere_is_found(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build(folder)
+    file, rng = folder / ".sat_ext" / "index.arrow", random.Random(0)
+    content, expected = file.read_bytes(), cached(folder)
+    caplog.clear()
+    for place in [*rng.choices(range(len(content)), k=200), *range(len(content) - 16, len(content))]:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(flipped)
+        assert cache.load(str(folder)) == []
+    assert caplog.text.count("not a readable cache") == 216
+    file.write_bytes(content)
+    assert cached(folder).equals(expected)
 
 
 def test_another_prober_begins_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

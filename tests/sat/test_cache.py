@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -16,13 +17,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sat_ext.cli import cache as command
 from sat_ext.encoded import text, write
 from sat_ext.encoded.encoders import Part
 from sat_ext.encoded.latents import LatentStore
-from sat_ext.errors import ConfigError, DataError
+from sat_ext.encoded.text import TextEmbeddings, caption_key
+from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.models import encoders
 from sat_ext.models.engine import VideoDiffusionEngine
 from tests.models.conftest import write_pretrained
@@ -151,6 +154,56 @@ def test_what_has_changed_is_encoded_alone_and_a_stale_cache_is_refused(
     assert "captions are not in this cache (first: 'something else')" in refused(files)
     facts = run_cache(server, files, cache)
     assert (facts["encoded"], facts["captions_encoded"]) == (0, 1)
+
+
+def all_of(cache: Path, keys: list[str], captions: list[str]) -> dict[str, Any]:
+    """All that a run can read of a cache. What is missing is refused before its first step (`require`)."""
+    store, text = LatentStore(cache), TextEmbeddings(cache)
+    if not all(key in store for key in keys) or not all(caption_key(c) in text.files for c in captions):
+        raise DataError(f"{cache}: lacks a sample or a caption")
+    found: dict[str, Any] = {caption: text[caption] for caption in captions}
+    return found | {f"{key}.{part}": value for key in keys for part, value in store.read(key).items()}
+
+
+@pytest.mark.multiprocess
+def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_replaced(
+    server: Server, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    run_cache(server, write_run(data, tmp_path / "c"), cache)
+    keys, captions = list(LatentStore(cache)._places), ["", *{f.read_text().strip() for f in data.rglob("*.txt")}]
+    expected, rng, damaged = all_of(cache, keys, captions), random.Random(0), 0
+    for file in cache.iterdir():
+        content = bytearray(file.read_bytes())
+        header = int.from_bytes(content[:8], "little")
+        places = [*range(10), *rng.choices(range(header), k=60), *rng.choices(range(header, len(content)), k=60)]
+        for place in places:
+            content[place] ^= (bit := 1 << rng.randrange(8))
+            file.write_bytes(content)
+            try:
+                found = all_of(cache, keys, captions)
+                assert found.keys() == expected.keys()
+                assert all(torch.equal(found[k], v) for k, v in expected.items()), (file, place)
+            except (DataError, MediaError) as error:
+                damaged += "not what was written; delete it, and run sat-ext cache again" in str(error)
+            content[place] ^= bit
+        file.write_bytes(content)
+    assert damaged > 200
+    assert not caplog.records
+    (latents,) = cache.glob("latents-*")  # a run replaces the sample, and counts it as a file that cannot be read
+    content = bytearray(latents.read_bytes())
+    for place in range(len(content) - 1, int.from_bytes(content[:8], "little") + 8, -(len(content) // 6)):
+        content[place] ^= 1
+    latents.write_bytes(content)
+    started = server.start(write_run(data, tmp_path / "a", cache=cache), world=2, folder=tmp_path / "run")
+    finish(started)
+    assert f"skipped: {latents}: damaged: '" in started.log(0) + started.log(1)
+    save_file({"x": torch.zeros(1)}, cache / "latents-old.safetensors", {"entries": "[]"})
+    LatentStore(cache)
+    LatentStore(cache)
+    assert [r.message for r in caplog.records] == [
+        f"{cache}: holds files without checksums, of an earlier version: damage in them is not found."
+    ]
 
 
 @pytest.mark.multiprocess

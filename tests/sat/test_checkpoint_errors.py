@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from argparse import Namespace
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import load_engine, read_weights
+from sat_ext.models.checkpoint import load_engine, read_file, read_weights
+from sat_ext.sat.checkpoint.load import SHARD_TYPES
 from sat_ext.sat.checkpoint.run import run_of
 from sat_ext.sat.settings import NAMES, settings_of
 from tests.sat.ranks import Server, finish, folder_of
@@ -83,6 +85,60 @@ def test_a_broken_checkpoint_is_told_before_the_model_is_built(run: Path, change
         resume(run)
 
 
+def loaded(run: Path) -> dict[str, Any]:
+    """All that a resumed run reads of its checkpoint 4, by file."""
+    found: dict[str, Any] = {"run": resume(run).resumed}
+    for file in sorted((run / "4").glob("*.pt")):
+        found[file.name] = read_file(file, types=SHARD_TYPES)
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and (one == other or same(vars(one), vars(other)))
+
+
+@pytest.mark.multiprocess
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused_or_changes_nothing(run: Path) -> None:
+    rng, expected, refused = random.Random(0), loaded(run), 0
+    for file in [*sorted((run / "4").iterdir()), run / "latest"]:
+        content = bytearray(file.read_bytes())
+        tail = range(max(0, len(content) - 3000), len(content))  # the list of a zip's records
+        places = [*rng.choices(range(len(content)), k=40), *rng.choices(tail, k=40)]
+        for place in places if file.name != "latest" else [0] * 8:
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << rng.randrange(8)
+            file.write_bytes(flipped)
+            try:
+                assert same(loaded(run), expected), (file.name, place)
+            except ConfigError as error:
+                assert str(run) in str(error)
+                refused += 1
+        file.write_bytes(content)
+    assert refused > 300
+
+
+@pytest.mark.multiprocess
+def test_a_damaged_shard_ends_the_run_on_every_rank_with_the_remedy(
+    server: Server, configure: Configure, run: Path, tmp_path: Path
+) -> None:
+    file = run / "4" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+    arguments = configure(tmp_path, stage=2, load=str(run), **{**QUICK, "train_iters": 6})
+    started = server.start(arguments, world=2, folder=tmp_path)
+    finish(started, (1, 1))
+    message = rf"{file}: damaged: '.*/data/\d+' is not what was written \(.*; write another \(2\) into {run}"
+    assert re.search(message, error_of(started.log())) and re.search(message, error_of(started.log(1)))
+    assert not started.records()
+
+
 class Foreign:
     def __reduce__(self) -> Any:
         return print, ("this was run",)
@@ -95,6 +151,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(
 ) -> None:
     torch.save({"module": {}, "code": Foreign()}, run / "4" / name)
     manifest = json.loads((run / "4" / "sat_ext.json").read_text())
+    del manifest["checksum"]
     manifest["files"][name] = (run / "4" / name).stat().st_size
     (run / "4" / "sat_ext.json").write_text(json.dumps(manifest))
     arguments = configure(tmp_path, stage=2, load=str(run), **{**QUICK, "train_iters": 6})

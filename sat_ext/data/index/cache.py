@@ -3,6 +3,8 @@
 It lies beside the data (`.sat_ext/index.arrow` in the source's folder) or, where that cannot be written, under
 `$SAT_EXT_CACHE` (else `~/.cache/sat_ext`), named after the source's path. An entry counts as long as the file's
 fingerprint is the same. Paths are kept relative to the source, so a data set may be moved or mounted elsewhere.
+
+Behind the Arrow file stands its checksum; files of earlier versions have none.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import hashlib
 import logging
 import os
 import stat
+import struct
 import uuid
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,6 +46,8 @@ ENTRIES = pa.schema(
 )  # `reason` says why a file cannot be read; what stands before it is then zero
 
 _ROWS = 1 << 20  # in one batch: Arrow's strings end at 2 GiB
+_TRAILER = struct.Struct("<12sI")  # behind the Arrow file: a mark, and the CRC-32 of all before it
+_MARK = b"sat_ext CRC:"
 
 
 def places(source: str) -> tuple[Path, ...]:
@@ -81,6 +87,10 @@ def save(source: str, table: pa.Table) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table, max_chunksize=_ROWS)
+            with pa.memory_map(str(aside)) as written:
+                trailer = _TRAILER.pack(_MARK, zlib.crc32(written.read_buffer()))
+            with aside.open("ab") as file:
+                file.write(trailer)
             os.replace(aside, place)
             return
         except OSError as error:
@@ -98,7 +108,8 @@ def _load(place: Path) -> pa.Table | None:
         if not stat.S_ISREG(place.stat().st_mode):  # opening a pipe could wait for ever
             raise ValueError("not a regular file")
         with pa.memory_map(str(place)) as file:
-            table = pa.ipc.open_file(file).read_all()
+            content = _without_trailer(file.read_buffer())
+            table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
         _require_sound(table)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -111,6 +122,17 @@ def _load(place: Path) -> pa.Table | None:
     if metadata.get(b"libraries") != LIBRARIES.encode():
         return table.filter(pc.is_null(table["reason"]))
     return table
+
+
+def _without_trailer(content: pa.Buffer) -> pa.Buffer:
+    """The Arrow file. Raises `ValueError` where it is not what was written."""
+    size = content.size - _TRAILER.size
+    if size < 0 or content[size:].to_pybytes()[: len(_MARK)] != _MARK:
+        return content
+    _, checksum = _TRAILER.unpack(content[size:])
+    if zlib.crc32(content[:size]) != checksum:
+        raise ValueError("its checksum is that of other values")
+    return content[:size]
 
 
 def _require_sound(table: pa.Table) -> None:

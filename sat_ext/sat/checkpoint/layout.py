@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import MANIFEST_NAME
+from sat_ext.models.checkpoint import CHECKSUM, MANIFEST_NAME, checksum_of, read_json
 
 OPTIMIZER_NAME = "optimizer.pt"
 PARTIAL = ".partial"
@@ -58,7 +58,8 @@ class RateState:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """`sat_ext.json`. `micro_steps` counts batches that a rank took from the data since the run began; `whole`
-    tells that frozen weights are in it too; `files` are sizes in bytes, by which a truncated file is found.
+    tells that frozen weights are in it too; `files` are sizes in bytes, by which a truncated file is found before
+    any is read. In the file a `checksum` of all of it follows.
     """
 
     sat_ext: str
@@ -80,8 +81,9 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync `sat_ext.json`."""
+    content = dataclasses.asdict(manifest)
     with open(folder / MANIFEST_NAME, "w") as file:
-        json.dump(dataclasses.asdict(manifest), file, indent=1)
+        json.dump({**content, CHECKSUM: checksum_of(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -100,7 +102,7 @@ def _read(folder: Path) -> Manifest | str:
     """The manifest, or what is wrong with a file. Raises `ConfigError` for a manifest of another version."""
     file = folder / MANIFEST_NAME
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
     except (OSError, ValueError) as error:
         return f"{file}: truncated or changed ({error})"
     manifest = load(Manifest, content, str(file))

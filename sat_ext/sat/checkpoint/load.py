@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,7 +16,15 @@ from sat.helpers import print_rank0
 from torch import Tensor, nn
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import MANIFEST_NAME, find_weights, read_file, read_weights, under_adapters
+from sat_ext.models.checkpoint import (
+    MANIFEST_NAME,
+    find_weights,
+    read_file,
+    read_weights,
+    require_sound,
+    under_adapters,
+    weight_files,
+)
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.averages import check_same_weights, other_averages, unmap, with_own_scaler
 from sat_ext.sat.checkpoint.layout import OPTIMIZER_NAME, Manifest
@@ -45,6 +54,7 @@ def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
         _check_whole(model, weights, args, file)
         return weights, iteration
 
+    on_every_rank(lambda: _require_sound(run, path))
     weights, iteration = on_every_rank(read)
     with gathered_loading(model):
         model.load_state_dict(weights, strict=False)
@@ -67,6 +77,17 @@ def on_every_rank(read: Callable[[], T]) -> T:
     if first := next((e for e in errors if e is not None), None):
         raise ConfigError(first) from own
     return cast(T, result)
+
+
+def _require_sound(run: Run, path: Path) -> None:
+    """Raise `ConfigError` where a record of the checkpoint or of its base is damaged. The ranks share the records,
+    so that each reads a part, whoever needs them."""
+    files = list(weight_files(path))
+    if run.resumed is not None:
+        files += [file for name in run.resumed.files if (file := files[0].with_name(name)) != files[0]]
+    for file in files:
+        with suppress(OSError):  # `read_file` says why
+            require_sound(file, dist.get_rank(), dist.get_world_size())
 
 
 def _check_fit(model: nn.Module, weights: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:

@@ -14,7 +14,7 @@ from sat.helpers import print_rank0
 from sat_ext.data.index import Group
 from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import find_weights, no_checkpoint
-from sat_ext.sat.checkpoint.layout import Base, CellState, Manifest, read_manifest
+from sat_ext.sat.checkpoint.layout import Base, CellState, Manifest, read_manifest, whole_checkpoints
 from sat_ext.sat.settings import Settings, settings_of
 
 
@@ -75,6 +75,8 @@ def _look_at(run: Run, path: Path, *, going_on: bool) -> None:
     if going_on and manifest is not None:
         run.resumed, run.folder, run.base, run.whole = manifest, file.parent, manifest.base, manifest.whole
         run.saved = manifest.iteration if file.parent.name == str(manifest.iteration) else None
+        if newer := [p.name for p in whole_checkpoints(path) if int(p.name) > manifest.iteration]:
+            print_rank0(f"resume: {path / 'latest'} names {file.parent.name}, and {newer[-1]} is newer.")
     else:
         name = file.parent.name
         run.base = Base(path=str(path.resolve()), iteration=int(name) if name.isdecimal() else None)
