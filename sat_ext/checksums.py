@@ -22,7 +22,7 @@ _CHUNK = 1 << 20  # bytes read at a time
 def of_tensor(value: Tensor) -> int:
     """Of the bytes of a tensor on the CPU."""
     flat = value.contiguous().reshape(-1)
-    return zlib.crc32(flat.view(byte).numpy()) if flat.numel() else 0
+    return zlib.crc32(flat.view(byte).numpy().data) if flat.numel() else 0
 
 
 def of_json(value: Any) -> str:

@@ -171,7 +171,10 @@ def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_repl
 ) -> None:
     cache = tmp_path / "cache"
     run_cache(server, write_run(data, tmp_path / "c"), cache)
-    keys, captions = list(LatentStore(cache)._places), ["", *{f.read_text().strip() for f in data.rglob("*.txt")}]
+    keys, captions = (
+        list(LatentStore(cache)._places),
+        ["", *{f.read_text().strip() for f in (data / "train").rglob("*.txt")}],
+    )
     expected, rng, damaged = all_of(cache, keys, captions), random.Random(0), 0
     for file in cache.iterdir():
         content = bytearray(file.read_bytes())

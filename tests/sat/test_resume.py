@@ -20,6 +20,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint.averages import check_same_weights, with_own_scaler
 from sat_ext.sat.checkpoint.reshard import Piece, Shard, cut
+from sat_ext.sat.fixes.optimizer_path import check_sizes
 from tests.sat.ranks import Running, Server, finish, folder_of
 from tests.sat.runs import QUICK, SAVE, STEPS
 
@@ -232,6 +233,56 @@ def test_an_optimizer_of_other_weights_is_refused() -> None:
     one = Shard([torch.ones(2)], {0: {"exp_avg": torch.ones(2)}}, [{}], [Piece("a", 0, 0, 0, 2)])
     with pytest.raises(ConfigError, match=r"4: the optimizer has no averages of 1 weights .* \(first: b\); train"):
         cut([one], [Piece("a", 0, 0, 0, 2), Piece("b", 0, 2, 0, 1)], [3], Path("4"))
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "AdamW"])
+def test_averages_that_are_not_one_value_a_weight_are_not_cut(name: str) -> None:
+    """The states are bitsandbytes' own, of a step on the CPU; it saves them as a dictionary in each state."""
+    weight = torch.nn.Parameter(torch.ones(8192))
+    weight.grad = torch.ones(8192)
+    optimizer = getattr(pytest.importorskip("bitsandbytes").optim, name)([weight])
+    optimizer.step()
+    for state in (optimizer.state_dict()["state"], {0: optimizer.state[weight]}):  # and without the dictionary
+        if name == "AdamW" and state[0].keys() == {"step", "state1", "state2"}:
+            continue
+        one = Shard([torch.ones(8192)], state, [{}], [Piece("a", 0, 0, 0, 8192)])
+        with pytest.raises(
+            ConfigError, match=r"4: the optimizer's '\w+' is not one value for each weight, as that o"
+        ):
+            cut([one], [Piece("a", 0, 0, 0, 4096)], [4096], Path("4"))
+
+
+def test_numbers_that_differ_between_shards_and_padding_are_told_from_averages() -> None:
+    def shard(first: int, **state: Any) -> Shard:
+        return Shard([torch.ones(2)], {0: state}, [{}], [Piece("a", 0, 0, first, 2)], [2])
+
+    average = torch.tensor([1.0, 2.0, 0.0, 0.0])  # with DeepSpeed's padding
+    shards = [shard(first, step=3, exp_avg=average + first) for first in (0, 2)]
+    weights, states = cut(shards, [Piece("a", 0, 0, 0, 4)], [4], Path("4"))
+    assert states == {0: {"step": 3, "exp_avg": states[0]["exp_avg"]}}
+    assert states[0]["exp_avg"].tolist() == [1, 2, 3, 4]
+    for wrong in ({"scale": 1.0}, {"exp_avg": torch.ones(3)}, {"exp_avg": torch.ones(2, 1)}):
+        with pytest.raises(ConfigError, match=f"the optimizer's '{next(iter(wrong))}' is not one value for each"):
+            cut([shard(0, **wrong), shard(2, scale=2.0)], [Piece("a", 0, 0, 0, 4)], [4], Path("4"))
+
+
+def test_more_numbers_than_bitsandbytes_counts_are_refused() -> None:
+    def with_numbers(count: int) -> Any:
+        group = torch.nn.Parameter(torch.empty(count, device="meta"))
+        return SimpleNamespace(optimizer=torch.optim.SGD([group], lr=1.0))
+
+    check_sizes("bitsandbytes.optim.AdamW8bit", with_numbers(2**31 - 1))
+    check_sizes("torch.optim.AdamW", with_numbers(2**31))
+    with pytest.raises(
+        ConfigError, match=r"AdamW8bit' would get 2,147,483,648 numbers in one group, and counts t"
+    ):
+        check_sizes("bitsandbytes.optim.AdamW8bit", with_numbers(2**31))
+    stage_3 = SimpleNamespace(
+        optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        fp32_partitioned_groups_flat=[torch.empty(2**31, device="meta")],
+    )
+    with pytest.raises(ConfigError, match="use more GPUs, ZeRO-3"):
+        check_sizes("bitsandbytes.optim.Lion8bit", stage_3)
 
 
 def dynamic(scale: float) -> DynamicLossScaler:

@@ -36,12 +36,20 @@ class Piece:
 
 @dataclass
 class Shard:
-    """One rank's: by group its fp32 weights and the optimizer's state, flat, and where each parameter lies."""
+    """One rank's: by group its fp32 weights and the optimizer's state, flat, and where each parameter lies; and by
+    how much the state may be longer than the weights, which DeepSpeed saves without their padding."""
 
     weights: list[Tensor]
     states: dict[int, dict[str, Any]]
     options: list[dict[str, Any]]
     pieces: list[Piece]
+    paddings: list[int] | None = None
+
+    def can_be_cut(self, group: int, value: Any) -> bool:
+        """Whether a tensor of the state has one value for each weight of the group."""
+        size = self.weights[group].numel()
+        padded = size + (self.paddings[group] if self.paddings else 0)
+        return isinstance(value, Tensor) and value.ndim == 1 and value.numel() in (size, padded)
 
 
 def saved_shards(files: list[Any], manifest: Manifest, shapes: list[dict[str, torch.Size]] | None) -> list[Shard]:
@@ -60,7 +68,8 @@ def saved_shards(files: list[Any], manifest: Manifest, shapes: list[dict[str, to
                 for name, part in mapping.items():
                     pieces.append(Piece(name, group, part.start, ends.get(name, 0), part.numel))
                     ends[name] = ends.get(name, 0) + part.numel
-        shards.append(Shard(list(weights), base["state"], base["param_groups"], pieces))
+        paddings = state.get("group_paddings")
+        shards.append(Shard(list(weights), base["state"], base["param_groups"], pieces, paddings))
     return shards
 
 
@@ -116,19 +125,31 @@ def cut(
         shard, saved = found[piece.name][0]
         for key, value in shard.states.get(saved.group, {}).items():
             state = states[piece.group]
-            if not isinstance(value, Tensor) or value.ndim == 0:
+            if _is_number(value) and all(
+                _equal(s.states.get(p.group, {}).get(key), value) for s, p in found[piece.name]
+            ):
                 # a clone, for one number would keep all of its file mapped
                 state.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
                 continue
-            if value.ndim > 1 or value.numel() < shard.weights[saved.group].numel():
+            if not shard.can_be_cut(saved.group, value):
                 raise ConfigError(
-                    f"{where}: the optimizer's '{key}' is not one value for each weight, and cannot be cut for "
-                    "another number of ranks or ZeRO stage; resume with what it was saved with."
+                    f"{where}: the optimizer's '{key}' is not one value for each weight, as that of 8-bit "
+                    "optimizers, and cannot be cut for another number of ranks or ZeRO stage; resume with what it "
+                    "was saved with, or begin the averages again with 'mode: finetune'."
                 )
             target = state.setdefault(key, torch.zeros(sizes[piece.group], dtype=value.dtype))
             _copy(found[piece.name], piece, target, lambda s, g, key=key: s.states[g][key])
         _copy(found[piece.name], piece, weights[piece.group], lambda s, g: s.weights[g])
     return weights, states
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float, str)) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Of numbers. What differs from shard to shard belongs to its weights, whichever these are."""
+    return type(one) is type(other) and bool(one == other)
 
 
 def _copy(sources: list[tuple[Shard, Piece]], piece: Piece, target: Tensor, values: Any) -> None:

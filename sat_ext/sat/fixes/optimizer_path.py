@@ -16,6 +16,7 @@ from sat_ext.sat.fixes.standin import StandIn
 
 WHERE = "deepspeed.optimizer"
 FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that say which of DeepSpeed's Adams; YAML files merge
+MOST_AT_ONCE = 2**31 - 1  # numbers in a tensor of bitsandbytes' optimizers
 
 
 def optimizer_path(args: argparse.Namespace) -> bool:
@@ -23,7 +24,8 @@ def optimizer_path(args: argparse.Namespace) -> bool:
     `bitsandbytes.optim.AdamW8bit` in torch, and dies after the model is loaded.
 
     Any path is imported, and its class handed to DeepSpeed. Raises `ConfigError` for one that cannot be, for
-    parameters that it does not take, and for one that works on the GPU where the optimizer is to be on the CPU.
+    parameters that it does not take, for one that works on the GPU where the optimizer is to be on the CPU, and
+    for more numbers than it can count.
     """
     config = getattr(args, "deepspeed_config", None) or {}
     section = config.get("optimizer") or {}
@@ -46,9 +48,11 @@ def optimizer_path(args: argparse.Namespace) -> bool:
 
         deepspeed_training.deepspeed = StandIn(module, initialize=initialize)
         try:
-            return original(args, model, *rest, **options)
+            engine, optimizer = original(args, model, *rest, **options)
         finally:
             deepspeed_training.deepspeed = module
+        check_sizes(name, optimizer)
+        return engine, optimizer
 
     deepspeed_training.setup_model_untrainable_params_and_optimizer = set_up
     return True
@@ -70,6 +74,21 @@ def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.O
         if key not in known:
             raise ConfigError(f"{WHERE}.params: {name} takes no '{key}'; it takes {', '.join(known)}.")
     return partial(cls, **params)
+
+
+def check_sizes(name: str, optimizer: Any) -> None:
+    """Raise `ConfigError` where DeepSpeed gives bitsandbytes more numbers at once than its kernels count: they
+    take an int32 (`backends/cuda/ops.py`), and what is behind it would never train."""
+    if not name.startswith("bitsandbytes."):
+        return
+    inner = getattr(optimizer, "optimizer", optimizer)
+    flat = [p for group in inner.param_groups for p in group["params"]]
+    flat += getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3's, which take turns in the groups
+    if (most := max((p.numel() for p in flat), default=0)) > MOST_AT_ONCE:
+        raise ConfigError(
+            f"{WHERE}.type: '{name}' would get {most:,} numbers in one group, and counts to {MOST_AT_ONCE:,}; use "
+            "more GPUs, ZeRO-3 (whose zero_optimization.sub_group_size is 1e9), a LoRA, or 'type: AdamW'."
+        )
 
 
 def _check_place(name: str, zero: dict[str, Any]) -> None:
