@@ -23,6 +23,7 @@ from sat_ext.data.guard import Guard
 from sat_ext.data.probe import probe
 from sat_ext.data.stream import read_pixels
 from sat_ext.data.transform import Fit
+from sat_ext.files import fingerprint
 
 
 def cpu_here() -> float:
@@ -38,7 +39,7 @@ def cpu_of(pid: int) -> float:
 def compare(path: str, frames: int, fit: Fit, repeats: int) -> dict[str, float]:
     """Medians in milliseconds."""
     times = None if probe(path).frames == 1 else tuple(k / 8 for k in range(frames))
-    request = (path, times, "auto", fit)
+    request = (path, times, "auto", fit, (fingerprint(path), time.time()))
     pixels = read_pixels(*request)
     with (
         Guard(read_pixels, timeout=600, capacity=pixels.nbytes) as reader,

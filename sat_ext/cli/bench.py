@@ -78,9 +78,11 @@ class _TimedRead:
     def __init__(self) -> None:
         self.decoding = self.fitting = 0.0
 
-    def __call__(self, path: str, times: Sequence[float] | None, decoder: str, fit: Fit) -> np.ndarray:
+    def __call__(
+        self, path: str, times: Sequence[float] | None, decoder: str, fit: Fit, seen: tuple[str, float]
+    ) -> np.ndarray:
         start, before = time.perf_counter(), self.fitting
-        pixels = read_pixels(path, times, decoder, _TimedFit(fit, self))  # type: ignore[arg-type]
+        pixels = read_pixels(path, times, decoder, _TimedFit(fit, self), seen)  # type: ignore[arg-type]
         self.decoding += time.perf_counter() - start - (self.fitting - before)
         return pixels
 

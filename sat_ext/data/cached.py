@@ -14,14 +14,16 @@ from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Group, Index
 from sat_ext.data.parts import file_times, part_info
 from sat_ext.encoded.latents import CacheConfig, Entry, LatentStore, fingerprint_of
-from sat_ext.errors import MediaError
-from sat_ext.files import fingerprint, suffix_of
+from sat_ext.files import suffix_of
 from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shown:
-    """One visit of a record: the moments of its file to show (None for a still), and what they are called."""
+    """One visit of a record: the moments of its file to show (None for a still), and what they are called.
+
+    `seen` is which file it was when the index was made (`Index.seen`).
+    """
 
     item: Item
     source: str
@@ -29,6 +31,7 @@ class Shown:
     times: tuple[float, ...] | None
     num_frames: int
     fps: int
+    seen: tuple[str, float]
 
     def sample(self, pixels: Tensor, caption: str) -> Sample:
         """With its pixels (T, 3, H, W)."""
@@ -40,7 +43,8 @@ class Shown:
 
 def show(index: Index, config: DataConfig, group: Group, record: int, rng: np.random.Generator) -> Shown:
     """What a visit of `record` of `group` shows; samplers that draw do from `rng`."""
-    item, whole = index.item(int(group.rows[record]))
+    row = int(group.rows[record])
+    item, whole = index.item(row)
     times, num_frames, fps = None, 1, config.fps
     if whole.frames > 1 or suffix_of(item.path) not in IMAGE_EXTENSIONS:
         clip = sample_times(
@@ -54,7 +58,10 @@ def show(index: Index, config: DataConfig, group: Group, record: int, rng: np.ra
             window=0 if group.windows is None else int(group.windows[record]),
         )
         times, num_frames, fps = tuple(file_times(item, whole, clip.times)), clip.num_frames, clip.fps
-    return Shown(item=item, source=group.source, bucket=group.bucket, times=times, num_frames=num_frames, fps=fps)
+    return Shown(
+        item=item, source=group.source, bucket=group.bucket, times=times, num_frames=num_frames, fps=fps,
+        seen=index.seen(row),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +125,7 @@ class Cached:
 
 
 def media_codes(index: Index) -> np.ndarray:
-    """For each row of the index's table a number (uint64) that changes when its file does, 0 where it is gone."""
-    codes: dict[str, int] = {}
-    paths: list[str] = index.table["path"].to_pylist()
-    for path in dict.fromkeys(paths):
-        try:
-            codes[path] = int(fingerprint_of(fingerprint(path))[:16], 16)
-        except MediaError:
-            codes[path] = 0
-    return np.array([codes[path] for path in paths], np.uint64)
+    """For each row of the index's table a number (uint64) that changes when its file does."""
+    prints: list[str] = index.table["fingerprint"].to_pylist()
+    codes = {text: int(fingerprint_of(text)[:16], 16) for text in dict.fromkeys(prints)}
+    return np.array([codes[text] for text in prints], np.uint64)

@@ -22,6 +22,7 @@ from sat_ext.data.index import Group, Index
 from sat_ext.data.schedule import Cell, Schedule, Step
 from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
+from sat_ext.files import require_unchanged
 from sat_ext.types import Bucket, Item, Sample
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,14 @@ _LISTED = 5  # cells of a warning
 _SLACK = 64  # bytes between the samples of a batch in shared memory
 
 
-def read_pixels(path: str, times: Sequence[float] | None, decoder: str, fit: Fit) -> np.ndarray:
+def read_pixels(
+    path: str, times: Sequence[float] | None, decoder: str, fit: Fit, seen: tuple[str, float]
+) -> np.ndarray:
     """The pixels of one sample, uint8 (T, 3, height, width): the frames at `times`, or a still where that is None.
 
-    Runs in the guard's process. Raises `MediaError`.
+    Runs in the guard's process. Raises `MediaError`, also for a file that is another one than was `seen`.
     """
+    require_unchanged(path, *seen)
     pixels = read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
     return pixels.numpy()
 
@@ -137,7 +141,7 @@ class JointStream:
         shown = show(self.index, self.config, group, record, rng)
         caption = _draw_caption(shown.item, rng)
         fit = Fit(group.bucket.height, group.bucket.width, shown.item.crop)
-        pixels = self._read(shown.item.path, shown.times, self.config.decoder, fit)
+        pixels = self._read(shown.item.path, shown.times, self.config.decoder, fit, shown.seen)
         return shown.sample(torch.from_numpy(pixels), caption)
 
     def _take(self, cached: Cached, group: Group, record: int, rng: np.random.Generator, visit: int) -> Sample:

@@ -95,7 +95,7 @@ class _Pixels(Dataset[Any]):
         self._read.release()
         try:
             fit = Fit(shown.bucket.height, shown.bucket.width, shown.item.crop)
-            pixels = self._read(shown.item.path, shown.times, self.decoder, fit)
+            pixels = self._read(shown.item.path, shown.times, self.decoder, fit, shown.seen)
         except MediaError as error:
             return number, error
         return number, torch.from_numpy(pixels).clone()

@@ -45,6 +45,7 @@ __all__ = [
     "member_location",
     "open_binary",
     "reason_of",
+    "require_unchanged",
     "size_of",
     "suffix_of",
 ]
@@ -81,6 +82,23 @@ def fingerprint(path: str) -> str:
     info = info_of(path)
     told = ("ETag", "etag", "sha256", "md5Hash", "LastModified", "Last-Modified", "mtime", "updated", "created")
     return "-".join(str(info[key]) for key in ("size", *told) if info.get(key) is not None)
+
+
+def require_unchanged(path: str, known: str, since: float) -> None:
+    """Raise `MediaError` where `path`, or its container, is not the file that had the fingerprint `known` at
+    `since` (seconds of `time.time`).
+
+    A local file may have another time of change and still be the same: a machine of a cluster may have a copy of
+    its own. It is the same where it has its size, and nothing has changed it, or put it there, since then.
+    """
+    if (now := fingerprint(path)) == known:
+        return
+    container = container_of(path)
+    if not is_url(container) and now.partition("-")[0] == known.partition("-")[0]:
+        status = _stat(container)
+        if max(status.st_mtime, status.st_ctime) < since:
+            return
+    raise MediaError(path, "another file than when it was indexed; it counts from the next start on")
 
 
 def open_binary(path: str) -> BinaryIO:

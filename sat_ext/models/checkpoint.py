@@ -127,6 +127,8 @@ def read_file(file: Path, *, types: tuple[Any, ...] = ()) -> Any:
         require_sound(file)
         with torch.serialization.safe_globals([*RNG_STATE_TYPES, *types]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except ConfigError:  # which is a `ValueError` too
+        raise
     except FileNotFoundError:
         raise ConfigError(
             f"{file}: there is no such file, so the checkpoint is not whole; name another checkpoint."

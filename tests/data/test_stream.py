@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import shutil
+import tarfile
+import time
 from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sat_ext.config import load
 from sat_ext.data.config import DataConfig
@@ -20,6 +28,7 @@ from sat_ext.data.stream import JointStream
 from sat_ext.demo_data import write_demo
 from sat_ext.errors import ConfigError, DataError
 from tests.media import index_of, write_clip
+from tests.servers import http_server
 
 
 @pytest.fixture
@@ -112,6 +121,61 @@ def test_a_file_that_breaks_during_the_run_is_replaced_from_its_bucket(
     for old, new in zip(before, after):
         assert all(b == a for a, b in zip(old, new) if a != victim)  # only the bad one was replaced
     assert caplog.text.count("skipped: ") == 1
+
+
+@pytest.mark.parametrize("how", ["written over", "same size", "moved there", "of a tar", "behind a url"])
+def test_a_file_that_another_replaced_since_it_was_indexed_is_not_trained_on(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Uncompressed stills, of one size in bytes."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 0, 0)).save(folder / f"{number}.bmp")
+        (folder / f"{number}.txt").write_text(str(number))
+    aside = Path(shutil.copy2(folder / "3.bmp", tmp_path))
+    os.utime(aside, (1, 1))
+    source, data = str(folder), config(buckets={"frames": [1]}, on_bad_sample={"skip": 1})
+    with ExitStack() as stack:
+        if how == "of a tar":
+            source = str(tmp_path / "data.tar")
+            with tarfile.open(source, "w") as tar:
+                tar.add(folder, ".")
+        if how == "behind a url":
+            (folder / "list.jsonl").write_text(
+                "".join(json.dumps({"path": f"{n}.bmp", "caption": str(n)}) + "\n" for n in range(4))
+            )
+            source = f"{stack.enter_context(http_server(folder)).url}/list.jsonl"
+        index = build_index([SourceConfig(path=source)], data)
+        stream = stream_of(index, data, batch=1)
+        assert len({b["txt"][0] for b in islice(stream.batches(start=0, rank=0), 4)}) == 4
+        if how == "moved there":
+            os.replace(aside, folder / "0.bmp")
+        elif how == "of a tar":
+            os.utime(source)
+        else:
+            larger = 64 if how == "same size" else 80  # the test server tells sizes
+            Image.new("RGB", (larger, larger), (9, 9, 9)).save(folder / "0.bmp")
+            os.utime(folder / "0.bmp", (time.time() + 5, time.time() + 5))
+        if how == "of a tar":
+            with pytest.raises(
+                DataError, match="2 files could not be read, 2 in a row.*another file than when it"
+            ):
+                list(islice(stream.batches(start=0, rank=0), 4))
+            return
+        captions = [b["txt"][0] for b in islice(stream.batches(start=0, rank=0), 8)]
+    assert len(captions) == 8 and "0" not in captions
+    assert "0.bmp: another file than when it was indexed; it counts from the next start on" in caplog.text
+
+
+def test_a_copy_of_its_own_on_another_machine_is_the_same_file(demo: Path) -> None:
+    index = build_index([SourceConfig(path=str(demo / "stills"))], config())
+    for still in demo.glob("stills/*"):
+        os.utime(still, (1, 1))
+    there = replace(index, made=time.time() + 60)  # indexed after the copy was made
+    assert len(list(islice(stream_of(there, config()).batches(start=0, rank=0), 4))) == 4
+    with pytest.raises(DataError, match="another file than when it was indexed"):
+        list(islice(stream_of(index, config()).batches(start=0, rank=0), 4))
 
 
 def test_past_the_budget_the_run_stops_with_the_list(demo: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sat_ext.data.config import DataConfig, name_sources
-from sat_ext.data.index.columns import INFO_COLUMNS, ITEM_COLUMNS, item_batches, to_info, to_item
+from sat_ext.data.index.columns import FILE_COLUMNS, ITEM_COLUMNS, item_batches, to_info, to_item
 from sat_ext.data.index.place import Placed, place_rows, placer, visits_by_weight
 from sat_ext.data.index.probing import Probing, read_files
 from sat_ext.data.sources import SourceConfig, read_source
@@ -21,7 +22,7 @@ from sat_ext.types import Bucket, Item, MediaInfo
 
 log = logging.getLogger(__name__)
 
-COLUMNS = pa.schema([("source", pa.dictionary(pa.int16(), pa.string())), *ITEM_COLUMNS, *INFO_COLUMNS])
+COLUMNS = pa.schema([("source", pa.dictionary(pa.int16(), pa.string())), *ITEM_COLUMNS, *FILE_COLUMNS])
 
 MOST_VISITS = 1000  # of one record in an epoch: each takes room
 
@@ -47,7 +48,8 @@ class Index:
 
     `samplers` and `shares` are by source name; a share that is not given is the number of the source's records.
     `bad` are the files, or parts of files, that could not be read and `dropped` those that fit no bucket or have
-    the weight 0, each as (path, reason). `unread` counts, by ending, files that may be media and are not read.
+    the weight 0, each as (path, reason). `made` is when the files were looked at, in seconds of `time.time`.
+    `unread` counts, by ending, files that may be media and are not read.
     """
 
     table: pa.Table
@@ -56,12 +58,17 @@ class Index:
     shares: dict[str, float]
     bad: tuple[tuple[str, str], ...]
     dropped: tuple[tuple[str, str], ...]
+    made: float
     unread: Mapping[str, int] = field(default_factory=dict)
 
     def item(self, row: int) -> tuple[Item, MediaInfo]:
         """The item of one row, and what the whole of its file holds."""
         values = self.table.slice(row, 1).to_pylist()[0]
         return to_item(values), to_info(values)
+
+    def seen(self, row: int) -> tuple[str, float]:
+        """Which file a row is of, and when it was that one: see `sat_ext.files.require_unchanged`."""
+        return self.table["fingerprint"][row].as_py(), self.made
 
     def summary(self) -> str:
         """One line for the log: records by source and bucket, and what was left out."""
@@ -86,6 +93,7 @@ def build_index(
     of the sources' items. Raises `DataError` when a source is empty, when more files are unreadable than
     `on_bad_sample.skip` allows, when no record of a source fits a bucket, or when weights are too far apart.
     """
+    made = time.time()
     named = name_sources(tuple(sources), "sources")
     paths = dict.fromkeys(source.path for source in named.values())  # several sources may read one folder
     unread: Counter[str] = Counter()
@@ -117,13 +125,14 @@ def build_index(
         bad=bad,
         dropped=tuple(entry for found in placed.values() for entry in found.dropped),
         unread=dict(sorted(unread.items())),
+        made=made,
     )
 
 
 def _infos(
     items: dict[str, list[pa.RecordBatch]], config: DataConfig, probing: Probing
 ) -> dict[str, list[pa.Table]]:
-    """For each batch of items, by source path: the columns `INFO_COLUMNS` and `reason` of its files."""
+    """For each batch of items, by source path: the columns `FILE_COLUMNS` and `reason` of its files."""
     columns = [batch.column("path").cast(pa.large_string()) for batches in items.values() for batch in batches]
     every = pa.chunked_array(columns)
     unique = pc.unique(every)
@@ -132,7 +141,7 @@ def _infos(
     by_source = {path: [next(split) for _ in batches] for path, batches in items.items()}
     members = {path: np.unique(np.concatenate(own)).astype(np.int64) for path, own in by_source.items()}
     entries = read_files(unique, members, timeout=config.on_bad_sample.timeout, probing=probing)
-    entries = entries.select([*INFO_COLUMNS.names, "reason"])
+    entries = entries.select([*FILE_COLUMNS.names, "reason"])
     entries = entries.combine_chunks()  # or every `take` would do that
     return {path: [entries.take(pa.array(part)) for part in own] for path, own in by_source.items()}
 

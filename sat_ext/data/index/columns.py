@@ -39,6 +39,9 @@ INFO_COLUMNS = pa.schema(
     ]
 )
 
+# And which file it was, as `sat_ext.files.fingerprint` tells it.
+FILE_COLUMNS = pa.schema([*INFO_COLUMNS, ("fingerprint", pa.string())])
+
 _FIELDS = attrgetter(*("fps" if name == "item_fps" else name for name in ITEM_COLUMNS.names))
 _ROWS = 4096  # in a batch: Arrow's strings end at 2 GiB, and a caption may have 100 kB
 

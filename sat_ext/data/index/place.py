@@ -13,7 +13,7 @@ import pyarrow as pa
 from sat_ext.data.buckets import assign
 from sat_ext.data.clips import available_frames, is_still_sampler, records_of
 from sat_ext.data.config import DataConfig
-from sat_ext.data.index.columns import INFO_COLUMNS, ITEM_COLUMNS
+from sat_ext.data.index.columns import FILE_COLUMNS, INFO_COLUMNS, ITEM_COLUMNS
 from sat_ext.data.parts import part_info
 from sat_ext.errors import MediaError
 from sat_ext.types import Bucket, Item, MediaInfo
@@ -30,7 +30,7 @@ _PART = ("start", "end", "crop", "item_fps")
 class Placed:
     """The rows of a source that can be used, and what was left out, as (path, reason).
 
-    `batches` have the columns `ITEM_COLUMNS` and `INFO_COLUMNS`. `bucket` (a number), `windows` and `weight` have
+    `batches` have the columns `ITEM_COLUMNS` and `FILE_COLUMNS`. `bucket` (a number), `windows` and `weight` have
     one entry for each row.
     """
 
@@ -43,7 +43,7 @@ class Placed:
 
 
 def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place: Place) -> Placed:
-    """Put every row into its bucket. `infos` say what its file holds: `INFO_COLUMNS`, and `reason` if bad."""
+    """Put every row into its bucket. `infos` say what its file holds: `FILE_COLUMNS`, and `reason` if bad."""
     batches, numbers = [], []
     bad: list[tuple[str, str]] = []
     dropped: list[tuple[str, str]] = []
@@ -65,8 +65,8 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
                 else:
                     found[row] = verdict
         kept = found[:, 0] >= 0
-        columns = [*batch.columns, *(info[name].combine_chunks() for name in INFO_COLUMNS.names)]
-        whole_batch = pa.record_batch(columns, names=[*ITEM_COLUMNS.names, *INFO_COLUMNS.names])
+        columns = [*batch.columns, *(info[name].combine_chunks() for name in FILE_COLUMNS.names)]
+        whole_batch = pa.record_batch(columns, names=[*ITEM_COLUMNS.names, *FILE_COLUMNS.names])
         batches.append(whole_batch if kept.all() else whole_batch.filter(pa.array(kept)))
         numbers.append(found[kept])
     bucket, windows = np.concatenate(numbers).T
