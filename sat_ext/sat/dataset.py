@@ -167,7 +167,7 @@ class JointImageVideoDataset:
         sizes = config.batch_sizes(buckets, largest=per_rank, shape=sequence_shape(model))
         if largest is not None:
             sizes = dict.fromkeys(sizes, largest)
-        used = samples_used(args, index.groups, index.shares, config.seed) if split == "train_data" else None
+        used = samples_used(args, index, config.seed) if split == "train_data" else None
         stream = JointStream(
             index, config, batch_sizes=sizes, world=world, dtype=_pixel_type(args, model), used=used,
             cached=open_cache(args, config, model, index, split),

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sat_ext.data.index import Group
 from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import load_engine, read_file, read_weights
 from sat_ext.sat import steps
@@ -21,8 +20,6 @@ from sat_ext.sat.checkpoint.layout import read_manifest, whole_checkpoints
 from sat_ext.sat.checkpoint.load import SHARD_TYPES
 from sat_ext.sat.checkpoint.publish import prune
 from sat_ext.sat.checkpoint.reshard import Piece, cut, saved_shards
-from sat_ext.sat.checkpoint.run import run_of, samples_used
-from sat_ext.types import Bucket
 from tests.sat.ranks import Server, finish, folder_of
 from tests.sat.runs import QUICK
 
@@ -36,7 +33,7 @@ def test_a_checkpoint_holds_the_state_of_every_rank_and_no_code(saved: Path) -> 
     assert (manifest.iteration, manifest.micro_steps, manifest.world, manifest.zero_stage) == (4, 4, 2, 2)
     assert sum(c.used for c in manifest.cells) >= 8
     assert {p.name for p in (saved / "4").iterdir()} == {*manifest.files, "sat_ext.json"} == {
-        "sat_ext.json", "mp_rank_00_model_states.pt", "rng_0.pt", "rng_1.pt",
+        "sat_ext.json", "mp_rank_00_model_states.pt", "rng_0.pt", "rng_1.pt", "data.pt",
         "zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt",
     }  # fmt: skip
     assert (saved / "latest").read_text() == "4"
@@ -176,26 +173,6 @@ def test_weights_of_a_lora_come_with_those_of_its_base(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "base" / "7")
     with pytest.raises(ConfigError, match="base weights: 7, but there is no mp_rank_00_model_states.pt in it"):
         read_weights(tmp_path / "lora")
-
-
-def test_new_sources_join_where_they_would_be_and_gone_ones_are_named(
-    saved: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    state = run_of(Namespace(load=str(saved), mode="pretrain", deepspeed_config={}))
-    args = Namespace(sat_ext_run=state)
-    assert state.resumed is not None
-    cell = next(c for c in state.resumed.cells if c.used)
-    frames, height, width = (int(n) for n in cell.bucket.split("x"))
-    groups = [
-        group(cell.source, Bucket(frames=frames, height=height, width=width), cell.records),
-        group("new", Bucket(frames=1, height=32, width=32), 50),
-    ]
-    used = samples_used(args, groups, {cell.source: 0.5, "new": 0.25}, seed=state.resumed.seed + 1)
-    assert used == [cell.used, round(cell.used / 0.5 * 0.25)]
-
-
-def group(source: str, bucket: Bucket, records: int) -> Group:
-    return SimpleNamespace(source=source, bucket=bucket, rows=range(records))  # type: ignore[return-value]
 
 
 def test_losses_by_kind_of_a_cogvideo_engine_are_added_and_averaged() -> None:

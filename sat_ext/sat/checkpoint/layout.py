@@ -6,6 +6,7 @@
 <run>/<iteration>/*_optim_states.pt            DeepSpeed's, of each rank; `optimizer.pt` without ZeRO
 <run>/<iteration>/zero_pp_rank_*_model_states.pt   DeepSpeed's under ZeRO-3: the order of the shards
 <run>/<iteration>/rng_<rank>.pt                random number generators of each rank
+<run>/<iteration>/data.pt                      hashes of the epoch's samples (`epoch.py`)
 <run>/<iteration>.partial/                     one being written, or what a killed run left of one
 <run>/<iteration>.old.partial/                 one that another of its iteration is about to replace
 <run>/.lock                                    held by the run that saves here
@@ -29,12 +30,14 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True, kw_only=True)
 class CellState:
-    """How many samples of a cell were trained on; `records` is how many it had."""
+    """How many samples of a cell were trained on; `records` is how many it had, `keys` a hash of these
+    (`epoch.py`), which checkpoints of earlier versions lack."""
 
     source: str
     bucket: str
     records: int
     used: int
+    keys: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class RateState:
 class Manifest:
     """`sat_ext.json`. `micro_steps` counts batches that a rank took from the data since the run began; `whole`
     tells that frozen weights are in it too; `files` are sizes in bytes, by which a truncated file is found before
-    any is read. In the file a `checksum` of all of it follows.
+    any is read; `shares` are by source, as parts of 1. In the file a `checksum` of all of it follows.
     """
 
     sat_ext: str
@@ -77,6 +80,7 @@ class Manifest:
     rate: RateState
     cells: tuple[CellState, ...]
     files: dict[str, int]
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from sat.helpers import print_rank0
 
-from sat_ext.data.index import Group
+from sat_ext.data.index import Index
+from sat_ext.data.schedule import Cell, Schedule
+from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import find_weights, no_checkpoint
+from sat_ext.models.checkpoint import find_weights, no_checkpoint, read_file
+from sat_ext.sat.checkpoint.epoch import DATA_NAME, Epoch, changes, epoch_of
 from sat_ext.sat.checkpoint.layout import Base, CellState, Manifest, read_manifest, whole_checkpoints
 from sat_ext.sat.settings import Settings, settings_of
 
@@ -33,6 +36,7 @@ class Run:
     saved: int | None = None
     engine: Any = field(default=None, repr=False)  # SAT prints all of `args`
     random: dict[str, Any] | None = field(default=None, repr=False)
+    epoch: Epoch | None = field(default=None, repr=False)
     began: bool = False
     bad_steps: int = 0
     save_owed: bool = False
@@ -99,15 +103,15 @@ def first_step(args: argparse.Namespace) -> int:
     return micro_steps(args) - (resumed.micro_steps if resumed else 0)
 
 
-def samples_used(
-    args: argparse.Namespace, groups: Sequence[Group], shares: Mapping[str, float], seed: int
-) -> list[int] | None:
-    """Samples of each of the `groups` that the run trained on before it was resumed; None for one that begins.
+def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int] | None:
+    """Samples of each group of `index` that the run trained on before it was resumed; None for one that begins.
 
-    Groups are told apart by source and bucket. One that is new begins where it would be, had it been there from
-    the start: it would else be alone until it had caught up.
+    Groups are told apart by source and bucket. A bucket that is new begins where its source is, and a source that
+    is new where it would be, had it been there from the start: it would else be alone until it had caught up.
+    What has changed since the checkpoint is printed. Raises `ConfigError` where its `data.pt` is damaged.
     """
-    resumed = run_of(args).resumed
+    run = run_of(args)
+    resumed = run.resumed
     if resumed is None or not resumed.cells:
         return None
     if seed != resumed.seed:
@@ -115,49 +119,85 @@ def samples_used(
             f"resume: data.params.seed was {resumed.seed} and is {seed}; the epoch goes on in another order."
         )
     cells = {(c.source, c.bucket): c for c in resumed.cells}
-    names = [(g.source, str(g.bucket)) for g in groups]
+    there = {g.source for g in index.groups}
+    known, records = dict.fromkeys(there, 0), dict.fromkeys(there, 0)
     for cell in resumed.cells:
-        if (cell.source, cell.bucket) not in names:
-            print_rank0(f"resume: source '{cell.source}' has no samples of {cell.bucket} any more.")
-    known = {g.source: 0 for g, n in zip(groups, names) if n in cells}
-    records = dict.fromkeys(known, 0)
-    for group, name in zip(groups, names):
-        if name in cells:
-            known[group.source] += cells[name].used
-            records[group.source] += len(group.rows)
-            if cells[name].records != len(group.rows):
-                print_rank0(
-                    f"resume: source '{group.source}' had {cells[name].records} samples of {group.bucket}, and "
-                    f"has {len(group.rows)} now; the epoch goes on at the same place, in another order."
-                )
-    if not known:
-        print_rank0("resume: none of the checkpoint's sources is in the data any more; they begin anew.")
-        return [0] * len(groups)
-    per_share = sum(known.values()) / sum(shares[s] for s in known)
+        if cell.source in there:
+            known[cell.source] += cell.used
+            records[cell.source] += cell.records
+    for source in dict.fromkeys(c.source for c in resumed.cells if c.source not in there):
+        print_rank0(f"resume: source '{source}' is not in the data any more.")
+    if not any(records.values()):
+        print_rank0("resume: none of the checkpoint's sources is in the data any more; the new ones begin.")
+        return [0] * len(index.groups)
+    per_share = sum(known.values()) / sum(index.shares[s] for s in there if records[s])
     used = []
-    for group, name in zip(groups, names):
-        if name in cells:
-            used.append(cells[name].used)
-            continue
-        of_source = sum(len(g.rows) for g in groups if g.source == group.source)
+    for group in index.groups:
+        cell_state = cells.get((group.source, str(group.bucket)))
+        of_source = sum(len(g.rows) for g in index.groups if g.source == group.source)
         epochs = (
             known[group.source] / records[group.source]
-            if group.source in known
-            else (per_share * shares[group.source] / of_source)
+            if records[group.source]
+            else per_share * index.shares[group.source] / of_source
         )
-        used.append(round(epochs * len(group.rows)))
-        print_rank0(f"resume: source '{group.source}' has new samples, of {group.bucket}; they join from now on.")
+        used.append(round(epochs * len(group.rows)) if cell_state is None else cell_state.used)
+    for source in dict.fromkeys(g.source for g in index.groups if not records[g.source]):
+        print_rank0(f"resume: source '{source}' is new; it joins from now on.")
+    _tell_changes(run, index, used, seed)
     return used
 
 
+def _tell_changes(run: Run, index: Index, used: list[int], seed: int) -> None:
+    """Print what else is not as it was when the checkpoint was saved: samples, and shares."""
+    resumed, folder = run.resumed, run.folder
+    assert resumed is not None and folder is not None
+    if DATA_NAME in resumed.files:
+        saved = read_file(folder / DATA_NAME)  # on every rank, for all to end where it is damaged
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            cells = [Cell(source=g.source, bucket=g.bucket, records=len(g.rows), batch=1) for g in index.groups]
+            schedule = Schedule(cells, index.shares, seed=seed, world=1)
+            for sentence in changes(resumed.cells, saved, index, schedule, used):
+                print_rank0(sentence)
+    else:
+        print_rank0(
+            "resume: the checkpoint is of an earlier version, which does not list its samples: if the data have "
+            "changed since then, some of this epoch come twice, and some not at all."
+        )
+    total = sum(index.shares.values())
+    samples = {s: sum(n for n, g in zip(used, index.groups) if g.source == s) for s in index.shares}
+    for source, share in resumed.shares.items():
+        now = index.shares.get(source, 0) / total
+        behind = round(now * sum(samples.values()) - samples.get(source, 0))
+        if source in index.shares and abs(now - share) > 1e-9 and behind:
+            print_rank0(
+                f"resume: the share of source '{source}' was {share:.3g} and is {now:.3g}; shares count from the "
+                f"beginning of the run, so it comes {'more' if behind > 0 else 'less'} often until "
+                f"{abs(behind)} samples are made up for."
+            )
+
+
 def cells_of(args: argparse.Namespace) -> tuple[CellState, ...]:
-    """The place in the data now; nothing for data that are not ours."""
-    streams = getattr(args, "sat_ext_streams", {}).get("train_data")
-    if not streams:
+    """The place in the data now; nothing for data that are not ours. On the first rank."""
+    epoch, stream = data_of(args), stream_of(args)
+    if epoch is None or stream is None:
         return ()
-    schedule = streams[0].schedule
+    schedule = stream.schedule
     used = schedule.state(first_step(args))
     return tuple(
-        CellState(source=c.source, bucket=str(c.bucket), records=c.records, used=int(n))
-        for c, n in zip(schedule.cells, used, strict=True)
+        CellState(source=c.source, bucket=str(c.bucket), records=c.records, used=int(n), keys=keys)
+        for c, n, keys in zip(schedule.cells, used, epoch.keys, strict=True)
     )
+
+
+def data_of(args: argparse.Namespace) -> Epoch | None:
+    """The samples of the run's epoch; None for data that are not ours. Made when it is first saved."""
+    run, stream = run_of(args), stream_of(args)
+    if run.epoch is None and stream is not None:
+        run.epoch = epoch_of(stream.index, stream.schedule)
+    return run.epoch
+
+
+def stream_of(args: argparse.Namespace) -> JointStream | None:
+    """What the run trains on, if it is ours."""
+    streams = getattr(args, "sat_ext_streams", {}).get("train_data")
+    return streams[0] if streams else None

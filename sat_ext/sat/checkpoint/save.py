@@ -22,6 +22,7 @@ from torch import Tensor
 import sat_ext
 from sat_ext.models.checkpoint import MANIFEST_NAME, WEIGHTS_NAME
 from sat_ext.sat.checkpoint import rng
+from sat_ext.sat.checkpoint.epoch import DATA_NAME
 from sat_ext.sat.checkpoint.layout import (
     OPTIMIZER_NAME,
     PARTIAL,
@@ -33,7 +34,7 @@ from sat_ext.sat.checkpoint.layout import (
 )
 from sat_ext.sat.checkpoint.load import round_robin
 from sat_ext.sat.checkpoint.publish import find_missing, publish
-from sat_ext.sat.checkpoint.run import Run, cells_of, is_trained, micro_steps, run_of
+from sat_ext.sat.checkpoint.run import Run, cells_of, data_of, is_trained, micro_steps, run_of, stream_of
 from sat_ext.sat.fixes.saving import gather_weights, in_checkpoint
 
 
@@ -158,6 +159,8 @@ def _write(
     dist.barrier()
     _write_engine(model, folder, partial.name, iteration, writer, run)
     writer._write(rng.capture(), str(partial / f"rng_{dist.get_rank()}.pt"))
+    if first and (epoch := data_of(args)) is not None:
+        writer._write(list(epoch.samples), str(partial / DATA_NAME))
     error, written = _gather(writer)
     if error is None:
         if first and (missing := find_missing(partial, written)) is not None:
@@ -213,7 +216,8 @@ def _gather(writer: Writer) -> tuple[str | None, list[dict[str, int]]]:
 def _manifest(
     iteration: int, model: Any, rate: Any, args: argparse.Namespace, run: Run, files: dict[str, int]
 ) -> Manifest:
-    streams = getattr(args, "sat_ext_streams", {}).get("train_data")
+    stream = stream_of(args)
+    shares = stream.index.shares if stream else {}
     return Manifest(
         sat_ext=sat_ext.__version__,
         iteration=iteration,
@@ -221,7 +225,7 @@ def _manifest(
         world=dist.get_world_size(),
         zero_stage=model.zero_optimization_stage(),
         round_robin=round_robin(model),
-        seed=streams[0].schedule.seed if streams else args.seed,
+        seed=stream.schedule.seed if stream else args.seed,
         global_steps=model.global_steps,
         global_samples=model.global_samples,
         skipped_steps=model.skipped_steps,
@@ -235,4 +239,5 @@ def _manifest(
         ),
         cells=cells_of(args),
         files=files,
+        shares={source: share / sum(shares.values()) for source, share in shares.items()},
     )
