@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from argparse import Namespace
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +23,17 @@ from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sat_ext.cli import cache as command
+from sat_ext.config import load
+from sat_ext.data.cached import Cached, media_codes
+from sat_ext.data.config import DataConfig
+from sat_ext.data.index import build_index
+from sat_ext.data.sources import SourceConfig
+from sat_ext.data.stream import JointStream
 from sat_ext.encoded import text, write
 from sat_ext.encoded.encoders import Part
-from sat_ext.encoded.latents import LatentStore
-from sat_ext.encoded.text import TextEmbeddings, caption_key
+from sat_ext.encoded.files import _tell_unsigned
+from sat_ext.encoded.latents import CacheConfig, LatentStore, write_latents
+from sat_ext.encoded.text import TextEmbeddings, caption_key, write_text_embeddings
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.models import encoders
 from sat_ext.models.engine import VideoDiffusionEngine
@@ -165,18 +174,41 @@ def all_of(cache: Path, keys: list[str], captions: list[str]) -> dict[str, Any]:
     return found | {f"{key}.{part}": value for key in keys for part, value in store.read(key).items()}
 
 
-@pytest.mark.multiprocess
+def write_small_cache(data: Path, cache: Path) -> tuple[JointStream, list[str]]:
+    """What trains from it, and its captions: through the writers of `sat-ext cache`, from made-up encoders."""
+    config = load(DataConfig, {"video_size": [32, 32], "max_num_frames": 5}, "data.params")
+    index = build_index([SourceConfig(path=str(data / "train"))], config)
+    cache.mkdir()
+    captions = ["", *dict.fromkeys(c for of_row in index.table["captions"].to_pylist() for c in of_row)]
+    write_text_embeddings(cache, captions, lambda texts: torch.randn(len(texts), 4, 8), {"max_length": "4"})
+    settings = CacheConfig(folder=str(cache))
+
+    def cached() -> Cached:
+        return Cached(
+            store=LatentStore(cache), config=settings, media=media_codes(index), encoder="e", draws=True,
+            conditions=True,
+        )  # fmt: skip
+
+    def made_up(frames: int) -> dict[str, torch.Tensor]:
+        return {
+            "mean": torch.randn(frames, 2, 4, 4).bfloat16(), "std": torch.rand(frames, 2, 4, 4).bfloat16(),
+            "first": torch.randn(1, 2, 4, 4), "noisy": torch.randn(2, 1, 2, 4, 4),
+        }  # fmt: skip
+
+    entries = [(entry, made_up(1 + shown.bucket.frames // 4)) for shown, entry in cached().wanted(index, config)]
+    write_latents(cache, entries)
+    sizes = dict.fromkeys(config.make_buckets(), 1)
+    return JointStream(index, config, batch_sizes=sizes, world=1, dtype=torch.uint8, cached=cached()), captions
+
+
 def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_replaced(
-    server: Server, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "cache"
-    run_cache(server, write_run(data, tmp_path / "c"), cache)
-    keys, captions = (
-        list(LatentStore(cache)._places),
-        ["", *{f.read_text().strip() for f in (data / "train").rglob("*.txt")}],
-    )
+    stream, captions = write_small_cache(data, cache)
+    keys = list(LatentStore(cache)._places)
     expected, rng, damaged = all_of(cache, keys, captions), random.Random(0), 0
-    for file in cache.iterdir():
+    for file in sorted(cache.iterdir()):
         content = bytearray(file.read_bytes())
         header = int.from_bytes(content[:8], "little")
         places = [*range(10), *rng.choices(range(header), k=60), *rng.choices(range(header, len(content)), k=60)]
@@ -192,15 +224,20 @@ def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_repl
             content[place] ^= bit
         file.write_bytes(content)
     assert damaged > 200
-    assert not caplog.records
-    (latents,) = cache.glob("latents-*")  # a run replaces the sample, and counts it as a file that cannot be read
+    caplog.clear()
+    _tell_unsigned.cache_clear()  # told where the bit was in the name of the checksum
+    before = [b["key"] for b in islice(stream.batches(start=0, rank=0), 20)]
+    (latents,) = cache.glob("latents-*")
     content = bytearray(latents.read_bytes())
-    for place in range(len(content) - 1, int.from_bytes(content[:8], "little") + 8, -(len(content) // 6)):
-        content[place] ^= 1
+    content[-1] ^= 1
     latents.write_bytes(content)
-    started = server.start(write_run(data, tmp_path / "a", cache=cache), world=2, folder=tmp_path / "run")
-    finish(started)
-    assert f"skipped: {latents}: damaged: '" in started.log(0) + started.log(1)
+    after = [b["key"] for b in islice(stream.batches(start=0, rank=0), 20)]
+    assert sum(one != two for one, two in zip(before, after)) == 1
+    (line,) = [r.message for r in caplog.records]
+    assert re.match(
+        rf"skipped: {latents}: damaged: '\w+.std' is not what was written; delete it, and run sat-", line
+    )
+    caplog.clear()
     save_file({"x": torch.zeros(1)}, cache / "latents-old.safetensors", {"entries": "[]"})
     LatentStore(cache)
     LatentStore(cache)
