@@ -38,6 +38,16 @@ def test_a_row_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
         raise AssertionError("the child lives on")
 
 
+def test_a_row_that_is_ended_while_it_compiles_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's extensions are compiled behind a file, for which every later run would wait."""
+    monkeypatch.setattr(memory, "EXTENSIONS", tmp_path)
+    code = "import os, time; open(os.path.join(os.environ['TORCH_EXTENSIONS_DIR'], 'lock'), 'w'); time.sleep(600)"
+    assert memory.run([sys.executable, "-c", code], 5.0) == "ended after 5 s"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_row_that_dies_gives_its_last_line() -> None:
     assert memory.run([sys.executable, "-c", "raise MemoryError('of the GPU')"], 60) == "MemoryError: of the GPU"
     assert memory.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], 60) == "exit status -9"
