@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,8 @@ from sat_ext.config import convert, read_yaml, reject_unknown_keys
 from sat_ext.errors import ConfigError
 from sat_ext.sat import peers
 from sat_ext.sat.lists import fill_in
+from sat_ext.sat.section import TWICE, check_keys, check_section
 from sat_ext.sat.settings import settings_of
-
-# Top level keys of DeepSpeed's configuration that a training YAML may hold (deepspeed.ai/docs/config-json).
-DEEPSPEED_KEYS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
-    "fp16", "bf16", "zero_optimization", "gradient_clipping", "prescale_gradients", "gradient_predivide_factor",
-    "communication_data_type", "steps_per_print", "wall_clock_breakdown", "dump_state", "activation_checkpointing",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "checkpoint", "data_types",
-)  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -66,9 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.data_config.get("target"):
         raise ConfigError("data.target: missing; add 'target: sat_ext.JointImageVideoDataset'.")
     args.deepspeed_config = config["deepspeed"]
-    _check_deepspeed(args.deepspeed_config)
+    check_keys(args.deepspeed_config, {k: v for k, v in settings.items() if k not in explicit})
     _fill_in(args, explicit)
     _check(args)
+    check_section(args.deepspeed_config, args.world_size, checkpoints_activations=False)
     flags = {name: getattr(args, name) for name in explicit & set(vars(known)) - {"base"}}
     args.resolved_config = {**config, "args": {**settings, **flags}}
     return args
@@ -135,14 +129,6 @@ def _given(option: str, argv: Sequence[str] | None) -> bool:
     return any(a == option or a.startswith(option + "=") for a in (sys.argv[1:] if argv is None else argv))
 
 
-def _check_deepspeed(config: dict[str, Any]) -> None:
-    """DeepSpeed ignores what it does not know: refuse what looks like a misspelt key."""
-    for key in config:
-        near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.85)
-        if near and key not in DEEPSPEED_KEYS:
-            raise ConfigError(f"deepspeed: unknown key '{key}'; did you mean '{near[0]}'?")
-
-
 def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
     """What SAT expects to be set, from the environment and the DeepSpeed section; flags in `explicit` win."""
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
@@ -157,15 +143,12 @@ def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
     args.deepspeed, args.deepspeed_activation_checkpointing = True, False
 
     ds = args.deepspeed_config
-    args.fp16 = bool(ds.get("fp16", {}).get("enabled"))
-    args.bf16 = bool(ds.get("bf16", {}).get("enabled"))
-    optimizer = ds.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
-    for name, section, key in (
-        ("batch_size", ds, "train_micro_batch_size_per_gpu"),
-        ("gradient_accumulation_steps", ds, "gradient_accumulation_steps"),
-        ("lr", optimizer, "lr"),
-        ("weight_decay", optimizer, "weight_decay"),
-    ):
+    args.fp16 = bool((ds.get("fp16") or {}).get("enabled"))
+    args.bf16 = bool((ds.get("bf16") or {}).get("enabled"))
+    optimizer = ds["optimizer"] = {"type": "AdamW", **(ds.get("optimizer") or {})}
+    optimizer["params"] = optimizer.get("params") or {}
+    for name, (*place, key) in TWICE.items():
+        section = reduce(dict.__getitem__, place, ds)
         if name in explicit or key not in section:
             section[key] = getattr(args, name)
         setattr(args, name, section[key])

@@ -17,7 +17,7 @@ from sat_ext.cogvideo.doubts import doubts, lora_scale
 from sat_ext.config import load, read_yaml
 from sat_ext.data.config import DataConfig
 from sat_ext.errors import ConfigError
-from sat_ext.sat.arguments import DEEPSPEED_KEYS
+from sat_ext.sat.section import DEEPSPEED_KEYS
 from sat_ext.sat.settings import settings_of
 
 FOLDER = Path(__file__).parents[2] / "configs" / "cogvideo"

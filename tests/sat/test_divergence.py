@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from sat_ext.errors import ConfigError, TrainingError
 from sat_ext.sat import divergence
@@ -125,8 +127,27 @@ def test_gradients_that_are_not_finite_count_though_the_loss_is(one_rank: None) 
         bad_steps(engine(2), 30, float("inf"))
 
 
+@pytest.mark.multiprocess
+def test_fp16_finds_its_scale_and_ends_where_it_cannot(
+    server: Server, configure: Configure, tmp_path: Path
+) -> None:
+    """Eight steps of halving from 2^34, of which none counts, train; a scale that may not go down ends the run."""
+    if not get_accelerator().is_fp16_supported():
+        pytest.skip("this CPU does not train in fp16")
+    options = {**QUICK, "train_iters": 12, "save_interval": 12, "log_interval": 1, "stop_after_bad_steps": 3}
+    fp16 = {"enabled": True, "initial_scale_power": 34, "hysteresis": 1}
+    for name, lowest, statuses in (("finds", 1, (0,)), ("ends", 2**34, (1,))):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(json.dumps({"deepspeed": {"fp16": {**fp16, "min_loss_scale": lowest}}}))
+        arguments = [*configure(tmp_path / name, stage=2, **options), str(file)]
+        run = server.start(arguments, world=1, folder=tmp_path / name)
+        finish(run, statuses)
+        assert "Traceback" not in run.log()
+    assert "error: training has diverged: in 3 steps in a row, up to iteration 3" in run.log()
+
+
 def test_the_search_for_fp16s_loss_scale_is_no_divergence() -> None:
-    """DeepSpeed's counters stand in for its engine: fp16 needs a GPU."""
+    """DeepSpeed's counters stand in for its engine: not every CPU trains in fp16."""
     scaler = SimpleNamespace(raise_error_at_min_scale=True)
     model = SimpleNamespace(
         global_steps=0, skipped_steps=0, fp16_enabled=lambda: True, dynamic_loss_scale=lambda: True,

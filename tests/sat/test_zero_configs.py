@@ -98,6 +98,16 @@ def test_an_optimizer_is_taken_by_its_path_and_its_state_comes_back(
     assert "begin anew" not in resumed.log()
 
 
+@pytest.mark.multiprocess
+def test_an_optimizer_by_its_path_runs_on_the_cpu_under_offload(
+    server: Server, configure: Configure, tmp_path: Path
+) -> None:
+    optimizer = {"type": "torch.optim.RAdam", "params": {"lr": 1e-3}}
+    run = start(server, configure, tmp_path, "zero2-offload", optimizer=optimizer)
+    finish(run)
+    assert {r["optimizer"] for r in run.records()} == {"RAdam"}
+
+
 @pytest.mark.parametrize(
     ("deepspeed", "message"),
     [

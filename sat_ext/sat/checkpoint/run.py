@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sat import mpu
 from sat.helpers import print_rank0
 
+from sat_ext.config import read_yaml
 from sat_ext.data.index import Index
 from sat_ext.data.schedule import Cell, Schedule
 from sat_ext.data.stream import JointStream
@@ -18,6 +20,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import find_weights, no_checkpoint, read_file
 from sat_ext.sat.checkpoint.epoch import DATA_NAME, Epoch, changes, epoch_of
 from sat_ext.sat.checkpoint.layout import Base, CellState, Manifest, read_manifest, whole_checkpoints
+from sat_ext.sat.section import TWICE, check_keys, check_section
 from sat_ext.sat.settings import Settings, settings_of
 
 
@@ -54,6 +57,8 @@ def run_of(args: argparse.Namespace) -> Run:
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:
+    if "network_config" in (getattr(args, "model_config", None) or {}):
+        _check_section(args)
     if settings.checkpoint != "full":
         return
     if getattr(args, "model_parallel_size", 1) > 1:
@@ -66,6 +71,15 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
             "args.checkpoint: 'full' cannot save an optimizer that is offloaded to NVMe; use "
             "deepspeed.zero_optimization.offload_optimizer.device: cpu, or 'checkpoint: weights'."
         )
+
+
+def _check_section(args: argparse.Namespace) -> None:
+    """CogVideo's script, whose arguments are not ours, has read it when we are called first."""
+    config = getattr(args, "deepspeed_config", None) or {}
+    check_keys(config, (read_yaml(args.base).get("args") or {}) if getattr(args, "base", None) else {})
+    args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1  # SAT multiplies by it
+    counts = {k: getattr(args, name) for name, (k, *rest) in TWICE.items() if not rest}
+    check_section({**counts, **config}, mpu.get_data_parallel_world_size(), checkpoints_activations=True)
 
 
 def _look_at(run: Run, path: Path, *, going_on: bool) -> None:

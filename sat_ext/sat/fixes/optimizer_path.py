@@ -35,6 +35,7 @@ def optimizer_path(args: argparse.Namespace) -> bool:
     params = {k: v for k, v in (section.get("params") or {}).items() if k not in FOR_DEEPSPEED}
     make = _optimizer(name, params)
     _check_place(name, config.get("zero_optimization") or {})
+    config["zero_force_ds_cpu_optimizer"] = False  # by which DeepSpeed would refuse any but its own under offload
     from sat.training import deepspeed_training
 
     original = deepspeed_training.setup_model_untrainable_params_and_optimizer
