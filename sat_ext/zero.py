@@ -60,6 +60,8 @@ _STAGE_3 = {
 _CPU = {"device": "cpu", "pin_memory": True}
 _NVME = {"device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True}
 _NODE = 8  # GPUs
+# PyTorch's kernel: DeepSpeed compiles its FusedAdam at the first start, for which a GPU's machine needs nvcc
+_TORCH_ADAM = {"params": {"torch_adam": True, "fused": True}}
 
 _ZERO: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
@@ -95,7 +97,7 @@ def zero_section(name: str) -> dict[str, Any]:
         "zero_optimization": deepcopy(_ZERO[name]),
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW"},
+        "optimizer": {"type": "AdamW", **({} if "offload" in str(_ZERO[name]) else _TORCH_ADAM)},
         **({"aio": {"block_size": 1_048_576, "queue_depth": 8}} if name == "zero3-nvme" else {}),
     }
 

@@ -19,14 +19,10 @@ ALLREDUCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """Bytes that an optimizer keeps for a number that trains, and takes beside them while it steps.
-
-    `fused`: DeepSpeed's or another kernel that steps one flat tensor of all parameters.
-    """
+    """Bytes that an optimizer keeps for a number that trains, and takes beside them while it steps."""
 
     states: float
     step: int = 0
-    fused: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +102,8 @@ def _optimizer(section: Mapping[str, Any], offload: Device) -> Optimizer:
     if last in ("lion", "fusedlion", "adagrad", "muon"):
         return Optimizer(states=4)
     if last == "sgd":
-        return Optimizer(states=4 if params.get("momentum") else 0, step=4, fused=False)
-    if params.get("torch_adam") and offload == "none":
+        return Optimizer(states=4 if params.get("momentum") else 0, step=4)
+    if params.get("torch_adam") and not params.get("fused") and offload == "none":
         # torch's own, which on a GPU works on lists of tensors: a root of the second moment of all at once
-        return Optimizer(states=8, step=4, fused=False)
+        return Optimizer(states=8, step=4)
     return Optimizer(states=8)

@@ -9,12 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
 
 from sat_ext.errors import ConfigError
+from sat_ext.sat.checkpoint.load import place_steps
+from sat_ext.sat.fixes.cpu import no_compiler
 from sat_ext.sat.fixes.optimizer_path import optimizer_path
-from sat_ext.zero import ZERO_NAMES, zero_section
+from sat_ext.zero import ZERO_NAMES, fill_in_auto, zero_section
 from tests.sat.ranks import Running, Server, finish, folder_of
 from tests.sat.runs import QUICK
 
@@ -85,7 +90,8 @@ def test_offload_updates_with_deepspeeds_adam_for_the_cpu(
 def test_an_optimizer_is_taken_by_its_path_and_its_state_comes_back(
     server: Server, configure: Configure, tmp_path: Path
 ) -> None:
-    optimizer = {"type": "torch.optim.RAdam", "params": {"lr": 1e-3, "betas": [0.8, 0.9]}}
+    # "fused" is of the file's own Adam
+    optimizer = {"type": "torch.optim.RAdam", "params": {"lr": 1e-3, "betas": [0.8, 0.9], "fused": True}}
     run = start(server, configure, tmp_path, "zero2", optimizer=optimizer)
     finish(run)
     assert {r["optimizer"] for r in run.records()} == {"RAdam"}
@@ -96,6 +102,73 @@ def test_an_optimizer_is_taken_by_its_path_and_its_state_comes_back(
     finish(resumed)
     assert [r["iteration"] for r in resumed.records()] == [4, 5]
     assert "begin anew" not in resumed.log()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", [n for n in ZERO_NAMES if "nvme" not in n])
+def test_no_file_has_deepspeed_compile_its_adam_unless_it_offloads(
+    process_group: None, monkeypatch: pytest.MonkeyPatch, name: str, precision: str
+) -> None:
+    """DeepSpeed asks no device which class it builds, so what is built here is what a GPU's machine builds."""
+    monkeypatch.setattr(OpBuilder, "load", lambda self, *_, **__: pytest.fail(f"{self.name} is compiled"))
+    for variable, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(variable, value)
+    no_compiler(Namespace())
+    section = {**fill_in_auto(zero_section(name), 64), "bf16": {"enabled": precision == "bf16"}}
+    section["zero_optimization"].pop("zero_hpz_partition_size", None)  # there is one rank
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    offloads = "offload" in name
+
+    def build() -> Any:
+        return deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=section, dist_init_required=False
+        )[0]
+
+    if offloads:
+        with pytest.raises(pytest.fail.Exception, match="cpu_adam is compiled"):
+            build()
+        return
+    engine = build()
+    assert type(engine.basic_optimizer) is torch.optim.AdamW
+    assert all(group["fused"] for group in engine.basic_optimizer.param_groups)
+    for _ in range(2):
+        loss = engine(torch.ones(1, 4, dtype=next(model.parameters()).dtype)).float().pow(2).mean()
+        engine.backward(loss)
+        engine.step()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kept"),
+    [
+        ({"type": "AdamW"}, {"torch_adam": True, "fused": True}),
+        ({"type": "AdamW", "params": {"torch_adam": False}}, {"torch_adam": False}),  # DeepSpeed's
+        ({"type": "Lion"}, {}),
+        ({"type": "SGD", "params": {"momentum": 0.9}}, {"fused": True, "momentum": 0.9}),
+        ({"type": "RAdam"}, {}),
+        ({"type": "sat.ops.FusedEmaAdam"}, {}),
+    ],
+)
+def test_another_optimizer_over_a_file_is_not_given_the_parameters_of_its_adam(
+    optimizer: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    section = zero_section("zero1")
+    params = {**section["optimizer"]["params"], **optimizer.get("params", {})}
+    config = {**section, "optimizer": {**optimizer, "params": params}}
+    optimizer_path(Namespace(deepspeed_config=config))
+    assert config["optimizer"]["params"] == kept
+
+
+def test_a_fused_adam_counts_its_steps_where_its_weights_are() -> None:
+    """The device "meta" stands in for a GPU."""
+    weight = torch.zeros(2, device="meta", requires_grad=True)
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, device="meta")}
+    place_steps(optimizer)
+    assert optimizer.state[weight]["step"].device.type == "cpu"
+    optimizer.param_groups[0]["fused"] = True
+    place_steps(optimizer)
+    assert optimizer.state[weight]["step"].device.type == "meta"
 
 
 @pytest.mark.multiprocess

@@ -171,11 +171,20 @@ def load_optimizer(run: Run, scheduler: Any) -> None:
         unmap(optimizer)
     for group, values in zip(optimizer.param_groups, options, strict=True):
         group.update(values)
+    place_steps(engine.basic_optimizer)
     engine.global_steps, engine.global_samples = saved.global_steps, saved.global_samples
     engine.skipped_steps = saved.skipped_steps
     for name in ("init_step", "auto_warmup_steps", "auto_warmup_rate"):
         setattr(scheduler, name, getattr(saved.rate, name))
     scheduler.step(saved.rate.num_iters)
+
+
+def place_steps(optimizer: Any) -> None:
+    """A fused kernel counts steps where its weights are; a checkpoint of another Adam has them on the CPU."""
+    if any(group.get("fused") for group in optimizer.param_groups):
+        for weight, state in optimizer.state.items():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(weight.device)
 
 
 def _read_own(run: Run) -> tuple[dict[str, Any] | None, str | None]:

@@ -15,7 +15,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.sat.fixes.standin import StandIn
 
 WHERE = "deepspeed.optimizer"
-FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that say which of DeepSpeed's Adams; YAML files merge
+FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that say which of DeepSpeed's Adams
 MOST_AT_ONCE = 2**31 - 1  # numbers in a tensor of bitsandbytes' optimizers
 
 
@@ -29,10 +29,11 @@ def optimizer_path(args: argparse.Namespace) -> bool:
     """
     config = getattr(args, "deepspeed_config", None) or {}
     section = config.get("optimizer") or {}
-    name = str(section.get("type", ""))
+    name, params = str(section.get("type", "")), section.get("params") or {}
     if "." not in name or name.startswith("sat."):
+        if params:  # YAML files merge: those of configs/zero/ have parameters of PyTorch's Adam
+            section["params"] = _own(name, params)
         return False
-    params = {k: v for k, v in (section.get("params") or {}).items() if k not in FOR_DEEPSPEED}
     make = _optimizer(name, params)
     _check_place(name, config.get("zero_optimization") or {})
     config["zero_force_ds_cpu_optimizer"] = False  # by which DeepSpeed would refuse any but its own under offload
@@ -59,6 +60,20 @@ def optimizer_path(args: argparse.Namespace) -> bool:
     return True
 
 
+def _own(name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` of an optimizer without a path, less those of PyTorch's Adam that it does not take."""
+    others: list[str] = []
+    if name.lower() in ("adam", "adamw", "muon"):
+        takes_fused = bool(params.get("torch_adam"))
+    else:
+        others += FOR_DEEPSPEED
+        cls = getattr(torch.optim, name, None)
+        takes_fused = inspect.isclass(cls) and "fused" in inspect.signature(cls).parameters
+    if not takes_fused:
+        others.append("fused")
+    return {k: v for k, v in params.items() if k not in others}
+
+
 def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
     module, _, attribute = name.rpartition(".")
     try:
@@ -71,6 +86,7 @@ def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.O
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"{WHERE}.type: '{name}' is not a torch.optim.Optimizer; name one.")
     known = inspect.signature(cls).parameters
+    params = {k: v for k, v in params.items() if k in known or k not in (*FOR_DEEPSPEED, "fused")}
     for key in params:
         if key not in known:
             raise ConfigError(f"{WHERE}.params: {name} takes no '{key}'; it takes {', '.join(known)}.")
