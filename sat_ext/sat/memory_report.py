@@ -29,6 +29,7 @@ from sat_ext.memory.run import read_run
 from sat_ext.memory.table import gigabytes, of_buckets, of_one
 from sat_ext.models.config import TEMPORAL_COMPRESSION
 from sat_ext.models.shape import LATENT_SIDE
+from sat_ext.sat.side_files import side_file
 from sat_ext.types import Bucket
 
 ARGS = ("num_workers", "batch_size", "gradient_accumulation_steps")
@@ -90,7 +91,8 @@ class MemoryReport:
         if not self.measured:
             return
         if self.folder is not None and self.folder.is_dir():
-            (self.folder / "memory.json").write_text(json.dumps(self.data(), indent=1) + "\n")
+            with side_file("memory.json"):
+                (self.folder / "memory.json").write_text(json.dumps(self.data(), indent=1) + "\n")
         if not torch.cuda.is_available():
             print("memory: the peak was not measured, there is no GPU")
         elif self.plan is not None:

@@ -24,6 +24,7 @@ from sat_ext.models.checkpoint import CONFIG_NAME
 from sat_ext.models.config import ABSENT
 from sat_ext.models.show import sample_rows
 from sat_ext.sat.registry import get_dataset
+from sat_ext.sat.side_files import side_file
 from sat_ext.sat.steps import mean_metrics
 
 PROGRESS_SECONDS = 5.0
@@ -91,7 +92,7 @@ class TrainingHooks:
         else:
             self.evaluations.append(record)
         if self.args.save:
-            with (Path(self.args.save) / "heldout.jsonl").open("a") as file:
+            with side_file("heldout.jsonl"), (Path(self.args.save) / "heldout.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
         return means
 
@@ -106,7 +107,8 @@ class TrainingHooks:
             "seconds": round(time.time() - self._started, 1),
             "run": str(self.args.save),
         }
-        (self.root / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        with side_file("result.json"):
+            (self.root / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
     def _next(self, data_iterator: Iterator[dict[str, Any]], timers: Any) -> dict[str, Any]:
         timers("data loader").start()
@@ -127,14 +129,16 @@ class TrainingHooks:
             guidance_scale=sampling.guidance_scale,
         )
         if dist.get_rank() == 0:
-            write_sheet(rows, Path(self.args.save) / "samples" / f"{self.args.iteration:08d}_{kind}.png")
+            with side_file("samples/"):
+                write_sheet(rows, Path(self.args.save) / "samples" / f"{self.args.iteration:08d}_{kind}.png")
 
     def _write_config(self) -> None:
         """The merged YAML beside the checkpoints, under the name that CogVideo's script gives it."""
         if self.args.save and dist.get_rank() == 0:
             folder = Path(self.args.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(self.args.resolved_config), folder / CONFIG_NAME)
+            with side_file(CONFIG_NAME):
+                folder.mkdir(parents=True, exist_ok=True)
+                OmegaConf.save(OmegaConf.create(self.args.resolved_config), folder / CONFIG_NAME)
 
     def _evaluate_first(self, model: Any, timers: Any) -> None:
         """Held-out loss before the first step. SAT evaluates after steps only."""

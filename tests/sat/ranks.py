@@ -250,6 +250,8 @@ def prepare(records: Path, request: dict[str, Any]) -> None:
                 seen.update(keys=batch["key"], sources=batch["source"], shape=shape)
                 yield batch
 
+        if request.get("fill_at") == args.sat_ext_micro_steps and args.rank == 0:
+            fill(Path(args.save).parent)
         if request.get("slow"):
             time.sleep(request["slow"])
         if args.sat_ext_micro_steps in request.get("nan", []):
@@ -289,6 +291,13 @@ def fill_up(rank: int, limit: int) -> None:
     if rank == int(os.environ["RANK"]):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on the disk of `folder`."""
+    with suppress(OSError), open(folder / "fill", "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
 
 
 def be_busy(mark: Path, step: int) -> None:

@@ -212,3 +212,33 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KB, for what a run saves."""
+    folder = tmp_path / "save"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here, which takes root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.multiprocess
+def test_a_disk_that_fills_up_neither_hangs_nor_ends_a_run(
+    server: Server, configure: Callable[..., list[str]], small_disk: Path, tmp_path: Path
+) -> None:
+    """Only its checkpoint cannot do without."""
+    options = {"train_iters": 24, "save_interval": 100, "eval_interval": 2, "log_interval": 1}
+    more = tmp_path / "more.yaml"
+    more.write_text("model: {sampling: {number: 1, steps: 1}}\n")
+    run = server.start([*configure(tmp_path, **options), str(more)], world=1, folder=tmp_path / "log", fill_at=0)
+    assert run.wait() == [1], run.log()
+    log = run.log()
+    assert len(run.records()) == 24
+    for name in ("training_config.yaml", "samples/", "heldout.jsonl", "TensorBoard's events", "memory.json"):
+        assert log.count(f"warning: {name} cannot be written (No space left on device); training") == 1, name + log
+    assert "error: the checkpoint of iteration 24 was not saved: rank 0 could not write" in log
+    assert "Traceback" not in log

@@ -14,6 +14,7 @@ from sat.helpers import print_rank0
 
 from sat_ext.sat.fixes.cpu import cpu_training, no_compiler
 from sat_ext.sat.fixes.evaluation import evaluation
+from sat_ext.sat.fixes.events import events
 from sat_ext.sat.fixes.launcher import launcher
 from sat_ext.sat.fixes.loading import load, resume
 from sat_ext.sat.fixes.memory import empty_cache, expandable_segments
@@ -45,6 +46,7 @@ FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
     "auto_sizes": auto_sizes,
     "launcher": launcher,
     "timeout": timeout,
+    "events": events,
 }
 
 _applied: set[str] = set()

@@ -1,0 +1,24 @@
+"""Files that a run writes beside its checkpoints: one that cannot be written is no reason to end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sat.helpers import print_rank0
+
+_missed: set[str] = set()
+
+
+@contextmanager
+def side_file(name: str) -> Iterator[None]:
+    """A block that writes `name`: an `OSError` in it becomes a warning, the first time."""
+    try:
+        yield
+    except OSError as error:
+        if name not in _missed:
+            _missed.add(name)
+            print_rank0(
+                f"warning: {name} cannot be written ({error.strerror or error}); training goes on without it.",
+                level="WARNING",
+            )
