@@ -57,7 +57,8 @@ def run_of(args: argparse.Namespace) -> Run:
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:
-    if "network_config" in (getattr(args, "model_config", None) or {}):
+    is_cogvideos = "network_config" in (getattr(args, "model_config", None) or {})
+    if is_cogvideos and getattr(args, "deepspeed_config", None):
         _check_section(args)
     if settings.checkpoint != "full":
         return
@@ -75,7 +76,7 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
 
 def _check_section(args: argparse.Namespace) -> None:
     """CogVideo's script, whose arguments are not ours, has read it when we are called first."""
-    config = getattr(args, "deepspeed_config", None) or {}
+    config = args.deepspeed_config
     check_keys(config, (read_yaml(args.base).get("args") or {}) if getattr(args, "base", None) else {})
     args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1  # SAT multiplies by it
     counts = {k: getattr(args, name) for name, (k, *rest) in TWICE.items() if not rest}
