@@ -29,7 +29,8 @@ class Optimizer:
 class Options:
     """`zero_optimization`; sizes are numbers, not bytes. Defaults: deepspeed/runtime/zero/config.py (0.19).
 
-    `node`: GPUs among which ZeRO-3's weights are split a second time (hpZ); 1 where they are not.
+    `fp32_gradients`: they are accumulated so (`data_types.grad_accum_dtype`). `node`: GPUs among which ZeRO-3's
+    weights are split a second time (hpZ); 1 where they are not.
     """
 
     stage: int
@@ -50,6 +51,7 @@ class Options:
     param_buffers: int
     param_buffer: int
     params_in_cpu: int
+    fp32_gradients: bool
     optimizer: Optimizer
 
 
@@ -86,6 +88,7 @@ def read_options(deepspeed: Mapping[str, Any], width: int) -> Options:
         param_buffers=int(param.get("buffer_count", 5)),
         param_buffer=int(float(param.get("buffer_size", 1e8))),
         params_in_cpu=int(float(param.get("max_in_cpu", 1e9))),
+        fp32_gradients=str((deepspeed.get("data_types") or {}).get("grad_accum_dtype")) == "fp32",
         optimizer=_optimizer(deepspeed.get("optimizer") or {}, offload),
     )
 

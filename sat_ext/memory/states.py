@@ -114,6 +114,8 @@ def _flat_groups(
     accumulated = 2 if steps > 1 and options.stage == 2 else 1  # those of earlier micro-steps beside the new
     padding = (world * part - numbers) * (rank == world - 1)
     gradients = item * (owned * accumulated + padding if options.stage == 2 else numbers)
+    if options.fp32_gradients and options.stage == 2 and item < MASTER:
+        gradients = MASTER * part  # one flat tensor, which all micro-steps add to
     flat = item if item < MASTER else 0  # of the part's gradients, before they are fp32
     step = max(flat + MASTER, MASTER + options.optimizer.step) * max(parts)
     return States(
@@ -145,7 +147,7 @@ def _partitioned_weights(groups: Sequence[Sequence[int]], options: Options, item
         step = max(item * half + MASTER, MASTER + options.optimizer.step) * max(sub_groups)
         return States(
             **weights,
-            gradients=item * part,
+            gradients=(MASTER if options.fp32_gradients else item) * part,
             master=MASTER * part,
             moments=common,
             buffers=buffers,

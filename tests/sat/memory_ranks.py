@@ -38,6 +38,7 @@ TRANSFORMER = TransformerConfig(
     num_layers=2, num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=15,
     text_embed_dim=13, max_text_seq_length=5, sample_height=8, sample_width=8, sample_frames=5,
 )  # fmt: skip
+FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}  # gradients of bf16 weights
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 ZERO: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
@@ -45,6 +46,8 @@ ZERO: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
     "zero2-overlap": {"stage": 2, "overlap_comm": True},
     "zero3": {"stage": 3, "param_persistence_threshold": 100},
+    "zero2-fp32": {"stage": 2},
+    "zero3-fp32": {"stage": 3, "param_persistence_threshold": 100},
     "zero3-sub": {"stage": 3, "sub_group_size": 5000},
     "zero1-offload": {"stage": 1, **OFFLOAD},
     "zero2-offload": {"stage": 2, **OFFLOAD},
@@ -55,7 +58,7 @@ CASES = [
     (name, mode, item, steps)
     for name in ZERO
     for mode in ("lora", "full")
-    for item in (2, 4)
+    for item in ((2,) if "fp32" in name else (2, 4))
     for steps in ((1, 2) if name == "zero2" else (1,))
 ]
 
@@ -81,7 +84,7 @@ def case(name: str, mode: str, item: int, steps: int) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": steps, "steps_per_print": 10**6,
         "zero_optimization": zero, "zero_allow_untested_optimizer": True, "bf16": {"enabled": item == 2},
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False, **(FP32 if "fp32" in name else {}),
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-3}},
     }  # fmt: skip
     torch.manual_seed(0)
