@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -230,10 +231,18 @@ def test_of_very_many_samples_an_estimate_is_said_and_no_change_is_missed(
 
 
 def test_hashes_tell_keys_apart_whatever_the_batches_are() -> None:
-    import pyarrow as pa
-
     keys = ["", "a", "b", "ab", "ba", "a\0", "\0a", "clip/ä.mp4", "x" * 5000, *(str(n) for n in range(10_000))]
     one = epoch._hashes(pa.chunked_array([pa.array(keys)]))
     several = epoch._hashes(pa.chunked_array([pa.array(keys[:3]), pa.array(keys)[3:700], pa.array(keys[700:])]))
     assert np.array_equal(one, several)
     assert len(np.unique(one)) == len(keys)
+
+
+def test_captions_and_files_are_those_of_their_rows_whatever_the_batches_are(folder: Path) -> None:
+    index = index_of(folder)
+    cut = replace(index, table=pa.Table.from_batches(index.table.to_batches(max_chunksize=7)))
+    rows = np.array([39, 0, 7, 7, 6, 13, 2], np.uint32)
+    for part in ("captions", "files"):
+        assert np.array_equal(epoch._contents(index, rows)[part], epoch._contents(cut, rows)[part])
+    texts = index.table["captions"].to_pylist()
+    assert epoch._contents(cut, rows)["captions"].tolist() == [epoch._hash(texts[r][0]) for r in rows]

@@ -140,11 +140,18 @@ def _samples(index: Index, hashes: np.ndarray, group: Group, records: np.ndarray
 
 def _contents(index: Index, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Hashes (int64) of the captions and the files of some rows."""
-    table = index.table.select(["captions", "fingerprint"]).take(pa.array(rows, pa.int64()))
-    return {
-        "captions": np.array([_hash("\0".join(c)) for c in table["captions"].to_pylist()], np.int64),
-        "files": np.array([_hash(text) for text in table["fingerprint"].to_pylist()], np.int64),
-    }
+    found = {part: np.zeros(len(rows), np.int64) for part in ("captions", "files")}
+    order = np.argsort(rows, kind="stable")
+    wanted, first, start = rows[order].astype(np.int64), 0, 0
+    # batch by batch: Arrow would put all captions together to take from them, and its strings end at 2 GiB
+    for batch in index.table.select(["captions", "fingerprint"]).to_batches():
+        end = int(np.searchsorted(wanted, first + batch.num_rows))
+        if end > start:
+            part = batch.take(pa.array(wanted[start:end] - first))
+            found["captions"][order[start:end]] = [_hash("\0".join(c)) for c in part["captions"].to_pylist()]
+            found["files"][order[start:end]] = [_hash(text) for text in part["fingerprint"].to_pylist()]
+        first, start = first + batch.num_rows, end
+    return found
 
 
 def _hash(text: str) -> int:
