@@ -121,6 +121,8 @@ def interlaced(path: Path, codec: str, options: dict[str, str], *, field_order: 
     ],
 )
 def test_interlaced_clips_have_no_combs(tmp_path, codec, suffix, options, field_order, decoder):
+    if field_order and not hasattr(av.VideoCodecContext, "field_order"):
+        pytest.skip("this PyAV does not say a container's field order")
     path = interlaced(tmp_path / f"a.{suffix}", codec, options, field_order=field_order)
     assert probe(path).frames == 12
     for frame, place in zip(read_frames(path, [0.0, 5 / 25], decoder=decoder).astype(int), (0, 5)):

@@ -107,8 +107,8 @@ def is_foreign(stream: VideoStream) -> bool:
 def is_interlaced(frame: av.VideoFrame, stream: VideoStream) -> bool:
     """Whether the frame's even and odd rows are of different moments. Some codecs leave it to the container."""
     context = stream.codec_context
-    by_container = context.name not in _TELLING_CODECS and context.field_order > _PROGRESSIVE
-    return frame.interlaced_frame or by_container
+    order = getattr(context, "field_order", 0)  # PyAV 17 does not say it
+    return frame.interlaced_frame or (context.name not in _TELLING_CODECS and order > _PROGRESSIVE)
 
 
 def _peak(frame: av.VideoFrame) -> int:
