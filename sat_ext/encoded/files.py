@@ -40,9 +40,12 @@ def write_aside(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     """Write `file` so that it is there whole or not at all. Raises `DataError`."""
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask says; safetensors writes files for their owner alone
         sums = json.dumps({name: checksums.of_tensor(tensor) for name, tensor in tensors.items()})
         save_file(tensors, partial, {**metadata, _TENSORS: sums, _HEADER: _NONE})
         _sign(partial)
+        partial.chmod(mode)
         os.replace(partial, file)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: cannot be written ({error}); free space or name another folder.") from error

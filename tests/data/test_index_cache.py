@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import stat
 import tarfile
 import threading
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from sat_ext.config import load
@@ -20,6 +22,7 @@ from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, build_index, cache, probing
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import SourceConfig
+from sat_ext.encoded.files import write_aside
 from tests.media import write_clip
 from tests.servers import http_server
 
@@ -398,3 +401,16 @@ def test_members_of_a_tar_are_known_by_the_tar(folder: Path, tmp_path: Path, cac
     assert again.table.equals(index.table)
     os.utime(tmp_path / "shard.tar", ns=(0, 1))
     assert build(tmp_path / "shard.tar")[1] == 8
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_files_that_are_written_aside_have_the_mode_that_the_umask_says(tmp_path, umask, mode):
+    """Or others of a group could not read a cache that was made for them."""
+    before = os.umask(umask)
+    try:
+        write_aside(tmp_path / "latents-0.safetensors", {"a": torch.zeros(1)}, {})
+        cache.save(str(tmp_path), cache.ENTRIES.empty_table())
+    finally:
+        os.umask(before)
+    written = [tmp_path / "latents-0.safetensors", tmp_path / ".sat_ext" / "index.arrow"]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in written] == [mode] * 2

@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,40 @@ def test_the_ranks_end_with_the_deepspeed_command(tmp_path: Path, command: str, 
     finally:
         if is_running(int(launcher)):
             os.kill(int(launcher), signal.SIGTERM)
+
+
+@pytest.mark.multiprocess
+def test_the_ranks_end_with_torchrun(server: Server, configure: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Killed as the kernel does it for want of memory. The ranks save, and are gone."""
+    script = Path(__file__).parents[2] / "train_video.py"
+    arguments = configure(
+        tmp_path, **{**QUICK, "train_iters": 100_000, "save_interval": 100_000, "log_interval": 1}
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen([*command, *arguments], env=environment, cwd=tmp_path, stdout=out, stderr=out)
+    ranks: list[int] = []
+    try:
+        while " iteration " not in log.read_text():
+            time.sleep(0.2)
+            assert process.poll() is None, log.read_text()[-3000:]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [int(child) for child in children if "train_video" in Path(f"/proc/{child}/cmdline").read_text()]
+        assert len(ranks) == 2
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 120
+        while any(map(is_running, ranks)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(is_running, ranks)), log.read_text()[-3000:]
+    finally:
+        for pid in (process.pid, *ranks):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert int((folder_of(tmp_path / "save") / "latest").read_text()) > 0
 
 
 @pytest.mark.multiprocess

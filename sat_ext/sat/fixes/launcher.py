@@ -1,4 +1,4 @@
-"""The end of a run that the `deepspeed` command started."""
+"""The end of a run whose launcher was ended."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 _DEEPSPEED = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner", "runner.py"}  # as it may be called
+LAST_SAVE = 600.0  # seconds; torchrun itself gives its ranks 30, in which a large checkpoint is not written
 
 
 def launcher(args: argparse.Namespace | None = None) -> bool:
-    """Symptom: SIGTERM or SIGKILL of the `deepspeed` command leaves the ranks of its machine training on.
+    """Symptom: SIGKILL of `torchrun`, and SIGTERM or SIGKILL of the `deepspeed` command, leave the ranks of its
+    machine training on.
 
-    It starts a launcher process, which ends the ranks when it is ended, and does not tell it. The first rank looks
-    every second whether the command is there, and else ends the launcher. A launcher that anything else started (a
-    shell on another machine) is left alone.
+    torchrun starts the ranks itself: each looks every second whether it is still there, and else sends itself
+    SIGTERM, at which it saves and ends. DeepSpeed's command starts a launcher process, which ends the ranks when
+    it is ended, and does not tell it: the first rank looks whether the command is there, and else ends the
+    launcher. What anything else started (a shell on another machine) is left alone.
     """
     process = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # which torchrun sets
+        _start(_follow, process)
+        return True
     command = _parent(process)
     if int(os.environ.get("LOCAL_RANK", 0)) or command is None:
         return False
@@ -33,8 +40,21 @@ def launcher(args: argparse.Namespace | None = None) -> bool:
         if os.getppid() == process:
             os.kill(process, signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    _start(watch)
     return True
+
+
+def _follow(parent: int) -> None:
+    """End this process some time after its parent."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST_SAVE)
+    os.kill(os.getpid(), signal.SIGKILL)  # it hangs, or waits for a rank that does
+
+
+def _start(watch: Callable[..., None], *arguments: int) -> None:
+    threading.Thread(target=watch, args=arguments, daemon=True).start()
 
 
 def _parent(pid: int) -> int | None:
