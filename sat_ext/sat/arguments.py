@@ -75,6 +75,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep-last", type=int, help="how many of the newest full checkpoints stay")
     group.add_argument("--stop-after-bad-steps", type=int, help="steps in a row without a finite loss")
     group.add_argument("--timeout-minutes", type=float, help="how long a rank waits for another")
+    group.add_argument("--deterministic", action="store_true", default=None, help="the same bits in every run")
     group.add_argument("--without-fixes", nargs="*", metavar="NAME", help="repairs of SAT not to make")
 
 

@@ -38,6 +38,7 @@ from sat_ext.sat.checkpoint.run import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.settings import settings_of
 from sat_ext.sat.shared import require_everywhere, share_from_first_rank
+from sat_ext.sat.shm import check_shared_memory
 from sat_ext.sat.uncaught import show_sentences
 
 MANY_FILES = 500  # some seconds of probing
@@ -174,6 +175,7 @@ class JointImageVideoDataset:
         )  # fmt: skip
         batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
         print_rank0(f"{split}: samples per rank and step: {batches}")
+        check_shared_memory(args, stream)
         return stream
 
 

@@ -21,12 +21,14 @@ class Settings:
     `keep_last`: how many of the newest `full` checkpoints stay, all where it is None; of weights alone, all do.
     `stop_after_bad_steps`: how many steps in a row may change no weight, for a loss or gradients that are not
     finite, before the run ends. `without_fixes`: repairs of SAT that are not made.
+    `deterministic`: only kernels that give the same bits every time; PyTorch raises an error for what has none.
     `timeout_minutes`: how long a rank waits for another, which may be sampling alone in an evaluation.
     """
 
     checkpoint: Literal["weights", "full"] = "weights"
     keep_last: int | None = None
     stop_after_bad_steps: int = 20
+    deterministic: bool = False
     without_fixes: tuple[str, ...] = ()
     timeout_minutes: float = 60.0
 

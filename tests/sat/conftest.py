@@ -49,6 +49,7 @@ def sat_args(process_group: None, demo: Path) -> Callable[..., Namespace]:
             "eval_iters": 3,
             "gradient_accumulation_steps": 1,
             "num_workers": 0,
+            "prefetch_factor": 2,
             "fp16": False,
             "bf16": True,
             "seed": 1234,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from deepspeed.accelerator import get_accelerator
 
 from sat_ext.errors import ConfigError, TrainingError
 from sat_ext.sat import divergence
-from sat_ext.sat.checkpoint.run import Run
+from sat_ext.sat.checkpoint.run import Run, run_of
 from sat_ext.sat.fixes.cpu import no_compiler
-from sat_ext.sat.settings import Settings
+from sat_ext.sat.settings import NAMES, Settings
 from tests.sat.ranks import Server, finish, folder_of
 from tests.sat.runs import QUICK
 
@@ -177,3 +178,17 @@ def test_the_search_for_fp16s_loss_scale_is_no_divergence() -> None:
 def test_the_number_of_bad_steps_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"args.stop_after_bad_steps: 0; give 1 or more"):
         Settings(stop_after_bad_steps=0)
+
+
+def test_deterministic_runs_ask_pytorch_and_cublas_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags alone: what they do on a GPU takes one."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    args = Namespace(load=None, mode="pretrain", **{**dict.fromkeys(NAMES), "deterministic": True})
+    try:
+        run_of(args)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.backends.cudnn.benchmark) == (":4096:8", False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def run_of(args: argparse.Namespace) -> Run:
     if run is None:
         run = args.sat_ext_run = Run(settings_of(args))
         _check(args, run.settings)
+        if run.settings.deterministic:
+            _be_deterministic()
         if getattr(args, "load", None):
             _look_at(run, Path(args.load), going_on=args.mode == "pretrain")
     return run
@@ -72,6 +75,16 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
             "args.checkpoint: 'full' cannot save an optimizer that is offloaded to NVMe; use "
             "deepspeed.zero_optimization.offload_optimizer.device: cpu, or 'checkpoint: weights'."
         )
+
+
+def _be_deterministic() -> None:
+    """After SAT seeded, which turns cuDNN's benchmark on, and before cuBLAS reads its variable at its first use.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def _check_section(args: argparse.Namespace) -> None:

@@ -1,0 +1,57 @@
+"""Whether the batches that wait in the data workers fit the memory in which they are handed over."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sat_ext.data.stream import JointStream
+from sat_ext.errors import ConfigError
+from sat_ext.sat.checkpoint.load import on_every_rank
+
+FOLDER = Path("/dev/shm")
+MB = 1_000_000
+
+
+def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
+    """Raise `ConfigError`, on every rank, where this list of data, and those before it, could fill /dev/shm.
+
+    PyTorch ends in a traceback there, or waits for ever for the batch that a worker could not hand over. Counted
+    are the largest batches, as many as the workers of all ranks of a machine may have ready at once.
+    """
+    if not args.num_workers or stream.cached is not None:  # latents are some fiftieth of their pixels
+        return
+    size = stream.dtype.itemsize
+    largest = max(size * c.batch * 3 * prod((c.bucket.frames, c.bucket.height, c.bucket.width))
+                  for c in stream.schedule.cells)  # fmt: skip
+    world = dist.get_world_size()
+    local = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or torch.cuda.device_count() or world)
+    batches = local * args.num_workers * args.prefetch_factor
+    args.sat_ext_shm = needed = getattr(args, "sat_ext_shm", 0) + batches * largest
+
+    def look() -> None:
+        free = _free()
+        if free is not None and needed > free:
+            raise ConfigError(
+                f"{FOLDER}: {free // MB} MB are free, and batches of up to {-(-largest // MB)} MB, of {local} "
+                f"ranks x {args.num_workers} workers (args.num_workers) x {args.prefetch_factor} "
+                f"(args.prefetch_factor) for each list of data, may take {-(-needed // MB)} MB; start the "
+                f"container with --shm-size={-(-needed // 1_000_000_000)}g, or lower these numbers (0 workers "
+                "need none)."
+            )
+
+    on_every_rank(look)
+
+
+def _free() -> int | None:
+    """Bytes; None where the system has no such folder."""
+    try:
+        found = os.statvfs(FOLDER)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
