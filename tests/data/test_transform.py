@@ -107,11 +107,11 @@ def test_a_picture_decoded_at_half_its_size_keeps_its_crop():
     assert (whole.int() - smaller.int()).abs().max() <= 2
 
 
-def test_scaled_decoding_is_for_pictures_of_three_times_the_target_and_leaves_half_as_much_again():
+def test_scaled_decoding_is_for_pictures_of_five_times_the_target_and_leaves_half_of_that():
     fit = Fit(480, 720)
-    assert fit.least(2000, 1400) is None and fit.least(2160, 1400) is None
-    assert fit.least(2160, 1440) == (1080, 720)
-    assert fit.least(4000, 3000) == (1080, 810)
+    assert fit.least(3500, 2400) is None and fit.least(3600, 2300) is None
+    assert fit.least(3600, 2400) == (1800, 1200)
+    assert fit.least(4000, 3000) == (1800, 1350)
     assert Fit(480, 720, (0, 0, 1440, 960)).least(4000, 3000) is None  # it is the crop that counts
     assert Fit(480, 720, (0, 0, 9999, 960)).least(4000, 3000) is None
 
