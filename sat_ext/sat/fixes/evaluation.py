@@ -85,8 +85,9 @@ class _Counting:
         return self
 
     def __next__(self) -> Any:
-        batch = next(self.batches)
-        self.counted = batch.get("counted", len(batch["txt"]))
+        batch = dict(next(self.batches))
+        # taken out: whatever cuts a batch down, as for samples, expects values of each sample alone
+        self.counted = batch.pop("counted", len(batch["txt"]))
         return batch
 
 
