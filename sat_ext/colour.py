@@ -58,7 +58,12 @@ def _hlg(signal: np.ndarray) -> np.ndarray:
     return scene / ((np.exp((0.75 - c) / a) + b) / 12)
 
 
-_CURVES: dict[int, Callable[[np.ndarray], np.ndarray]] = {8: _linear, 16: _pq, 18: _hlg}
+def _cinema(signal: np.ndarray) -> np.ndarray:
+    """SMPTE ST 428-1: white is 48 of the 52.37 cd/m2 of a full signal."""
+    return signal**2.6 * (52.37 / 48)
+
+
+_CURVES: dict[int, Callable[[np.ndarray], np.ndarray]] = {8: _linear, 16: _pq, 17: _cinema, 18: _hlg}
 
 Conversion = Callable[[np.ndarray], np.ndarray]  # uint8 or uint16 RGB (H, W, 3) to uint8 sRGB
 

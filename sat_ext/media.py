@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from sat_ext.colour import UNREADABLE_MATRICES
 from sat_ext.errors import MediaError, SatExtError
 from sat_ext.files import is_local, open_binary, size_of, suffix_of
-from sat_ext.types import MAX_PIXELS
+from sat_ext.types import IMAGE_EXTENSIONS, MAX_PIXELS
 
 # FFmpeg's log lock can deadlock threads, and what goes wrong is raised here anyway.
 av.logging.set_level(None)
@@ -139,6 +139,8 @@ def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Ima
         with open_binary(path) as file, Image.open(file, formats=image_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise MediaError(path, f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
+            if image.format == "TIFF":
+                image.info.pop("xmp", None)  # by which Pillow would turn the pixels, but not the size
             yield image
     except SatExtError:
         raise
@@ -154,6 +156,15 @@ def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Ima
         raise MediaError(path, reason) from error
     except Exception as error:  # Pillow's parsers leak whatever a broken file makes them stumble over
         raise MediaError(path, f"not a readable image: {str(error) or type(error).__name__}") from error
+
+
+def is_webp(path: str) -> bool:
+    """Whether a still or an animation is WebP, whatever its ending says. Raises `MediaError` if it is missing."""
+    if suffix_of(path) not in IMAGE_EXTENSIONS:
+        return False
+    with open_binary(path) as file:
+        head = file.read(12)
+    return head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
 
 @lru_cache(maxsize=1)

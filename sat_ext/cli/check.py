@@ -33,7 +33,7 @@ from sat_ext.data.sources import check_roots, read_source
 from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files import suffix_of
-from sat_ext.media import open_image, open_video
+from sat_ext.media import is_webp, open_image, open_video
 from sat_ext.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Item, MediaInfo
 
 TIMEOUT, FULL_TIMEOUT = 60.0, 1800.0  # seconds a file: an hour of 1080p takes about ten minutes to decode
@@ -170,7 +170,7 @@ def look(path: str, *, full: bool) -> MediaInfo:
 
 
 def _decode_all(path: str) -> None:
-    if suffix_of(path) == ".webp":  # FFmpeg does not read animated ones
+    if is_webp(path):  # FFmpeg does not read animated ones
         with open_image(path) as image:
             for number in range(getattr(image, "n_frames", 1)):
                 image.seek(number)

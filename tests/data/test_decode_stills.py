@@ -189,6 +189,58 @@ def test_sixteen_bits_have_profiles_and_transparency_as_eight_have(tmp_path):
         assert read(tmp_path / "c.png")[:, 0, 0].tolist() == [128, 255, 255, 255]
 
 
+def test_sixteen_bit_greys_with_opacity_have_their_profile_applied(tmp_path):
+    pixels = np.full((4, 4, 2), (round(0.2157 * 65535), 0xFFFF), np.uint16)
+    pixels[0, :, 1] = 0
+    embedded = b"sRGB\0\0" + zlib.compress(profile(b"GRAY", 1.0))
+    write_rgb48(tmp_path / "a.png", pixels, before=[(b"iCCP", embedded)])
+    assert near(read(tmp_path / "a.png")[:, 0, 0], np.array([255, 128, 128, 128], np.uint8), 2)
+
+
+def write_tiff(
+    path: Path,
+    samples: bytes,
+    *,
+    bits: Sequence[int] = (16,),
+    photometric: int = 1,
+    planes: int = 1,
+    sign: int = 1,
+) -> None:
+    """4 x 4 uncompressed pixels of kinds that Pillow does not write."""
+    short, count = 3, len(bits)
+    tags = [(256, 1, 4), (257, 1, 4), (258, count, bits[0]), (259, 1, 1), (262, 1, photometric)]
+    tags += [(273, 1, 8), (277, 1, count), (278, 1, 4), (279, 1, len(samples)), (284, 1, planes), (339, 1, sign)]
+    end = 8 + len(samples)
+    if count > 1:  # values that do not fit into four bytes stand behind the pixels, planes one after another
+        more = struct.pack(f"<{count}H", *bits) + b"".join(
+            struct.pack("<I", 8 + n * len(samples) // count) for n in range(count)
+        )
+        tags[2], tags[5] = (258, count, end), (273, count, end + 2 * count)
+        tags[8] = (279, count, end + len(more))
+        samples += more + struct.pack("<I", len(samples) // count) * count
+        end = 8 + len(samples)
+    long_tags = (273, 279)
+    fields = [struct.pack("<HHII", tag, 4 if tag in long_tags else short, n, value) for tag, n, value in tags]
+    ifd = struct.pack("<H", len(fields)) + b"".join(fields) + bytes(4)
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, end) + samples + ifd)
+
+
+def test_deep_tiffs_are_read_as_their_tags_say_or_refused(tmp_path):
+    path = tmp_path / "a.tiff"
+    write_tiff(path, np.full(16, 0x4000, "<u2").tobytes(), photometric=0)  # 0 is white
+    assert read(path)[0, 0].tolist() == [191] * 3
+    write_tiff(path, b"\x80\x08\x00" * 8, bits=(12,))  # 0x800 twice in three bytes
+    assert near(read(path)[0, 0], np.array([128] * 3, np.uint8), 1)
+    for samples, options, reason in (
+        (np.full(48, 0x8000, "<u2"), {"bits": (16,) * 3, "photometric": 2, "planes": 2}, "planes of 16 bits"),
+        (np.full(16, 1 << 31, "<u4"), {"bits": (32,)}, "pixels of 32 bits or with a sign"),
+        (np.full(16, 1000, "<i2"), {"sign": 2}, "pixels of 32 bits or with a sign"),
+    ):
+        write_tiff(path, samples.tobytes(), **options)
+        with pytest.raises(MediaError, match=f"a.tiff: not a readable image: {reason} .*save it with"):
+            read(path)
+
+
 def test_a_png_without_profile_has_its_gamma_applied(tmp_path):
     pixels = np.full((4, 4, 3), 0x3737, np.uint16)
     for gamma, expected in ((1.0, 128), (0.45455, 55)):
@@ -196,7 +248,7 @@ def test_a_png_without_profile_has_its_gamma_applied(tmp_path):
         assert near(read(tmp_path / "a.png")[0, 0], np.array([expected] * 3, np.uint8), 2)
 
 
-PQ, HLG, SRGB, BT2020, P3 = 16, 18, 13, 9, 12  # ITU-T H.273
+PQ, CINEMA, HLG, SRGB, BT2020, P3 = 16, 17, 18, 13, 9, 12  # ITU-T H.273
 
 
 @pytest.mark.parametrize(
@@ -223,6 +275,25 @@ def test_colours_that_a_file_gives_in_numbers_become_srgb(tmp_path, suffix, tran
         at = written.index(b"colrnclx") + 8
         path.write_bytes(written[:at] + struct.pack(">HH", primaries, transfer) + written[at + 4 :])
     assert near(read(path)[8, 8], np.array(expected, np.uint8), 5)
+
+
+@pytest.mark.parametrize(("transfer", "white"), [(PQ, 0.58069), (HLG, 0.75), (CINEMA, (48 / 52.37) ** (1 / 2.6))])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_colours_in_numbers_count_for_greys_too(tmp_path, transfer, white, channels):
+    pixels = np.full((4, 4, channels), round(white * 65535), np.uint16)
+    if channels in (2, 4):
+        pixels[..., -1] = 0xFFFF
+    write_rgb48(tmp_path / "a.png", pixels, before=[(b"cICP", bytes([BT2020, transfer, 0, 1]))])
+    assert near(read(tmp_path / "a.png")[0, 0], np.array([255] * 3, np.uint8), 2)
+
+
+def test_an_orientation_in_xmp_alone_turns_size_and_pixels_or_neither(tmp_path):
+    words = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    for suffix in ("tiff", "jpg", "webp", "avif", "gif"):
+        tags = {"tiffinfo": {700: words}} if suffix == "tiff" else {"xmp": words}
+        Image.fromarray(GRADIENT).save(tmp_path / f"a.{suffix}", **tags)
+        shape = read(tmp_path / f"a.{suffix}").shape  # compares it with the probe's
+        assert shape == ((48, 64, 3) if suffix in ("tiff", "gif") else (64, 48, 3))
 
 
 def test_exif_data_behind_the_pixels_counts_for_neither_size_nor_pixels(tmp_path):
@@ -443,6 +514,15 @@ def test_animations_are_read_by_time(tmp_path, suffix, decoder):
     assert indices_of(read_frames(path, times, decoder=decoder)) == [0, 0, 1, 2, 2, 3, 5, 5, 0]
     assert indices_of(read_frames(path, [0.6], decoder=decoder)) == [4]
     assert index_of(read_still(path)[0]) == 0
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+@pytest.mark.parametrize("ending", ["gif", "webp", "jpg", "png"])
+def test_an_animation_is_read_by_its_content_whatever_its_ending_is(tmp_path, suffix, ending):
+    path = animation(tmp_path / f"a.{suffix}").rename(tmp_path / f"b.{ending}")
+    assert probe(str(path)).frames == 6
+    for decoder in ("auto", "decord"):
+        assert indices_of(read_frames(str(path), [0, 0.1, 0.49, 0.5], decoder=decoder)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])

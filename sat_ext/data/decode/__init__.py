@@ -15,7 +15,7 @@ from sat_ext.data.decode.rgb import as_displayed
 from sat_ext.data.decode.stills import read_animated_webp, read_picture
 from sat_ext.data.decode.torchcodec import read_torchcodec
 from sat_ext.errors import ConfigError, MediaError
-from sat_ext.files import suffix_of
+from sat_ext.media import is_webp
 from sat_ext.types import MAX_PIXELS
 
 # PyAV by default: decord cannot read AV1, fails on VP9, and does not notice damage that FFmpeg conceals.
@@ -83,7 +83,7 @@ def read_frames(
     assert len(times) > 0, "no times asked for"
     shape = as_displayed if fit is None else _shaped(path, fit)
     # FFmpeg does not read animated WebP.
-    read = read_animated_webp if suffix_of(path) == ".webp" else DECODERS[decoder]
+    read = read_animated_webp if is_webp(path) else DECODERS[decoder]
     frames = read(path, times, shape)
     return frames if fit is None else torch.from_numpy(frames)
 

@@ -15,17 +15,22 @@ from sat_ext.colour import to_srgb
 _SRGB_GAMMA, _SAME_GAMMA = 0.45455, 0.01
 _UNSPECIFIED = (2, 2)
 _HEAD = 1 << 16  # bytes
+_BITS, _WHITE, _PLANES = 258, 262, 284  # TIFF's BitsPerSample, PhotometricInterpretation, PlanarConfiguration
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit sRGB, with transparency flattened on white. Raises `ValueError` for floating point pixels."""
-    if image.mode == "F":
-        raise ValueError("floating point pixels have no defined range; save it with 8 or 16 bits")
+    """8-bit sRGB, with transparency flattened on white. Raises `ValueError` for pixels that cannot be told."""
+    if image.mode in ("F", "I"):
+        what = "floating point pixels" if image.mode == "F" else "pixels of 32 bits or with a sign"
+        raise ValueError(f"{what} have no defined range; save it with 8 or 16 bits")
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_PLANES) == 2 and max(tags.get(_BITS, (8,))) > 8 and image.info.get("compression") == "raw":
+        raise ValueError("planes of 16 bits that stand apart, which Pillow misreads; save it with compression")
     info = image.info
     coded = _coded_colours(image)  # before the pixels are read, which closes the file
     colour, alpha = _split(image)
-    if (convert := to_srgb(*coded)) and colour.mode == "RGB":
-        colour = Image.fromarray(convert(np.asarray(colour)))
+    if convert := to_srgb(*coded):
+        colour = Image.fromarray(convert(np.asarray(colour.convert("RGB"))))
     elif profile := info.get("icc_profile"):
         colour = _by_profile(colour, profile)
     elif "srgb" not in info and abs(info.get("gamma", _SRGB_GAMMA) - _SRGB_GAMMA) > _SAME_GAMMA:
@@ -67,15 +72,20 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
     Colour profiles are for colours without opacity, and a profile of greys is for greys: so both stay apart.
     """
-    if image.mode == "I" or image.mode.startswith("I;16"):
+    stored = {tile.args for tile in getattr(image, "tile", ())}
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})
         # Pillow's own conversion clips everything above 255 to white, and compares the transparent value to that.
-        grey = np.clip(np.asarray(image), 0, 65535)
+        grey = np.asarray(image)
         key = image.info.get("transparency")
         alpha = None if key is None else Image.fromarray(np.where(grey == key, 0, 255).astype(np.uint8))
-        return Image.fromarray(np.rint(grey.astype(np.float32) / 257).astype(np.uint8)), alpha
-    if any(tile.args == "RGB;16B" for tile in getattr(image, "tile", ())) and "transparency" in image.info:
+        levels = np.rint(grey * np.float32(255 / ((1 << tags.get(_BITS, (16,))[0]) - 1))).astype(np.uint8)
+        return Image.fromarray(255 - levels if tags.get(_WHITE) == 0 else levels), alpha
+    if stored == {"RGB;16B"} and "transparency" in image.info:
         # Pillow keeps the high byte of each sample, and compares it to the whole transparent one.
         image.info["transparency"] = tuple(sample >> 8 for sample in image.info["transparency"])
+    if stored == {"LA;16B"}:  # which Pillow opens as RGBA, unfit for a profile of greys
+        return image.getchannel("R"), image.getchannel("A")
     if image.has_transparency_data:
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         return image.convert("L" if image.mode == "LA" else "RGB"), image.getchannel("A")
