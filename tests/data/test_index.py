@@ -183,6 +183,9 @@ def test_weights_too_far_apart_are_refused(media: Path) -> None:
     )
     with pytest.raises(DataError, match=message):
         build_index([write_table(media, rows)], config())
+    rows[0]["weight"] = 1e-308
+    with pytest.raises(DataError, match="its weights reach from 1e-308 to 5, so that .* times in an epoch"):
+        build_index([write_table(media, rows)], config())
 
 
 def test_a_weight_of_zero_leaves_the_record_out(media: Path) -> None:

@@ -220,7 +220,8 @@ def test_a_bad_file_is_remembered_until_it_or_the_libraries_change(
     again, probed = build(folder)
     assert probed == 0
     assert again.bad == first.bad == ((str(folder / "3.png"), "not a readable image: unknown format"),)
-    monkeypatch.setattr(cache, "LIBRARIES", "av 99, Pillow 99")
+    formats = cache.image_formats()
+    monkeypatch.setattr(cache, "image_formats", lambda: (*formats, "OF A PACKAGE INSTALLED SINCE"))
     assert build(folder)[1] == 1
     write_still(folder / "3.png")
     mended, probed = build(folder)

@@ -121,6 +121,8 @@ def test_a_caption_in_a_csv_may_look_like_a_list(tmp_path):
             r"'caption_weights' is \[0\]; they must be numbers, 0 or more",
         ),
         ({"caption": ["a"], "caption_weights": [-1]}, r"'caption_weights' is \[-1\]"),
+        ({"caption": ["a", "b"], "caption_weights": [1e308, 1e308]}, r"'caption_weights' is .* with a finite sum"),
+        ({"crop": [0, 0, 10**30, 64]}, r"'crop' is \[0, 0, 1000.*in whole pixels"),
         ({"path": "lone \ud800 half.mp4"}, r"'path' is .*; it must be the path of a media file"),
     ],
 )

@@ -27,14 +27,12 @@ import pyarrow.compute as pc
 
 from sat_ext.data.index.columns import INFO_COLUMNS
 from sat_ext.files import is_url
+from sat_ext.media import image_formats
 
 log = logging.getLogger(__name__)
 
 # Raise it when `probe` tells something else about a file than before: all files are then probed again.
 PROBER_VERSION = 2
-
-# Where these change, files that could not be read are probed again: the new versions may read them.
-LIBRARIES = f"av {av.__version__}, Pillow {PIL.__version__}"
 
 ENTRIES = pa.schema(
     [
@@ -48,6 +46,11 @@ ENTRIES = pa.schema(
 _ROWS = 1 << 20  # in one batch: Arrow's strings end at 2 GiB
 _TRAILER = struct.Struct("<12sI")  # behind the Arrow file: a mark, and the CRC-32 of all before it
 _MARK = b"sat_ext CRC:"
+
+
+def libraries() -> str:
+    """What reads media. Where it changes, files that could not be read are probed again."""
+    return f"av {av.__version__}, Pillow {PIL.__version__}, {' '.join(image_formats())}"
 
 
 def places(source: str) -> tuple[Path, ...]:
@@ -78,7 +81,7 @@ def find(table: pa.Table, source: str, paths: pa.Array, fingerprints: pa.Array) 
 def save(source: str, table: pa.Table) -> None:
     """Keep `table` (columns of `ENTRIES`) for `source`, in the first place that can be written."""
     table = table.set_column(0, ENTRIES.field("path"), _relative(table["path"], source))
-    kept = {"prober": str(PROBER_VERSION), "libraries": LIBRARIES, "source": source}
+    kept = {"prober": str(PROBER_VERSION), "libraries": libraries(), "source": source}
     table = table.cast(ENTRIES).replace_schema_metadata(kept)
     for place in places(source):
         # Written aside and renamed: another run sees the old file or the new one, and may be writing its own.
@@ -119,7 +122,7 @@ def _load(place: Path) -> pa.Table | None:
     metadata = table.schema.metadata or {}
     if metadata.get(b"prober") != str(PROBER_VERSION).encode():
         return None
-    if metadata.get(b"libraries") != LIBRARIES.encode():
+    if metadata.get(b"libraries") != libraries().encode():
         return table.filter(pc.is_null(table["reason"]))
     return table
 

@@ -18,6 +18,7 @@ from sat_ext.data.parts import part_info
 from sat_ext.errors import MediaError
 from sat_ext.types import Bucket, Item, MediaInfo
 
+_MOST_WANTED = 1e15  # visits: more than any run makes, and still a whole number
 WEIGHT_TOLERANCE = 0.05  # by how much the visits of a record may miss its weight, as a part of it
 
 # What a row holds -> the number of its bucket and of its windows, or why it has no bucket
@@ -107,7 +108,8 @@ def visits_by_weight(weights: np.ndarray) -> np.ndarray:
     """
     unique, places = np.unique(weights, return_inverse=True)
     for smallest in range(1, 11):
-        wanted = unique / unique[0] * smallest
+        with np.errstate(over="ignore"):
+            wanted = np.minimum(unique / unique[0] * smallest, _MOST_WANTED)
         if (np.abs(np.rint(wanted) - wanted) <= WEIGHT_TOLERANCE * wanted + 1e-9).all():
             break
     return np.rint(wanted).astype(np.int64)[places]

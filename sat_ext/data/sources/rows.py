@@ -101,9 +101,10 @@ def _caption_weights(weights: list[Any], captions: int, where: str) -> tuple[flo
             f"{where}: {len(numbers)} caption_weights for {captions} captions; give one for each, or none."
         )
     known = [n for n in numbers if n is not None and 0 <= n < math.inf]
-    if len(known) < len(numbers) or sum(known) <= 0:
+    if len(known) < len(numbers) or not 0 < sum(known) < math.inf:
         raise DataError(
-            f"{where}: 'caption_weights' is {shown(weights)}; they must be numbers, 0 or more, not all 0."
+            f"{where}: 'caption_weights' is {shown(weights)}; they must be numbers, 0 or more, not all 0, with a "
+            "finite sum."
         )
     return tuple(known)
 
@@ -111,7 +112,7 @@ def _caption_weights(weights: list[Any], captions: int, where: str) -> tuple[flo
 def _crop(crop: list[Any], where: str) -> tuple[int, int, int, int]:
     numbers = [_number(c) for c in crop]
     whole = [int(n) for n in numbers if n is not None and n == n // 1]
-    if len(crop) != 4 or len(whole) != 4 or min(whole[:2]) < 0 or min(whole[2:]) < 1:
+    if len(crop) != 4 or len(whole) != 4 or min(whole[:2]) < 0 or min(whole[2:]) < 1 or max(whole) >= 1 << 31:
         raise DataError(
             f"{where}: 'crop' is {shown(crop)}; it must be [left, top, width, height] in whole pixels inside the "
             "frame."
