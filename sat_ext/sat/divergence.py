@@ -13,12 +13,15 @@ from sat.helpers import print_rank0
 from torch import Tensor
 
 from sat_ext.errors import TrainingError
+from sat_ext.sat.checkpoint.reshard import own_pieces
 from sat_ext.sat.checkpoint.run import Run, is_trained
 
 
 def begin(model: Any) -> None:
     """Have `count` say when fp16's loss scale cannot go down: DeepSpeed ends some runs then, in a traceback, and
-    lets others skip every step."""
+    lets others skip every step. And have `check_finite` find numbers alone."""
+    if model.zero_optimization_stage() == 3:
+        _clear_padding(model)
     scaler: Any = getattr(model.optimizer, "loss_scaler", None)
     if getattr(scaler, "raise_error_at_min_scale", False):
         scaler.raise_error_at_min_scale = False
@@ -49,13 +52,17 @@ def count(run: Run, model: Any, args: argparse.Namespace, before: tuple[int, int
         )
 
 
-def stands(run: Run, args: argparse.Namespace) -> bool:
-    """Whether the newest step changed the weights; where not, a save is owed, and made after one that does."""
+def stands(run: Run, args: argparse.Namespace, *, last: bool) -> bool:
+    """Whether the newest step changed the weights; where not, a save is owed, and made after one that does.
+
+    `last`: there will be none.
+    """
     run.save_owed = run.bad_steps > 0
     if run.save_owed:
         print_rank0(
             f"error: the checkpoint of iteration {args.iteration} was not saved: the loss or its gradients were "
-            f"not finite in the last {run.bad_steps} step(s); it is saved after the next good one.",
+            f"not finite in the last {run.bad_steps} step(s); "
+            + ("the run has ended." if last else "it is saved after the next good one."),
             level="ERROR",
         )
     return not run.save_owed
@@ -83,6 +90,22 @@ def _is_searching(model: Any) -> bool:
     if not (model.fp16_enabled() and model.dynamic_loss_scale()):
         return False
     return float(model.optimizer.loss_scale) > float(model._config.float16_config.min_loss_scale)
+
+
+@torch.no_grad()
+def _clear_padding(model: Any) -> None:
+    """ZeRO-3's parts of a weight are equally long on all ranks. Behind the last values DeepSpeed leaves what the
+    memory held, which need not be finite."""
+    for parameter in model.module.parameters():
+        part = getattr(parameter, "ds_tensor", None)
+        if part is not None and is_trained(parameter):
+            first = part.ds_numel * dist.get_rank(parameter.ds_process_group)
+            part[max(0, parameter.ds_numel - first) :] = 0
+    flat = model.optimizer.fp32_partitioned_groups_flat
+    pieces, ends = own_pieces(model)
+    for piece in reversed(pieces):
+        flat[piece.group].data[piece.start + piece.numel : ends[piece.group]] = 0
+        ends[piece.group] = piece.start
 
 
 def _numbers(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -45,6 +45,8 @@ def check_keys(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     for name in _MAPPINGS:
         convert(dict[str, Any], config.get(name) or {}, f"deepspeed.{name}")
     convert(dict[str, Any], (config.get("optimizer") or {}).get("params") or {}, "deepspeed.optimizer.params")
+    if not isinstance(stage := (config.get("zero_optimization") or {}).get("stage", 0), int):
+        raise ConfigError(f"deepspeed.zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3.")
     for name in _COUNTS:
         if config.get(name) is not None:
             convert(int, config[name], f"deepspeed.{name}")
@@ -52,6 +54,8 @@ def check_keys(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         here: Any = config
         for key in place:
             here = (here or {}).get(key)
+        if here is not None:
+            convert(float, here, f"deepspeed.{'.'.join(place)}")
         if None not in (here, settings.get(name)) and float(here) != float(settings[name]):
             raise ConfigError(
                 f"args.{name}: {settings[name]}, and deepspeed.{'.'.join(place)} is {here}, which counts; write "

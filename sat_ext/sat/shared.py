@@ -52,7 +52,8 @@ def require_everywhere(paths: Sequence[str], place: str) -> None:
 
     What all of them lack is left to the reader, who says more about it.
     """
-    lacking = [p for p in paths if not is_url(p) and not Path(re.sub(r"/?[^/]*[{*?].*", "", p) or ".").exists()]
+    # os.path: a mount that has died is an error to `Path.exists`, on that rank alone
+    lacking = [p for p in paths if not is_url(p) and not os.path.exists(re.sub(r"/?[^/]*[{*?].*", "", p) or ".")]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (socket.gethostname(), lacking))
     for path in paths:

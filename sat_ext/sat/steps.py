@@ -46,7 +46,8 @@ def install() -> None:
         if not run.began:
             _begin(run, args)
             divergence.begin(model)
-        if _saves(run, args) and ends.stop_asked(model.device):
+        # a stop waits for a step that can be saved: one bad batch must not cost all since the last checkpoint
+        if _saves(run, args) and ends.stop_asked(model.device) and run.bad_steps == 0:
             _stop(model, optimizer, lr_scheduler, args)
         if run.save_owed and run.bad_steps == 0:
             deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)

@@ -151,7 +151,8 @@ def test_the_search_for_fp16s_loss_scale_is_no_divergence() -> None:
     """DeepSpeed's counters stand in for its engine: not every CPU trains in fp16."""
     scaler = SimpleNamespace(raise_error_at_min_scale=True)
     model = SimpleNamespace(
-        global_steps=0, skipped_steps=0, fp16_enabled=lambda: True, dynamic_loss_scale=lambda: True,
+        global_steps=0, skipped_steps=0, zero_optimization_stage=lambda: 2, fp16_enabled=lambda: True,
+        dynamic_loss_scale=lambda: True,
         optimizer=SimpleNamespace(loss_scaler=scaler, loss_scale=2.0**32),
         _config=SimpleNamespace(float16_config=SimpleNamespace(min_loss_scale=1)),
     )  # fmt: skip

@@ -41,7 +41,8 @@ def test_the_number_of_ranks_changes_no_held_out_loss(launch: Any, tmp_path: Pat
     found = {}
     for world, stage in ((1, 1), (2, 1), (3, 3)):
         folder = tmp_path / str(world)
-        run = launch(folder, world=world, stage=stage, still=True)
+        # deterministic: PyTorch fills new memory with NaN then, and at the save none may be taken for a weight
+        run = launch(folder, world=world, stage=stage, still=True, deterministic=world == 3)
         assert "valid_data: an evaluation is of 5 samples" in run.log()
         found[world] = evaluations(folder)
         for rank in range(world):

@@ -60,6 +60,8 @@ BOTH = [  # under our script and under CogVideo's
     ({"flops_profiler": {"enabled": True}}, "deepspeed: unknown key 'flops_profiler'"),
     ({"curriculum_learning": {"enabled": True}}, "deepspeed: unknown key 'curriculum_learning'"),
     ({"bf16": True}, "deepspeed.bf16: expected a mapping, got True"),
+    ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage: 'two' is not one of 0, 1, 2, 3"),
+    ({"optimizer": {"params": {"lr": "auto"}}}, "optimizer.params.lr: expected float, got 'auto'"),
     ({"gradient_accumulation_steps": "auto"}, "gradient_accumulation_steps: expected int, got 'auto'"),
 ]
 

@@ -45,9 +45,9 @@ def _replace_functions() -> None:
     def save_checkpoint(
         iteration: int, model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace
     ) -> None:
-        run = run_of(args)
-        if not divergence.stands(run, args):
-            if save.is_last(iteration, args):
+        run, last = run_of(args), save.is_last(iteration, args)
+        if not divergence.stands(run, args, last=last):
+            if last:
                 sys.exit(1)
             return
         divergence.check_finite(model, args)
