@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import av
@@ -46,6 +48,9 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 _STREAMS = 32  # of a file whose opening is bounded; the first is not always the video
 
+_ENOUGH = 5  # frames of a stream that is more than a thumbnail, as `av_find_best_stream` counts
+_LOOKED_AT = 100  # packets of a file whose streams differ in nothing else
+
 _EXIF_ORIENTATION = 0x0112
 SIDEWAYS = frozenset({5, 6, 7, 8})
 
@@ -72,7 +77,7 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise MediaError(path, "no video stream")
-            stream = max(streams, key=_preference)
+            stream = _preferred(path, streams)
             context = stream.codec_context
             if context is None:
                 raise MediaError(path, "no decoder for its video stream")
@@ -89,12 +94,25 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
         raise MediaError(path, f"not a readable video: {error.strerror}") from error
 
 
+def _preferred(path: str, streams: list[VideoStream]) -> VideoStream:
+    """The one that players take. Where headers do not tell how many frames streams have, the first packets do."""
+    best = max(map(_preference, streams))
+    equal = [stream for stream in streams if _preference(stream) == best]
+    if len(equal) == 1 or equal[0].frames:
+        return equal[0]
+    with ExitStack() as stack:
+        container = _open_container(path, True, stack)  # another one, to leave the first at its start
+        packets = islice(container.demux(container.streams.video), _LOOKED_AT)
+        counts = Counter(packet.stream.index for packet in packets if packet.size)
+    return max(equal, key=lambda stream: min(_ENOUGH, counts[stream.index]))
+
+
 def _preference(stream: VideoStream) -> tuple[bool, int, int, int]:
     """The rule of FFmpeg's `av_find_best_stream`, by headers alone, so that it does not depend on how the file was
     opened. Of equal ones `max` takes the first."""
     flags, context = stream.disposition, stream.codec_context
     spoiled = flags & (Disposition.hearing_impaired | Disposition.visual_impaired)
-    frames = min(5, stream.frames or 5)  # 0 is unknown
+    frames = min(_ENOUGH, stream.frames or _ENOUGH)  # 0 is unknown
     rate = (context.bit_rate or 0) if context else 0
     return context is not None, (not spoiled) + bool(flags & Disposition.default), frames, rate
 

@@ -167,6 +167,18 @@ def test_of_several_video_streams_the_default_one_is_probed_and_read(tmp_path, s
     assert indices_of(shown) == [100 * wanted + p for p in (0, 10, 25)]
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "nut"])
+def test_a_thumbnail_is_told_by_its_packets_where_headers_count_no_frames(tmp_path, suffix):
+    streams = [("libx264", 2, (48, 64), 0), ("libx264", 30, (96, 128), 0)]
+    path = two_streams(tmp_path / f"a.{suffix}", *streams)
+    info = probe(path)
+    assert (info.width, info.height, info.frames) == (128, 96, 30)
+    for decoder in ("pyav", "decord"):
+        assert indices_of(read_frames(path, [0.0, 10 / FPS], decoder=decoder)) == [100, 110]
+    path = two_streams(tmp_path / f"b.{suffix}", *[(codec, 30, size, flags) for codec, _, size, flags in streams])
+    assert probe(path).width == 64  # of equal ones the first, as players do
+
+
 def circle(height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     inside = ((x + 0.5) / width - 0.5) ** 2 * (width / height) ** 2 + ((y + 0.5) / height - 0.5) ** 2 < 0.16
