@@ -104,7 +104,8 @@ def _use_own_gpu() -> None:
         return
     if local >= torch.cuda.device_count():
         raise ConfigError(
-            f"LOCAL_RANK: {local}, and this machine has {torch.cuda.device_count()} GPUs; start one process a GPU."
+            f"LOCAL_RANK: {local}, but this machine has {torch.cuda.device_count()} GPUs; start one process "
+            "per GPU."
         )
     torch.cuda.set_device(local)
 
@@ -206,9 +207,10 @@ def _held(encoders: Encoders, part: Part, run: Base) -> Iterator[None]:
             yield
     except torch.cuda.OutOfMemoryError as error:
         remedy = (COGVIDEO_REMEDIES if "network_config" in run.model else REMEDIES)[part]
+        name = {"text": "text encoder", "first_stage": "first stage"}[part]
         raise ConfigError(
-            f"the GPU's memory is too small for the {part.replace('_', ' ')} ({str(error).split('.')[0]}); "
-            f"{remedy}. What is encoded already is kept, and `sat-ext plan` predicts what each part takes."
+            f"the GPU's memory is too small for the {name} ({str(error).split('.')[0]}); "
+            f"{remedy}. What is already encoded is kept; `sat-ext plan` predicts what each part takes."
         ) from error
 
 

@@ -209,7 +209,7 @@ def _check_options(model: Mapping[str, Any], joint: bool) -> None:
     modules = (model["network_config"].get("params") or {}).get("modules") or {}
     if "all" in prefixes and "lora_config" not in modules:
         raise ConfigError(
-            "model.not_trainable_prefixes: 'all' leaves LoRA alone to train, and the network has none "
+            "model.not_trainable_prefixes: 'all' leaves only LoRA to train, and the network has none "
             "(lora_config); append configs/cogvideo/lora.yaml, or name CogVideo's YAML with LoRA."
         )
 

@@ -61,7 +61,7 @@ def _precision(model: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> str | 
     if not is_2b or not (deepspeed.get("bf16") or {}).get("enabled"):
         return None
     return (
-        "deepspeed.bf16.enabled: true, and CogVideoX-2B was published in fp16; bf16 keeps three bits less; "
+        "deepspeed.bf16.enabled: true, but CogVideoX-2B was published in fp16; bf16 keeps three bits less; "
         "append configs/train/fp16.yaml."
     )
 

@@ -105,7 +105,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 @lru_cache
 def _tell_unsigned(folder: Path) -> None:
-    log.warning("%s: holds files without checksums, of an earlier version: damage in them is not found.", folder)
+    log.warning("%s: holds files of an earlier version, without checksums; damage in them goes unnoticed.", folder)
 
 
 def _header(stream: Any) -> bytes:

@@ -98,7 +98,7 @@ def require_unchanged(path: str, known: str, since: float) -> None:
         status = _stat(container)
         if max(status.st_mtime, status.st_ctime) < since:
             return
-    raise MediaError(path, "another file than when it was indexed; it counts from the next start on")
+    raise MediaError(path, "replaced since it was indexed; the new file is used from the next start on")
 
 
 def open_binary(path: str) -> BinaryIO:

@@ -204,7 +204,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("not a manifest")
     if content.pop(CHECKSUM, None) not in (None, checksum_of(content)):
-        raise ValueError("its checksum is that of other values")
+        raise ValueError("its checksum does not match")
     return content
 
 

@@ -83,7 +83,7 @@ def _unread(facts: Facts) -> Iterator[Finding]:
         endings = ", ".join(f"{number:,} {ending}" for ending, number in unread.items())
         yield Finding(
             level="warning",
-            text=f"Left out for their endings, which are not read: {endings}.",
+            text=f"Left out because their endings are not read: {endings}.",
             remedy="Convert them, stills to JPEG or PNG and clips to MP4, or give them their usual ending.",
         )
 

@@ -73,9 +73,9 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sat_ext")
     group.add_argument("--checkpoint", choices=["weights", "full"], help="what a checkpoint holds")
     group.add_argument("--keep-last", type=int, help="how many of the newest full checkpoints stay")
-    group.add_argument("--stop-after-bad-steps", type=int, help="steps in a row without a finite loss")
+    group.add_argument("--stop-after-bad-steps", type=int, help="bad steps in a row that end a run")
     group.add_argument("--timeout-minutes", type=float, help="how long a rank waits for another")
-    group.add_argument("--deterministic", action="store_true", default=None, help="the same bits in every run")
+    group.add_argument("--deterministic", action="store_true", default=None, help="use only reproducible kernels")
     group.add_argument("--without-fixes", nargs="*", metavar="NAME", help="repairs of SAT not to make")
 
 

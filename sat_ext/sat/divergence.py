@@ -62,7 +62,7 @@ def stands(run: Run, args: argparse.Namespace, *, last: bool) -> bool:
         print_rank0(
             f"error: the checkpoint of iteration {args.iteration} was not saved: the loss or its gradients were "
             f"not finite in the last {run.bad_steps} step(s); "
-            + ("the run has ended." if last else "it is saved after the next good one."),
+            + ("the run has ended." if last else "the run saves after the next good step."),
             level="ERROR",
         )
     return not run.save_owed

@@ -75,9 +75,9 @@ def sentence_of_lost(error: BaseException) -> str | None:
     limit = f"args.timeout_minutes, {_limit.total_seconds() / 60:g}" if _limit else "their limit"
     who = _peers.gone() if _peers else ""
     reason = (
-        f"no sign of {who}, which ended, hangs or is cut off; look at the end of its log and at its network"
+        f"no sign of {who}, which ended, hangs or is cut off; check the end of its log, and its network"
         if who
-        else f"all ranks give signs of life; where one works alone for long, raise the limit ({limit})"
+        else f"all ranks are alive; if one works alone for long, raise the limit ({limit})"
     )
     return f"rank {dist.get_rank()} ({socket.gethostname()}) lost the others: {reason} ({text[:200]})."
 

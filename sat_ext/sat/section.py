@@ -58,8 +58,8 @@ def check_keys(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
             convert(float, here, f"deepspeed.{'.'.join(place)}")
         if None not in (here, settings.get(name)) and float(here) != float(settings[name]):
             raise ConfigError(
-                f"args.{name}: {settings[name]}, and deepspeed.{'.'.join(place)} is {here}, which counts; write "
-                "it there alone."
+                f"args.{name}: {settings[name]}, but deepspeed.{'.'.join(place)} is {here} and takes precedence; "
+                "set it only there."
             )
 
 
@@ -73,7 +73,7 @@ def check_section(config: Mapping[str, Any], ranks: int, *, checkpoints_activati
     name = str(optimizer.get("type"))
     if "." not in name and name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
         raise ConfigError(
-            f"deepspeed.optimizer.type: '{name}' is no optimizer of DeepSpeed's or torch.optim's; write 'AdamW', "
+            f"deepspeed.optimizer.type: '{name}' is in neither DeepSpeed nor torch.optim; write 'AdamW', "
             "or another library's by its dotted path."
         )
     if "max_grad_norm" in (optimizer.get("params") or {}):
@@ -93,10 +93,12 @@ def check_section(config: Mapping[str, Any], ranks: int, *, checkpoints_activati
         )
     stage = (config.get("zero_optimization") or {}).get("stage", 0)
     if stage and config.get("prescale_gradients"):
-        raise ConfigError(f"deepspeed.prescale_gradients: true is not for ZeRO stage {stage}; take it out.")
+        raise ConfigError(
+            f"deepspeed.prescale_gradients: true does not work with ZeRO stage {stage}; take it out."
+        )
     if stage > 1 and (factor := config.get("gradient_predivide_factor") or 1.0) != 1.0:
         raise ConfigError(
-            f"deepspeed.gradient_predivide_factor: {factor} is not for ZeRO stage {stage}; take it out."
+            f"deepspeed.gradient_predivide_factor: {factor} does not work with ZeRO stage {stage}; take it out."
         )
     section = {k: v for k, v in deepcopy(dict(config)).items() if k not in ("train_batch_size", *UNREAD)}
     try:

@@ -61,7 +61,7 @@ def require_everywhere(paths: Sequence[str], place: str) -> None:
         if 0 < len(without) < len(found):
             others = f"{len(found) - len(without)} of {len(found)} ranks have it"
             raise DataError(
-                f"{place}: {path} is not there for {', '.join(without)}, and {others}; a mount may be missing on "
+                f"{place}: {path} does not exist on {', '.join(without)}, but {others}; a mount may be missing on "
                 "that machine."
             )
 

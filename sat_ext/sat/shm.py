@@ -38,9 +38,9 @@ def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
         free = _free()
         if free is not None and needed > free:
             raise ConfigError(
-                f"{FOLDER}: {free // MB} MB are free, and batches of up to {-(-largest // MB)} MB, of {local} "
+                f"{FOLDER}: {free // MB} MB are free, but batches of up to {-(-largest // MB)} MB, for {local} "
                 f"ranks x {args.num_workers} workers (args.num_workers) x {args.prefetch_factor} "
-                f"(args.prefetch_factor) for each list of data, may take {-(-needed // MB)} MB; start the "
+                f"(args.prefetch_factor) for each list of data, may need {-(-needed // MB)} MB; start the "
                 f"container with --shm-size={-(-needed // 1_000_000_000)}g, or lower these numbers (0 workers "
                 "need none)."
             )

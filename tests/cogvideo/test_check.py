@@ -116,7 +116,7 @@ AT_ONE = {**JOINT, "params": {"condition_scale": 1.0}}
         ),
         (
             {"not_trainable_prefixes": ["all"]},
-            r"not_trainable_prefixes: 'all' leaves LoRA alone to train, and the network has none .*lora\.yaml",
+            r"not_trainable_prefixes: 'all' leaves only LoRA to train, and the network has none .*lora\.yaml",
         ),
     ],
 )  # fmt: skip

@@ -173,7 +173,7 @@ def test_a_lora_of_every_generation_trains_at_cogvideos_own_rate_for_it(model: P
     found = doubts(without["model"], without["deepspeed"], {})
     if "lora" not in model.name:
         assert not any("a LoRA" in sentence for sentence in found)
-        with pytest.raises(ConfigError, match="'all' leaves LoRA alone to train, and the network has none"):
+        with pytest.raises(ConfigError, match="'all' leaves only LoRA to train, and the network has none"):
             check_model(
                 read_yaml([*theirs(model), *map(path_of, [*fitting(model)[:-1], "lora-rate"])])["model"], []
             )

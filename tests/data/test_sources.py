@@ -186,7 +186,7 @@ def test_files_of_other_endings_are_read_or_counted_and_named(tmp_path, caplog):
     assert {i.key for i in read_source(str(tmp_path), unread=unread)} == set(known)
     assert unread == {".jxl": 2, ".psd": 1, ".wtv": 1}
     assert (
-        "left out for their ending .jxl, which is not read; convert or rename them: 2 ('a.jxl', 'b.jxl')"
+        "files ending in .jxl are not read and were left out; convert or rename them: 2 ('a.jxl', 'b.jxl')"
         in caplog.text
     )
     assert len(caplog.records) == 3

@@ -82,7 +82,7 @@ def long_list(folder: Path) -> Path:
         (sparse_jsonl, r"t\.jsonl, line 1: longer than 4194304 letters; a line is for one file"),
         (sparse_csv, r"t\.csv, line 2: longer than 4194304 letters"),
         (sparse_prompts, r"prompts\.txt, line 1: longer than 4194304 letters"),
-        (many_rows, r"t\.parquet: 20000000 rows in \d+ bytes; no list of files is so small"),
+        (many_rows, r"t\.parquet: 20000000 rows in \d+ bytes; no list of files is that small"),
         (long_values, r"t\.parquet: 512 of its rows take more than 32 MiB without their files; shorten"),
         (long_list, r"t\.parquet: 512 of its rows take more than 32 MiB"),
     ],

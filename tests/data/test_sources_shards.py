@@ -246,6 +246,6 @@ def test_members_of_one_name_in_another_case_or_with_other_accents_belong_togeth
     members += [("3.png", png(3)), ("3.txt", "drei ü".encode("utf-16")), ("4.jxl", b"x"), ("4.txt", "?")]
     items = read_source(write_tar(tmp_path / "s.tar", members))
     assert sorted(i.captions[0] for i in items) == ["drei ü", "one", "two"]
-    assert "left out for their ending .jxl, which is not read; convert or rename them: 1" in caplog.text
+    assert "files ending in .jxl are not read and were left out; convert or rename them: 1" in caplog.text
     with pytest.raises(DataError, match=r"t.tar: 'AÉ', 'Aé', 'aé' may belong together in"):
         read_source(write_tar(tmp_path / "t.tar", [("aé.png", png(1)), ("AÉ.txt", "1"), ("Aé.txt", "2")]))

@@ -242,7 +242,7 @@ def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_repl
     LatentStore(cache)
     LatentStore(cache)
     assert [r.message for r in caplog.records] == [
-        f"{cache}: holds files without checksums, of an earlier version: damage in them is not found."
+        f"{cache}: holds files of an earlier version, without checksums; damage in them goes unnoticed."
     ]
 
 
@@ -391,7 +391,7 @@ def test_each_rank_encodes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         command._use_own_gpu()
     assert chosen == [0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="LOCAL_RANK: 2, and this machine has 2 GPUs; start one process a GPU"):
+    with pytest.raises(ConfigError, match="LOCAL_RANK: 2, but this machine has 2 GPUs; start one process per GPU"):
         command._use_own_gpu()
 
 

@@ -324,7 +324,7 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused_at_the_start(
         assert args.sat_ext_shm == lists * 4 * 3 * largest
     monkeypatch.setattr(shm, "_free", lambda: 4 * 3 * largest - 1)
     with pytest.raises(
-        ConfigError, match=r"/dev/shm: 5 MB are free, and batches of up to 1 MB.* --shm-size=1g, or"
+        ConfigError, match=r"/dev/shm: 5 MB are free, but batches of up to 1 MB.* --shm-size=1g, or"
     ):
         create(sat_args(num_workers=4, prefetch_factor=3))
     create(sat_args(num_workers=0))

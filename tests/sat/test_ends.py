@@ -122,7 +122,7 @@ def test_a_machine_without_the_data_is_named(
     assert run.wait() == [1, 1]
     for rank in range(2):
         assert (
-            f"error: args.train_data: mounted is not there for rank 1 ({socket.gethostname()}), and 1 of 2 ranks "
+            f"error: args.train_data: mounted does not exist on rank 1 ({socket.gethostname()}), but 1 of 2 ranks "
             "have it; a mount may be missing on that machine."
         ) in run.log(rank)
 

@@ -128,9 +128,9 @@ def add(folder: Path) -> None:
     ("change", "told"),
     [
         (rename, "1 of its 40 samples are gone, 1 are new"),
-        (swap, "2 have files of another size or time of change"),
+        (swap, "2 have files of another size or modification time"),
         (caption, "2 have other captions"),
-        (shape, "1 have other captions, 1 have files of another size or time of change"),
+        (shape, "1 have other captions, 1 have files of another size or modification time"),
         (add, "1 are new"),
     ],
 )
@@ -153,8 +153,8 @@ def test_what_changed_is_said_with_how_many_samples_come_twice_or_not_at_all(
     twice = len(set(done) & set(coming))
     missed = len((kept - set(done)) & set(rest))
     assert (
-        f"resume: source 'stills' is not what it was: {told}; in this epoch {twice} samples come twice, and "
-        f"{missed} not at all."
+        f"resume: source 'stills' has changed since the checkpoint: {told}; in this epoch {twice} "
+        f"samples come twice, and {missed} not at all."
     ) in "\n".join(said)
     assert (twice, missed) == (0, 0) if change in (swap, caption) else twice > 0
 
@@ -178,7 +178,7 @@ def test_other_buckets_shares_sources_and_seeds_are_told_apart(
         "data.params.seed was 7 and is 8; the epoch goes on in another order",
         "source 'two' is not in the data any more.",
         "source 'new' is new; it joins from now on.",
-        "source 'stills' is not what it was: its buckets were 1x64x128, 1x64x64; in this epoch ",
+        "source 'stills' has changed since the checkpoint: its buckets were 1x64x128, 1x64x64; in this epoch ",
     ):
         assert told in out, out
     said.clear()

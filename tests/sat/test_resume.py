@@ -247,7 +247,7 @@ def test_averages_that_are_not_one_value_a_weight_are_not_cut(name: str) -> None
             continue
         one = Shard([torch.ones(8192)], state, [{}], [Piece("a", 0, 0, 0, 8192)])
         with pytest.raises(
-            ConfigError, match=r"4: the optimizer's '\w+' is not one value for each weight, as that o"
+            ConfigError, match=r"4: the optimizer's '\w+' is not one value per weight, as with 8-b"
         ):
             cut([one], [Piece("a", 0, 0, 0, 4096)], [4096], Path("4"))
 

@@ -134,7 +134,7 @@ def _without_trailer(content: pa.Buffer) -> pa.Buffer:
         return content
     _, checksum = _TRAILER.unpack(content[size:])
     if zlib.crc32(content[:size]) != checksum:
-        raise ValueError("its checksum is that of other values")
+        raise ValueError("its checksum does not match")
     return content[:size]
 
 

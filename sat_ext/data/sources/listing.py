@@ -65,7 +65,7 @@ class Notes:
         if ending and ending not in OTHER_EXTENSIONS:
             with self._lock:
                 self.unread[ending] += 1
-            self.add(f"files left out for their ending {ending}, which is not read; convert or rename them", name)
+            self.add(f"files ending in {ending} are not read and were left out; convert or rename them", name)
 
     def log(self, source: str) -> None:
         """Write them down."""

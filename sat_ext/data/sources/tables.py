@@ -166,15 +166,15 @@ def _parquet(table: str, reach: Reach) -> _Rows:
 
 def _survey(table: str) -> str:
     """The suffix of the files in its cells that have no name. Decodes all rows once, in a guard: a kilobyte of
-    Parquet may hold gigabytes of them, and Arrow takes the memory before it tells."""
+    Parquet may hold gigabytes of them, and Arrow allocates before it reports how much."""
     with _readable(table), open_list(table) as file:
         size = file.seek(0, os.SEEK_END)
         source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         wanted, column = _wanted(source, table)
         if source.metadata.num_rows > size:
             raise DataError(
-                f"{table}: {source.metadata.num_rows} rows in {size} bytes; no list of files is so small, "
-                "and it is not read."
+                f"{table}: {source.metadata.num_rows} rows in {size} bytes; no list of files is that small, "
+                "so it is not read."
             )
         for batch in _batches(source, wanted):
             if batch.nbytes > _LARGEST_BATCH:

@@ -102,14 +102,15 @@ def _compare(
     total, exact = sum(c.records for c, _ in parts), all(len(s["keys"]) == c.records for c, s in parts)
     number = {name: f"{'' if exact or not count else 'about '}{count:.0f}" for name, count in counts.items()}
     added = len(keys) - total + counts["gone"]
-    told = [f"{number['gone']} of its {total} samples are gone"] if counts["gone"] else []
-    told += [f"{'' if exact else 'about '}{added:.0f} are new"] if added >= 1 else []
-    told += [f"{number['captions']} have other captions"] if counts["captions"] else []
-    told += [f"{number['files']} have files of another size or time of change"] if counts["files"] else []
+    said = [f"{number['gone']} of its {total} samples are gone"] if counts["gone"] else []
+    said += [f"{'' if exact else 'about '}{added:.0f} are new"] if added >= 1 else []
+    said += [f"{number['captions']} have other captions"] if counts["captions"] else []
+    said += [f"{number['files']} have files of another size or modification time"] if counts["files"] else []
     buckets = {c.bucket for c, _ in parts}, {str(g.bucket) for _, g in groups}
-    told += [f"its buckets were {', '.join(sorted(buckets[0]))}"] if buckets[0] != buckets[1] else []
+    said += [f"its buckets were {', '.join(sorted(buckets[0]))}"] if buckets[0] != buckets[1] else []
     return (
-        f"resume: source '{source}' is not what it was: {', '.join(told) or 'its samples are in another order'}; "
+        f"resume: source '{source}' has changed since the checkpoint: "
+        f"{', '.join(said) or 'its samples are in another order'}; "
         f"in this epoch {number['twice']} samples come twice, and {number['missed']} not at all."
     )
 

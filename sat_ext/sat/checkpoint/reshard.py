@@ -133,9 +133,9 @@ def cut(
                 continue
             if not shard.can_be_cut(saved.group, value):
                 raise ConfigError(
-                    f"{where}: the optimizer's '{key}' is not one value for each weight, as that of 8-bit "
-                    "optimizers, and cannot be cut for another number of ranks or ZeRO stage; resume with what it "
-                    "was saved with, or begin the averages again with 'mode: finetune'."
+                    f"{where}: the optimizer's '{key}' is not one value per weight, as with 8-bit optimizers, so "
+                    "it cannot be split for another number of ranks or ZeRO stage; resume with those it was saved "
+                    "with, or start the averages again with 'mode: finetune'."
                 )
             target = state.setdefault(key, torch.zeros(sizes[piece.group], dtype=value.dtype))
             _copy(found[piece.name], piece, target, lambda s, g, key=key: s.states[g][key])

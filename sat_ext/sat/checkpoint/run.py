@@ -108,7 +108,7 @@ def _look_at(run: Run, path: Path, *, going_on: bool) -> None:
         run.resumed, run.folder, run.base, run.whole = manifest, file.parent, manifest.base, manifest.whole
         run.saved = manifest.iteration if file.parent.name == str(manifest.iteration) else None
         if newer := [p.name for p in whole_checkpoints(path) if int(p.name) > manifest.iteration]:
-            print_rank0(f"resume: {path / 'latest'} names {file.parent.name}, and {newer[-1]} is newer.")
+            print_rank0(f"resume: {path / 'latest'} names {file.parent.name}, but {newer[-1]} is newer.")
     else:
         name = file.parent.name
         run.base = Base(path=str(path.resolve()), iteration=int(name) if name.isdecimal() else None)
@@ -156,7 +156,7 @@ def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int]
     for source in dict.fromkeys(c.source for c in resumed.cells if c.source not in there):
         print_rank0(f"resume: source '{source}' is not in the data any more.")
     if not any(records.values()):
-        print_rank0("resume: none of the checkpoint's sources is in the data any more; the new ones begin.")
+        print_rank0("resume: none of the checkpoint's sources is in the data any more; the new ones start.")
         return [0] * len(index.groups)
     per_share = sum(known.values()) / sum(index.shares[s] for s in there if records[s])
     used = []
@@ -171,11 +171,11 @@ def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int]
         used.append(round(epochs * len(group.rows)) if cell_state is None else cell_state.used)
     for source in dict.fromkeys(g.source for g in index.groups if not records[g.source]):
         print_rank0(f"resume: source '{source}' is new; it joins from now on.")
-    _tell_changes(run, index, used, seed)
+    _report_changes(run, index, used, seed)
     return used
 
 
-def _tell_changes(run: Run, index: Index, used: list[int], seed: int) -> None:
+def _report_changes(run: Run, index: Index, used: list[int], seed: int) -> None:
     """Print what else is not as it was when the checkpoint was saved: samples, and shares."""
     resumed, folder = run.resumed, run.folder
     assert resumed is not None and folder is not None

@@ -103,8 +103,8 @@ def check_sizes(name: str, optimizer: Any) -> None:
     flat += getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3's, which take turns in the groups
     if (most := max((p.numel() for p in flat), default=0)) > MOST_AT_ONCE:
         raise ConfigError(
-            f"{WHERE}.type: '{name}' would get {most:,} numbers in one group, and counts to {MOST_AT_ONCE:,}; use "
-            "more GPUs, ZeRO-3 (whose zero_optimization.sub_group_size is 1e9), a LoRA, or 'type: AdamW'."
+            f"{WHERE}.type: '{name}' would get {most:,} numbers in one group, but counts to {MOST_AT_ONCE:,}; "
+            "use more GPUs, ZeRO-3 (whose zero_optimization.sub_group_size is 1e9), a LoRA, or 'type: AdamW'."
         )
 
 

@@ -44,12 +44,10 @@ def _check_nvme(zero: Mapping[str, Any]) -> None:
             continue
         where, path = f"deepspeed.zero_optimization.{name}", str(section.get("nvme_path", ""))
         if not (os.path.isdir(path) and os.access(path, os.W_OK)):
-            raise ConfigError(
-                f"{where}.nvme_path: {path} is not a folder that can be written; name one on an NVMe disk."
-            )
+            raise ConfigError(f"{where}.nvme_path: {path} is not a writable folder; name one on an NVMe disk.")
         if missing := _lacking():
             raise ConfigError(
-                f"{where}.device: nvme needs {' and '.join(missing)}, of which DeepSpeed compiles its reader; "
+                f"{where}.device: nvme needs {' and '.join(missing)}, to compile DeepSpeed's reader; "
                 "install that, or use configs/zero/zero3-offload.yaml."
             )
 
