@@ -114,7 +114,7 @@ def test_cogvideos_section_passes(sat_args: Callable[..., Namespace], tmp_path: 
         model_config={"network_config": {}}, deepspeed_config={**section, "gradient_accumulation_steps": 1},
         base=[str(file)],
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"4, and deepspeed.gradient_accumulation_steps is 1"):
+    with pytest.raises(ConfigError, match=r"4, but deepspeed.gradient_accumulation_steps is 1"):
         run_of(args)
 
 
@@ -125,8 +125,8 @@ def test_cogvideos_section_passes(sat_args: Callable[..., Namespace], tmp_path: 
             {"gradient_accumulation_steps": 4},
             "4, but deepspeed.gradient_accumulation_steps is 1 and takes precedence",
         ),
-        ({"batch_size": 2}, "args.batch_size: 2, and deepspeed.train_micro_batch_size_per_gpu is 1"),
-        ({"lr": 1}, "args.lr: 1.0, and deepspeed.optimizer.params.lr is 1e-05"),
+        ({"batch_size": 2}, "args.batch_size: 2, but deepspeed.train_micro_batch_size_per_gpu is 1"),
+        ({"lr": 1}, "args.lr: 1.0, but deepspeed.optimizer.params.lr is 1e-05"),
     ],
 )
 def test_a_value_in_two_places_is_refused_where_they_differ(

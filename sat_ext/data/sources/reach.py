@@ -72,7 +72,7 @@ class Reach:
                 raise DataError(
                     f"{where}: '{name}' is of the kind {protocol}://; a data set may name files and addresses of "
                     f"{', '.join(sorted(PROTOCOLS))}; where you trust it, add '{protocol}://' to "
-                    "data.params.allowed_roots."
+                    "data.params.allowed_roots (sat-ext check: --allow)."
                 )
         elif real := self.leaves(file):
             raise DataError(leads_out(f"{where}: '{name}'", real))
@@ -82,7 +82,7 @@ def leads_out(what: str, real: str) -> str:
     """The sentence for a name that leads to the file `real`."""
     return (
         f"{what} leads to {real}, out of the source's folder; where you trust the data set, add "
-        f"'{os.path.dirname(real)}' to data.params.allowed_roots."
+        f"'{os.path.dirname(real)}' to data.params.allowed_roots (sat-ext check: --allow)."
     )
 
 
