@@ -10,11 +10,13 @@ import pytest
 
 from sat_ext.colour import to_srgb
 from sat_ext.data.decode import read_frames
+from sat_ext.data.decode.rgb import Converter, as_displayed
 from sat_ext.data.probe import probe
 from sat_ext.errors import MediaError
+from sat_ext.media import open_video
 
 # H.273's code points: transfers, primaries and matrices
-BT709, UNSPECIFIED, LINEAR, SRGB, BT2020_10, PQ, HLG = 1, 2, 8, 13, 14, 16, 18
+BT709, UNSPECIFIED, LINEAR, SRGB, BT2020_10, PQ, CINEMA, HLG = 1, 2, 8, 13, 14, 16, 17, 18
 BT2020, DCI_P3, DISPLAY_P3 = 9, 11, 12
 
 COLOURS = [(255, 255, 255), (128, 128, 128), (20, 20, 20), (255, 0, 0), (0, 0, 255), (220, 180, 150), (30, 90, 60)]
@@ -116,6 +118,24 @@ def test_eight_bits_and_dci_white_are_converted_too():
         assert to_srgb(BT709, primaries)(rgb).tolist() == [[[255] * 3, [0] * 3]]
     assert to_srgb(LINEAR, BT709)(np.array([[(55, 55, 55)]], np.uint8)).tolist() == [[[128] * 3]]
     assert all(to_srgb(t, p) is None for t in (BT709, UNSPECIFIED, SRGB, BT2020_10) for p in (1, 2, 5, 6))
+
+
+def test_digital_cinema_is_converted_once_whatever_its_pixels_are(tmp_path):
+    white = round((48 / 52.37) ** (1 / 2.6) * 65535)
+    assert to_srgb(CINEMA, DISPLAY_P3)(np.full((1, 1, 3), white, np.uint16)).tolist() == [[[255] * 3]]
+    with av.open(str(tmp_path / "a.nut"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "xyz12le"
+        frame = av.VideoFrame(64, 64, "xyz12le")
+        frame.planes[0].update(np.full(frame.planes[0].buffer_size // 2, white, "<u2").tobytes())
+        container.mux(stream.encode(frame))
+    with open_video(str(tmp_path / "a.nut")) as (container, stream):
+        frame = next(container.decode(stream))
+        untagged, _ = Converter("", stream, as_displayed)((frame, False))
+        untagged = untagged.copy()
+        stream.codec_context.color_trc = CINEMA  # which NUT cannot say
+        tagged, _ = Converter("", stream, as_displayed)((frame, False))
+    assert np.array_equal(tagged, untagged)
 
 
 @pytest.mark.parametrize(("matrix", "name"), [(10, "constant luminance"), (14, "ICtCp"), (15, "IPT-C2")])

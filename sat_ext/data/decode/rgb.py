@@ -56,6 +56,8 @@ class Converter:
         if is_interlaced(frame, self._stream):
             frame = self._one_field(frame)
         convert = to_srgb(int(context.color_trc), int(context.color_primaries), _peak(frame))
+        if frame.format.name.startswith("xyz"):  # of digital cinema, which swscale makes sRGB by itself
+            convert = None
         alpha = any(component.is_alpha for component in frame.format.components)
         if not (convert or alpha):
             plane = self._reformat(frame, "rgb24").planes[0]
