@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +65,19 @@ def test_a_save_waits_for_a_step_that_changes_the_weights(
     assert checkpoints(folder_of(tmp_path / "save")) == [2, 5, 6]
     assert "error: the checkpoint of iteration 8 was not saved" in run.log()
     assert "Traceback" not in run.log(0) + run.log(1)
+
+
+@pytest.mark.multiprocess
+def test_sigterm_after_a_bad_batch_waits_for_a_step_to_save(
+    server: Server, configure: Configure, tmp_path: Path
+) -> None:
+    arguments = configure(tmp_path, **{**QUICK, "train_iters": 400, "save_interval": None})
+    run = server.start(arguments, world=1, folder=tmp_path, slow=0.3, nan_on=[["rank0", n] for n in range(2, 12)])
+    while run.alive() and len(run.records()) < 3:
+        time.sleep(0.05)
+    run.kill(signal.SIGTERM)
+    finish(run, (143,))
+    assert checkpoints(folder_of(tmp_path / "save")) == [len(run.records())]
 
 
 @pytest.fixture
