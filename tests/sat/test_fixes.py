@@ -382,7 +382,7 @@ def test_offload_to_nvme_that_cannot_work_is_refused_before_the_model_is_loaded(
         )
 
     with pytest.raises(
-        ConfigError, match=r"offload_param.nvme_path: /nowhere is not a folder that can be written"
+        ConfigError, match=r"offload_param.nvme_path: /nowhere is not a writable folder"
     ):
         sizes.auto_sizes(section("/nowhere"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
