@@ -50,6 +50,7 @@ def _replace_functions() -> None:
             if last:
                 sys.exit(1)
             return
+        model.empty_partition_cache()  # ZeRO-3 may still fetch ahead of an evaluation, and gathers no such weight
         divergence.check_finite(model, args)
         if run.settings.checkpoint == "full":
             save.save_checkpoint(iteration, model, optimizer, lr_scheduler, args)

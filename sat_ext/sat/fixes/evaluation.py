@@ -57,9 +57,6 @@ def evaluate(
             dist.all_reduce(step)  # in each step, so that no rank waits for the first to sample all batches
             totals = step if totals is None else totals + step
     model.train()
-    if offload := getattr(getattr(model, "optimizer", None), "parameter_offload", None):
-        # ZeRO-3 fetches ahead by the order of earlier passes: weights under way would end the save behind this
-        offload.get_param_coordinator()._clean_inflight_param_registry()
     assert totals is not None
     means = {name: (total / n).float() for name, (total, n) in zip(sorted(named), totals) if n}
     loss = float(means.pop(""))
