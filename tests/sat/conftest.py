@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -82,3 +83,15 @@ def saved(server: Server, configure: Callable[..., list[str]], tmp_path_factory:
     folder = tmp_path_factory.mktemp("saved")
     finish(server.start(configure(folder, stage=2, **QUICK), world=2, folder=folder))
     return folder_of(folder / "save")
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """`tmp_path / "save"`, a file system of its own of the parameter's size ("300k")."""
+    folder = tmp_path / "save"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here, which takes root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,18 +85,7 @@ def test_the_optimizer_is_cut_anew_for_other_ranks_and_stages_without_a_bit_lost
         assert all(torch.equal(value, weights[name]) for name, value in read_weights(load)[0].items())
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint and not for two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["900k"], indirect=True)  # room for one checkpoint and not for two
 @pytest.mark.multiprocess
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
     server: Server, configure: Configure, small_disk: Path, tmp_path: Path

@@ -249,18 +249,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 KB, for what a run saves."""
-    folder = tmp_path / "save"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a tmpfs cannot be mounted here, which takes root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["300k"], indirect=True)
 @pytest.mark.multiprocess
 def test_a_disk_that_fills_up_neither_hangs_nor_ends_a_run(
     server: Server, configure: Callable[..., list[str]], small_disk: Path, tmp_path: Path
