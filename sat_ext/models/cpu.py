@@ -32,9 +32,9 @@ def computes_in_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def local_ranks() -> int:
-    """The ranks on this machine, as torchrun or the DeepSpeed launcher says; 1 without either."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+def local_ranks(otherwise: int = 1) -> int:
+    """The ranks on this machine, as torchrun or the DeepSpeed launcher says; `otherwise` without either."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or otherwise)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import argparse
 import atexit
 import json
 import logging
-import os
 import statistics
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import read_run
 from sat_ext.memory.table import gigabytes, of_buckets, of_one
 from sat_ext.models.config import TEMPORAL_COMPRESSION
+from sat_ext.models.cpu import local_ranks
 from sat_ext.models.shape import LATENT_SIDE
 from sat_ext.sat.side_files import side_file
 from sat_ext.types import Bucket
@@ -159,7 +159,7 @@ def _plan(args: argparse.Namespace) -> Plan | None:
     config = {name: _plain(getattr(args, f"{name}_config", None)) for name in ("model", "data", "deepspeed")}
     config["args"] = {name: getattr(args, name, None) for name in ARGS}
     _, world = _rank_and_world()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or torch.cuda.device_count() or world
+    local = local_ranks(torch.cuda.device_count() or world)
     try:
         return make_plan(read_run(config), gpus=world, per_node=min(local, world))
     except Exception as error:  # whatever it is, it must not end a run that may be fine

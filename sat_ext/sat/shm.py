@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
+from sat_ext.models.cpu import local_ranks
 from sat_ext.sat.checkpoint.load import on_every_rank
 
 FOLDER = Path("/dev/shm")
@@ -30,7 +31,7 @@ def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
     largest = max(size * c.batch * 3 * prod((c.bucket.frames, c.bucket.height, c.bucket.width))
                   for c in stream.schedule.cells)  # fmt: skip
     world = dist.get_world_size()
-    local = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or torch.cuda.device_count() or world)
+    local = min(world, local_ranks(torch.cuda.device_count() or world))
     batches = local * args.num_workers * args.prefetch_factor
     args.sat_ext_shm = needed = getattr(args, "sat_ext_shm", 0) + batches * largest
 
