@@ -70,7 +70,7 @@ def sample_times(
     """The times of `frames` frames at `fps` frames a second, by the sampler of that name.
 
     `skip_frames` source frames are left out at both ends: at most (n - 1) // 2 of n, and of a clip that fills its
-    bucket only as many as let it go on filling it. Only the samplers called random draw from `rng`; `window` says
+    bucket only as many as let it go on filling it, with two source frames at least. Only the samplers called random draw from `rng`; `window` says
     which of its `records_of` records `all_windows` shall give, and must be 0 for the others. A clip of fewer than
     `frames` frames (see `available_frames`) is filled up by "loop" (start over) or "pad_last" (the last one
     again), as `short` says; under the other policies such a clip must not come here. Times rise from frame to
@@ -170,7 +170,9 @@ def _window(info: MediaInfo, skip_frames: float, frames: int, fps: float) -> Win
         return replace(whole, start=skip * whole.period, frames=whole.frames - 2 * skip)
 
     def is_too_much(skip: int) -> bool:
-        return without(skip).available(fps) < frames
+        part = without(skip)
+        # one source frame can last as long as the bucket, but shows a standstill
+        return part.available(fps) < frames or part.frames < min(frames, 2)
 
     # a clip that is too short for its bucket anyway is filled up: what lies at its ends need not be shown
     return without(most if is_too_much(0) else bisect_left(range(1, most + 1), True, key=is_too_much))
