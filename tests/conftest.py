@@ -7,7 +7,8 @@ import hypothesis
 import pytest
 import torch
 
-# A test passes or fails for what was changed, not for what was drawn: pytest --hypothesis-profile=search looks further.
+# A test passes or fails for what was changed, not for what was drawn; pytest --hypothesis-profile=search looks
+# further.
 hypothesis.settings.register_profile("default", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False, max_examples=3000)
 hypothesis.settings.load_profile("default")

@@ -70,8 +70,9 @@ def sample_times(
     """The times of `frames` frames at `fps` frames a second, by the sampler of that name.
 
     `skip_frames` source frames are left out at both ends: at most (n - 1) // 2 of n, and of a clip that fills its
-    bucket only as many as let it go on filling it, with two source frames at least. Only the samplers called random draw from `rng`; `window` says
-    which of its `records_of` records `all_windows` shall give, and must be 0 for the others. A clip of fewer than
+    bucket only as many as let it go on filling it, with two source frames at least. Only the samplers called
+    random draw from `rng`; `window` says which of its `records_of` records `all_windows` shall give, and must be 0
+    for the others. A clip of fewer than
     `frames` frames (see `available_frames`) is filled up by "loop" (start over) or "pad_last" (the last one
     again), as `short` says; under the other policies such a clip must not come here. Times rise from frame to
     frame, but for the jump back of "loop" and the standstill of "pad_last". Raises `ConfigError` for an unknown
