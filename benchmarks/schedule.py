@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from report import report
 
-from sat_ext.data.buckets import BucketConfig, SequenceShape, batch_sizes, make_buckets, step_cost, tokens
+from sat_ext.cogvideox import SequenceShape, tokens
+from sat_ext.data.buckets import BucketConfig, batch_sizes, make_buckets, step_cost
 from sat_ext.data.index import Group
 from sat_ext.data.schedule import Cell, Schedule
 

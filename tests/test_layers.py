@@ -17,6 +17,7 @@ LAYERS = [
     ("checksums", 0),
     ("media", 0),
     ("pixels", 0),
+    ("cogvideox", 0),
     ("data.guard", 0),
     ("data.stream", 3),
     ("data.held_out", 4),

@@ -17,16 +17,14 @@ from typing import Any
 import torch.distributed as dist
 
 from sat_ext.cogvideo import __all__ as TARGETS
+from sat_ext.cogvideox import LATENT_SIDE, SCALE_FACTOR, latent_frames, pixel_frames
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import TEMPORAL_COMPRESSION, latent_frames
-from sat_ext.models.shape import LATENT_SIDE
 from sat_ext.types import Bucket
 
 OURS = "sat_ext.cogvideo."
 LOSS = OURS + "JointDiffusionLoss"
 SAMPLER = OURS + "PaddedSampler"
 LOSS_OPTIONS = ("parent", "loss_weights", "condition_dropout", "condition_scale", "scale_factor")
-SCALE_FACTOR = 0.7  # of every image-to-video model (`scale_factor` in CogVideo's YAMLs)
 OVERLAY = "sat_ext_overlay"  # the key of `model` in which an overlay says what it is for
 NETWORK = "dit_video_concat.DiffusionTransformer"
 _FRAMES = "data.params.buckets.frames"
@@ -261,7 +259,7 @@ def _check_length(bucket: Bucket, network: Network, joint: bool) -> None:
     latents, step = latent_frames(bucket.frames), network.patch[0]
     if latents % step and not joint:
         below = latents // step * step
-        lengths = [TEMPORAL_COMPRESSION * (n - 1) + 1 for n in (below, below + step) if n]
+        lengths = [pixel_frames(n) for n in (below, below + step) if n]
         raise ConfigError(
             f"{_FRAMES}: {bucket.frames} frames are {latents} latent frames, and this model takes multiples of "
             f"{step}; name {LOSS} in model.loss_fn_config.target, which pads them, or use "
@@ -271,7 +269,7 @@ def _check_length(bucket: Bucket, network: Network, joint: bool) -> None:
         return  # ours count on
     most = network.frames * step
     if latents > most:
-        longest = TEMPORAL_COMPRESSION * (most - 1) + 1
+        longest = pixel_frames(most)
         raise ConfigError(
             f"{_FRAMES}: {bucket.frames} frames are {latents} latent frames, and this model has positions for "
             f"{most} (num_frames in model.network_config.params); use {longest} or less."

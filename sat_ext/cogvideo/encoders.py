@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sat_ext.cogvideo.parent import import_class
+from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
 from sat_ext.encoded.encoders import Fingerprints, LatentShape, Part, loaded
 from sat_ext.encoded.files import files_fingerprint
 from sat_ext.encoded.latents import fingerprint_of
 from sat_ext.encoded.text import encoder_fingerprint
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import noisy_first_frames
-from sat_ext.models.shape import LATENT_SIDE
 from sat_ext.pixels import to_model_range
 
 TARGET = "sat_ext.cogvideo.CachedFirstStage"
@@ -73,12 +73,12 @@ class CogVideoEncoders:
         patches = (network.get("modules") or {}).get("patch_embed_config") or {}
         width = (patches.get("params") or {}).get("text_hidden_size", 4096)
         self.shape = LatentShape(
-            channels=int(network.get("out_channels", 16)),
+            channels=int(network.get("out_channels", LATENT_CHANNELS)),
             side=LATENT_SIDE,
             item=dtype.itemsize,
             deviates=True,
             conditions=bool(model.get("noised_image_input")),
-            text=(int(params.get("max_length", 226)), int(width)),
+            text=(int(params.get("max_length", TEXT_TOKENS)), int(width)),
         )
 
     def holding(self, part: Part) -> AbstractContextManager[None]:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.check import SCALE_FACTOR
 from sat_ext.cogvideo.parent import subclass_of
+from sat_ext.cogvideox import OFS, SCALE_FACTOR
 from sat_ext.config import convert, load
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import pad_front, padding_frames, stills
-from sat_ext.models.config import ABSENT, OFS, LossWeights
+from sat_ext.models.config import ABSENT, LossWeights
 
 PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"
 PARAMS = "model.loss_fn_config.params"

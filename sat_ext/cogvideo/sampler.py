@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_ext.cogvideo.check import SCALE_FACTOR
 from sat_ext.cogvideo.loss import condition, condition_factor, scaled
 from sat_ext.cogvideo.parent import accepted, import_class
+from sat_ext.cogvideox import OFS, PATCH, SCALE_FACTOR
 from sat_ext.config import reject_unknown_keys
 from sat_ext.models.conditioning import padding_frames
-from sat_ext.models.config import OFS
 
 PARENT = "sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSampler"
 PARAMS = "model.sampler_config.params"
-TEMPORAL_PATCH = 2  # latent frames in a patch of CogVideoX 1.5 (patch_size: [2, 2, 2])
 
 
 class PaddedSampler:
@@ -74,7 +72,7 @@ class PaddedSampler:
         if ofs is not None:
             given: Tensor = super().__call__(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)  # type: ignore[misc]
             return given
-        padding = padding_frames(x.shape[1], TEMPORAL_PATCH)
+        padding = padding_frames(x.shape[1], PATCH)
         x = torch.cat([torch.randn_like(x[:, :padding]), x], dim=1)
         cond, uc = (self._as_trained(c, padding) for c in (cond, uc))
         ofs = torch.full((1,), OFS, device=x.device)

@@ -17,18 +17,16 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor
 
+from sat_ext.cogvideox import LATENT_SIDE, PATCH, SCALE_FACTOR, SCALE_FACTOR_2B, TEXT_TOKENS
 from sat_ext.config import convert, load
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import AutoencoderConfig, TransformerConfig
 from sat_ext.types import Bucket
 
 Model = Any  # one of the two classes, which have no types
-LATENT_PIXELS = 8  # pixels of a latent pixel, each way, in every CogVideoX model
-PATCH = 2  # of every published model, in height and width, and in time for 1.5
 # Native sizes of the published models (configs/cogvideox_*.yaml at tag v1.0, configs/cogvideox1.5_*.yaml on main).
 NATIVE = {"1.0": Bucket(frames=49, height=480, width=720), "1.5": Bucket(frames=81, height=2400, width=2400)}
 YAML = "YAML (of --base, or training_config.yaml beside the checkpoint)"
-TEXT_LENGTH = 226  # tokens, as the published folders in diffusers' layout have it
 
 
 def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
@@ -92,7 +90,7 @@ def transformer_config(
             )
     one = seen["patch_size_t"] is None
     native = size or (None if base else NATIVE["1.0" if one else "1.5"])
-    values = {"max_text_seq_length": TEXT_LENGTH, **seen, **given, **(_size(native) if native else {})}
+    values = {"max_text_seq_length": TEXT_TOKENS, **seen, **given, **(_size(native) if native else {})}
     config = asdict(load(TransformerConfig, values, "the transformer's sizes"))
     return config_of(empty_model({"_class_name": "CogVideoXTransformer3DModel", **config}, where))
 
@@ -185,8 +183,8 @@ def described(base: Mapping[str, Any]) -> dict[str, Any]:
 
 def _size(native: Bucket) -> dict[str, int]:
     return {
-        "sample_height": native.height // LATENT_PIXELS,
-        "sample_width": native.width // LATENT_PIXELS,
+        "sample_height": native.height // LATENT_SIDE,
+        "sample_width": native.width // LATENT_SIDE,
         "sample_frames": native.frames,
     }
 
@@ -207,7 +205,7 @@ def autoencoder_config(
     if factor is None:
         raise ConfigError(
             f"{where}: the scale of its latents is not in the weights; give CogVideo's YAML with --base, or "
-            "--scale-factor (1.15258426 for 2B, 0.7 for the others)."
+            f"--scale-factor ({SCALE_FACTOR_2B} for 2B, {SCALE_FACTOR} for the others)."
         )
     levels = count(weights, r"encoder\.down\.(\d+)\.")
     firsts = [f"encoder.down.{i}.block.0.conv1.conv.weight" for i in range(levels)]

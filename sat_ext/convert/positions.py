@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sat_ext.models.config import TEMPORAL_COMPRESSION
+from sat_ext.cogvideox import THETA, latent_frames
 
-THETA = 10000.0
 UNUSED = "transformer.position_embeddings.weight"
 UNUSED_LENGTH = 64  # `max_sequence_length` of every YAML of CogVideo's
 
@@ -38,7 +37,7 @@ def computed(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]
 def grid(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """The latent frames, and the rows and columns of patches, of the size that the model is for."""
     patch = config["patch_size"]
-    frames = (config["sample_frames"] - 1) // TEMPORAL_COMPRESSION + 1
+    frames = latent_frames(config["sample_frames"])
     return frames, config["sample_height"] // patch, config["sample_width"] // patch
 
 

@@ -12,16 +12,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sat_ext.cogvideox import TEMPORAL_COMPRESSION, TOKEN_SIDE, SequenceShape, tokens
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket, MediaInfo
 
-SIZE_STEP = 16  # pixels a side per token: 8 (first stage) x 2 (patch)
-FRAME_STEP = 4  # frames per latent frame after the first
 # Frames between the default bucket lengths: 1 s at CogVideoX's 8 fps, so that a clip of one second stays a clip.
 # 8k+1 frames make an odd number of latents, to which 1.5 adds the padding latent that it was trained with.
 DEFAULT_LENGTH_STEP = 8
 DEFAULT_RATIOS = (9 / 16, 3 / 4, 1.0, 4 / 3, 16 / 9)  # what cameras and phones make, upright and lying
-TEXT_TOKENS = 226  # the T5 length in CogVideoX's own model files (`max_length: 226`)
 
 _SIZES = "data.params.buckets.sizes"
 
@@ -105,31 +103,6 @@ def assign(info: MediaInfo, buckets: Sequence[Bucket], *, available: int, still:
     return min((b for b in buckets if b.frames == length), key=distance)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceShape:
-    """What decides the transformer's work on a sample. The defaults are CogVideoX-5B's.
-
-    `pixels_per_token` is a side in pixels; `latents_per_token` the temporal patch (2 in CogVideoX 1.5);
-    `text_length` counts the caption's tokens.
-    """
-
-    hidden_size: int = 3072
-    text_length: int = TEXT_TOKENS
-    pixels_per_token: int = SIZE_STEP
-    latents_per_token: int = 1
-
-
-def tokens(bucket: Bucket, shape: SequenceShape = SequenceShape()) -> int:
-    """Length of the transformer's sequence for one sample, text included.
-
-    >>> tokens(Bucket(frames=49, height=480, width=720))  # 13 x 30 x 45 + 226
-    17776
-    """
-    latent_frames = (bucket.frames - 1) // FRAME_STEP + 1
-    rows, columns = bucket.height // shape.pixels_per_token, bucket.width // shape.pixels_per_token
-    return math.ceil(latent_frames / shape.latents_per_token) * rows * columns + shape.text_length
-
-
 def step_cost(tokens: int, hidden_size: int) -> float:
     """Work of one sample, for comparing buckets: FLOPs of one layer's forward pass / (4 * hidden_size).
 
@@ -194,9 +167,9 @@ def _default_lengths(longest: int | None) -> tuple[int, ...]:
 
 
 def _check_length(frames: int, where: str) -> None:
-    below = max(1, (frames - 1) // FRAME_STEP * FRAME_STEP + 1)
+    below = max(1, (frames - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1)
     if frames != below:
-        near = f"{below} or {below + FRAME_STEP}" if frames > 1 else "1"
+        near = f"{below} or {below + TEMPORAL_COMPRESSION}" if frames > 1 else "1"
         raise ConfigError(f"{where}: {frames} frames cannot be encoded (1, 5, 9, ... can); use {near}.")
 
 
@@ -225,10 +198,10 @@ def _required(video_size: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
-    nearest = [max(1, math.floor(side / SIZE_STEP + 0.5)) * SIZE_STEP for side in size]
+    nearest = [max(1, math.floor(side / TOKEN_SIDE + 0.5)) * TOKEN_SIDE for side in size]
     if list(size) != nearest:
         raise ConfigError(
-            f"{where}: {list(size)} (height, width) is not in multiples of {SIZE_STEP}; use {nearest}."
+            f"{where}: {list(size)} (height, width) is not in multiples of {TOKEN_SIDE}; use {nearest}."
         )
 
 
@@ -236,26 +209,26 @@ def _size_of(area: int, ratio: float) -> tuple[int, int]:
     """The (height, width) in steps of 16 that is nearest to `ratio` and to `area`, and not above `area`."""
     if not (ratio > 0 and math.isfinite(ratio)):
         raise ConfigError(f"{_SIZES}.ratios: {ratio} is not a width / height; use a number above 0, such as 1.5.")
-    least = math.ceil(SIZE_STEP**2 * max(ratio, 1 / ratio))
+    least = math.ceil(TOKEN_SIDE**2 * max(ratio, 1 / ratio))
     if area < least:
         raise ConfigError(
             f"{_SIZES}.area: {area} pixels are too few for the ratio {ratio:g}; use {least} or more."
         )
-    rows = math.sqrt(area / ratio) / SIZE_STEP
+    rows = math.sqrt(area / ratio) / TOKEN_SIDE
     candidates = [
         (h, w)
         for h in range(round(rows) - 1, round(rows) + 2)
         for w in range(round(rows * ratio) - 1, round(rows * ratio) + 2)
-        if h > 0 and w > 0 and h * w * SIZE_STEP**2 <= area
+        if h > 0 and w > 0 and h * w * TOKEN_SIDE**2 <= area
     ]
 
     def loss(size: tuple[int, int]) -> tuple[float, tuple[int, int]]:
         shape = abs(math.log(size[1] / size[0] / ratio))  # counts double: it crops every file
-        pixels = math.log(area / (size[0] * size[1] * SIZE_STEP**2))
+        pixels = math.log(area / (size[0] * size[1] * TOKEN_SIDE**2))
         return round(2 * shape + pixels, 9), size
 
     height, width = min(candidates, key=loss)
-    return height * SIZE_STEP, width * SIZE_STEP
+    return height * TOKEN_SIDE, width * TOKEN_SIDE
 
 
 def _fitting_length(available: int, lengths: Sequence[int]) -> int | str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
+from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import convert
-from sat_ext.data.buckets import BucketConfig, SequenceShape, batch_sizes, make_buckets
+from sat_ext.data.buckets import BucketConfig, batch_sizes, make_buckets
 from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig, check_roots
 from sat_ext.encoded.latents import CacheConfig

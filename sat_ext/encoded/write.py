@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sat_ext.cogvideox import latent_frames
 from sat_ext.data.cached import Shown
 from sat_ext.data.guard import Guard
 from sat_ext.data.stream import read_pixels
@@ -53,7 +54,7 @@ class Work:
 
 def sample_bytes(bucket: Bucket, shape: LatentShape, conditions: int) -> int:
     """What the latents of one sample take."""
-    frames = (bucket.frames - 1) // 4 + 1
+    frames = latent_frames(bucket.frames)
     frame = shape.channels * (bucket.height // shape.side) * (bucket.width // shape.side) * shape.item
     firsts = 1 + conditions if shape.conditions and bucket.frames > 1 else 0
     return frame * (frames * (2 if shape.deviates else 1) + firsts)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sat_ext.cogvideox import latent_frames
 from sat_ext.config import convert, load
 from sat_ext.data.config import DataConfig
 from sat_ext.errors import ConfigError
@@ -15,7 +16,6 @@ from sat_ext.models.config import (
     TextConfig,
     TrainConfig,
     TransformerConfig,
-    latent_frames,
     spatial_compression,
     text_length,
     transformer_of,

@@ -13,16 +13,21 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sat_ext.cogvideox import (
+    LATENT_CHANNELS,
+    LATENT_SIDE,
+    PATCH,
+    SCALE_FACTOR_2B,
+    TEMPORAL_COMPRESSION,
+    TEXT_TOKENS,
+    pixel_frames,
+)
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
 from sat_ext.models.levers import GradientCheckpointing, Quantization, check_levers
 from sat_ext.types import Bucket
 
-TEMPORAL_COMPRESSION = 4  # pixel frames per latent frame after the first, in every CogVideoX model
-OFS = 2.0  # what CogVideoX-1.5's I2V model was trained with (`ofs` in CogVideo's sat/sample_video.py)
 ABSENT = -100.0  # SAT's mark for a metric that a rank has no value of; SAT averages the others
-COSINE_BLOCK = 8  # pixels per latent pixel of the cosine first stage, each way
-COSINE_CHANNELS = 16  # as many as CogVideoX's autoencoder has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +41,16 @@ class TransformerConfig:
     num_layers: int = 30
     num_attention_heads: int = 30
     attention_head_dim: int = 64
-    in_channels: int = 16
-    out_channels: int = 16
+    in_channels: int = LATENT_CHANNELS
+    out_channels: int = LATENT_CHANNELS
     time_embed_dim: int = 512
     ofs_embed_dim: int | None = None
     text_embed_dim: int = 4096
-    max_text_seq_length: int = 226
+    max_text_seq_length: int = TEXT_TOKENS
     sample_height: int = 60
     sample_width: int = 90
     sample_frames: int = 49
-    patch_size: int = 2
+    patch_size: int = PATCH
     patch_size_t: int | None = None
     patch_bias: bool = True
     spatial_interpolation_scale: float = 1.875
@@ -59,9 +64,9 @@ class AutoencoderConfig:
 
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
     layers_per_block: int = 3
-    latent_channels: int = 16
+    latent_channels: int = LATENT_CHANNELS
     norm_num_groups: int = 32
-    scaling_factor: float = 1.15258426
+    scaling_factor: float = SCALE_FACTOR_2B
     invert_scale_latents: bool = False
 
 
@@ -281,13 +286,13 @@ def transformer_of(config: ModelConfig) -> TransformerConfig:
 def latent_channels(config: ModelConfig) -> int:
     """Channels of one latent frame, without the condition's."""
     first = config.first_stage
-    return COSINE_CHANNELS if first.kind == "cosine" else first.autoencoder.latent_channels
+    return LATENT_CHANNELS if first.kind == "cosine" else first.autoencoder.latent_channels
 
 
 def spatial_compression(config: ModelConfig) -> int:
     """Pixels per latent pixel, each way."""
     first = config.first_stage
-    return COSINE_BLOCK if first.kind == "cosine" else 2 ** (len(first.autoencoder.block_out_channels) - 1)
+    return LATENT_SIDE if first.kind == "cosine" else 2 ** (len(first.autoencoder.block_out_channels) - 1)
 
 
 def text_length(config: ModelConfig) -> int:
@@ -304,11 +309,6 @@ def size_multiple(config: ModelConfig) -> int:
     return spatial_compression(config) * transformer_of(config).patch_size
 
 
-def latent_frames(frames: int) -> int:
-    """Latent frames of `frames` pixel frames (1 or 4k+1), without padding."""
-    return (frames - 1) // TEMPORAL_COMPRESSION + 1
-
-
 def check_bucket(config: ModelConfig, bucket: Bucket) -> None:
     """Raise `ConfigError` unless the model takes samples of this shape."""
     multiple = size_multiple(config)
@@ -320,7 +320,7 @@ def check_bucket(config: ModelConfig, bucket: Bucket) -> None:
                 f"change the {name} {size} to {near}."
             )
     if bucket.frames < 1 or (bucket.frames - 1) % TEMPORAL_COMPRESSION:
-        near = max(0, round((bucket.frames - 1) / TEMPORAL_COMPRESSION)) * TEMPORAL_COMPRESSION + 1
+        near = pixel_frames(max(0, round((bucket.frames - 1) / TEMPORAL_COMPRESSION)) + 1)
         raise ConfigError(f"bucket {bucket}: frames must be 1 or 4k+1; change {bucket.frames} to {near}.")
     transformer = transformer_of(config)
     if transformer.use_learned_positional_embeddings and bucket.frames > transformer.sample_frames:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from sat_ext.cogvideox import OFS
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import (
     condition_latents,
@@ -21,7 +22,7 @@ from sat_ext.models.conditioning import (
     padding_frames,
     stills,
 )
-from sat_ext.models.config import ABSENT, OFS, folder_config, load_model_config, transformer_of
+from sat_ext.models.config import ABSENT, folder_config, load_model_config, transformer_of
 from sat_ext.models.diffusion import (
     NoiseSchedule,
     read_schedule,

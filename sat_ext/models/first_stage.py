@@ -15,7 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from sat_ext.models.config import COSINE_BLOCK, TEMPORAL_COMPRESSION, ModelConfig
+from sat_ext.cogvideox import LATENT_SIDE, TEMPORAL_COMPRESSION, pixel_frames
+from sat_ext.models.config import ModelConfig
 
 # Coefficients that the cosine first stage keeps, as (temporal, vertical, horizontal) frequency, and what each is
 # divided by: 1.5 times the square root of its standard deviation, measured once on coloured shapes of some 25
@@ -48,7 +49,7 @@ class CosineFirstStage(nn.Module):
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents, in the pixels' dtype. There is nothing random; `generator` is not used."""
         colours, basis, scale = _cosine_basis(pixels.device)
-        group, block = TEMPORAL_COMPRESSION, COSINE_BLOCK
+        group, block = TEMPORAL_COMPRESSION, LATENT_SIDE
         padded = torch.cat([pixels[:, :1].expand(-1, group - 1, -1, -1, -1), pixels], dim=1).float()
         batch, frames, _, height, width = padded.shape
         blocks = torch.einsum("dc,btchw->btdhw", colours, padded).reshape(
@@ -79,11 +80,11 @@ class CosineFirstStage(nn.Module):
 def _cosine_basis(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Colour rows (3, 3), one orthonormal (3, 4, 8, 8) pattern a channel, and the channels' scales."""
     time = _cosine_rows(TEMPORAL_COMPRESSION)
-    space = _cosine_rows(COSINE_BLOCK)
+    space = _cosine_rows(LATENT_SIDE)
     patterns, scales = [], []
     for colour, kept in enumerate((LUMA, CHROMA, CHROMA)):
         for (k, u, v), deviation in kept:
-            pattern = torch.zeros(3, TEMPORAL_COMPRESSION, COSINE_BLOCK, COSINE_BLOCK)
+            pattern = torch.zeros(3, TEMPORAL_COMPRESSION, LATENT_SIDE, LATENT_SIDE)
             pattern[colour] = time[k][:, None, None] * space[u][None, :, None] * space[v][None, None, :]
             patterns.append(pattern)
             scales.append(deviation)
@@ -147,7 +148,7 @@ class AutoencoderFirstStage(nn.Module):
         """Pixels, clamped to [-1, 1]. In tiles and one sample at a time: whole, a clip takes several times what a
         training step does."""
         count = latents.shape[1]
-        frames = (count - 1) * TEMPORAL_COMPRESSION + 1
+        frames = pixel_frames(count)
         if count % 2 == 0:
             # The decoder takes the first frame apart only in an odd number of them: 2 would become 8 pixel
             # frames, not 5. It is causal, so one more at the end changes nothing before it.

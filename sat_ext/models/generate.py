@@ -10,13 +10,13 @@ from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMSchedule
 from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
 from torch import Tensor
 
+from sat_ext.cogvideox import latent_frames
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import condition_latents, padding_frames
 from sat_ext.models.config import (
     ScheduleConfig,
     check_bucket,
     latent_channels,
-    latent_frames,
     spatial_compression,
     transformer_of,
 )

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sat_ext.cogvideox import LATENT_SIDE, TEXT_TOKENS, SequenceShape
 from sat_ext.config import load
-from sat_ext.data.buckets import TEXT_TOKENS, SequenceShape
 from sat_ext.models.config import (
     ModelConfig,
     TransformerConfig,
@@ -19,8 +19,6 @@ from sat_ext.models.config import (
     transformer_of,
 )
 from sat_ext.types import Bucket
-
-LATENT_SIDE = 8  # pixels a side of one latent, in every CogVideoX model
 
 
 def check_buckets(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:

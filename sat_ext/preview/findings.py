@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sat_ext.data.buckets import tokens
+from sat_ext.cogvideox import tokens
 from sat_ext.data.clips import is_still_sampler
 from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, clip_lengths, longest_is_rare

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from sat_ext.cogvideo.check import weighs
+from sat_ext.cogvideox import SequenceShape, tokens
 from sat_ext.config import load
-from sat_ext.data.buckets import SequenceShape, step_cost, tokens
+from sat_ext.data.buckets import step_cost
 from sat_ext.data.clips import available_frames, is_still_sampler
 from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, probe_files

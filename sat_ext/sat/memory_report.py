@@ -23,12 +23,11 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from sat_ext.cogvideox import LATENT_SIDE, pixel_frames
 from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import read_run
 from sat_ext.memory.table import gigabytes, of_buckets, of_one
-from sat_ext.models.config import TEMPORAL_COMPRESSION
 from sat_ext.models.cpu import local_ranks
-from sat_ext.models.shape import LATENT_SIDE
 from sat_ext.sat.side_files import side_file
 from sat_ext.types import Bucket
 
@@ -124,9 +123,7 @@ def bucket_of(batch: Mapping[str, Any]) -> Bucket:
     pixels = batch.get("latents", batch["mp4"])
     _, frames, channels, height, width = pixels.shape
     if channels != 3:
-        return Bucket(
-            frames=(frames - 1) * TEMPORAL_COMPRESSION + 1, height=height * LATENT_SIDE, width=width * LATENT_SIDE
-        )
+        return Bucket(frames=pixel_frames(frames), height=height * LATENT_SIDE, width=width * LATENT_SIDE)
     return Bucket(frames=frames, height=height, width=width)
 
 

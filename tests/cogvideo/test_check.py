@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sat_ext.cogvideo.check import check_model, check_run, weighs
-from sat_ext.data.buckets import tokens
+from sat_ext.cogvideox import tokens
 from sat_ext.errors import ConfigError
 from sat_ext.models.shape import sequence_shape
 from sat_ext.types import Bucket

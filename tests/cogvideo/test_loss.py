@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sat_ext.cogvideo import loss as module
 from sat_ext.cogvideo.loss import JointDiffusionLoss
+from sat_ext.cogvideox import OFS
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import ABSENT, OFS
+from sat_ext.models.config import ABSENT
 
 CHANNELS, HEIGHT, WIDTH = 2, 3, 4
 PARAMS = "model.loss_fn_config.params"
