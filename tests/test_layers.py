@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "sat_ext"
 # The first matching prefix decides. Stages of layer 1 do not import each other.
 LAYERS = [
     ("errors", 0),
+    ("ranks", 0),
     ("types", 0),
     ("files", 0),
     ("colour", 0),

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import torch.distributed as dist
-
 from sat_ext.cogvideo import __all__ as TARGETS
 from sat_ext.cogvideox import LATENT_SIDE, SCALE_FACTOR, latent_frames, pixel_frames
 from sat_ext.errors import ConfigError
+from sat_ext.ranks import rank_and_world
 from sat_ext.types import Bucket
 
 OURS = "sat_ext.cogvideo."
@@ -171,7 +170,7 @@ def _check_noise_levels(model: Mapping[str, Any], checkout: str | None) -> None:
     """The main branch asserts while it builds its own loss that its groups of noise levels divide the ranks."""
     loss = model.get("loss_fn_config") or {}
     params = ((loss.get("params") or {}).get("sigma_sampler_config") or {}).get("params") or {}
-    groups, ranks = params.get("group_num", 0), dist.get_world_size() if dist.is_initialized() else 1
+    groups, ranks = params.get("group_num", 0), rank_and_world()[1]
     uniform = checkout == "1.5" and params.get("uniform_sampling") and ranks > 8
     if uniform and _target(loss) != LOSS and (not groups or ranks % groups):
         raise ConfigError(

@@ -18,6 +18,7 @@ from sat_ext.config import convert, load
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import pad_front, padding_frames, stills
 from sat_ext.models.config import ABSENT, LossWeights
+from sat_ext.ranks import rank_and_world
 
 PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"
 PARAMS = "model.loss_fn_config.params"
@@ -148,7 +149,7 @@ class JointDiffusionLoss(nn.Module):
         dropped = torch.zeros_like(still)
         if training and self.condition_dropout:
             # SAT seeds all ranks alike: each takes a row of its own, or all would drop at once
-            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            rank, world = rank_and_world()
             dropped = torch.rand(world, len(still))[rank] < self.condition_dropout
         return self._agreed(still, dropped, factors)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from sat_ext.ranks import local_ranks
+
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -30,11 +32,6 @@ def computes_in_bf16() -> bool:
         return True
     flags = CPU_INFO.read_text().split() if CPU_INFO.exists() else []
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def local_ranks(otherwise: int = 1) -> int:
-    """The ranks on this machine, as torchrun or the DeepSpeed launcher says; `otherwise` without either."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or otherwise)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from sat_ext.models.generate import generate
 from sat_ext.models.levers import check_zero
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.pixels import to_model_range
+from sat_ext.ranks import rank_and_world
 
 KINDS = ("image", "video")
 
@@ -158,7 +159,7 @@ class VideoDiffusionEngine(nn.Module):
             dropped = drop_mask(count, self.config.condition_dropout, generator)
             condition = self._condition(first, latents, dropped, batch)
         latents, condition, padding = self._padded(latents, condition)
-        timesteps = uniform_timesteps(count, generator, timestep_interval(*_rank_and_world()))
+        timesteps = uniform_timesteps(count, generator, timestep_interval(*rank_and_world()))
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         text = self.text.encode(captions, latents.device, self.network.dtype)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
@@ -236,15 +237,9 @@ class VideoDiffusionEngine(nn.Module):
         if "seed" in batch:
             return torch.Generator(device).manual_seed(int(batch["seed"]))
         if self._generator is None:
-            rank, _ = _rank_and_world()
+            rank, _ = rank_and_world()
             self._generator = torch.Generator(device).manual_seed(self._seed * 1_000_003 + rank)
         return self._generator
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _cache_of(args: Any) -> str | None:

@@ -13,6 +13,7 @@ from sat.helpers import print_rank0
 from torch import Tensor
 
 from sat_ext.errors import TrainingError
+from sat_ext.ranks import gather
 from sat_ext.sat.checkpoint.reshard import own_pieces
 from sat_ext.sat.checkpoint.run import Run, is_trained
 
@@ -75,9 +76,7 @@ def check_finite(model: Any, args: argparse.Namespace) -> None:
     to a disk is not read.
     """
     bad = next((name for name, value in _numbers(model) if not _is_finite(value)), None)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, bad)
-    for rank, name in enumerate(found):
+    for rank, name in enumerate(gather(bad)):
         if name is not None:
             raise TrainingError(
                 f"training has diverged: at iteration {args.iteration}, {name} of rank {rank} is not finite, so "

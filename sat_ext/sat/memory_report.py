@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -27,7 +26,7 @@ from sat_ext.cogvideox import LATENT_SIDE, pixel_frames
 from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import read_run
 from sat_ext.memory.table import gigabytes, of_buckets, of_one
-from sat_ext.models.cpu import local_ranks
+from sat_ext.ranks import local_ranks, rank_and_world
 from sat_ext.sat.side_files import side_file
 from sat_ext.types import Bucket
 
@@ -131,7 +130,7 @@ def begin(args: argparse.Namespace) -> MemoryReport:
     """The run's report. The first call on the first rank shows the plan, and warns where it does not fit."""
     report: MemoryReport | None = getattr(args, "sat_ext_memory", None)
     if report is None:
-        first = _rank_and_world()[0] == 0
+        first = rank_and_world()[0] == 0
         report = args.sat_ext_memory = MemoryReport(_plan(args) if first else None)
         if first:
             atexit.register(report.show)
@@ -146,7 +145,7 @@ def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
     def step(data: Any, model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
         report = begin(args)
         report.close()
-        report.folder = Path(args.save) if args.save and _rank_and_world()[0] == 0 else None
+        report.folder = Path(args.save) if args.save and rank_and_world()[0] == 0 else None
         return forward_step(report.seeing(data), model, args, *rest, **options)
 
     return step
@@ -155,7 +154,7 @@ def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 def _plan(args: argparse.Namespace) -> Plan | None:
     config = {name: _plain(getattr(args, f"{name}_config", None)) for name in ("model", "data", "deepspeed")}
     config["args"] = {name: getattr(args, name, None) for name in ARGS}
-    _, world = _rank_and_world()
+    _, world = rank_and_world()
     local = local_ranks(torch.cuda.device_count() or world)
     try:
         return make_plan(read_run(config), gpus=world, per_node=min(local, world))
@@ -163,10 +162,6 @@ def _plan(args: argparse.Namespace) -> Plan | None:
         reason = " ".join(str(error).split())  # diffusers' errors of import have several lines
         log.warning("memory: cannot be predicted for this run (%s: %s)", type(error).__name__, reason)
         return None
-
-
-def _rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _show(plan: Plan) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from sat_ext.errors import DataError, SatExtError
 from sat_ext.files import is_url
+from sat_ext.ranks import gather
 
 T = TypeVar("T")
 
@@ -54,8 +55,7 @@ def require_everywhere(paths: Sequence[str], place: str) -> None:
     """
     # os.path: a mount that has died is an error to `Path.exists`, on that rank alone
     lacking = [p for p in paths if not is_url(p) and not os.path.exists(re.sub(r"/?[^/]*[{*?].*", "", p) or ".")]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (socket.gethostname(), lacking))
+    found = gather((socket.gethostname(), lacking))
     for path in paths:
         without = [f"rank {rank} ({host})" for rank, (host, lacks) in enumerate(found) if path in lacks]
         if 0 < len(without) < len(found):
@@ -116,7 +116,7 @@ def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], pa
     if memory is None and not path.exists():  # who made it found the disk full
         memory = mmap.mmap(-1, size)
     is_filled = first or memory is None
-    if not all(_gather(is_filled)):
+    if not all(gather(is_filled)):
         for start in range(0, size, _CHUNK):
             chunk = _broadcast(memory[start : start + _CHUNK] if first else None)  # type: ignore[index]
             if not is_filled:
@@ -155,9 +155,3 @@ def _broadcast(message: Any) -> Any:
     box = [message]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _gather(value: bool) -> list[bool]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

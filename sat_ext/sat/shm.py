@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
-from sat_ext.models.cpu import local_ranks
-from sat_ext.sat.checkpoint.load import on_every_rank
+from sat_ext.ranks import local_ranks, on_every_rank
 
 FOLDER = Path("/dev/shm")
 MB = 1_000_000

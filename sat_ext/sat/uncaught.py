@@ -8,6 +8,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from sat_ext.errors import SatExtError
+from sat_ext.ranks import rank_and_world
 
 
 def sentence_of(error: BaseException) -> str | None:
@@ -18,10 +19,9 @@ def sentence_of(error: BaseException) -> str | None:
     """
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
-        rank = dist.get_rank() if dist.is_initialized() else 0
         return (  # PyTorch's words depend on who notices first
-            f"a data worker of rank {rank} was ended, perhaps by the kernel for want of memory; lower "
-            f"args.num_workers or args.prefetch_factor ({' '.join(text.split()).rstrip('.')})."
+            f"a data worker of rank {rank_and_world()[0]} was killed, perhaps by the kernel for lack of memory; "
+            f"lower args.num_workers or args.prefetch_factor ({' '.join(text.split()).rstrip('.')})."
         )
     if isinstance(error, RuntimeError) and dist.is_initialized():
         from sat_ext.sat.peers import sentence_of_lost  # and SAT, which most errors do without

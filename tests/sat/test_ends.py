@@ -73,7 +73,7 @@ def test_what_ends_a_data_worker_is_told_in_its_own_words_alone(process_group: N
 @pytest.mark.multiprocess
 def test_a_data_worker_that_is_killed_is_told_of_in_a_sentence(process_group: None) -> None:
     assert end_of(fall, 1).startswith(
-        "a data worker of rank 0 was ended, perhaps by the kernel for want of memory; lower args.num_workers or "
+        "a data worker of rank 0 was killed, perhaps by the kernel for lack of memory; lower args.num_workers or "
         "args.prefetch_factor (DataLoader worker (pid"
     )
 

@@ -43,7 +43,7 @@ def test_the_plan_is_shown_once_and_by_the_first_rank(
     shown = capsys.readouterr().out
     assert "activations" in shown and "5x32x32" in shown
     assert begin(args) is report
-    monkeypatch.setattr(memory_report, "_rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(memory_report, "rank_and_world", lambda: (1, 2))
     begin(args_of())
     assert capsys.readouterr().out == ""
 

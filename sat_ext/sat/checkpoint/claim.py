@@ -8,11 +8,11 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from sat_ext.errors import ConfigError
+from sat_ext.ranks import gather
 from sat_ext.sat.shared import share_from_first_rank
 
 LOCK_NAME = ".lock"
@@ -25,11 +25,10 @@ def claim(folder: Path) -> None:
     Raises `ConfigError` on all ranks where one of them sees another folder, or another run holds it.
     """
     token = share_from_first_rank(lambda: _leave_token(folder.parent))
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if _sees(folder.parent, token) else socket.gethostname())
+    blind = gather(None if _sees(folder.parent, token) else socket.gethostname())
     if dist.get_rank() == 0:
         (folder.parent / token).unlink(missing_ok=True)
-    for rank, host in enumerate(told):
+    for rank, host in enumerate(blind):
         if host is not None:
             raise ConfigError(
                 f"args.save: rank {rank} on {host} does not see what rank 0 wrote into {folder.parent}; "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -25,6 +24,7 @@ from sat_ext.models.checkpoint import (
     under_adapters,
     weight_files,
 )
+from sat_ext.ranks import on_every_rank
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.averages import check_same_weights, other_averages, unmap, with_own_scaler
 from sat_ext.sat.checkpoint.layout import OPTIMIZER_NAME, Manifest
@@ -35,7 +35,6 @@ from sat_ext.sat.fixes.loading import check_names, gathered_loading, lacking, la
 # The objects in DeepSpeed's shards; nothing else in one can run code.
 SHARD_TYPES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 OTHER_PRECISION = "saved under another precision, in which DeepSpeed keeps its optimizer otherwise"
-T = TypeVar("T")
 
 
 def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
@@ -63,20 +62,6 @@ def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
         return 0
     args.sat_ext_micro_steps = run.resumed.micro_steps
     return iteration
-
-
-def on_every_rank(read: Callable[[], T]) -> T:
-    """What `read` gives; a `ConfigError` that it raises on one rank is raised on all, and none waits in vain."""
-    result, own = None, None
-    try:
-        result = read()
-    except ConfigError as error:
-        own = error
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if own is None else str(own))
-    if first := next((e for e in errors if e is not None), None):
-        raise ConfigError(first) from own
-    return cast(T, result)
 
 
 def _require_sound(run: Run, path: Path) -> None:

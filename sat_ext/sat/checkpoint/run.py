@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from sat import mpu
 from sat.helpers import print_rank0
 
@@ -19,6 +18,7 @@ from sat_ext.data.schedule import Cell, Schedule
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import find_weights, no_checkpoint, read_file
+from sat_ext.ranks import rank_and_world
 from sat_ext.sat.checkpoint.epoch import DATA_NAME, Epoch, changes, epoch_of
 from sat_ext.sat.checkpoint.layout import Base, CellState, Manifest, read_manifest, whole_checkpoints
 from sat_ext.sat.section import TWICE, check_keys, check_section
@@ -181,7 +181,7 @@ def _report_changes(run: Run, index: Index, used: list[int], seed: int) -> None:
     assert resumed is not None and folder is not None
     if DATA_NAME in resumed.files:
         saved = read_file(folder / DATA_NAME)  # on every rank, for all to end where it is damaged
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank_and_world()[0] == 0:
             cells = [Cell(source=g.source, bucket=g.bucket, records=len(g.rows), batch=1) for g in index.groups]
             schedule = Schedule(cells, index.shares, seed=seed, world=1)
             for sentence in changes(resumed.cells, saved, index, schedule, used):

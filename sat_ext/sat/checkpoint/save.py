@@ -21,6 +21,7 @@ from torch import Tensor
 
 import sat_ext
 from sat_ext.models.checkpoint import MANIFEST_NAME, WEIGHTS_NAME
+from sat_ext.ranks import gather
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.epoch import DATA_NAME
 from sat_ext.sat.checkpoint.layout import (
@@ -208,9 +209,8 @@ def _kept(module: torch.nn.Module, run: Run) -> Callable[[str], bool]:
 
 def _gather(writer: Writer) -> tuple[str | None, list[dict[str, int]]]:
     """On every rank: the error of the first rank that has one, and each rank's files with their sizes."""
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (writer.error, writer.written))
-    return next((error for error, _ in told if error is not None), None), [written for _, written in told]
+    all_ranks = gather((writer.error, writer.written))
+    return next((error for error, _ in all_ranks if error is not None), None), [w for _, w in all_ranks]
 
 
 def _manifest(
