@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from sat_ext.data.buckets import BucketConfig
-from sat_ext.data.config import DataConfig
 from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.index import build_index
+from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.data.transform import Fit

@@ -23,8 +23,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from sat_ext.config import load
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import build_index
+from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.demo_data import write_demo

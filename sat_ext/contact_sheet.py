@@ -18,14 +18,14 @@ CELL = 96  # pixels a side of one frame, at least; small frames are enlarged by 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SheetRow:
     """One line of the sheet. `strips` maps a title to frames, uint8 (T, H, W, 3)."""
 
     caption: str
     strips: dict[str, np.ndarray]
 
 
-def write_sheet(rows: Sequence[Row], path: Path) -> None:
+def write_sheet(rows: Sequence[SheetRow], path: Path) -> None:
     """A PNG with a line per row: the caption, then each strip of frames under its title."""
     font = ImageFont.load_default(size=13)
     shown = [{title: _enlarged(_spread(frames)) for title, frames in row.strips.items()} for row in rows]
@@ -49,7 +49,7 @@ def write_sheet(rows: Sequence[Row], path: Path) -> None:
     sheet.save(path)
 
 
-def write_clip(rows: Sequence[Row], path: Path, fps: int, columns: int = 4) -> None:
+def write_clip(rows: Sequence[SheetRow], path: Path, fps: int, columns: int = 4) -> None:
     """An H.264 MP4 that plays the rows' clips side by side, each with its strips one below the other.
 
     Rows need strips of one shape; stills among them are left out.

@@ -10,7 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from sat_ext.cogvideo.doubts import doubts
 from sat_ext.config import load
-from sat_ext.data.config import DataConfig
+from sat_ext.data.params import DataConfig
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, check_bucket, load_model_config
 from sat_ext.sat.arguments import parse_args, read_yaml

@@ -23,7 +23,7 @@ LAYERS = [
     ("data.stream", 3),
     ("data.held_out", 4),
     ("data.index", 2),
-    ("data.config", 2),
+    ("data.params", 2),
     ("data.cached", 2),
     ("data", 1),
     ("config", 0),

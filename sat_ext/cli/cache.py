@@ -21,8 +21,8 @@ from rich.progress import track
 from sat_ext.cli.yaml_base import Base, BaseOption, MoreYaml, load_base
 from sat_ext.cogvideo.script import CHECKOUT
 from sat_ext.data.cached import Cached, Shown, media_codes
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, build_index
+from sat_ext.data.params import DataConfig
 from sat_ext.encoded.encoders import Encoders, Fingerprints, Part
 from sat_ext.encoded.latents import CacheConfig, Entry, LatentStore
 from sat_ext.encoded.text import write_text_embeddings

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import track
 
 from sat_ext.cli.yaml_base import BaseOption, MoreYaml, load_base
-from sat_ext.data.config import name_sources
 from sat_ext.data.index import build_index
+from sat_ext.data.params import name_sources
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.preview.gather import gather

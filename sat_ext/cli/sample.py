@@ -9,10 +9,10 @@ import torch
 import typer
 
 from sat_ext.config import load
-from sat_ext.contact_sheet import Row, write_clip, write_sheet
-from sat_ext.data.config import DataConfig
+from sat_ext.contact_sheet import SheetRow, write_clip, write_sheet
 from sat_ext.data.decode import read_still
 from sat_ext.data.index import build_index
+from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.data.transform import Fit
@@ -85,7 +85,7 @@ def _from_prompt(
     image: Path | None,
     generator: torch.Generator,
     options: dict[str, Any],
-) -> Row:
+) -> SheetRow:
     first = None
     strips = {}
     if image is not None:
@@ -98,7 +98,7 @@ def _from_prompt(
         [prompt], frames=bucket.frames, height=bucket.height, width=bucket.width, first_frames=first,
         generator=generator, **options,
     )  # fmt: skip
-    return Row(caption=prompt, strips={**strips, "generated": to_uint8(out[0])})
+    return SheetRow(caption=prompt, strips={**strips, "generated": to_uint8(out[0])})
 
 
 def _held_out(
@@ -108,7 +108,7 @@ def _held_out(
     number: int,
     generator: torch.Generator,
     options: dict[str, Any],
-) -> list[Row]:
+) -> list[SheetRow]:
     """Captions of `args.valid_data`, `number` of each kind."""
     from sat_ext.models.show import sample_rows
 

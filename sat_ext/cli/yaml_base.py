@@ -13,7 +13,7 @@ from sat_ext.cogvideo.check import check_model
 from sat_ext.cogvideo.doubts import doubts
 from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import convert, load, read_yaml, reject_unknown_keys
-from sat_ext.data.config import DataConfig, name_sources, sources_of
+from sat_ext.data.params import DataConfig, name_sources, sources_of
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError
 from sat_ext.models.shape import check_buckets, sequence_shape

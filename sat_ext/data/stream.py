@@ -14,11 +14,11 @@ import torch
 
 from sat_ext.data.cached import Cached, show
 from sat_ext.data.collate import collate
-from sat_ext.data.config import DataConfig
 from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.faults import Faults
 from sat_ext.data.guard import Guard
 from sat_ext.data.index import Group, Index
+from sat_ext.data.params import DataConfig
 from sat_ext.data.schedule import Cell, Schedule, Step
 from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError

@@ -22,8 +22,8 @@ import pyarrow as pa
 from sat_ext.errors import MediaError
 from sat_ext.files.cells import Cells
 from sat_ext.files.locations import (
-    Cell,
-    Member,
+    ParquetCell,
+    TarMember,
     cell_location,
     container_of,
     inside_of,
@@ -32,7 +32,7 @@ from sat_ext.files.locations import (
     member_location,
     suffix_of,
 )
-from sat_ext.files.ranges import Window
+from sat_ext.files.ranges import MemberFile
 from sat_ext.files.remote import RemoteFile, filesystem, info_of, reason_of
 
 __all__ = [
@@ -57,9 +57,9 @@ _OPEN_TABLES = 2
 def size_of(path: str) -> int:
     """Its size in bytes. Raises `MediaError` for what is missing, no regular file, or empty."""
     inside = inside_of(path)
-    if isinstance(inside, Member):
+    if isinstance(inside, TarMember):
         size = inside.size
-    elif isinstance(inside, Cell):
+    elif isinstance(inside, ParquetCell):
         size = len(_read_cell(path, inside))
     elif is_url(path):
         size = int(info_of(path).get("size") or 0)
@@ -108,16 +108,16 @@ def open_binary(path: str) -> BinaryIO:
     URL is behind it; `ConfigError` for a kind of URL that no installed package reads.
     """
     inside = inside_of(path)
-    if isinstance(inside, Cell):
+    if isinstance(inside, ParquetCell):
         return io.BytesIO(_read_cell(path, inside))
     if inside is None and not is_url(path):
         size_of(path)
         return io.BufferedReader(_open_local(path, path))
     container = inside.container if inside else path
-    if isinstance(inside, Member):
+    if isinstance(inside, TarMember):
         size_of(path)
     whole = RemoteFile(container, path) if is_url(container) else _open_local(container, path)
-    return io.BufferedReader(whole if inside is None else Window(whole, path, inside))
+    return io.BufferedReader(whole if inside is None else MemberFile(whole, path, inside))
 
 
 def _open_local(path: str, named: str) -> io.FileIO:
@@ -138,7 +138,7 @@ def _stat(path: str, named: str | None = None) -> os.stat_result:
     return status
 
 
-def _read_cell(path: str, cell: Cell) -> bytes:
+def _read_cell(path: str, cell: ParquetCell) -> bytes:
     try:
         # By process, as open files and locks must not be taken over by forked workers.
         data = _open_cells(os.getpid(), cell.container, cell.column).read(cell.row)

@@ -14,7 +14,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters or more: C:// is
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class TarMember:
     """`size` bytes at `offset` of a tar."""
 
     container: str
@@ -24,7 +24,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class ParquetCell:
     """One cell of a Parquet table, rows counted from 0."""
 
     container: str
@@ -43,14 +43,14 @@ def cell_location(table: str, column: str, row: int, suffix: str) -> str:
     return f"{table}#{column}@{row}{suffix}"
 
 
-def inside_of(path: str) -> Member | Cell | None:
+def inside_of(path: str) -> TarMember | ParquetCell | None:
     """The parts of a member's or a cell's location; None for a file or URL."""
     if "#" not in path:
         return None
     if match := _MEMBER.fullmatch(path):
-        return Member(match[1], match[2], int(match[3]), int(match[4]))
+        return TarMember(match[1], match[2], int(match[3]), int(match[4]))
     if match := _CELL.fullmatch(path):
-        return Cell(match[1], match[2], int(match[3]), match[4])
+        return ParquetCell(match[1], match[2], int(match[3]), match[4])
     return None
 
 
@@ -77,7 +77,7 @@ def suffix_of(path: str) -> str:
     ['.mp4', '.jpg', '.png', '.webm']
     """
     inside = inside_of(path)
-    if isinstance(inside, Cell):
+    if isinstance(inside, ParquetCell):
         return inside.suffix.lower()
     name = inside.name if inside else path
     if inside is None and name.startswith(("http://", "https://")):

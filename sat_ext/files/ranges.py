@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from sat_ext.errors import MediaError
-from sat_ext.files.locations import Member
+from sat_ext.files.locations import TarMember
 
 
 class RangedFile(io.RawIOBase):
@@ -48,10 +48,10 @@ class RangedFile(io.RawIOBase):
         return count
 
 
-class Window(RangedFile):
+class MemberFile(RangedFile):
     """A tar's member, out of the whole tar, which it closes. `path` is named in errors."""
 
-    def __init__(self, whole: io.FileIO | RangedFile, path: str, member: Member) -> None:
+    def __init__(self, whole: io.FileIO | RangedFile, path: str, member: TarMember) -> None:
         super().__init__(member.name, member.size)
         self._whole, self._path, self._offset = whole, path, member.offset
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sat_ext.cogvideox import latent_frames
 from sat_ext.config import convert, load
-from sat_ext.data.config import DataConfig
+from sat_ext.data.params import DataConfig
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import (
     FirstStageConfig,

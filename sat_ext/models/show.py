@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sat_ext.contact_sheet import Row
+from sat_ext.contact_sheet import SheetRow
 from sat_ext.models.engine import VideoDiffusionEngine
 from sat_ext.pixels import to_model_range, to_uint8
 
@@ -18,7 +18,7 @@ def sample_rows(
     *,
     steps: int,
     guidance_scale: float,
-) -> list[Row]:
+) -> list[SheetRow]:
     """One row a sample: what the engine makes of its caption, and the sample itself.
 
     `batch` holds `mp4` (B, T, C, H, W), uint8 or in [-1, 1], `txt` and `kind`. An image-to-video engine gets
@@ -37,6 +37,6 @@ def sample_rows(
         generator=generator,
     )
     return [
-        Row(caption=caption, strips={"generated": to_uint8(m), "held out": to_uint8(r)})
+        SheetRow(caption=caption, strips={"generated": to_uint8(m), "held out": to_uint8(r)})
         for caption, m, r in zip(batch["txt"], made, real)
     ]

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from sat_ext.cogvideox import tokens
 from sat_ext.data.clips import is_still_sampler
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, clip_lengths, longest_is_rare
+from sat_ext.data.params import DataConfig
 from sat_ext.data.schedule import Cell
 from sat_ext.preview.page import count, percent
 from sat_ext.preview.report import Finding, SourcePart

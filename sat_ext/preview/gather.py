@@ -13,8 +13,8 @@ from sat_ext.cogvideox import SequenceShape, tokens
 from sat_ext.config import load
 from sat_ext.data.buckets import step_cost
 from sat_ext.data.clips import available_frames, is_still_sampler
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, probe_files
+from sat_ext.data.params import DataConfig
 from sat_ext.data.schedule import Schedule
 from sat_ext.data.stream import JointStream
 from sat_ext.models.config import ModelConfig

@@ -14,8 +14,8 @@ from sat import mpu
 from sat_ext.cogvideo.check import LOSS, is_conditioned
 from sat_ext.cogvideo.encoders import TARGET
 from sat_ext.data.cached import Cached, media_codes
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index
+from sat_ext.data.params import DataConfig
 from sat_ext.encoded.encoders import Fingerprints
 from sat_ext.encoded.latents import CacheConfig, LatentStore
 from sat_ext.encoded.text import TextEmbeddings, caption_key

@@ -25,9 +25,9 @@ from webdataset import DataPipeline
 from sat_ext.cogvideo.check import check_run
 from sat_ext.cogvideo.doubts import doubts
 from sat_ext.config import load
-from sat_ext.data.config import DataConfig, sources_of
 from sat_ext.data.held_out import HeldOut
 from sat_ext.data.index import build_index, clip_lengths, longest_is_rare
+from sat_ext.data.params import DataConfig, sources_of
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError

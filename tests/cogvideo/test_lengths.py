@@ -13,8 +13,8 @@ import torch
 from conftest import Checkout
 
 from sat_ext.config import load
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import build_index
+from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from tests.media import write_clip
 

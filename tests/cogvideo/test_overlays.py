@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from sat_ext.cogvideo.check import check_model
 from sat_ext.cogvideo.doubts import doubts, lora_scale
 from sat_ext.config import load, read_yaml
-from sat_ext.data.config import DataConfig
+from sat_ext.data.params import DataConfig
 from sat_ext.errors import ConfigError
 from sat_ext.sat.section import DEEPSPEED_KEYS
 from sat_ext.sat.settings import settings_of

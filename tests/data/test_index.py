@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from sat_ext.config import load
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, build_index, clip_lengths, longest_is_rare
 from sat_ext.data.index.columns import item_batches
 from sat_ext.data.index.place import visits_by_weight
+from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import DataError
 from sat_ext.types import Bucket, Item

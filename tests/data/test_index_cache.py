@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from sat_ext.config import load
-from sat_ext.data.config import DataConfig
-from sat_ext.data.index import Index, build_index, cache, probing
+from sat_ext.data.index import Index, build_index, probe_cache, probing
+from sat_ext.data.params import DataConfig
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import SourceConfig
 from sat_ext.encoded.files import write_aside
@@ -67,7 +67,7 @@ def build(*paths: Path | str, config: DataConfig = CONFIG) -> tuple[Index, int]:
 
 
 def cached(folder: Path) -> pa.Table:
-    (table,) = cache.load(str(folder))
+    (table,) = probe_cache.load(str(folder))
     return table
 
 
@@ -178,7 +178,7 @@ def test_offsets_that_point_out_of_the_file_are_found(folder: Path, caplog: pyte
     """Arrow itself would read the memory that they point to. The file is one without a checksum."""
     build(folder)
     file = folder / ".sat_ext" / "index.arrow"
-    data = bytearray(file.read_bytes()[: -cache._TRAILER.size])
+    data = bytearray(file.read_bytes()[: -probe_cache._TRAILER.size])
     file.write_bytes(data)
     assert build(folder)[1] == 0
     offsets = pa.array(cached(folder)["path"].to_pylist(), pa.large_string()).buffers()[1]
@@ -200,7 +200,7 @@ def test_a_flipped_bit_anywhere_is_found(folder: Path, caplog: pytest.LogCapture
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.randrange(8)
         file.write_bytes(flipped)
-        assert cache.load(str(folder)) == []
+        assert probe_cache.load(str(folder)) == []
     assert caplog.text.count("not a readable cache") == 216
     file.write_bytes(content)
     assert cached(folder).equals(expected)
@@ -208,7 +208,7 @@ def test_a_flipped_bit_anywhere_is_found(folder: Path, caplog: pytest.LogCapture
 
 def test_another_prober_begins_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(folder)
-    monkeypatch.setattr(cache, "PROBER_VERSION", cache.PROBER_VERSION + 1)
+    monkeypatch.setattr(probe_cache, "PROBER_VERSION", probe_cache.PROBER_VERSION + 1)
     assert build(folder)[1] == 9
 
 
@@ -220,8 +220,8 @@ def test_a_bad_file_is_remembered_until_it_or_the_libraries_change(
     again, probed = build(folder)
     assert probed == 0
     assert again.bad == first.bad == ((str(folder / "3.png"), "not a readable image: unknown format"),)
-    formats = cache.image_formats()
-    monkeypatch.setattr(cache, "image_formats", lambda: (*formats, "OF A PACKAGE INSTALLED SINCE"))
+    formats = probe_cache.image_formats()
+    monkeypatch.setattr(probe_cache, "image_formats", lambda: (*formats, "OF A PACKAGE INSTALLED SINCE"))
     assert build(folder)[1] == 1
     write_still(folder / "3.png")
     mended, probed = build(folder)
@@ -410,7 +410,7 @@ def test_files_that_are_written_aside_have_the_mode_that_the_umask_says(tmp_path
     before = os.umask(umask)
     try:
         write_aside(tmp_path / "latents-0.safetensors", {"a": torch.zeros(1)}, {})
-        cache.save(str(tmp_path), cache.ENTRIES.empty_table())
+        probe_cache.save(str(tmp_path), probe_cache.ENTRIES.empty_table())
     finally:
         os.umask(before)
     written = [tmp_path / "latents-0.safetensors", tmp_path / ".sat_ext" / "index.arrow"]

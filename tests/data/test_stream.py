@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from sat_ext.config import load
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import Index, build_index
+from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.demo_data import write_demo

@@ -25,8 +25,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sat_ext.cli import cache as command
 from sat_ext.config import load
 from sat_ext.data.cached import Cached, media_codes
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index import build_index
+from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.encoded import text, write

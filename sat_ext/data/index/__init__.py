@@ -3,7 +3,7 @@
 | module | does |
 |---|---|
 | `columns.py` | items to Arrow columns, and back |
-| `cache.py` | what files held in earlier runs, by fingerprint |
+| `probe_cache.py` | what files held in earlier runs, by fingerprint |
 | `probing.py` | the others probed side by side, each file with a time limit |
 | `place.py` | rows to buckets, windows and visits |
 | `build.py` | these in order |

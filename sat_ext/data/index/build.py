@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sat_ext.data.config import DataConfig, name_sources
 from sat_ext.data.index.columns import FILE_COLUMNS, ITEM_COLUMNS, item_batches, to_info, to_item
 from sat_ext.data.index.place import Placed, place_rows, placer, visits_by_weight
 from sat_ext.data.index.probing import Probing, read_files
+from sat_ext.data.params import DataConfig, name_sources
 from sat_ext.data.sources import SourceConfig, read_source
 from sat_ext.errors import DataError
 from sat_ext.types import Bucket, Item, MediaInfo
@@ -88,7 +88,7 @@ def build_index(
 ) -> Index:
     """Read and probe `sources`, and put each record into its bucket.
 
-    Files that have not changed since an earlier run are not probed again (see `cache`). `probing` wraps
+    Files that have not changed since an earlier run are not probed again (see `probe_cache`). `probing` wraps
     the iteration over those that are, given their number: a progress bar. The order of rows and records is that
     of the sources' items. Raises `DataError` when a source is empty, when more files are unreadable than
     `on_bad_sample.skip` allows, when no record of a source fits a bucket, or when weights are too far apart.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from sat_ext.data.clips import is_still_sampler
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index.build import Index
+from sat_ext.data.params import DataConfig
 
 NEARLY_EMPTY = 0.1  # of the clips, in the longest bucket
 LEFT_OUT = 0  # stands for the length of clips that are too short for every bucket

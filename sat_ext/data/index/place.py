@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from sat_ext.data.buckets import assign
 from sat_ext.data.clips import available_frames, is_still_sampler, records_of
-from sat_ext.data.config import DataConfig
 from sat_ext.data.index.columns import FILE_COLUMNS, INFO_COLUMNS, ITEM_COLUMNS
+from sat_ext.data.params import DataConfig
 from sat_ext.data.parts import part_info
 from sat_ext.errors import MediaError
 from sat_ext.types import Bucket, Item, MediaInfo

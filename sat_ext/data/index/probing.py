@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 
 from sat_ext import files
 from sat_ext.data.guard import Guard
-from sat_ext.data.index import cache
-from sat_ext.data.index.cache import ENTRIES
+from sat_ext.data.index import probe_cache
+from sat_ext.data.index.probe_cache import ENTRIES
 from sat_ext.data.probe import probe
 from sat_ext.errors import MediaError
 from sat_ext.types import MediaInfo
@@ -95,7 +95,7 @@ def _outcome(look: Callable[[str], MediaInfo], path: str) -> Outcome:
 def read_files(
     paths: pa.Array, sources: Mapping[str, np.ndarray], *, timeout: float, probing: Probing
 ) -> pa.Table:
-    """One row (columns `cache.ENTRIES`) for each of `paths` (large_string, no doubles), in their order.
+    """One row (columns `probe_cache.ENTRIES`) for each of `paths` (large_string, no doubles), in their order.
 
     `sources` says which of the paths (their numbers, int64) belong to which source: each has a cache of its own,
     which is brought up to date. What is probed is kept also when the run is stopped meanwhile.
@@ -105,10 +105,10 @@ def read_files(
     where = np.full(len(paths), -1, np.int64)  # the row of each path in `tables`, taken as one
     kept: dict[str, set[int]] = {}  # how many entries the caches of a source have, where all of them are in use
     for source, own in sources.items():
-        caches = cache.load(source)
+        caches = probe_cache.load(source)
         kept[source] = set()
         for table in caches:
-            rows = cache.find(table, source, paths.take(pa.array(own)), fingerprints.take(pa.array(own)))
+            rows = probe_cache.find(table, source, paths.take(pa.array(own)), fingerprints.take(pa.array(own)))
             new = (rows >= 0) & (where[own] < 0)
             where[own[new]] = rows[new] + sum(t.num_rows for t in tables)
             tables.append(table)
@@ -127,7 +127,7 @@ def read_files(
         for source, own in sources.items() if save else ():
             worth_keeping = own[lasting[own]]
             if len(worth_keeping) not in kept[source]:
-                cache.save(source, table.take(pa.array(worth_keeping)))
+                probe_cache.save(source, table.take(pa.array(worth_keeping)))
         return table
 
     to_probe = [i for i in misses.tolist() if i not in missing]

@@ -20,7 +20,7 @@ OTHER_COLUMNS = ("captions", "caption_weights", "start", "end", "crop", "fps", "
 
 _LONGEST_SHOWN = 100  # letters of a value in a message
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]
 
 
 def shown(value: Any) -> str:
@@ -29,7 +29,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
-def column_of(row: Sequence[str] | Row, accepted: Sequence[str], what: str, where: str) -> str:
+def column_of(row: Sequence[str] | TableRow, accepted: Sequence[str], what: str, where: str) -> str:
     """The first accepted column that is there. Raises `DataError` with those that are."""
     for name in accepted:
         if name in row:
@@ -40,12 +40,12 @@ def column_of(row: Sequence[str] | Row, accepted: Sequence[str], what: str, wher
     )
 
 
-def has_captions(row: Sequence[str] | Row) -> bool:
+def has_captions(row: Sequence[str] | TableRow) -> bool:
     """Whether any column can hold captions."""
     return "captions" in row or any(name in row for name in CAPTION_COLUMNS)
 
 
-def fields_of(row: Row, where: str) -> dict[str, Any]:
+def fields_of(row: TableRow, where: str) -> dict[str, Any]:
     """Keyword arguments of `Item` out of a row: `captions` (empty where it has none) and what narrows it down.
 
     A number may be text, and a list JSON in text, as CSV has them; None, NaN and empty text are no value.
@@ -76,7 +76,7 @@ def fields_of(row: Row, where: str) -> dict[str, Any]:
     return fields
 
 
-def _captions(row: Row, where: str) -> tuple[str, ...]:
+def _captions(row: TableRow, where: str) -> tuple[str, ...]:
     value: Any = _list(row, "captions", where) if row.get("captions") is not None else None
     if value is None:
         name = next((n for n in CAPTION_COLUMNS if row.get(n) is not None), None)
@@ -135,7 +135,7 @@ def _number(value: Any) -> float | None:
         return math.nan
 
 
-def _list(row: Row, name: str, where: str) -> list[Any] | None:
+def _list(row: TableRow, name: str, where: str) -> list[Any] | None:
     value = row[name]
     if isinstance(value, str) and not value.strip() or isinstance(value, float) and math.isnan(value):
         return None

@@ -8,7 +8,7 @@ import pytest
 
 from sat_ext.config import load
 from sat_ext.data.clips import SAMPLERS, register_sampler
-from sat_ext.data.config import DataConfig
+from sat_ext.data.params import DataConfig
 from sat_ext.errors import ConfigError
 
 
