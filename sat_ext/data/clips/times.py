@@ -69,15 +69,13 @@ def sample_times(
 ) -> ClipTimes:
     """The times of `frames` frames at `fps` frames a second, by the sampler of that name.
 
-    `skip_frames` source frames are left out at both ends: at most (n - 1) // 2 of n, and of a clip that fills its
-    bucket only as many as let it go on filling it, with two source frames at least. Only the samplers called
-    random draw from `rng`; `window` says which of its `records_of` records `all_windows` shall give, and must be 0
-    for the others. A clip of fewer than
-    `frames` frames (see `available_frames`) is filled up by "loop" (start over) or "pad_last" (the last one
-    again), as `short` says; under the other policies such a clip must not come here. Times rise from frame to
-    frame, but for the jump back of "loop" and the standstill of "pad_last". Raises `ConfigError` for an unknown
-    name, when a sampler of stills is asked for more than one frame, and for times that are not what a sampler
-    must give.
+    `skip_frames` source frames are trimmed from both ends: at most (n - 1) // 2 of n, and no more than let the
+    clip still fill its bucket with at least two source frames. `window` is which of the `records_of` records
+    `all_windows` gives, and must be 0 for the others. A clip of fewer than `frames` frames (see
+    `available_frames`) is filled by "loop" (start over) or "pad_last" (repeat the last), as `short` says; under
+    the other policies it must not come here. Times rise, except for the jump back of "loop" and the repeats of
+    "pad_last". Raises `ConfigError` for an unknown name, a sampler of stills asked for more than one frame, and a
+    custom sampler's invalid times.
 
     >>> clip = MediaInfo(width=96, height=96, frames=60, fps=30.0, duration=2.0, codec="h264")
     >>> rng = np.random.default_rng(0)
