@@ -32,15 +32,16 @@ def main() -> None:
     from sat.training.deepspeed_training import training_main
 
     from sat_ext.models.engine import VideoDiffusionEngine
-    from sat_ext.sat import checkpoint, fixes, memory_report
+    from sat_ext.sat import checkpoint, fixes
     from sat_ext.sat.arguments import initialize, parse_args
+    from sat_ext.sat.steps import report_of
     from sat_ext.sat.training import TrainingHooks, get_target
 
     args = parse_args()
     fixes.apply(args)
     initialize(args)
     checkpoint.install(args)
-    memory_report.begin(args)
+    report_of(args)
     data_class = get_target(args.data_config["target"])
     hooks = TrainingHooks(args)
     training_main(

@@ -32,13 +32,15 @@ from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.models.shape import check_buckets, sequence_shape
-from sat_ext.sat import checkpoint, fixes, lists, memory_report
+from sat_ext.sat import checkpoint, fixes, lists
 from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.run import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
+from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import settings_of
 from sat_ext.sat.shared import require_everywhere, share_from_first_rank
 from sat_ext.sat.shm import check_shared_memory
+from sat_ext.sat.steps import report_of
 from sat_ext.sat.uncaught import show_sentences
 
 MANY_FILES = 500  # some seconds of probing
@@ -102,11 +104,11 @@ class JointImageVideoDataset:
         show_sentences()
         fixes.apply(args)
         checkpoint.install(args)
-        memory_report.begin(args)
+        report_of(args)
         config = load(DataConfig, _plain(params), "data.params")
         split = _next_split(args)
         if _is_stream(args, split):
-            entries = args.sat_ext_streams.setdefault(split, [])
+            entries = run_of(args).streams.setdefault(split, [])
             if not entries:
                 entries += [cls._shared_stream(args, config, split), []]
             return SharedStream(entries[0], args, entries[1])
@@ -193,11 +195,10 @@ class FirstFrameDataset(JointImageVideoDataset):
 
 def _next_split(args: argparse.Namespace) -> str:
     """Which list SAT is building now: it goes through train, valid and test entries in this order."""
-    calls = args.sat_ext_calls = getattr(args, "sat_ext_calls", -1) + 1
-    if calls == 0:
-        args.sat_ext_streams = {}
-        if hasattr(args, "experiment_name"):
-            args.experiment_name = share_from_first_rank(lambda: _new_name(args))
+    run = run_of(args)
+    calls, run.built = run.built, run.built + 1
+    if calls == 0 and hasattr(args, "experiment_name"):
+        args.experiment_name = share_from_first_rank(lambda: _new_name(args))
     for split in lists.SPLITS:
         entries = getattr(args, split, None) or []
         if calls < len(entries):

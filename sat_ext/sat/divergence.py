@@ -15,7 +15,8 @@ from torch import Tensor
 from sat_ext.errors import TrainingError
 from sat_ext.ranks import gather
 from sat_ext.sat.checkpoint.reshard import own_pieces
-from sat_ext.sat.checkpoint.run import Run, is_trained
+from sat_ext.sat.checkpoint.run import is_trained
+from sat_ext.sat.run import RunState
 
 
 def begin(model: Any) -> None:
@@ -33,7 +34,7 @@ def attempts(model: Any) -> tuple[int, int]:
     return int(model.global_steps), int(model.skipped_steps)
 
 
-def count(run: Run, model: Any, args: argparse.Namespace, before: tuple[int, int]) -> None:
+def count(run: RunState, model: Any, args: argparse.Namespace, before: tuple[int, int]) -> None:
     """Count a step that changed no weight; `before` is `attempts` of before it. Every rank counts alike.
 
     SAT leaves a step where the loss of any rank is not finite, DeepSpeed one whose gradients are not. Neither says
@@ -53,7 +54,7 @@ def count(run: Run, model: Any, args: argparse.Namespace, before: tuple[int, int
         )
 
 
-def stands(run: Run, args: argparse.Namespace, *, last: bool) -> bool:
+def stands(run: RunState, args: argparse.Namespace, *, last: bool) -> bool:
     """Whether the newest step changed the weights; where not, a save is owed, and made after one that does.
 
     `last`: there will be none.

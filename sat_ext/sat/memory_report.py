@@ -7,13 +7,12 @@ micro-step to the beginning of the next: forward and backward pass, and the opti
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,32 +125,8 @@ def bucket_of(batch: Mapping[str, Any]) -> Bucket:
     return Bucket(frames=frames, height=height, width=width)
 
 
-def begin(args: argparse.Namespace) -> MemoryReport:
-    """The run's report. The first call on the first rank shows the plan, and warns where it does not fit."""
-    report: MemoryReport | None = getattr(args, "sat_ext_memory", None)
-    if report is None:
-        first = rank_and_world()[0] == 0
-        report = args.sat_ext_memory = MemoryReport(_plan(args) if first else None)
-        if first:
-            atexit.register(report.show)
-            if report.plan is not None:
-                _show(report.plan)
-    return report
-
-
-def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward_step` of SAT, before which the micro-step before it ends."""
-
-    def step(data: Any, model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
-        report = begin(args)
-        report.close()
-        report.folder = Path(args.save) if args.save and rank_and_world()[0] == 0 else None
-        return forward_step(report.seeing(data), model, args, *rest, **options)
-
-    return step
-
-
-def _plan(args: argparse.Namespace) -> Plan | None:
+def plan_of(args: argparse.Namespace) -> Plan | None:
+    """What the run is predicted to take; None, with a warning that says why, where it cannot be predicted."""
     config = {name: _plain(getattr(args, f"{name}_config", None)) for name in ("model", "data", "deepspeed")}
     config["args"] = {name: getattr(args, name, None) for name in ARGS}
     _, world = rank_and_world()
@@ -164,7 +139,8 @@ def _plan(args: argparse.Namespace) -> Plan | None:
         return None
 
 
-def _show(plan: Plan) -> None:
+def show_plan(plan: Plan) -> None:
+    """Print it, and warn where this GPU has less memory."""
     Console().print(of_one(plan), of_buckets(plan))
     if not torch.cuda.is_available():
         return

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.ranks import local_ranks, on_every_rank
+from sat_ext.sat.run import run_of
 
 FOLDER = Path("/dev/shm")
 MB = 1_000_000
@@ -32,7 +33,9 @@ def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
     world = dist.get_world_size()
     local = min(world, local_ranks(torch.cuda.device_count() or world))
     batches = local * args.num_workers * args.prefetch_factor
-    args.sat_ext_shm = needed = getattr(args, "sat_ext_shm", 0) + batches * largest
+    run = run_of(args)
+    run.shared_memory += batches * largest
+    needed = run.shared_memory
 
     def look() -> None:
         free = _free()

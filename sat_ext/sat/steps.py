@@ -14,11 +14,13 @@ from sat.helpers import print_rank0
 from torch import Tensor
 
 from sat_ext.models.config import ABSENT
-from sat_ext.sat import divergence, ends, memory_report
+from sat_ext.ranks import rank_and_world
+from sat_ext.sat import divergence, ends
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.claim import claim
 from sat_ext.sat.checkpoint.load import restore_rng
-from sat_ext.sat.checkpoint.run import Run, micro_steps, run_of
+from sat_ext.sat.memory_report import MemoryReport, plan_of, show_plan
+from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
 def install() -> None:
@@ -52,9 +54,9 @@ def install() -> None:
         if run.save_owed and run.bad_steps == 0:
             deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
         hooks, before = {**(hooks or {})}, divergence.attempts(model)
-        hooks["forward_step"] = memory_report.measuring(_counted(hooks["forward_step"]))
+        hooks["forward_step"] = measuring(_counted(hooks["forward_step"]))
         result = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
-        memory_report.begin(args).close()
+        report_of(args).close()
         divergence.count(run, model, args, before)
         return result
 
@@ -75,14 +77,14 @@ def mean_metrics(gathered: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values.mean().reshape(1) for name, values in means.items() if values.numel()}
 
 
-def _saves(run: Run, args: argparse.Namespace) -> bool:
+def _saves(run: RunState, args: argparse.Namespace) -> bool:
     return run.settings.checkpoint == "full" and bool(args.save)
 
 
-def _begin(run: Run, args: argparse.Namespace) -> None:
+def _begin(run: RunState, args: argparse.Namespace) -> None:
     """Just before the first step: SAT's seeds, and what the data loaders draw from them, come before."""
     run.began = True
-    args.sat_ext_micro_steps = micro_steps(args)
+    run.micro_steps = micro_steps(args)
     if _saves(run, args):
         atexit.register(ends.end_workers)  # after multiprocessing's own function, and so called before it
         claim(Path(args.save))
@@ -95,7 +97,7 @@ def _begin(run: Run, args: argparse.Namespace) -> None:
 def _stop(model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace) -> None:
     from sat.training import deepspeed_training
 
-    args.sat_ext_stopping = True
+    run_of(args).stopping = True
     print_rank0(f"SIGTERM: saving iteration {args.iteration}, and ending")
     if args.iteration > 0:
         deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
@@ -108,7 +110,7 @@ def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 
     def step(data: Iterator[Any], model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
         result = forward(data, model, args, *rest, **options)
-        args.sat_ext_micro_steps += 1
+        run_of(args).micro_steps = micro_steps(args) + 1
         return result
 
     return step
@@ -125,5 +127,30 @@ def _with_losses_by_kind(forward_step: Callable[..., Any]) -> Callable[..., Any]
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         own: dict[str, torch.Tensor] = loss_fn.metrics()
         return loss, {**metrics, **{k: v.detach().float() for k, v in own.items() if k not in metrics}}
+
+    return step
+
+
+def report_of(args: argparse.Namespace) -> MemoryReport:
+    """The run's report. The first call on the first rank shows the plan, and warns where it does not fit."""
+    run = run_of(args)
+    if run.memory is None:
+        first = rank_and_world()[0] == 0
+        run.memory = MemoryReport(plan_of(args) if first else None)
+        if first:
+            atexit.register(run.memory.show)
+            if run.memory.plan is not None:
+                show_plan(run.memory.plan)
+    return run.memory
+
+
+def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward_step` of SAT, before which the micro-step before it ends."""
+
+    def step(data: Any, model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
+        report = report_of(args)
+        report.close()
+        report.folder = Path(args.save) if args.save and rank_and_world()[0] == 0 else None
+        return forward_step(report.seeing(data), model, args, *rest, **options)
 
     return step

@@ -24,6 +24,7 @@ from sat_ext.models.checkpoint import CONFIG_NAME
 from sat_ext.models.config import ABSENT
 from sat_ext.models.show import sample_rows
 from sat_ext.sat.registry import get_dataset
+from sat_ext.sat.run import micro_steps, run_of
 from sat_ext.sat.side_files import side_file
 from sat_ext.sat.steps import mean_metrics
 
@@ -65,7 +66,7 @@ class TrainingHooks:
             self._evaluate_first(model, timers)
         batch = self._next(data_iterator, timers)
         # noise and dropout follow from the step and the rank alone: a resumed run draws what the first would have
-        seeds = np.random.SeedSequence([args.seed, args.sat_ext_micro_steps, dist.get_rank()])
+        seeds = np.random.SeedSequence([args.seed, micro_steps(args), dist.get_rank()])
         batch["seed"] = int(seeds.generate_state(1)[0])
         loss, metrics = model(batch)
         self._progress.update(metrics, len(batch["txt"]) * mpu.get_data_parallel_world_size(), args)
@@ -87,7 +88,7 @@ class TrainingHooks:
         """Write down the held-out losses, and whether they are `test_data`'s. SAT calls it on the first rank."""
         means = mean_metrics(gathered)
         record = {"iteration": self.args.iteration, **{k: round(float(v), 6) for k, v in means.items()}}
-        if getattr(self.args, "sat_ext_evaluated", "val") == "test":
+        if run_of(self.args).evaluated == "test":
             record["data"] = "test_data"
         else:
             self.evaluations.append(record)
@@ -142,7 +143,7 @@ class TrainingHooks:
 
     def _evaluate_first(self, model: Any, timers: Any) -> None:
         """Held-out loss before the first step. SAT evaluates after steps only."""
-        streams = getattr(self.args, "sat_ext_streams", {})
+        streams = run_of(self.args).streams
         if "valid_data" in streams and self.args.eval_interval:
             batches = streams["valid_data"][0].batches(rank=mpu.get_data_parallel_rank())
             hooks = {"forward_step_eval": self.forward_step_eval, "handle_metrics": self.handle_metrics}

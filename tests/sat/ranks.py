@@ -250,17 +250,17 @@ def prepare(records: Path, request: dict[str, Any]) -> None:
                 seen.update(keys=batch["key"], sources=batch["source"], shape=shape)
                 yield batch
 
-        if request.get("fill_at") == args.sat_ext_micro_steps and args.rank == 0:
+        if request.get("fill_at") == args.sat_ext.micro_steps and args.rank == 0:
             fill(Path(args.save).parent)
         if request.get("slow"):
             time.sleep(request["slow"])
-        if args.sat_ext_micro_steps in request.get("nan", []):
+        if args.sat_ext.micro_steps in request.get("nan", []):
             watched_data = watched()
             next(watched_data)
             loss, metrics = torch.tensor(float("nan")), {}
         else:
             loss, metrics = original(self, watched(), model, args, timers)
-        if [records.stem, args.sat_ext_micro_steps] in request.get("nan_on", []):
+        if [records.stem, args.sat_ext.micro_steps] in request.get("nan_on", []):
             loss = loss * float("nan")
         if request.get("draws"):  # as CogVideo's engine does, whose noise and dropout are drawn so
             loss = loss * (1 + 0.1 * (random.random() + float(np.random.rand()) + torch.rand(())))

@@ -17,7 +17,7 @@ import torch
 from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import load_engine, read_file, read_weights
 from sat_ext.sat.checkpoint.load import SHARD_TYPES
-from sat_ext.sat.checkpoint.run import run_of
+from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import NAMES, settings_of
 from tests.sat.ranks import Server, finish, folder_of
 from tests.sat.runs import QUICK

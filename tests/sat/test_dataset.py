@@ -22,6 +22,7 @@ from sat_ext.errors import ConfigError, DataError
 from sat_ext.pixels import to_model_range
 from sat_ext.sat import shm
 from sat_ext.sat.dataset import _new_name, _pixel_type
+from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import NAMES
 
 TINY = str(Path(__file__).parents[2] / "configs" / "model" / "tiny.yaml")
@@ -102,7 +103,7 @@ def test_map_style_is_as_long_as_an_epoch_has_records(sat_args: MakeArgs, demo: 
             "buckets": {"frames": [5]},
             "short_clips": "loop",
         }
-        args.sat_ext_calls = -1
+        run_of(args).built = 0
         lengths.append(len(sat_ext.JointImageVideoDataset.create_dataset_function("", args, **params)))
     assert lengths[1] > lengths[0] == 12
 
@@ -321,7 +322,7 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused_at_the_start(
     args = sat_args(num_workers=4, prefetch_factor=3)
     for lists in (1, 2):
         create(args)
-        assert args.sat_ext_shm == lists * 4 * 3 * largest
+        assert args.sat_ext.shared_memory == lists * 4 * 3 * largest
     monkeypatch.setattr(shm, "_free", lambda: 4 * 3 * largest - 1)
     with pytest.raises(
         ConfigError, match=r"/dev/shm: 5 MB are free, but batches of up to 1 MB.* --shm-size=1g, or"

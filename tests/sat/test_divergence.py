@@ -20,8 +20,8 @@ from deepspeed.accelerator import get_accelerator
 
 from sat_ext.errors import ConfigError, TrainingError
 from sat_ext.sat import divergence
-from sat_ext.sat.checkpoint.run import Run, run_of
 from sat_ext.sat.fixes.cpu import no_compiler
+from sat_ext.sat.run import RunState, run_of
 from sat_ext.sat.settings import NAMES, Settings
 from tests.sat.ranks import Server, finish, folder_of
 from tests.sat.runs import QUICK
@@ -127,7 +127,7 @@ def test_weights_and_optimizer_states_are_looked_at_before_a_save(one_rank: None
 
 
 def bad_steps(model: Any, steps: int, scale: float) -> int:
-    run, args = Run(Settings()), Namespace(iteration=0, save=None, load=None)
+    run, args = RunState(settings=Settings()), Namespace(iteration=0, save=None, load=None)
     divergence.begin(model)
     for args.iteration in range(steps):
         before = divergence.attempts(model)
@@ -173,7 +173,7 @@ def test_the_search_for_fp16s_loss_scale_is_no_divergence() -> None:
     )  # fmt: skip
     divergence.begin(model)
     assert not scaler.raise_error_at_min_scale
-    run, args = Run(Settings()), Namespace(iteration=0, save=None, load=None)
+    run, args = RunState(settings=Settings()), Namespace(iteration=0, save=None, load=None)
 
     def skip() -> None:
         before = divergence.attempts(model)

@@ -25,7 +25,8 @@ from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint import epoch
 from sat_ext.sat.checkpoint.layout import CellState, Manifest, RateState, read_manifest, write_manifest
-from sat_ext.sat.checkpoint.run import Run, samples_used
+from sat_ext.sat.checkpoint.run import samples_used
+from sat_ext.sat.run import RunState
 from sat_ext.sat.settings import Settings
 
 COUNT, USED, SEED = 40, 56, 7  # in the second epoch, of which 16 are done
@@ -66,7 +67,7 @@ def schedule_of(index: Index, seed: int = SEED) -> Schedule:
     return Schedule(cells, index.shares, seed=seed, world=1)
 
 
-def save(index: Index, folder: Path) -> Run:
+def save(index: Index, folder: Path) -> RunState:
     """A run that is resumed from a checkpoint of `index`, of which `USED` samples a source were trained on."""
     folder.mkdir()
     found, schedule = epoch.epoch_of(index, schedule_of(index)), schedule_of(index)
@@ -87,7 +88,7 @@ def save(index: Index, folder: Path) -> Run:
     )  # fmt: skip
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
-    return Run(Settings(), resumed=manifest, folder=folder)
+    return RunState(settings=Settings(), resumed=manifest, folder=folder)
 
 
 def seen(index: Index, schedule: Schedule, used: list[int], *, coming: bool) -> list[str]:
@@ -141,7 +142,7 @@ def test_what_changed_is_said_with_how_many_samples_come_twice_or_not_at_all(
     run = save(before, tmp_path / "1")
     assert run.resumed is not None
     done = seen(before, schedule_of(before), [c.used for c in run.resumed.cells], coming=False)
-    args = Namespace(sat_ext_run=run)
+    args = Namespace(sat_ext=run)
     assert samples_used(args, before, SEED) == [c.used for c in run.resumed.cells]
     assert not said
     change(folder)
@@ -166,7 +167,7 @@ def test_other_buckets_shares_sources_and_seeds_are_told_apart(
     run = save(index, tmp_path / "1")
     assert run.resumed is not None
     used_before = [c.used for c in run.resumed.cells]
-    args = Namespace(sat_ext_run=run)
+    args = Namespace(sat_ext=run)
     sizes = {"frames": [1], "sizes": [[32, 32]]}
     other = index_of(
         {"path": str(folder), "share": 0.6}, {"path": str(folder), "name": "new", "share": 0.4}, buckets=sizes
@@ -206,7 +207,7 @@ def test_a_checkpoint_without_a_list_of_samples_is_gone_on_with(
         del cell["keys"]
     (run.folder / "sat_ext.json").write_text(json.dumps(text))
     old = replace(run, resumed=read_manifest(run.folder))
-    assert samples_used(Namespace(sat_ext_run=old), index, SEED) == [c.used for c in run.resumed.cells]
+    assert samples_used(Namespace(sat_ext=old), index, SEED) == [c.used for c in run.resumed.cells]
     assert said == [
         "resume: the checkpoint is of an earlier version, which does not list its samples: if the data have "
         "changed since then, some of this epoch come twice, and some not at all."
@@ -215,7 +216,7 @@ def test_a_checkpoint_without_a_list_of_samples_is_gone_on_with(
     content[content.find(torch.load(run.folder / "data.pt")[0]["keys"].numpy().tobytes())] ^= 1
     (run.folder / "data.pt").write_bytes(content)
     with pytest.raises(ConfigError, match="data.pt: damaged"):
-        samples_used(Namespace(sat_ext_run=run), index, SEED)
+        samples_used(Namespace(sat_ext=run), index, SEED)
 
 
 def test_of_very_many_samples_an_estimate_is_said_and_no_change_is_missed(
@@ -226,7 +227,7 @@ def test_of_very_many_samples_an_estimate_is_said_and_no_change_is_missed(
     assert sum(len(s["keys"]) for s in torch.load(tmp_path / "1" / "data.pt")) == 10
     for number in range(20):
         os.remove(folder / f"{number:02}.png")
-    samples_used(Namespace(sat_ext_run=run), index_of(folder), SEED)
+    samples_used(Namespace(sat_ext=run), index_of(folder), SEED)
     assert re.search(r"about (16|20|24) of its 40 samples are gone; in this epoch (about )?\d+ s", said[0])
 
 

@@ -24,7 +24,8 @@ from sat_ext.errors import ConfigError
 from sat_ext.sat import fixes
 from sat_ext.sat.fixes import memory, optimizer, sizes
 from sat_ext.sat.fixes.memory import COLLECT_EVERY
-from sat_ext.sat.settings import NAMES
+from sat_ext.sat.run import RunState
+from sat_ext.sat.settings import NAMES, Settings
 
 MODULES = ("learning_rates", "model_io", "utils", "deepspeed_training")
 
@@ -86,7 +87,8 @@ def rates(training: Any, steps: int, *, iteration: int = 0, saved: Any = None, *
     """The learning rate of each step from `iteration` on, and the scheduler's state behind them."""
     values: dict[str, Any] = {
         "lr": 1.0, "lr_decay_iters": None, "train_iters": 200, "warmup": 0.05, "lr_decay_style": "linear",
-        "lr_decay_ratio": 0.1, "mode": "pretrain", "sat_ext_lr_scheduler": saved,
+        "lr_decay_ratio": 0.1, "mode": "pretrain",
+        "sat_ext": RunState(settings=Settings(), schedule=saved or {}),
     }  # fmt: skip
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = training.get_learning_rate_scheduler(optimizer, iteration, Namespace(**{**values, **changes}))

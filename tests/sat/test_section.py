@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from sat_ext.errors import ConfigError
 from sat_ext.sat.arguments import parse_args
-from sat_ext.sat.checkpoint.run import run_of
+from sat_ext.sat.run import run_of
 from sat_ext.sat.section import check_section
 from tests.sat.ranks import Server, finish
 from tests.sat.runs import QUICK

@@ -21,7 +21,7 @@ def install(args: argparse.Namespace) -> None:
     """
     global _installed
     from sat_ext.sat import steps
-    from sat_ext.sat.checkpoint.run import run_of
+    from sat_ext.sat.run import run_of
 
     run_of(args)
     if not _installed:
@@ -37,7 +37,7 @@ def _replace_functions() -> None:
     from sat_ext.sat import divergence
     from sat_ext.sat.checkpoint import load, save
     from sat_ext.sat.checkpoint.layout import read_manifest
-    from sat_ext.sat.checkpoint.run import run_of
+    from sat_ext.sat.run import run_of
 
     save_weights, load_weights = sat.save_checkpoint, sat.load_checkpoint
     set_up, make_scheduler = sat.setup_model_untrainable_params_and_optimizer, sat.get_learning_rate_scheduler

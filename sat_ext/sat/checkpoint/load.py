@@ -29,8 +29,9 @@ from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.averages import check_same_weights, other_averages, unmap, with_own_scaler
 from sat_ext.sat.checkpoint.layout import OPTIMIZER_NAME, Manifest
 from sat_ext.sat.checkpoint.reshard import cut, own_pieces, saved_shards
-from sat_ext.sat.checkpoint.run import Run, is_trained, run_of
+from sat_ext.sat.checkpoint.run import is_trained
 from sat_ext.sat.fixes.loading import check_names, gathered_loading, lacking, lacks
+from sat_ext.sat.run import RunState, run_of
 
 # The objects in DeepSpeed's shards; nothing else in one can run code.
 SHARD_TYPES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
@@ -60,11 +61,11 @@ def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
     print_rank0(f"loaded the weights of {file.parent}")
     if run.resumed is None:
         return 0
-    args.sat_ext_micro_steps = run.resumed.micro_steps
+    run.micro_steps = run.resumed.micro_steps
     return iteration
 
 
-def _require_sound(run: Run, path: Path) -> None:
+def _require_sound(run: RunState, path: Path) -> None:
     """Raise `ConfigError` where a record of the checkpoint or of its base is damaged. The ranks share the records,
     so that each reads a part, whoever needs them."""
     files = list(weight_files(path))
@@ -118,7 +119,7 @@ def _check_whole(model: nn.Module, weights: dict[str, Tensor], args: argparse.Na
         )
 
 
-def check_trained(model: nn.Module, run: Run) -> None:
+def check_trained(model: nn.Module, run: RunState) -> None:
     """Raise `ConfigError` where the checkpoint that is resumed lacks a weight that this run trains.
 
     Of a run that begins: its base is not needed later when all of its weights are trained, and saved.
@@ -139,7 +140,7 @@ def check_trained(model: nn.Module, run: Run) -> None:
         )
 
 
-def load_optimizer(run: Run, scheduler: Any) -> None:
+def load_optimizer(run: RunState, scheduler: Any) -> None:
     """Optimizer, DeepSpeed's counters and the learning rate of the checkpoint that is resumed.
 
     The options of the optimizer (weight decay, betas) stay as the YAML has them now. Raises `ConfigError`.
@@ -172,7 +173,7 @@ def place_steps(optimizer: Any) -> None:
                 state["step"] = state["step"].to(weight.device)
 
 
-def _read_own(run: Run) -> tuple[dict[str, Any] | None, str | None]:
+def _read_own(run: RunState) -> tuple[dict[str, Any] | None, str | None]:
     """This rank's part: the optimizer's state, if it can be used at all, and why its averages cannot; and the
     random numbers, kept for the first step."""
     engine, saved, folder = run.engine, run.resumed, run.folder
@@ -289,7 +290,7 @@ def _as_deepspeeds(
     }
 
 
-def restore_rng(run: Run, args: argparse.Namespace) -> None:
+def restore_rng(run: RunState, args: argparse.Namespace) -> None:
     """This rank's random numbers as they were; on another number of ranks, others that follow from the seed."""
     saved = run.resumed
     assert saved is not None

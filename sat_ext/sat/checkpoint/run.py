@@ -1,128 +1,25 @@
-"""What has to be known of a run between SAT's calls: where it came from, and how far it is in the data."""
+"""Where a run is in its data: saved with a checkpoint, and taken up from one."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from sat import mpu
 from sat.helpers import print_rank0
 
-from sat_ext.config import read_yaml
 from sat_ext.data.index import Index
 from sat_ext.data.schedule import Cell, Schedule
 from sat_ext.data.stream import JointStream
-from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import find_weights, no_checkpoint, read_file
+from sat_ext.models.checkpoint import read_file
 from sat_ext.ranks import rank_and_world
 from sat_ext.sat.checkpoint.epoch import DATA_NAME, Epoch, changes, epoch_of
-from sat_ext.sat.checkpoint.layout import Base, CellState, Manifest, read_manifest, whole_checkpoints
-from sat_ext.sat.section import TWICE, check_keys, check_section
-from sat_ext.sat.settings import Settings, settings_of
-
-
-@dataclass
-class Run:
-    """`resumed` and `folder` are of the full checkpoint that the run goes on from; `base` holds the weights that
-    its own checkpoints leave out; `saved` is the iteration of its last checkpoint; `random` are this rank's random
-    numbers in `folder`, until the first step; `bad_steps` is how many of the newest steps changed no weight.
-    """
-
-    settings: Settings
-    resumed: Manifest | None = field(default=None, repr=False)
-    folder: Path | None = None
-    base: Base | None = None
-    whole: bool = True
-    saved: int | None = None
-    engine: Any = field(default=None, repr=False)  # SAT prints all of `args`
-    random: dict[str, Any] | None = field(default=None, repr=False)
-    epoch: Epoch | None = field(default=None, repr=False)
-    began: bool = False
-    bad_steps: int = 0
-    save_owed: bool = False
-
-
-def run_of(args: argparse.Namespace) -> Run:
-    """The run's state, kept in `args` as SAT keeps its own. Raises `ConfigError` for a bad `args.load`."""
-    run: Run | None = getattr(args, "sat_ext_run", None)
-    if run is None:
-        run = args.sat_ext_run = Run(settings_of(args))
-        _check(args, run.settings)
-        if run.settings.deterministic:
-            _be_deterministic()
-        if getattr(args, "load", None):
-            _look_at(run, Path(args.load), going_on=args.mode == "pretrain")
-    return run
-
-
-def _check(args: argparse.Namespace, settings: Settings) -> None:
-    is_cogvideos = "network_config" in (getattr(args, "model_config", None) or {})
-    if is_cogvideos and getattr(args, "deepspeed_config", None):
-        _check_section(args)
-    if settings.checkpoint != "full":
-        return
-    if getattr(args, "model_parallel_size", 1) > 1:
-        raise ConfigError(
-            f"args.checkpoint: 'full' is for model_parallel_size 1, not {args.model_parallel_size}; use 'weights'."
-        )
-    zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
-        raise ConfigError(
-            "args.checkpoint: 'full' cannot save an optimizer that is offloaded to NVMe; use "
-            "deepspeed.zero_optimization.offload_optimizer.device: cpu, or 'checkpoint: weights'."
-        )
-
-
-def _be_deterministic() -> None:
-    """After SAT seeded, which turns cuDNN's benchmark on, and before cuBLAS reads its variable at its first use.
-
-    https://docs.pytorch.org/docs/stable/notes/randomness.html
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
-def _check_section(args: argparse.Namespace) -> None:
-    """CogVideo's script, whose arguments are not ours, has read it when we are called first."""
-    config = args.deepspeed_config
-    check_keys(config, (read_yaml(args.base).get("args") or {}) if getattr(args, "base", None) else {})
-    args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1  # SAT multiplies by it
-    counts = {k: getattr(args, name) for name, (k, *rest) in TWICE.items() if not rest}
-    check_section({**counts, **config}, mpu.get_data_parallel_world_size(), checkpoints_activations=True)
-
-
-def _look_at(run: Run, path: Path, *, going_on: bool) -> None:
-    if not (path / "latest").is_file():
-        raise ConfigError(
-            f"args.load: {no_checkpoint(path)}; name CogVideo's transformer folder, or a run's folder."
-        )
-    file = find_weights(path)
-    manifest = read_manifest(file.parent)
-    run.whole = False
-    if going_on and manifest is not None:
-        run.resumed, run.folder, run.base, run.whole = manifest, file.parent, manifest.base, manifest.whole
-        run.saved = manifest.iteration if file.parent.name == str(manifest.iteration) else None
-        if newer := [p.name for p in whole_checkpoints(path) if int(p.name) > manifest.iteration]:
-            print_rank0(f"resume: {path / 'latest'} names {file.parent.name}, but {newer[-1]} is newer.")
-    else:
-        name = file.parent.name
-        run.base = Base(path=str(path.resolve()), iteration=int(name) if name.isdecimal() else None)
+from sat_ext.sat.checkpoint.layout import CellState
+from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
 def is_trained(parameter: torch.Tensor) -> bool:
     """Whether training changes a parameter: CogVideo freezes some by a learning rate of 0."""
     return parameter.requires_grad and getattr(parameter, "lr_scale", 1) != 0
-
-
-def micro_steps(args: argparse.Namespace) -> int:
-    """Batches that each rank took since the run began, those whose loss was not finite too."""
-    counted: int | None = getattr(args, "sat_ext_micro_steps", None)
-    return getattr(args, "iteration", 0) * args.gradient_accumulation_steps if counted is None else counted
 
 
 def first_step(args: argparse.Namespace) -> int:
@@ -175,7 +72,7 @@ def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int]
     return used
 
 
-def _report_changes(run: Run, index: Index, used: list[int], seed: int) -> None:
+def _report_changes(run: RunState, index: Index, used: list[int], seed: int) -> None:
     """Print what else is not as it was when the checkpoint was saved: samples, and shares."""
     resumed, folder = run.resumed, run.folder
     assert resumed is not None and folder is not None
@@ -227,5 +124,5 @@ def data_of(args: argparse.Namespace) -> Epoch | None:
 
 def stream_of(args: argparse.Namespace) -> JointStream | None:
     """What the run trains on, if it is ours."""
-    streams = getattr(args, "sat_ext_streams", {}).get("train_data")
+    streams = run_of(args).streams.get("train_data")
     return streams[0] if streams else None

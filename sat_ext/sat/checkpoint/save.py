@@ -35,8 +35,9 @@ from sat_ext.sat.checkpoint.layout import (
 )
 from sat_ext.sat.checkpoint.load import round_robin
 from sat_ext.sat.checkpoint.publish import find_missing, publish
-from sat_ext.sat.checkpoint.run import Run, cells_of, data_of, is_trained, micro_steps, run_of, stream_of
+from sat_ext.sat.checkpoint.run import cells_of, data_of, is_trained, stream_of
 from sat_ext.sat.fixes.saving import gather_weights, in_checkpoint
+from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
 class Writer(CheckpointEngine):
@@ -145,11 +146,11 @@ def out_of_the_way(folder: Path) -> Iterator[None]:
 
 def is_last(iteration: int, args: argparse.Namespace) -> bool:
     """Whether no later checkpoint can make up for this one."""
-    return iteration >= args.train_iters or getattr(args, "sat_ext_stopping", False)
+    return iteration >= args.train_iters or run_of(args).stopping
 
 
 def _write(
-    folder: Path, iteration: int, model: Any, rate: Any, args: argparse.Namespace, run: Run, writer: Writer
+    folder: Path, iteration: int, model: Any, rate: Any, args: argparse.Namespace, run: RunState, writer: Writer
 ) -> str | None:
     """Write, rename and prune; what went wrong, on every rank, or None."""
     partial, first = folder / f"{iteration}{PARTIAL}", dist.get_rank() == 0
@@ -178,7 +179,7 @@ def _write(
     return error
 
 
-def _write_engine(model: Any, folder: Path, tag: str, iteration: int, writer: Writer, run: Run) -> None:
+def _write_engine(model: Any, folder: Path, tag: str, iteration: int, writer: Writer, run: RunState) -> None:
     """DeepSpeed's files, and under ZeRO-3 the whole weights too."""
     own, script = model.checkpoint_engine, model._copy_recovery_script
     model.checkpoint_engine = writer
@@ -196,7 +197,7 @@ def _write_engine(model: Any, folder: Path, tag: str, iteration: int, writer: Wr
         model.checkpoint_engine, model._copy_recovery_script = own, script
 
 
-def _kept(module: torch.nn.Module, run: Run) -> Callable[[str], bool]:
+def _kept(module: torch.nn.Module, run: RunState) -> Callable[[str], bool]:
     """Which weights a checkpoint of the run holds: all, or those that its base does not give."""
     parameters, belongs = dict(module.named_parameters()), in_checkpoint(module)
 
@@ -214,7 +215,7 @@ def _gather(writer: Writer) -> tuple[str | None, list[dict[str, int]]]:
 
 
 def _manifest(
-    iteration: int, model: Any, rate: Any, args: argparse.Namespace, run: Run, files: dict[str, int]
+    iteration: int, model: Any, rate: Any, args: argparse.Namespace, run: RunState, files: dict[str, int]
 ) -> Manifest:
     stream = stream_of(args)
     shares = stream.index.shares if stream else {}

@@ -16,6 +16,7 @@ from torch import Tensor
 from sat_ext.models.config import ABSENT
 from sat_ext.models.diffusion import sample_seeds
 from sat_ext.sat.checkpoint import rng
+from sat_ext.sat.run import run_of
 
 LISTS = {"val": "valid_data", "test": "test_data"}
 
@@ -42,8 +43,9 @@ def evaluate(
 
     Of our stream it takes the steps of its list, else `eval_iters`. Each rank makes the same collective calls.
     """
-    args.sat_ext_evaluated = split  # for the script's `handle_metrics`, which SAT does not tell
-    listed = getattr(args, "sat_ext_streams", {}).get(LISTS[split])
+    run = run_of(args)
+    run.evaluated = split  # for the script's `handle_metrics`, which SAT does not tell
+    listed = run.streams.get(LISTS[split])
     batches = _Counting(data_iterator)
     totals: Tensor | None = None
     model.eval()

@@ -16,6 +16,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import RNG_STATE_TYPES, read_file, under_adapters
 from sat_ext.sat.fixes.saving import in_checkpoint
 from sat_ext.sat.fixes.standin import StandIn
+from sat_ext.sat.run import run_of
 
 LORA_WEIGHTS = (".matrix_", ".lora_")  # SAT's and peft's
 
@@ -78,7 +79,7 @@ def load(args: argparse.Namespace) -> bool:
         finally:
             hook.remove()
         if args.mode == "pretrain":
-            args.sat_ext_lr_scheduler = state.get("client_lr_scheduler")
+            run_of(args).schedule = state.get("client_lr_scheduler") or {}
         state.clear()
         return iteration
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sat_ext.sat.run import run_of
+
 
 def lr_schedule(args: argparse.Namespace) -> bool:
     """Symptom: a resumed run warms up again for 100 steps, and divides by zero where `warmup` is 0; the last step
@@ -25,7 +27,7 @@ def lr_schedule(args: argparse.Namespace) -> bool:
             return make(optimizer, iteration, args, **kwargs)
         kwargs["auto_warmup_steps"] = 0
         scheduler = make(optimizer, iteration, args, **kwargs)
-        saved = getattr(args, "sat_ext_lr_scheduler", None) or {}
+        saved = run_of(args).schedule
         for name in WARM_UP:
             setattr(scheduler, name, saved.get(name, getattr(scheduler, name)))
         scheduler.step(scheduler.num_iters)

@@ -1,0 +1,135 @@
+"""What has to be known of a run between SAT's calls: one object, `args.sat_ext`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from sat import mpu
+from sat.helpers import print_rank0
+
+from sat_ext.config import read_yaml
+from sat_ext.errors import ConfigError
+from sat_ext.models.checkpoint import find_weights, no_checkpoint
+from sat_ext.sat.checkpoint.epoch import Epoch
+from sat_ext.sat.checkpoint.layout import Base, Manifest, read_manifest, whole_checkpoints
+from sat_ext.sat.memory_report import MemoryReport
+from sat_ext.sat.section import TWICE, check_keys, check_section
+from sat_ext.sat.settings import Settings, settings_of
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """SAT hands its functions nothing but `args`, so what one of ours must tell another is kept there.
+
+    Where the run comes from: `resumed` and `folder` are of the full checkpoint that it continues; `base` holds the
+    weights that its own checkpoints leave out (`whole`: they leave out none); `schedule` is the state that SAT
+    saved of its learning rate; `random` are this rank's random numbers in `folder`, until the first step.
+
+    How far it is: `began` with its first step; `micro_steps` are the batches that each rank has taken;
+    `bad_steps` is how many of the newest steps changed no weight; `saved` is the iteration of its last
+    checkpoint, `save_owed` that one was put off, and `stopping` that SIGTERM ends the run.
+
+    The data: `built` counts the data sets that SAT has asked for, `streams` are those of each list,
+    `shared_memory` the bytes that their workers may fill, `epoch` the samples that a checkpoint lists, and
+    `evaluated` the list that is being evaluated, `val` or `test`.
+    """
+
+    settings: Settings
+    resumed: Manifest | None = field(default=None, repr=False)  # SAT prints all of `args`
+    folder: Path | None = None
+    base: Base | None = None
+    whole: bool = True
+    schedule: dict[str, Any] = field(default_factory=dict, repr=False)
+    random: dict[str, Any] | None = field(default=None, repr=False)
+    began: bool = False
+    micro_steps: int | None = None
+    bad_steps: int = 0
+    saved: int | None = None
+    save_owed: bool = False
+    stopping: bool = False
+    built: int = 0
+    streams: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+    shared_memory: int = 0
+    epoch: Epoch | None = field(default=None, repr=False)
+    evaluated: str = "val"
+    engine: Any = field(default=None, repr=False)
+    memory: MemoryReport | None = field(default=None, repr=False)
+
+
+def run_of(args: argparse.Namespace) -> RunState:
+    """The run's state, kept in `args` as SAT keeps its own. Raises `ConfigError` for a bad `args.load`."""
+    run: RunState | None = getattr(args, "sat_ext", None)
+    if run is None:
+        run = args.sat_ext = RunState(settings=settings_of(args))
+        _check(args, run.settings)
+        if run.settings.deterministic:
+            _be_deterministic()
+        if getattr(args, "load", None):
+            _look_at(run, Path(args.load), going_on=args.mode == "pretrain")
+    return run
+
+
+def _check(args: argparse.Namespace, settings: Settings) -> None:
+    is_cogvideos = "network_config" in (getattr(args, "model_config", None) or {})
+    if is_cogvideos and getattr(args, "deepspeed_config", None):
+        _check_section(args)
+    if settings.checkpoint != "full":
+        return
+    if getattr(args, "model_parallel_size", 1) > 1:
+        raise ConfigError(
+            f"args.checkpoint: 'full' is for model_parallel_size 1, not {args.model_parallel_size}; use 'weights'."
+        )
+    zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise ConfigError(
+            "args.checkpoint: 'full' cannot save an optimizer that is offloaded to NVMe; use "
+            "deepspeed.zero_optimization.offload_optimizer.device: cpu, or 'checkpoint: weights'."
+        )
+
+
+def _be_deterministic() -> None:
+    """After SAT seeded, which turns cuDNN's benchmark on, and before cuBLAS reads its variable at its first use.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _check_section(args: argparse.Namespace) -> None:
+    """CogVideo's script, whose arguments are not ours, has read it when we are called first."""
+    config = args.deepspeed_config
+    check_keys(config, (read_yaml(args.base).get("args") or {}) if getattr(args, "base", None) else {})
+    args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1  # SAT multiplies by it
+    counts = {k: getattr(args, name) for name, (k, *rest) in TWICE.items() if not rest}
+    check_section({**counts, **config}, mpu.get_data_parallel_world_size(), checkpoints_activations=True)
+
+
+def _look_at(run: RunState, path: Path, *, going_on: bool) -> None:
+    if not (path / "latest").is_file():
+        raise ConfigError(
+            f"args.load: {no_checkpoint(path)}; name CogVideo's transformer folder, or a run's folder."
+        )
+    file = find_weights(path)
+    manifest = read_manifest(file.parent)
+    run.whole = False
+    if going_on and manifest is not None:
+        run.resumed, run.folder, run.base, run.whole = manifest, file.parent, manifest.base, manifest.whole
+        run.saved = manifest.iteration if file.parent.name == str(manifest.iteration) else None
+        if newer := [p.name for p in whole_checkpoints(path) if int(p.name) > manifest.iteration]:
+            print_rank0(f"resume: {path / 'latest'} names {file.parent.name}, but {newer[-1]} is newer.")
+    else:
+        name = file.parent.name
+        run.base = Base(path=str(path.resolve()), iteration=int(name) if name.isdecimal() else None)
+
+
+def micro_steps(args: argparse.Namespace) -> int:
+    """Batches that each rank has taken since the run began, those whose loss was not finite included."""
+    counted = run_of(args).micro_steps
+    return getattr(args, "iteration", 0) * args.gradient_accumulation_steps if counted is None else counted
