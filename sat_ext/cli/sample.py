@@ -86,6 +86,8 @@ def _from_prompt(
     generator: torch.Generator,
     options: dict[str, Any],
 ) -> SheetRow:
+    from sat_ext.models.generate import generate
+
     first = None
     strips = {}
     if image is not None:
@@ -94,8 +96,8 @@ def _from_prompt(
         pixels = read_still(str(image), fit=Fit(bucket.height, bucket.width))
         first = pixels.float() / 127.5 - 1
         strips["first frame"] = pixels.permute(0, 2, 3, 1).numpy()
-    out = engine.sample(
-        [prompt], frames=bucket.frames, height=bucket.height, width=bucket.width, first_frames=first,
+    out = generate(
+        engine, [prompt], frames=bucket.frames, height=bucket.height, width=bucket.width, first_frames=first,
         generator=generator, **options,
     )  # fmt: skip
     return SheetRow(caption=prompt, strips={**strips, "generated": to_uint8(out[0])})
@@ -110,7 +112,7 @@ def _held_out(
     options: dict[str, Any],
 ) -> list[SheetRow]:
     """Captions of `args.valid_data`, `number` of each kind."""
-    from sat_ext.models.show import sample_rows
+    from sat_ext.models.generate import sample_rows
 
     paths = (config.get("args") or {}).get("valid_data") or []
     if not paths:

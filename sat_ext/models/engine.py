@@ -32,7 +32,6 @@ from sat_ext.models.diffusion import (
     uniform_timesteps,
 )
 from sat_ext.models.encoders import build_encoders
-from sat_ext.models.generate import generate
 from sat_ext.models.levers import check_zero
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.pixels import to_model_range
@@ -121,32 +120,6 @@ class VideoDiffusionEngine(nn.Module):
             return_dict=False,
         )[0]
         return prediction
-
-    @torch.no_grad()
-    def sample(
-        self,
-        captions: Sequence[str],
-        *,
-        frames: int,
-        height: int,
-        width: int,
-        first_frames: Tensor | None = None,
-        steps: int = 50,
-        guidance_scale: float = 6.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Generate (B, T, C, H, W) in [-1, 1]; see `sat_ext.models.generate.generate`."""
-        return generate(
-            self,
-            captions,
-            frames=frames,
-            height=height,
-            width=width,
-            first_frames=first_frames,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-        )
 
     def _training_losses(self, batch: Mapping[str, Any]) -> Tensor:
         """(B,) losses with one random noise level a sample, condition noise and dropout."""

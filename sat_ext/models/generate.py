@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
 from torch import Tensor
 
 from sat_ext.cogvideox import latent_frames
+from sat_ext.contact_sheet import SheetRow
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import condition_latents, padding_frames
 from sat_ext.models.config import (
@@ -21,10 +22,9 @@ from sat_ext.models.config import (
     transformer_of,
 )
 from sat_ext.models.diffusion import SCHEDULER_CONSTANTS
+from sat_ext.models.engine import VideoDiffusionEngine
+from sat_ext.pixels import to_model_range, to_uint8
 from sat_ext.types import Bucket
-
-if TYPE_CHECKING:
-    from sat_ext.models.engine import VideoDiffusionEngine
 
 SAMPLERS: dict[str, Any] = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
@@ -40,6 +40,7 @@ def make_scheduler(schedule: ScheduleConfig) -> Any:
     )
 
 
+@torch.no_grad()
 def generate(
     engine: VideoDiffusionEngine,
     captions: Sequence[str],
@@ -47,10 +48,10 @@ def generate(
     frames: int,
     height: int,
     width: int,
-    first_frames: Tensor | None,
-    steps: int,
-    guidance_scale: float,
-    generator: torch.Generator | None,
+    first_frames: Tensor | None = None,
+    steps: int = 50,
+    guidance_scale: float = 6.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Pixels (B, T, C, H, W) in [-1, 1], float32, for B captions.
 
@@ -84,6 +85,38 @@ def generate(
         latents = _denoise(engine, one, text, empty, condition, steps, guidance_scale, generator)
         samples.append(engine.first_stage.decode(latents[:, padding:]).float())
     return torch.cat(samples)
+
+
+def sample_rows(
+    engine: VideoDiffusionEngine,
+    batch: dict[str, Any],
+    generator: torch.Generator,
+    *,
+    steps: int,
+    guidance_scale: float,
+) -> list[SheetRow]:
+    """One row a sample: what the engine makes of its caption, and the sample itself.
+
+    `batch` holds `mp4` (B, T, C, H, W), uint8 or in [-1, 1], `txt` and `kind`. An image-to-video engine gets
+    the first frames of clips; of stills it gets the caption alone, since the first frame would be the answer.
+    """
+    real = batch["mp4"]
+    shows_first = engine.config.conditioning == "i2v" and batch["kind"][0] == "video"
+    made = generate(
+        engine,
+        batch["txt"],
+        frames=real.shape[1],
+        height=real.shape[3],
+        width=real.shape[4],
+        first_frames=to_model_range(real[:, 0], torch.float32) if shows_first else None,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        generator=generator,
+    )
+    return [
+        SheetRow(caption=caption, strips={"generated": to_uint8(m), "held out": to_uint8(r)})
+        for caption, m, r in zip(batch["txt"], made, real)
+    ]
 
 
 def _check_first_frames(

@@ -22,7 +22,7 @@ from sat_ext.contact_sheet import write_sheet
 from sat_ext.errors import ConfigError
 from sat_ext.models.checkpoint import CONFIG_NAME
 from sat_ext.models.config import ABSENT
-from sat_ext.models.show import sample_rows
+from sat_ext.models.generate import sample_rows
 from sat_ext.sat.registry import get_dataset
 from sat_ext.sat.run import micro_steps, run_of
 from sat_ext.sat.side_files import side_file

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sat_ext.models import side_stream
 from sat_ext.models.block_swap import SwappedBlock
+from sat_ext.models.generate import generate
 from sat_ext.models.side_stream import host_memory, lock_weights, on_device, page_lock
 from tests.models.conftest import make_batch
 from tests.models.test_checkpointing import LAYERS, LORA, assert_same, engine_of, loss_and_gradients
@@ -134,7 +135,7 @@ def test_evaluations_and_samples_are_the_same() -> None:
     plain, engine, batch = engine_of(train=LORA).eval(), swapped(4).eval(), make_batch(5)
     assert torch.equal(engine(batch)[0], plain(batch)[0])
     made = [
-        e.sample(["a"], frames=5, height=32, width=32, steps=2, generator=torch.Generator().manual_seed(0))
+        generate(e, ["a"], frames=5, height=32, width=32, steps=2, generator=torch.Generator().manual_seed(0))
         for e in (engine, plain)
     ]
     assert torch.equal(*made)

@@ -8,6 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sat_ext.models import checkpointing
 from sat_ext.models.engine import VideoDiffusionEngine
+from sat_ext.models.generate import generate
 from tests.models.conftest import FAMILIES, make_batch, make_engine, small_config
 
 LAYERS = 5
@@ -116,7 +117,7 @@ def test_evaluations_and_samples_recompute_nothing() -> None:
     batch = make_batch(5)
     assert torch.equal(engine(batch)[0], expected(batch)[0])
     made = [
-        e.sample(["a"], frames=5, height=32, width=32, steps=2, generator=torch.Generator().manual_seed(0))
+        generate(e, ["a"], frames=5, height=32, width=32, steps=2, generator=torch.Generator().manual_seed(0))
         for e in (engine, expected)
     ]
     assert torch.equal(*made)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sat_ext.errors import ConfigError
+from sat_ext.models.generate import generate
 from tests.models.conftest import FAMILIES, Seen, make_engine, small_config
 
 SIZE = {"height": 32, "width": 48}
@@ -18,7 +19,9 @@ SIZE = {"height": 32, "width": 48}
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
 def test_samples_have_the_asked_shape(family: str, frames: int, sampler: str) -> None:
     engine = make_engine(small_config(family, schedule={"sampler": sampler}))
-    video = engine.sample(["a", "b"], frames=frames, steps=3, generator=torch.Generator().manual_seed(0), **SIZE)
+    video = generate(
+        engine, ["a", "b"], frames=frames, steps=3, generator=torch.Generator().manual_seed(0), **SIZE
+    )
     assert video.shape == (2, frames, 3, 32, 48) and video.isfinite().all()
     assert video.min() >= -1 and video.max() <= 1
 
@@ -29,13 +32,13 @@ def test_samples_of_a_real_autoencoder_have_the_asked_frames(
     pretrained: Callable[..., Path], family: str, frames: int
 ) -> None:
     engine = make_engine({"pretrained": str(pretrained(family))})
-    assert engine.sample(["a"], frames=frames, height=16, width=32, steps=1).shape == (1, frames, 3, 16, 32)
+    assert generate(engine, ["a"], frames=frames, height=16, width=32, steps=1).shape == (1, frames, 3, 16, 32)
 
 
 def test_same_generator_same_sample() -> None:
     engine = make_engine(small_config("5b", schedule={"sampler": "dpm"}))
     one, same, other = (
-        engine.sample(["a"], frames=5, steps=2, generator=torch.Generator().manual_seed(seed), **SIZE)
+        generate(engine, ["a"], frames=5, steps=2, generator=torch.Generator().manual_seed(seed), **SIZE)
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, same) and not torch.equal(one, other)
@@ -45,7 +48,7 @@ def test_same_generator_same_sample() -> None:
 def test_first_frame_is_the_condition_with_and_without_caption(family: str) -> None:
     engine = make_engine(small_config(family))
     seen, first = Seen(engine), torch.rand(1, 3, 32, 48)
-    engine.sample(["a"], frames=9, first_frames=first, steps=2, **SIZE)
+    generate(engine, ["a"], frames=9, first_frames=first, steps=2, **SIZE)
     expected = engine.first_stage.encode_condition(first[:, None])
     for call in range(4):  # two steps, each with the caption and with the empty one
         condition = seen.condition(call)
@@ -56,7 +59,7 @@ def test_first_frame_is_the_condition_with_and_without_caption(family: str) -> N
 def test_without_first_frame_the_condition_is_zero() -> None:
     engine = make_engine(small_config("5b-i2v"))
     seen = Seen(engine)
-    engine.sample(["a"], frames=1, steps=1, **SIZE)
+    generate(engine, ["a"], frames=1, steps=1, **SIZE)
     assert not seen.condition().any()
 
 
@@ -72,9 +75,9 @@ def test_guidance_pushes_away_from_the_empty_caption(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(engine, "predict", predict)
     monkeypatch.setattr(engine.first_stage, "decode", lambda latents: latents)
-    guided = engine.sample(["a"], frames=1, steps=1, guidance_scale=3.0, **SIZE)
+    guided = generate(engine, ["a"], frames=1, steps=1, guidance_scale=3.0, **SIZE)
     torch.testing.assert_close(guided, torch.full_like(guided, 0.1 + 3.0 * 0.1))
-    plain = engine.sample(["a"], frames=1, steps=1, guidance_scale=1.0, **SIZE)
+    plain = generate(engine, ["a"], frames=1, steps=1, guidance_scale=1.0, **SIZE)
     torch.testing.assert_close(plain, torch.full_like(plain, 0.2))
     assert batches == [1, 1, 1]  # with guidance in two passes
 
@@ -92,18 +95,18 @@ def test_samplers_find_a_known_answer(sampler: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(engine, "predict", predict)
     monkeypatch.setattr(engine.first_stage, "decode", lambda latents: latents)
-    found = engine.sample(["a"], frames=5, steps=20, guidance_scale=1.0, **SIZE)
+    found = generate(engine, ["a"], frames=5, steps=20, guidance_scale=1.0, **SIZE)
     torch.testing.assert_close(found, answer, rtol=0, atol=1e-3)
 
 
 def test_what_cannot_be_sampled_is_refused() -> None:
     first = torch.zeros(1, 3, 32, 48)
     with pytest.raises(ConfigError, match=r"6x32x48: frames must be 1 or 4k\+1; change 6 to 5"):
-        make_engine(small_config("5b")).sample(["a"], frames=6, **SIZE)
+        generate(make_engine(small_config("5b")), ["a"], frames=6, **SIZE)
     with pytest.raises(ConfigError, match="this model is text-to-video; leave it out"):
-        make_engine(small_config("5b")).sample(["a"], frames=5, first_frames=first, **SIZE)
+        generate(make_engine(small_config("5b")), ["a"], frames=5, first_frames=first, **SIZE)
     engine = make_engine(small_config("5b-i2v"))
     with pytest.raises(ConfigError, match="frames is 1; ask for 5 frames or more"):
-        engine.sample(["a"], frames=1, first_frames=first, **SIZE)
+        generate(engine, ["a"], frames=1, first_frames=first, **SIZE)
     with pytest.raises(ConfigError, match=r"shape \(1, 3, 32, 48\) do not fit; make them \(2, 3, 32, 48\)"):
-        engine.sample(["a", "b"], frames=5, first_frames=first, **SIZE)
+        generate(engine, ["a", "b"], frames=5, first_frames=first, **SIZE)
