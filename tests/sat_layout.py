@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_ext.convert.positions import rotary, sinusoidal
+from sat_ext.convert.positions import UNUSED, computed
 from sat_ext.types import Bucket
 
 SIZE = Bucket(frames=9, height=64, width=64)
@@ -73,12 +73,9 @@ def sat_transformer(family: str, dtype: torch.dtype = torch.float32) -> dict[str
     if family == "5b-i2v":
         shapes["mixins.pos_embed.pos_embedding"] = (1, TEXT_LENGTH + 3 * 4 * 4, HIDDEN)
     weights = _random(shapes, dtype)
-    full = {"patch_size": 2, "spatial_interpolation_scale": 1.875, **config}
-    if family == "2b":
-        weights["mixins.pos_embed.pos_embedding"] = sinusoidal(full).to(dtype)
-    elif not second:
-        sines, cosines = rotary(full)
-        weights |= {"mixins.pos_embed.freqs_sin": sines.to(dtype), "mixins.pos_embed.freqs_cos": cosines.to(dtype)}
+    defaults = {"patch_size": 2, "patch_size_t": None, "use_rotary_positional_embeddings": False}
+    positions = computed({**defaults, "spatial_interpolation_scale": 1.875, **config}, dtype)
+    weights |= {name: tensor for name, tensor in positions.items() if name != UNUSED}
     return {f"model.diffusion_model.{name}": t for name, t in weights.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.parent import import_class
+from sat_ext.cogvideo.target import import_class
 from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
 from sat_ext.encoded.encoders import Fingerprints, LatentShape, Part, loaded
 from sat_ext.encoded.files import files_fingerprint

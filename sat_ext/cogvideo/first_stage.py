@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from sat_ext.cogvideo.chunked_encoder import Recompute, accept_statistics, encode_clip
-from sat_ext.cogvideo.parent import subclass_of
+from sat_ext.cogvideo.target import Target
 from sat_ext.config import convert
 from sat_ext.errors import ConfigError, DataError
 
-PARENT = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
 PARAMS = "model.first_stage_config.params"
 
 
-class ChunkedFirstStage(nn.Module):
+class ChunkedFirstStage(Target, nn.Module):
     """A target for `model.first_stage_config`: the class `parent`, with an `encode` of a small peak of memory.
 
     - `frames`: pixel frames that are encoded at a time, a multiple of the temporal compression (4); the first
@@ -32,20 +31,16 @@ class ChunkedFirstStage(nn.Module):
     `ContextParallelEncoder3D`.
     """
 
+    PARENT = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
+    WHERE = PARAMS
+    CALLS = ("encode",)
     # the parent's; Any, because they are built by names in a YAML
     encoder: Any
     regularization: Any
 
-    def __new__(cls, *, parent: str = PARENT, **params: Any) -> ChunkedFirstStage:
-        """An object of a class made of this one and the parent."""
-        if cls is ChunkedFirstStage:
-            cls = subclass_of(cls, parent, params, methods=["encode"], where=PARAMS)
-        return super().__new__(cls)
-
     def __init__(
         self,
         *,
-        parent: str = PARENT,
         frames: int = 8,
         clips: int = 1,
         recompute: Recompute = "block",
@@ -56,7 +51,7 @@ class ChunkedFirstStage(nn.Module):
                 f"{PARAMS}.cp_size: {params['cp_size']} splits a clip over GPUs, and chunks do not; set 1."
             )
         super().__init__(**params)
-        require_known_encoder(self.encoder, parent)
+        require_known_encoder(self.encoder, params.get("parent", self.PARENT))
         self.compression = 2**self.encoder.temporal_compress_level
         self.frames: int = convert(int, frames, f"{PARAMS}.frames")
         if self.frames < 1 or self.frames % self.compression:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.parent import subclass_of
+from sat_ext.cogvideo.target import Target
 from sat_ext.cogvideox import OFS, SCALE_FACTOR
 from sat_ext.config import convert, load
 from sat_ext.errors import ConfigError
@@ -20,11 +20,10 @@ from sat_ext.models.conditioning import pad_front, padding_frames, stills
 from sat_ext.models.config import ABSENT, LossWeights
 from sat_ext.ranks import rank_and_world
 
-PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"
 PARAMS = "model.loss_fn_config.params"
 
 
-class JointDiffusionLoss(nn.Module):
+class JointDiffusionLoss(Target, nn.Module):
     """A target for `model.loss_fn_config`: the class `parent`, told apart by kind and safe for stills.
 
     Called by CogVideo's engine like the parent, with latents (B, T, C, h, w), and gives (B,) losses, of which the
@@ -57,18 +56,14 @@ class JointDiffusionLoss(nn.Module):
     range, or without a use (`condition_dropout` of a model without condition, at the first step).
     """
 
+    PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"
+    WHERE = PARAMS
+    CALLS = ("get_loss",)
     batch2model_keys: set[str]
-
-    def __new__(cls, *, parent: str = PARENT, **params: Any) -> JointDiffusionLoss:
-        """An object of a class made here, over the parent's."""
-        if cls is JointDiffusionLoss:
-            cls = subclass_of(cls, parent, params, methods=["get_loss"], where=PARAMS)
-        return super().__new__(cls)
 
     def __init__(
         self,
         *,
-        parent: str = PARENT,
         loss_weights: Mapping[str, float] | None = None,
         condition_dropout: float = 0.0,
         condition_scale: float | None = None,

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from sat_ext.cogvideo.loss import condition, condition_factor, scaled
-from sat_ext.cogvideo.parent import accepted, import_class
+from sat_ext.cogvideo.target import Target
 from sat_ext.cogvideox import OFS, PATCH, SCALE_FACTOR
-from sat_ext.config import reject_unknown_keys
 from sat_ext.models.conditioning import padding_frames
 
-PARENT = "sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSampler"
 PARAMS = "model.sampler_config.params"
 
 
-class PaddedSampler:
+class PaddedSampler(Target):
     """A target for `model.sampler_config` of 1.5 models: the class `parent`, for any number of latent frames.
 
     CogVideo's evaluations (`log_video` in sat/diffusion_video.py of its main branch) sample as many latent frames
@@ -34,20 +32,13 @@ class PaddedSampler:
     a scale that is none.
     """
 
+    PARENT = "sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSampler"
+    WHERE = PARAMS
     condition_factor: float
-
-    def __new__(cls, *, parent: str = PARENT, **params: Any) -> PaddedSampler:
-        """An object of a class made here, over the parent's."""
-        if cls is PaddedSampler:
-            base = import_class(parent, f"{PARAMS}.parent", kind=object)
-            cls = type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-            reject_unknown_keys(params, accepted(cls), PARAMS)
-        return super().__new__(cls)
 
     def __init__(
         self,
         *,
-        parent: str = PARENT,
         condition_scale: float | None = None,
         scale_factor: float = SCALE_FACTOR,
         **params: Any,

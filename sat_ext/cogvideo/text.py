@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.parent import subclass_of
+from sat_ext.cogvideo.target import Target
 from sat_ext.config import convert
 from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.errors import ConfigError, DataError
@@ -24,17 +24,16 @@ from sat_ext.models.cpu import encoder_dtype, own_cores
 from sat_ext.models.remembered import Remembered
 from sat_ext.models.side_stream import on_device
 
-T5_EMBEDDER = "sgm.modules.encoders.modules.FrozenT5Embedder"
-EMBEDDER = "sgm.modules.encoders.modules.AbstractEmbModel"
 PARAMS = "model.conditioner_config.params.emb_models.params"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 log = logging.getLogger(__name__)
 
 
-class FrozenEmbedder(nn.Module):
+class FrozenEmbedder(Target, nn.Module):
     """What both embedders are: without registered weights, and never trained."""
 
+    WHERE = PARAMS
     like: Tensor
 
     def __init__(self, **params: Any) -> None:
@@ -70,16 +69,12 @@ class OffloadedTextEmbedder(FrozenEmbedder):
     is neither of these.
     """
 
-    def __new__(cls, *, parent: str = T5_EMBEDDER, **params: Any) -> OffloadedTextEmbedder:
-        """An object of a class made of this one and the parent."""
-        if cls is OffloadedTextEmbedder:
-            cls = subclass_of(cls, parent, params, methods=["forward"], where=PARAMS)
-        return super().__new__(cls)
+    PARENT = "sgm.modules.encoders.modules.FrozenT5Embedder"
+    CALLS = ("forward",)
 
     def __init__(
         self,
         *,
-        parent: str = T5_EMBEDDER,
         device: Literal["cpu", "on_off"] = "cpu",
         dtype: Literal["fp32", "bf16"] | None = None,
         **params: Any,
@@ -133,16 +128,11 @@ class CachedTextEmbedder(FrozenEmbedder):
     is the class that CogVideo's `GeneralConditioner` asks for.
     """
 
-    def __new__(cls, *, parent: str = EMBEDDER, **params: Any) -> CachedTextEmbedder:
-        """An object of a class made of this one and the parent."""
-        if cls is CachedTextEmbedder:
-            cls = subclass_of(cls, parent, params, methods=[], where=PARAMS)
-        return super().__new__(cls)
+    PARENT = "sgm.modules.encoders.modules.AbstractEmbModel"
 
     def __init__(
         self,
         *,
-        parent: str = EMBEDDER,
         folder: str | None = None,
         model_dir: str | None = None,
         max_length: int | None = None,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from diffusers.models.embeddings import CogVideoXPatchEmbed, get_3d_rotary_pos_embed
+from diffusers.models.embeddings import CogVideoXPatchEmbed
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from peft import LoraConfig
 from torch import Tensor
-from torch.nn import functional
 
+from sat_ext.cogvideox import Grid, latent_frames, learned_positions, rotary_table
 from sat_ext.errors import ConfigError
 from sat_ext.models.block_swap import swap_blocks
 from sat_ext.models.checkpointing import checkpoint_blocks
@@ -44,15 +43,8 @@ class LearnedPatchEmbed(CogVideoXPatchEmbed):
         """The learned embedding for a grid of patches, (1, frames * rows * columns, D)."""
         native = (self.sample_height // self.patch_size, self.sample_width // self.patch_size)
         learned = self.pos_embedding[:, self.max_text_seq_length :]
-        grids = learned.reshape(-1, *native, learned.shape[-1])
-        assert frames <= len(grids), "check_bucket limits the frames"
-        grids = grids[:frames]
-        if native != (rows, columns):
-            resized = functional.interpolate(
-                grids.permute(0, 3, 1, 2).float(), size=(rows, columns), mode="bicubic", antialias=True
-            )
-            grids = resized.permute(0, 2, 3, 1)
-        return grids.flatten(0, 2)[None]
+        length = learned.shape[1] // (native[0] * native[1])
+        return learned_positions(learned, Grid(length, *native), Grid(frames, rows, columns))
 
 
 def rotary_embedding(
@@ -64,27 +56,10 @@ def rotary_embedding(
     if not transformer.use_rotary_positional_embeddings:
         return None
     patch, patch_t = transformer.patch_size, transformer.patch_size_t
-    grid = (height // patch, width // patch)
-    native = (transformer.sample_height // patch, transformer.sample_width // patch)
-    if patch_t is None:
-        cosines, sines = get_3d_rotary_pos_embed(
-            transformer.attention_head_dim,
-            get_resize_crop_region_for_grid(grid, native[1], native[0]),
-            grid,
-            frames,
-            device=device,
-        )
-    else:
-        cosines, sines = get_3d_rotary_pos_embed(
-            transformer.attention_head_dim,
-            None,
-            grid,
-            frames // patch_t,
-            grid_type="slice",
-            max_size=(max(grid[0], native[0]), max(grid[1], native[1])),
-            device=device,
-        )
-    return cosines, sines
+    grid = Grid(frames // (patch_t or 1), height // patch, width // patch)
+    rows, columns = transformer.sample_height // patch, transformer.sample_width // patch
+    native = Grid(latent_frames(transformer.sample_frames), rows, columns) if patch_t is None else None
+    return rotary_table(grid, transformer.attention_head_dim, stretch_to=native, device=device)
 
 
 def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTransformer3DModel:

@@ -376,7 +376,7 @@ def test_it_is_the_parents_class_with_its_weights() -> None:
         ({"loss_weights": {"still": 1}}, f"{PARAMS}.loss_weights: unknown key 'still'; valid keys: image, video."),
         (
             {"parent": f"{__name__}.NotALoss"},
-            f"{PARAMS}.parent: {__name__}.NotALoss has no get_loss, so JointDiffusionLoss cannot stand for it; "
+            f"{PARAMS}.parent: {__name__}.NotALoss has no get_loss, so JointDiffusionLoss cannot extend it; "
             f"name the class {OF_THE_YAML}",
         ),
         (

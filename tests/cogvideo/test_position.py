@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from sat_ext.cogvideo.position import (
     FinalLayer,
-    Grid,
     InterpolatedRotaryPositionEmbedding,
     SinusoidalPositionEmbedding,
     angles,
 )
+from sat_ext.cogvideox import Grid
 from sat_ext.errors import ConfigError
 
 TEXT, HEAD = 3, 16
@@ -198,7 +198,7 @@ def test_angles_are_rounded_as_the_parents_table_is() -> None:
 def test_angles_first_made_in_inference_mode_train() -> None:
     angles.cache_clear()
     with torch.inference_mode():
-        cosines, _ = angles(Grid(1, 7, 7), Grid(1, 7, 7), HEAD, 10000.0, CPU)
+        cosines, _ = angles(Grid(1, 7, 7), None, HEAD, 10000.0, CPU)
     weight = torch.ones(1, requires_grad=True)
     (weight * cosines).sum().backward()
 
@@ -214,7 +214,7 @@ def test_1_5_cuts_out_of_its_table_and_counts_beyond_it() -> None:
 def test_1_5_refuses_to_stretch() -> None:
     with pytest.raises(ConfigError) as error:
         embedding(Rotary15, rotary="stretch")
-    assert str(error.value) == (f"{WHERE}.rotary: stretch is of 1.0 models, and this one counts; take it out.")
+    assert str(error.value) == (f"{WHERE}.rotary: stretch is for 1.0 models, and this one counts; remove it.")
 
 
 def test_the_learned_embedding_is_the_parents_at_the_configured_size() -> None:
@@ -246,7 +246,8 @@ def test_it_is_resized_as_our_own_engine_does() -> None:
         embed_dim=16, text_embed_dim=4, sample_width=8, sample_height=4, sample_frames=9, max_text_seq_length=TEXT,
         in_channels=2, use_learned_positional_embeddings=True,
     )  # fmt: skip
-    own.pos_embedding.data.copy_(module.pos_embedding)
+    own.pos_embedding = own.pos_embedding.float()  # diffusers makes it in double precision
+    own.pos_embedding.copy_(module.pos_embedding.detach())
     found = module.position_embedding_forward(None, **inputs(2, 5, 3))
     torch.testing.assert_close(found[:, TEXT:], own.positions(2, 5, 3))
 
@@ -310,7 +311,7 @@ def test_a_parent_of_another_sort_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         embedding(Last)
     assert str(error.value) == (
-        f"{WHERE}.parent: {__name__}.Last has no rotary, so InterpolatedRotaryPositionEmbedding cannot stand for "
+        f"{WHERE}.parent: {__name__}.Last has no rotary, so InterpolatedRotaryPositionEmbedding cannot extend "
         "it; name the class that CogVideo's own YAML has there."
     )
 
