@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sat_ext import checksums
-from sat_ext.encoded.latents import Entry, LatentStore, write_latents
+from sat_ext.latents.store import Entry, LatentStore, write_latents
 
 
 def main() -> None:

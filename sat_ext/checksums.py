@@ -1,7 +1,7 @@
 """Whether bytes are still what was written: CRC-32, which finds every flipped bit, at memory's speed.
 
 PyTorch's files carry one for each of their records, and PyTorch does not look at them. Safetensors, JSON and Arrow
-files get one from us (`encoded/files.py`, `checkpoint/layout.py`, `index/probe_cache.py`).
+files get one from us (`latents/checksummed.py`, `checkpoint/layout.py`, `index/probe_cache.py`).
 """
 
 from __future__ import annotations

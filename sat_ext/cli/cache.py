@@ -20,14 +20,14 @@ from rich.progress import track
 
 from sat_ext.cli.yaml_base import Base, BaseOption, MoreYaml, load_base
 from sat_ext.cogvideo.script import CHECKOUT
-from sat_ext.data.cached import Cached, Shown, media_codes
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.params import DataConfig
-from sat_ext.encoded.encoders import Encoders, Fingerprints, Part
-from sat_ext.encoded.latents import CacheConfig, Entry, LatentStore
-from sat_ext.encoded.text import write_text_embeddings
-from sat_ext.encoded.write import Progress, Work, missing_work, require_room, write_samples
 from sat_ext.errors import ConfigError, DataError, MediaError
+from sat_ext.latents.encoders import Encoders, Fingerprints, Part
+from sat_ext.latents.reader import Cached, Shown, media_codes
+from sat_ext.latents.store import CacheConfig, Entry, LatentStore
+from sat_ext.latents.text import write_text_embeddings
+from sat_ext.latents.writer import Progress, Work, missing_work, require_room, write_samples
 from sat_ext.sat import peers
 from sat_ext.sat.shared import share_from_first_rank
 
@@ -126,7 +126,7 @@ def _encoders(run: Base) -> tuple[Fingerprints, Any]:
         torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     )
     if "network_config" in run.model:
-        from sat_ext.cogvideo import encoders as cogvideo
+        from sat_ext.cogvideo import cogvideo_encoders as cogvideo
 
         sys.path.insert(0, os.environ.get(CHECKOUT) or os.getcwd())
         return cogvideo.fingerprints(run.model, run.dtype), lambda: cogvideo.CogVideoEncoders(
@@ -134,7 +134,7 @@ def _encoders(run: Base) -> tuple[Fingerprints, Any]:
         )
     if not run.model:
         raise ConfigError("--base: no 'model' section, whose encoders are wanted; add a file of configs/model/.")
-    from sat_ext.models import encoders as own
+    from sat_ext.models import engine_encoders as own
 
     return own.fingerprints(run.model, run.dtype), lambda: own.EngineEncoders(run.model, run.dtype, device)
 

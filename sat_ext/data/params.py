@@ -13,8 +13,8 @@ from sat_ext.config import convert
 from sat_ext.data.buckets import BucketConfig, batch_sizes, make_buckets
 from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig, check_roots
-from sat_ext.encoded.latents import CacheConfig
 from sat_ext.errors import ConfigError
+from sat_ext.latents.store import CacheConfig
 from sat_ext.types import Bucket
 
 _DAY = 86_400  # seconds

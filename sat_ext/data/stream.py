@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from sat_ext.data.cached import Cached, show
 from sat_ext.data.collate import collate
 from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.faults import Faults
@@ -23,6 +22,7 @@ from sat_ext.data.schedule import Cell, Schedule, Step
 from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
 from sat_ext.files import require_unchanged
+from sat_ext.latents.reader import Cached, show
 from sat_ext.types import Bucket, Item, Sample
 
 log = logging.getLogger(__name__)

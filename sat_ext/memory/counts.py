@@ -98,7 +98,7 @@ def _first_stage(config: AutoencoderConfig) -> tuple[Parameter, ...]:
 
 def _text(model: ModelConfig) -> tuple[Parameter, ...]:
     if model.text.kind == "byt5":
-        from sat_ext.models.text import small_byt5
+        from sat_ext.models.t5 import small_byt5
 
         return tuple(_parameters(small_byt5(transformer_of(model).text_embed_dim)))
     return _t5(model.pretrained or COGVIDEO)

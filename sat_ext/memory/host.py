@@ -11,7 +11,7 @@ from sat_ext.memory.run import Run, sizes
 from sat_ext.memory.states import States
 from sat_ext.memory.weights import bytes_of, text_bytes
 from sat_ext.models.config import transformer_of
-from sat_ext.models.remembered import REMEMBERED
+from sat_ext.models.embedding_cache import REMEMBERED
 
 PROCESS = 3_000_000_000  # a rank with PyTorch, SAT, DeepSpeed and CUDA's libraries, before it holds anything
 WORKER = 420_000_000  # a data worker with its guard (README, what is measured)

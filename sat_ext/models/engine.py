@@ -31,7 +31,7 @@ from sat_ext.models.diffusion import (
     timestep_interval,
     uniform_timesteps,
 )
-from sat_ext.models.encoders import build_encoders
+from sat_ext.models.engine_encoders import build_encoders
 from sat_ext.models.levers import check_zero
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.pixels import to_model_range

@@ -12,14 +12,14 @@ import torch
 from sat import mpu
 
 from sat_ext.cogvideo.check import LOSS, is_conditioned
-from sat_ext.cogvideo.encoders import TARGET
-from sat_ext.data.cached import Cached, media_codes
+from sat_ext.cogvideo.cogvideo_encoders import TARGET
 from sat_ext.data.index import Index
 from sat_ext.data.params import DataConfig
-from sat_ext.encoded.encoders import Fingerprints
-from sat_ext.encoded.latents import CacheConfig, LatentStore
-from sat_ext.encoded.text import TextEmbeddings, caption_key
 from sat_ext.errors import ConfigError, DataError
+from sat_ext.latents.encoders import Fingerprints
+from sat_ext.latents.reader import Cached, media_codes
+from sat_ext.latents.store import CacheConfig, LatentStore
+from sat_ext.latents.text import TextEmbeddings, caption_key
 from sat_ext.sat.shared import share_from_first_rank
 
 COMMAND = "'sat-ext cache --base ...' with the YAML files of this run"
@@ -106,9 +106,9 @@ def _check_cogvideo(args: argparse.Namespace, model: Mapping[str, Any], first_st
 def _fingerprints(model: Mapping[str, Any], args: argparse.Namespace) -> Fingerprints:
     dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
     if "network_config" in model:
-        from sat_ext.cogvideo.encoders import fingerprints
+        from sat_ext.cogvideo.cogvideo_encoders import fingerprints
 
         return fingerprints(model, dtype)
-    from sat_ext.models.encoders import fingerprints as own  # and diffusers
+    from sat_ext.models.engine_encoders import fingerprints as own  # and diffusers
 
     return own(model, dtype)

@@ -16,8 +16,8 @@ import torch
 import yaml
 from conftest import HERE, ROOT, Checkout, Launch
 
-from sat_ext.cogvideo.encoders import fingerprints
-from sat_ext.encoded.latents import LatentStore, entries_in
+from sat_ext.cogvideo.cogvideo_encoders import fingerprints
+from sat_ext.latents.store import LatentStore, entries_in
 
 pytestmark = pytest.mark.multiprocess
 MODELS = {

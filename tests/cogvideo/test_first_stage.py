@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sat_ext.cogvideo.first_stage import ChunkedFirstStage
+from sat_ext.cogvideo.chunked_first_stage import ChunkedFirstStage
 from sat_ext.errors import ConfigError, DataError
 
 PARENT = f"{__name__}.Autoencoder"

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.text import CachedTextEmbedder, OffloadedTextEmbedder
-from sat_ext.encoded import files
-from sat_ext.encoded.text import encoder_fingerprint, write_text_embeddings
+from sat_ext.cogvideo.text_embedders import CachedTextEmbedder, OffloadedTextEmbedder
 from sat_ext.errors import ConfigError, DataError
-from sat_ext.models.text import on_device
+from sat_ext.latents import checksummed
+from sat_ext.latents.text import encoder_fingerprint, write_text_embeddings
+from sat_ext.models.t5 import on_device
 
 LENGTH, WIDTH = 4, 6
 
@@ -299,7 +299,7 @@ def test_a_run_cut_short_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: p
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(checksummed, "save_file", full)
     with pytest.raises(DataError, match=r"cannot be written \(.*No space left on device\); free space or name"):
         write_text_embeddings(tmp_path, ["a cat"], Encoder(device="cpu"), {})
     assert not list(tmp_path.iterdir())

@@ -67,7 +67,7 @@ def check_offloaded_embeddings_are_the_original_s(sat: Path) -> None:
 def check_cached_embeddings_are_the_original_s(sat: Path) -> None:
     import torch
 
-    from sat_ext.encoded.text import encoder_fingerprint, write_text_embeddings
+    from sat_ext.latents.text import encoder_fingerprint, write_text_embeddings
 
     batch = {"txt": CAPTIONS}
     with encoder() as folder, tempfile.TemporaryDirectory() as text:

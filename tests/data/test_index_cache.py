@@ -22,7 +22,7 @@ from sat_ext.data.index import Index, build_index, probe_cache, probing
 from sat_ext.data.params import DataConfig
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import SourceConfig
-from sat_ext.encoded.files import write_aside
+from sat_ext.latents.checksummed import write_aside
 from tests.media import write_clip
 from tests.servers import http_server
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sat_ext.models.config import load_model_config
 from sat_ext.models.quantize import QuantizedLinear
 from sat_ext.models.side_stream import host_memory, page_lock
-from sat_ext.models.text import build_text
+from sat_ext.models.t5 import build_text
 from tests.models.conftest import make_batch, pretrained, small_config  # noqa: F401, a fixture
 from tests.models.test_checkpointing import LORA
 

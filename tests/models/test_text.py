@@ -16,8 +16,8 @@ from sat_ext.errors import ConfigError
 from sat_ext.models import cpu
 from sat_ext.models.config import TextConfig, load_model_config
 from sat_ext.models.cpu import own_cores
-from sat_ext.models.remembered import Remembered
-from sat_ext.models.text import T5Text, build_text, small_byt5
+from sat_ext.models.embedding_cache import Remembered
+from sat_ext.models.t5 import T5Text, build_text, small_byt5
 from tests.models.conftest import make_batch, make_engine, small_config
 
 CPU = torch.device("cpu")
@@ -179,7 +179,7 @@ def test_on_off_has_the_encoder_on_the_device_for_a_call(monkeypatch: pytest.Mon
         yield
         events.append("back")
 
-    monkeypatch.setattr("sat_ext.models.text.on_device", watched)
+    monkeypatch.setattr("sat_ext.models.t5.on_device", watched)
     text.encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
     text.encode(["a"], CPU, torch.float32)
     assert events == ["to cpu", "encode", "back"]

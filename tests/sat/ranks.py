@@ -127,7 +127,7 @@ PRELOADED = (  # what a run imports in its course, two thirds of its time
     "train_video", "sat_ext.models.engine", "sat_ext.models.transformer", "sat_ext.sat.dataset",
     "sat_ext.sat.checkpoint.save", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.module_inject", "PIL.ImageFont",
-    "sat_ext.cli.main", "sat_ext.models.encoders",
+    "sat_ext.cli.main", "sat_ext.models.engine_encoders",
 )  # fmt: skip
 
 
@@ -279,11 +279,11 @@ def prepare(records: Path, request: dict[str, Any]) -> None:
 
 def encode_slowly(seconds: float) -> None:
     """Each sample takes so long, and is written at once."""
-    from sat_ext.encoded import write
+    from sat_ext.latents import writer
 
-    encode = write.encode_sample
-    write.FILE_SECONDS = 0.0
-    write.encode_sample = lambda *arguments: (time.sleep(seconds), encode(*arguments))[1]
+    encode = writer.encode_sample
+    writer.FILE_SECONDS = 0.0
+    writer.encode_sample = lambda *arguments: (time.sleep(seconds), encode(*arguments))[1]
 
 
 def fill_up(rank: int, limit: int) -> None:

@@ -24,18 +24,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sat_ext.cli import cache as command
 from sat_ext.config import load
-from sat_ext.data.cached import Cached, media_codes
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
-from sat_ext.encoded import text, write
-from sat_ext.encoded.encoders import Part
-from sat_ext.encoded.files import _tell_unsigned
-from sat_ext.encoded.latents import CacheConfig, LatentStore, write_latents
-from sat_ext.encoded.text import TextEmbeddings, caption_key, write_text_embeddings
 from sat_ext.errors import ConfigError, DataError, MediaError
-from sat_ext.models import encoders
+from sat_ext.latents import text, writer
+from sat_ext.latents.checksummed import _tell_unsigned
+from sat_ext.latents.encoders import Part
+from sat_ext.latents.reader import Cached, media_codes
+from sat_ext.latents.store import CacheConfig, LatentStore, write_latents
+from sat_ext.latents.text import TextEmbeddings, caption_key, write_text_embeddings
+from sat_ext.models import engine_encoders
 from sat_ext.models.engine import VideoDiffusionEngine
 from tests.models.conftest import write_pretrained
 from tests.sat.ranks import Running, Server, finish, folder_of
@@ -295,7 +295,7 @@ def test_mistakes_are_told_in_a_sentence(server: Server, data: Path, tmp_path: P
     assert run.wait() == [2]
     assert run.log() == "error: -o: name a folder for the cache, or set data.params.cache.folder.\n"
     with pytest.raises(DataError, match=r"the cache will take about 1000000000.0 GB, and .* are free; make"):
-        write.require_room(tmp_path, 10**18)
+        writer.require_room(tmp_path, 10**18)
     model = {**MODEL, "sampling": {"number": 1}}
     args = Namespace(model_config=model, data_config={"params": {"cache": {"folder": str(tmp_path)}}})
     with pytest.raises(ConfigError, match="model.sampling.number: 1 samples at an evaluation need the first"):
@@ -305,20 +305,20 @@ def test_mistakes_are_told_in_a_sentence(server: Server, data: Path, tmp_path: P
 def test_fingerprints_follow_weights_options_and_dtype(tmp_path: Path) -> None:
     folder = write_pretrained(tmp_path / "model", "5b-i2v")
     model = {"pretrained": str(folder), "conditioning": "i2v"}
-    first = encoders.fingerprints(model, torch.bfloat16)
-    assert first == encoders.fingerprints(model, torch.bfloat16)
+    first = engine_encoders.fingerprints(model, torch.bfloat16)
+    assert first == engine_encoders.fingerprints(model, torch.bfloat16)
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
-    assert encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16) == first
-    assert encoders.fingerprints(model, torch.float32).first_stage != first.first_stage
+    assert engine_encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16) == first
+    assert engine_encoders.fingerprints(model, torch.float32).first_stage != first.first_stage
     tiled = {**model, "first_stage": {"tiling": True}}
-    assert encoders.fingerprints(tiled, torch.bfloat16).first_stage != first.first_stage
+    assert engine_encoders.fingerprints(tiled, torch.bfloat16).first_stage != first.first_stage
     scaled = {**model, "first_stage": {"condition_scale": 1.0}}
-    assert encoders.fingerprints(scaled, torch.bfloat16).first_stage != first.first_stage
+    assert engine_encoders.fingerprints(scaled, torch.bfloat16).first_stage != first.first_stage
     weights = moved / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    changed = encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16)
+    changed = engine_encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16)
     assert changed.first_stage != first.first_stage and changed.text == first.text
 
 
@@ -326,7 +326,7 @@ def test_one_encoder_is_loaded_at_a_time(tmp_path: Path) -> None:
     """A GPU of 8 to 16 GB holds T5 or the autoencoder with its activations, and not both."""
     folder = write_pretrained(tmp_path / "model", "5b-i2v")
     model = {"pretrained": str(folder), "conditioning": "i2v"}
-    made = encoders.EngineEncoders(model, torch.float32, torch.device("cpu"))
+    made = engine_encoders.EngineEncoders(model, torch.float32, torch.device("cpu"))
     weights = []
     for part, other in (("text", "first_stage"), ("first_stage", "text")):
         assert made.text is made.first_stage is None

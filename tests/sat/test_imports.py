@@ -49,7 +49,7 @@ class Parent(torch.nn.Module):
 for name in sat_ext.cogvideo.__all__:
     getattr(sat_ext.cogvideo, name)
 print("loss", sat_ext.cogvideo.JointDiffusionLoss(parent="__main__.Parent").condition_dropout)
-for package in ("sat.checkpoint", "sat.fixes", "data", "encoded", "preview", "memory"):
+for package in ("sat.checkpoint", "sat.fixes", "data", "latents", "preview", "memory"):
     for found in pkgutil.walk_packages(import_module("sat_ext." + package).__path__, f"sat_ext.{package}."):
         import_module(found.name)
 """

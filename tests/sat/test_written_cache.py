@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
-from sat_ext.models.encoders import fingerprints
+from sat_ext.models.engine_encoders import fingerprints
 from tests.sat.ranks import Server
 from tests.sat.runs import MODEL
 from tests.sat.test_cache import run_cache

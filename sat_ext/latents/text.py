@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_ext.encoded.files import files_fingerprint, opened, read_tensors, write_aside
 from sat_ext.errors import ConfigError, DataError, MediaError
+from sat_ext.latents.checksummed import files_fingerprint, opened, read_tensors, write_aside
 
 WRITER = "sat-ext cache"
 FINGERPRINT = "fingerprint"  # the key in a file's metadata

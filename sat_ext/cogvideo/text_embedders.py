@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from sat_ext.cogvideo.target import Target
 from sat_ext.config import convert
-from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.errors import ConfigError, DataError
+from sat_ext.latents.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.models.cpu import encoder_dtype, own_cores
-from sat_ext.models.remembered import Remembered
+from sat_ext.models.embedding_cache import Remembered
 from sat_ext.models.side_stream import on_device
 
 PARAMS = "model.conditioner_config.params.emb_models.params"

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sat_ext.cogvideox import latent_frames
-from sat_ext.data.cached import Shown
 from sat_ext.data.guard import Guard
 from sat_ext.data.stream import read_pixels
 from sat_ext.data.transform import Fit
-from sat_ext.encoded.encoders import Encoders, LatentShape
-from sat_ext.encoded.latents import Entry, LatentStore, bytes_of, write_latents
-from sat_ext.encoded.text import TextEmbeddings, caption_key
 from sat_ext.errors import DataError, MediaError
+from sat_ext.latents.encoders import Encoders, LatentShape
+from sat_ext.latents.reader import Shown
+from sat_ext.latents.store import Entry, LatentStore, bytes_of, write_latents
+from sat_ext.latents.text import TextEmbeddings, caption_key
 from sat_ext.types import Bucket
 
 FILE_BYTES = 256 << 20  # of one file of latents

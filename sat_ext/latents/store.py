@@ -1,7 +1,7 @@
 """A folder of latents: written once, then read by what they were made of.
 
 <folder>/latents-*.safetensors   each of some hundred samples; the metadata lists them (`Entry`)
-<folder>/text-*.safetensors      embeddings of captions (`sat_ext.encoded.text`)
+<folder>/text-*.safetensors      embeddings of captions (`sat_ext.latents.text`)
 
 A sample's key is a hash of all that its latents follow from: the file's size and time, the moments shown, the
 crop, the bucket and the encoder. What changes has another key, is not found, and is encoded again; nothing that is
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_ext.encoded.files import opened, read_tensors, write_aside
 from sat_ext.errors import ConfigError, DataError, MediaError
+from sat_ext.latents.checksummed import opened, read_tensors, write_aside
 
 ENTRIES = "entries"  # the key in a file's metadata
 VERSION = 1  # raise it when latents are made otherwise than before: all are then made anew

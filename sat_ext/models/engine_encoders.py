@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_ext.encoded.encoders import Fingerprints, LatentShape, Part, loaded
-from sat_ext.encoded.files import files_fingerprint
-from sat_ext.encoded.latents import fingerprint_of
-from sat_ext.encoded.text import TextEmbeddings, encoder_fingerprint
+from sat_ext.latents.checksummed import files_fingerprint
+from sat_ext.latents.encoders import Fingerprints, LatentShape, Part, loaded
+from sat_ext.latents.store import fingerprint_of
+from sat_ext.latents.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.models.conditioning import noisy_first_frames
 from sat_ext.models.config import (
     ModelConfig,
@@ -25,12 +25,12 @@ from sat_ext.models.config import (
     transformer_of,
 )
 from sat_ext.models.first_stage import FirstStage, build_first_stage
-from sat_ext.models.text import T5Text, build_text
+from sat_ext.models.t5 import T5Text, build_text
 from sat_ext.pixels import to_model_range
 
 
 class EngineEncoders:
-    """`sat_ext.encoded.encoders.Encoders` of a `model:` section."""
+    """`sat_ext.latents.encoders.Encoders` of a `model:` section."""
 
     def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         config = load_model_config(model)

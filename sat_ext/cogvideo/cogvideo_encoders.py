@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sat_ext.cogvideo.target import import_class
 from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
-from sat_ext.encoded.encoders import Fingerprints, LatentShape, Part, loaded
-from sat_ext.encoded.files import files_fingerprint
-from sat_ext.encoded.latents import fingerprint_of
-from sat_ext.encoded.text import encoder_fingerprint
 from sat_ext.errors import ConfigError
+from sat_ext.latents.checksummed import files_fingerprint
+from sat_ext.latents.encoders import Fingerprints, LatentShape, Part, loaded
+from sat_ext.latents.store import fingerprint_of
+from sat_ext.latents.text import encoder_fingerprint
 from sat_ext.models.conditioning import noisy_first_frames
 from sat_ext.pixels import to_model_range
 
@@ -50,7 +50,7 @@ class CachedFirstStage(nn.Module):
 
 
 class CogVideoEncoders:
-    """`sat_ext.encoded.encoders.Encoders` of CogVideo's `model` section; its code must be importable.
+    """`sat_ext.latents.encoders.Encoders` of CogVideo's `model` section; its code must be importable.
 
     Latents of clips are as the first stage gives them, which the engine scales. Conditions are at `scale_factor`,
     as the engine makes them; the fingerprint holds that scale, and `JointDiffusionLoss` brings them to its

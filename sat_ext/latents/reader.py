@@ -13,8 +13,8 @@ from sat_ext.data.clips import sample_times
 from sat_ext.data.index import Group, Index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.parts import file_times, part_info
-from sat_ext.encoded.latents import CacheConfig, Entry, LatentStore, fingerprint_of
 from sat_ext.files import suffix_of
+from sat_ext.latents.store import CacheConfig, Entry, LatentStore, fingerprint_of
 from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, Sample
 
 
