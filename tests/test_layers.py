@@ -26,6 +26,7 @@ LAYERS = [
     ("data.params", 2),
     ("data", 1),
     ("config", 0),
+    ("checkpoint", 0),
     ("zero", 1),
     ("latents.writer", 4),
     ("latents.reader", 2),

@@ -18,10 +18,11 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from sat_ext.checkpoint.layout import find_run
 from sat_ext.cli.main import app
 from sat_ext.demo_data import write_demo
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import find_run, load_engine
+from sat_ext.models.checkpoint import load_engine
 
 ROOT = Path(__file__).parent.parent
 MODEL = {

@@ -42,7 +42,8 @@ def sample(
 ) -> None:
     """Generate stills and clips from captions, and show them beside what was asked for."""
     # here, because diffusers and transformers take seconds to import, which the other subcommands shall not
-    from sat_ext.models.checkpoint import find_run, load_engine, read_run_config
+    from sat_ext.checkpoint.layout import find_run, read_run_config
+    from sat_ext.models.checkpoint import load_engine
 
     folder = find_run(run)
     config = read_run_config(folder)

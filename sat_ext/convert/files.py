@@ -1,6 +1,6 @@
 """Reading and writing weights without holding a model in memory.
 
-What is read (SAT's files by `sat_ext.models.checkpoint`) stays on the disk, mapped into memory, until its bytes
+What is read (SAT's files by `sat_ext.checkpoint`) stays on the disk, mapped into memory, until its bytes
 are written. What is written takes its name when it is whole.
 """
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sat_ext.checkpoint.layout import CONFIG_NAME, WEIGHTS_NAME, find_run, find_weights
+from sat_ext.checkpoint.manifest import read_base
+from sat_ext.checkpoint.reading import read_file
 from sat_ext.config import load, read_yaml
 from sat_ext.convert import lora as adapters
 from sat_ext.convert.architecture import autoencoder_config, completed, count, transformer_config
@@ -17,7 +20,6 @@ from sat_ext.convert.files import read_safetensors, read_tensors
 from sat_ext.convert.names import adapter_rows, to_diffusers, transformer_rows
 from sat_ext.convert.parts import Options, Part, checked, from_sat_names, take_sat_only
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import CONFIG_NAME, WEIGHTS_NAME, find_run, find_weights, read_base, read_file
 from sat_ext.models.config import ModelConfig, TransformerConfig
 
 PREFIX = "model.diffusion_model."  # of the transformer in a checkpoint of CogVideo's engine

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from sat_ext.checkpoint.layout import WEIGHTS_NAME
 from sat_ext.convert import lora as adapters
 from sat_ext.convert.files import Advance, aside, bytes_of, write_checkpoint, write_safetensors, write_tensors
 from sat_ext.convert.names import Blocks, adapter_rows, to_sat
@@ -16,7 +17,6 @@ from sat_ext.convert.parts import Part, adapted_layers, rows_of
 from sat_ext.convert.positions import computed
 from sat_ext.convert.read import AUTOENCODER_FILE, LORA_YAML, PREFIX, SAT_ONLY_FILE
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import WEIGHTS_NAME
 
 Tracking = Callable[[str, int], Advance]  # a file's name and size in bytes -> who is told of what was written
 

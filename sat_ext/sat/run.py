@@ -12,11 +12,11 @@ import torch
 from sat import mpu
 from sat.helpers import print_rank0
 
+from sat_ext.checkpoint.layout import find_weights, no_checkpoint, whole_checkpoints
+from sat_ext.checkpoint.manifest import Base, Manifest, read_manifest
 from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import find_weights, no_checkpoint
 from sat_ext.sat.checkpoint.epoch import Epoch
-from sat_ext.sat.checkpoint.layout import Base, Manifest, read_manifest, whole_checkpoints
 from sat_ext.sat.memory_report import MemoryReport
 from sat_ext.sat.section import TWICE, check_keys, check_section
 from sat_ext.sat.settings import Settings, settings_of

@@ -18,9 +18,9 @@ from sat import mpu
 from sat.helpers import print_rank0
 from sat.training.deepspeed_training import evaluate_and_print_results
 
+from sat_ext.checkpoint.layout import CONFIG_NAME
 from sat_ext.contact_sheet import write_sheet
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import CONFIG_NAME
 from sat_ext.models.config import ABSENT
 from sat_ext.models.generate import sample_rows
 from sat_ext.sat.registry import get_dataset

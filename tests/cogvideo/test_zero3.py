@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Checkout, Launch, Run
 
-from sat_ext.models.checkpoint import read_file
+from sat_ext.checkpoint.reading import read_file
 
 pytestmark = pytest.mark.multiprocess
 # in 1.0 with learned positions, which a mixin of the network reads without being called

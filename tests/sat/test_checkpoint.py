@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sat_ext.checkpoint.layout import whole_checkpoints
+from sat_ext.checkpoint.manifest import read_manifest
+from sat_ext.checkpoint.reading import read_file, read_weights
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import load_engine, read_file, read_weights
+from sat_ext.models.checkpoint import load_engine
 from sat_ext.sat import steps
-from sat_ext.sat.checkpoint.layout import read_manifest, whole_checkpoints
 from sat_ext.sat.checkpoint.load import SHARD_TYPES
 from sat_ext.sat.checkpoint.publish import prune
 from sat_ext.sat.checkpoint.reshard import Piece, cut, saved_shards

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from sat_ext.checkpoint.reading import read_file, read_weights
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import load_engine, read_file, read_weights
+from sat_ext.models.checkpoint import load_engine
 from sat_ext.sat.checkpoint.load import SHARD_TYPES
 from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import NAMES, settings_of

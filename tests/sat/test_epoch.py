@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sat_ext.checkpoint.manifest import CellState, Manifest, RateState, read_manifest, write_manifest
 from sat_ext.config import load
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.params import DataConfig
@@ -24,7 +25,6 @@ from sat_ext.data.schedule import Cell, Schedule
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint import epoch
-from sat_ext.sat.checkpoint.layout import CellState, Manifest, RateState, read_manifest, write_manifest
 from sat_ext.sat.checkpoint.run import samples_used
 from sat_ext.sat.run import RunState
 from sat_ext.sat.settings import Settings

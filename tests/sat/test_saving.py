@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from sat_ext.checkpoint.manifest import Manifest, read_manifest
+from sat_ext.checkpoint.reading import read_weights
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import read_weights
-from sat_ext.sat.checkpoint.layout import Manifest, read_manifest
 from sat_ext.sat.checkpoint.publish import find_missing, publish
 from sat_ext.sat.checkpoint.save import Writer
 from tests.sat.ranks import Server, finish

@@ -33,10 +33,10 @@ def install(args: argparse.Namespace) -> None:
 def _replace_functions() -> None:
     from sat.training import deepspeed_training as sat
 
-    from sat_ext.models.checkpoint import find_weights
+    from sat_ext.checkpoint.layout import find_weights
+    from sat_ext.checkpoint.manifest import read_manifest
     from sat_ext.sat import divergence
     from sat_ext.sat.checkpoint import load, save
-    from sat_ext.sat.checkpoint.layout import read_manifest
     from sat_ext.sat.run import run_of
 
     save_weights, load_weights = sat.save_checkpoint, sat.load_checkpoint

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from sat_ext.checkpoint.manifest import CellState
 from sat_ext.data.index import Group, Index
 from sat_ext.data.schedule import Schedule
-from sat_ext.sat.checkpoint.layout import CellState
 
 DATA_NAME = "data.pt"
 SAMPLED = 1 << 17

@@ -14,20 +14,14 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from sat.helpers import print_rank0
 from torch import Tensor, nn
 
+from sat_ext.checkpoint.integrity import require_sound
+from sat_ext.checkpoint.layout import MANIFEST_NAME, OPTIMIZER_NAME, find_weights
+from sat_ext.checkpoint.manifest import Manifest
+from sat_ext.checkpoint.reading import read_file, read_weights, under_adapters, weight_files
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import (
-    MANIFEST_NAME,
-    find_weights,
-    read_file,
-    read_weights,
-    require_sound,
-    under_adapters,
-    weight_files,
-)
 from sat_ext.ranks import on_every_rank
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.averages import check_same_weights, other_averages, unmap, with_own_scaler
-from sat_ext.sat.checkpoint.layout import OPTIMIZER_NAME, Manifest
 from sat_ext.sat.checkpoint.reshard import cut, own_pieces, saved_shards
 from sat_ext.sat.checkpoint.run import is_trained
 from sat_ext.sat.fixes.loading import check_names, gathered_loading, lacking, lacks

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from sat.helpers import print_rank0
 
-from sat_ext.models.checkpoint import MANIFEST_NAME
-from sat_ext.sat.checkpoint.layout import PARTIAL, Manifest, aside_of, size_of, whole_checkpoints, write_manifest
+from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, whole_checkpoints
+from sat_ext.checkpoint.manifest import Manifest, size_of, write_manifest
 
 
 class Attempts(Protocol):

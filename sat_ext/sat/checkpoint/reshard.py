@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sat_ext.checkpoint.manifest import Manifest
 from sat_ext.errors import ConfigError
-from sat_ext.sat.checkpoint.layout import Manifest
 
 
 @dataclass(frozen=True, slots=True)

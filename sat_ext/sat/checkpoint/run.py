@@ -7,13 +7,13 @@ import argparse
 import torch
 from sat.helpers import print_rank0
 
+from sat_ext.checkpoint.manifest import CellState
+from sat_ext.checkpoint.reading import read_file
 from sat_ext.data.index import Index
 from sat_ext.data.schedule import Cell, Schedule
 from sat_ext.data.stream import JointStream
-from sat_ext.models.checkpoint import read_file
 from sat_ext.ranks import rank_and_world
 from sat_ext.sat.checkpoint.epoch import DATA_NAME, Epoch, changes, epoch_of
-from sat_ext.sat.checkpoint.layout import CellState
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
 

@@ -20,19 +20,18 @@ from sat.training import model_io
 from torch import Tensor
 
 import sat_ext
-from sat_ext.models.checkpoint import MANIFEST_NAME, WEIGHTS_NAME
+from sat_ext.checkpoint.layout import (
+    MANIFEST_NAME,
+    OPTIMIZER_NAME,
+    PARTIAL,
+    WEIGHTS_NAME,
+    aside_of,
+    whole_checkpoints,
+)
+from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound
 from sat_ext.ranks import gather
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.epoch import DATA_NAME
-from sat_ext.sat.checkpoint.layout import (
-    OPTIMIZER_NAME,
-    PARTIAL,
-    Manifest,
-    RateState,
-    aside_of,
-    is_sound,
-    whole_checkpoints,
-)
 from sat_ext.sat.checkpoint.load import round_robin
 from sat_ext.sat.checkpoint.publish import find_missing, publish
 from sat_ext.sat.checkpoint.run import cells_of, data_of, is_trained, stream_of

@@ -12,8 +12,8 @@ import torch
 from sat.helpers import print_rank0
 from torch import nn
 
+from sat_ext.checkpoint.reading import RNG_STATE_TYPES, read_file, under_adapters
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import RNG_STATE_TYPES, read_file, under_adapters
 from sat_ext.sat.fixes.saving import in_checkpoint
 from sat_ext.sat.fixes.standin import StandIn
 from sat_ext.sat.run import run_of

@@ -1,16 +1,4 @@
-"""What lies where in a full checkpoint, and what `sat_ext.json` says of it.
-
-<run>/latest                                   replaced last: names the newest whole checkpoint
-<run>/<iteration>/sat_ext.json                 the `Manifest`
-<run>/<iteration>/mp_rank_00_model_states.pt   weights, as SAT reads them
-<run>/<iteration>/*_optim_states.pt            DeepSpeed's, of each rank; `optimizer.pt` without ZeRO
-<run>/<iteration>/zero_pp_rank_*_model_states.pt   DeepSpeed's under ZeRO-3: the order of the shards
-<run>/<iteration>/rng_<rank>.pt                random number generators of each rank
-<run>/<iteration>/data.pt                      hashes of the epoch's samples (`epoch.py`)
-<run>/<iteration>.partial/                     one being written, or what a killed run left of one
-<run>/<iteration>.old.partial/                 one that another of its iteration is about to replace
-<run>/.lock                                    held by the run that saves here
-"""
+"""What `sat_ext.json` says of a full checkpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +7,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sat_ext import checksums
+from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, whole_checkpoints
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import CHECKSUM, MANIFEST_NAME, checksum_of, read_json
 
-OPTIMIZER_NAME = "optimizer.pt"
-PARTIAL = ".partial"
+CHECKSUM = "checksum"  # the key in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +134,32 @@ def _remedy(folder: Path) -> str:
     return "start from another checkpoint"
 
 
-def whole_checkpoints(run: Path) -> list[Path]:
-    """The folders of full checkpoints of a run, by iteration; see `is_sound`."""
-    found = [p.parent for p in run.glob(f"*/{MANIFEST_NAME}") if p.parent.name.isdecimal()]
-    return sorted(found, key=lambda p: int(p.name))
+def read_base(folder: Path) -> tuple[Path, int | None] | None:
+    """Where a full checkpoint takes the weights from that it does not hold: a run's folder, and an iteration."""
+    file = folder / MANIFEST_NAME
+    if not file.is_file():
+        return None
+    try:
+        base = read_json(file)["base"]
+        return None if base is None else (Path(base["path"]), base["iteration"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: truncated or changed ({error}); take another checkpoint.") from error
 
 
-def aside_of(folder: Path) -> Path:
-    """Where a checkpoint lies while another of its iteration takes its place."""
-    return folder.with_name(f"{folder.name}.old{PARTIAL}")
+def read_json(file: Path) -> dict[str, Any]:
+    """The values of a manifest. Raises `ValueError` where they are not what was written.
+
+    Those of earlier versions have no checksum. `base.path` is not in it: you may write where the base moved to.
+    """
+    content: dict[str, Any] = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError("not a manifest")
+    if content.pop(CHECKSUM, None) not in (None, checksum_of(content)):
+        raise ValueError("its checksum does not match")
+    return content
+
+
+def checksum_of(manifest: dict[str, Any]) -> str:
+    """Of a manifest's values, all but `base.path`."""
+    base = manifest.get("base")
+    return checksums.of_json({**manifest, "base": {**base, "path": ""} if base else base})

@@ -1,0 +1,93 @@
+"""What lies where in a run's folder.
+
+<run>/latest                                   replaced last: names the newest whole checkpoint
+<run>/<iteration>/sat_ext.json                 the `Manifest`
+<run>/<iteration>/mp_rank_00_model_states.pt   weights, as SAT reads them
+<run>/<iteration>/*_optim_states.pt            DeepSpeed's, of each rank; `optimizer.pt` without ZeRO
+<run>/<iteration>/zero_pp_rank_*_model_states.pt   DeepSpeed's under ZeRO-3: the order of the shards
+<run>/<iteration>/rng_<rank>.pt                random number generators of each rank
+<run>/<iteration>/data.pt                      hashes of the epoch's samples (`epoch.py`)
+<run>/<iteration>.partial/                     one being written, or what a killed run left of one
+<run>/<iteration>.old.partial/                 one that another of its iteration is about to replace
+<run>/.lock                                    held by the run that saves here
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sat_ext.errors import ConfigError
+
+CONFIG_NAME = "training_config.yaml"
+WEIGHTS_NAME = "mp_rank_00_model_states.pt"
+MANIFEST_NAME = "sat_ext.json"
+OPTIMIZER_NAME = "optimizer.pt"
+PARTIAL = ".partial"
+
+
+def find_run(path: Path) -> Path:
+    """The run's folder: `path` itself, or the newest run in it. Raises `ConfigError` when there is none."""
+    if (path / "latest").is_file():
+        return path
+    runs = sorted(path.glob("*/latest"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise ConfigError(f"{no_checkpoint(path)}; name a run's folder.")
+    return runs[-1].parent
+
+
+def no_checkpoint(path: Path) -> str:
+    """What is wrong with a folder that holds no checkpoints, without the remedy."""
+    return f"{path}: no checkpoint here (a folder of checkpoints holds a file 'latest')"
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """The configuration that the run was started with, as written beside its checkpoints."""
+    file = run / CONFIG_NAME
+    if not file.is_file():
+        raise ConfigError(f"{run}: there is no {CONFIG_NAME}; it is written beside the checkpoints of a run.")
+    config = yaml.safe_load(file.read_text())
+    assert isinstance(config, dict)
+    return config
+
+
+def find_weights(run: Path, iteration: int | None = None) -> Path:
+    """The file of weights of `iteration`, or of the checkpoint that `latest` names. Raises `ConfigError`."""
+    latest = run / "latest"
+    if iteration is None and not latest.is_file():
+        raise ConfigError(f"{no_checkpoint(run)}; name a run's folder.")
+    tag = str(iteration) if iteration is not None else latest.read_text(errors="replace").strip()
+    if iteration is None and not tag.isdecimal() and tag != "release":
+        others = other_checkpoints(run) or "the number of one that is there"
+        raise ConfigError(f"{latest}: {tag[:40]!r} is not the number of a checkpoint; write {others} there.")
+    file = run / tag / WEIGHTS_NAME
+    if not file.is_file():
+        source = "'latest' names" if iteration is None else "base weights:"
+        aside = [run / f"{tag}{PARTIAL}", aside_of(run / tag)]  # a kill between two renames
+        whole = [p.name for p in aside if (p / MANIFEST_NAME).is_file()]
+        others = other_checkpoints(run) or "the number of one that is there"
+        remedy = f"rename {whole[0]} to {tag}" if whole else f"write {others} into 'latest'"
+        raise ConfigError(
+            f"{run}: {source} {tag}, but there is no {file.name} in it, so the save was cut short or the folder "
+            f"moved; {remedy}."
+        )
+    return file
+
+
+def other_checkpoints(run: Path, but: str = "") -> str:
+    """For an error's remedy: the newest checkpoints of `run` without the one called `but`; "" for none."""
+    names = {p.parent.name for p in run.glob(f"*/{WEIGHTS_NAME}") if p.parent.name.isdecimal()} - {but}
+    return f"another ({', '.join(sorted(names, key=int)[-5:])})" if names else ""
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """The folders of full checkpoints of a run, by iteration; see `is_sound`."""
+    found = [p.parent for p in run.glob(f"*/{MANIFEST_NAME}") if p.parent.name.isdecimal()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def aside_of(folder: Path) -> Path:
+    """Where a checkpoint lies while another of its iteration takes its place."""
+    return folder.with_name(f"{folder.name}.old{PARTIAL}")
