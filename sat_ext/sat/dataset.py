@@ -34,7 +34,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.models.shape import check_buckets, sequence_shape
 from sat_ext.sat import checkpoint, fixes, lists
 from sat_ext.sat.cache import open_cache
-from sat_ext.sat.checkpoint.run import first_step, samples_used
+from sat_ext.sat.checkpoint.data_state import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import settings_of

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sat_ext.errors import TrainingError
 from sat_ext.ranks import gather
+from sat_ext.sat.checkpoint.matching import is_trained
 from sat_ext.sat.checkpoint.reshard import own_pieces
-from sat_ext.sat.checkpoint.run import is_trained
 from sat_ext.sat.run import RunState
 
 

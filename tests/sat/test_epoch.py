@@ -25,7 +25,7 @@ from sat_ext.data.schedule import Cell, Schedule
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint import epoch
-from sat_ext.sat.checkpoint.run import samples_used
+from sat_ext.sat.checkpoint.data_state import samples_used
 from sat_ext.sat.run import RunState
 from sat_ext.sat.settings import Settings
 
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is printed on the first rank."""
     lines: list[str] = []
-    monkeypatch.setattr("sat_ext.sat.checkpoint.run.print_rank0", lines.append)
+    monkeypatch.setattr("sat_ext.sat.checkpoint.data_state.print_rank0", lines.append)
     return lines
 
 

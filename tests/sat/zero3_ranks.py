@@ -28,8 +28,7 @@ from torch.utils.data import Dataset
 
 from sat_ext.sat import fixes
 from sat_ext.sat.arguments import initialize, parse_args
-from sat_ext.sat.fixes.loading import gathered_loading
-from sat_ext.sat.fixes.saving import gather_weights
+from sat_ext.sat.checkpoint.partitions import gather_weights, gathered_loading
 
 WIDTH, LAYERS = 16, 2
 NETWORK = Namespace(

@@ -36,7 +36,7 @@ def _replace_functions() -> None:
     from sat_ext.checkpoint.layout import find_weights
     from sat_ext.checkpoint.manifest import read_manifest
     from sat_ext.sat import divergence
-    from sat_ext.sat.checkpoint import load, save
+    from sat_ext.sat.checkpoint import load, matching, save
     from sat_ext.sat.run import run_of
 
     save_weights, load_weights = sat.save_checkpoint, sat.load_checkpoint
@@ -68,7 +68,7 @@ def _replace_functions() -> None:
         if run.base is not None or run.resumed is not None:
             if hasattr(model, "disable_untrainable_params"):
                 model.disable_untrainable_params()  # SAT would next: it tells which weights train
-            load.check_trained(model, run)
+            matching.check_trained(model, run)
         run.engine, optimizer = set_up(args, model, *rest, **options)
         return run.engine, optimizer
 

@@ -15,16 +15,16 @@ from sat.helpers import print_rank0
 from torch import Tensor, nn
 
 from sat_ext.checkpoint.integrity import require_sound
-from sat_ext.checkpoint.layout import MANIFEST_NAME, OPTIMIZER_NAME, find_weights
+from sat_ext.checkpoint.layout import OPTIMIZER_NAME, find_weights
 from sat_ext.checkpoint.manifest import Manifest
 from sat_ext.checkpoint.reading import read_file, read_weights, under_adapters, weight_files
 from sat_ext.errors import ConfigError
 from sat_ext.ranks import on_every_rank
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.averages import check_same_weights, other_averages, unmap, with_own_scaler
+from sat_ext.sat.checkpoint.matching import check_fit, check_whole
+from sat_ext.sat.checkpoint.partitions import gathered_loading
 from sat_ext.sat.checkpoint.reshard import cut, own_pieces, saved_shards
-from sat_ext.sat.checkpoint.run import is_trained
-from sat_ext.sat.fixes.loading import check_names, gathered_loading, lacking, lacks
 from sat_ext.sat.run import RunState, run_of
 
 # The objects in DeepSpeed's shards; nothing else in one can run code.
@@ -44,8 +44,8 @@ def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
     def read() -> tuple[dict[str, Tensor], int]:
         weights, iteration = read_weights(path)
         weights = under_adapters(weights, names)
-        _check_fit(model, weights, under_adapters(read_file(file)["module"], names), file)
-        _check_whole(model, weights, args, file)
+        check_fit(model, weights, under_adapters(read_file(file)["module"], names), file)
+        check_whole(model, weights, args, file)
         return weights, iteration
 
     on_every_rank(lambda: _require_sound(run, path))
@@ -68,70 +68,6 @@ def _require_sound(run: RunState, path: Path) -> None:
     for file in files:
         with suppress(OSError):  # `read_file` says why
             require_sound(file, dist.get_rank(), dist.get_world_size())
-
-
-def _check_fit(model: nn.Module, weights: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:
-    """Raise `ConfigError` unless the names that the checkpoint itself holds, and all shapes, are the model's."""
-    # ZeRO-3's partitions, and weights that are swapped or quantized, stand for others
-    shapes = {n: getattr(p, "ds_shape", getattr(p, "whole_shape", p.shape)) for n, p in model.named_parameters()}
-    shapes |= {n: b.shape for n, b in model.named_buffers()}
-    # a layer under SAT's LoRA takes its base weights from a file without LoRA too (`LoraLinear` in lora2.py)
-    shapes |= {n.replace(".original.", "."): s for n, s in shapes.items()}
-    if foreign := [n for n in own if n not in shapes]:
-        raise ConfigError(
-            f"{file}: a checkpoint of another model: {len(foreign)} of its {len(own)} weights are not in this one "
-            f"(first: {foreign[0]}); name the YAMLs that the run was started with."
-        )
-    for name, value in weights.items():
-        if name in shapes and tuple(value.shape) != tuple(shapes[name]):
-            raise ConfigError(
-                f"{file}: a checkpoint of another model: {name} is {tuple(value.shape)} there, and "
-                f"{tuple(shapes[name])} in this one; name the YAMLs that the run was started with."
-            )
-
-
-def _check_whole(model: nn.Module, weights: dict[str, Tensor], args: argparse.Namespace, file: Path) -> None:
-    """Raise `ConfigError` where weights of the model would stay random, unless `force_train` allows it."""
-    run, (wanted, missing) = run_of(args), lacking(model, weights)
-    if not missing:
-        return
-    if run.resumed is None:
-        if not getattr(args, "force_train", False):
-            raise lacks(args, f"{len(missing)} of {len(wanted)}, first: {missing[0]}")
-        check_names(model, weights, args)
-    elif run.base is None:
-        raise ConfigError(
-            f"{file}: a checkpoint of another model: it lacks {len(missing)} of this one's {len(wanted)} weights "
-            f"(first: {missing[0]}); name the YAMLs that the run was started with, or start anew with "
-            "'mode: finetune'."
-        )
-    else:
-        raise ConfigError(
-            f"{file.with_name(MANIFEST_NAME)}: neither the checkpoint nor its 'base', {run.base.path}, has "
-            f"{len(missing)} of this model's {len(wanted)} weights (first: {missing[0]}); write the folder of the "
-            "run's base weights there, or name the YAMLs that the run was started with."
-        )
-
-
-def check_trained(model: nn.Module, run: RunState) -> None:
-    """Raise `ConfigError` where the checkpoint that is resumed lacks a weight that this run trains.
-
-    Of a run that begins: its base is not needed later when all of its weights are trained, and saved.
-    """
-    if run.resumed is None:
-        assert run.base is not None
-        trained = {n for n, p in model.named_parameters() if is_trained(p)} | {n for n, _ in model.named_buffers()}
-        if read_weights(Path(run.base.path), run.base.iteration)[0].keys() <= trained:
-            run.base = None
-        return
-    assert run.folder is not None
-    file = find_weights(run.folder.parent, int(run.folder.name))
-    own = read_file(file)["module"]
-    if missing := [n for n, p in model.named_parameters() if is_trained(p) and n not in own]:
-        raise ConfigError(
-            f"{file}: a checkpoint of another model: it lacks {len(missing)} weights that this run trains (first: "
-            f"{missing[0]}); name the YAMLs that the run was started with, or start anew with 'mode: finetune'."
-        )
 
 
 def load_optimizer(run: RunState, scheduler: Any) -> None:

@@ -31,11 +31,12 @@ from sat_ext.checkpoint.layout import (
 from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound
 from sat_ext.ranks import gather
 from sat_ext.sat.checkpoint import rng
+from sat_ext.sat.checkpoint.data_state import cells_of, data_of, stream_of
 from sat_ext.sat.checkpoint.epoch import DATA_NAME
 from sat_ext.sat.checkpoint.load import round_robin
+from sat_ext.sat.checkpoint.matching import in_checkpoint, is_trained
+from sat_ext.sat.checkpoint.partitions import gather_weights
 from sat_ext.sat.checkpoint.publish import find_missing, publish
-from sat_ext.sat.checkpoint.run import cells_of, data_of, is_trained, stream_of
-from sat_ext.sat.fixes.saving import gather_weights, in_checkpoint
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from sat.helpers import print_rank0
 from torch import nn
 
 from sat_ext.checkpoint.reading import RNG_STATE_TYPES, read_file, under_adapters
 from sat_ext.errors import ConfigError
-from sat_ext.sat.fixes.saving import in_checkpoint
+from sat_ext.sat.checkpoint.matching import check_names, in_checkpoint, lacks
+from sat_ext.sat.checkpoint.partitions import gathered_loading
 from sat_ext.sat.fixes.standin import StandIn
 from sat_ext.sat.run import run_of
-
-LORA_WEIGHTS = (".matrix_", ".lora_")  # SAT's and peft's
 
 
 def resume(args: argparse.Namespace) -> bool:
@@ -86,71 +82,3 @@ def load(args: argparse.Namespace) -> bool:
     model_io.torch = StandIn(model_io.torch, load=read)
     deepspeed_training.load_checkpoint = load_checkpoint
     return True
-
-
-def lacking(module: nn.Module, weights: Collection[str]) -> tuple[list[str], list[str]]:
-    """The parameters of `module` that belong in a checkpoint, LoRA's own aside, and those that `weights` lacks.
-
-    A layer under LoRA keeps its base weights under a name of its own, and takes them from a file without it too.
-    """
-    belongs = in_checkpoint(module)
-    wanted = [
-        n for n, _ in module.named_parameters() if belongs(n) and not any(mark in n for mark in LORA_WEIGHTS)
-    ]
-    plain = {n: n.replace(".original.", ".").replace(".base_layer.", ".") for n in wanted}
-    return wanted, [n for n in wanted if n not in weights and plain[n] not in weights]
-
-
-def check_names(module: nn.Module, weights: Collection[str], args: argparse.Namespace) -> None:
-    """Tell of weights of the network that a file lacks, which stay random. Raises `ConfigError` if it has none."""
-    wanted, missing = lacking(module, weights)
-    if wanted and len(missing) == len(wanted):
-        raise ConfigError(
-            f"args.load: {args.load} is of another model than the YAML's: it has none of the {len(wanted)} "
-            f"weights of the network (first: {missing[0]}); name a checkpoint of this model."
-        )
-    if missing:
-        print_rank0(
-            f"warning: {len(missing)} of the network's {len(wanted)} weights are not in {args.load} and keep "
-            f"their initial values (first: {missing[0]}).",
-            level="WARNING",
-        )
-
-
-def lacks(args: argparse.Namespace, what: str) -> ConfigError:
-    """The error of a checkpoint to begin from that does not fill the model, where nothing allows it."""
-    return ConfigError(
-        f"args.load: {args.load} lacks weights of the YAML's model ({what}); name a checkpoint of this model, or "
-        "begin with random ones there by 'force_train: true'."
-    )
-
-
-@contextmanager
-def gathered_loading(module: nn.Module) -> Iterator[None]:
-    """Inside, `module.load_state_dict` fills parameters that ZeRO-3 has partitioned, one submodule at a time.
-
-    Every rank must take part with the same state. The first rank's values are split up among all.
-    """
-    if not any(hasattr(p, "ds_id") for p in module.parameters()):
-        yield
-        return
-    parts = list(module.modules())
-    for part in parts:
-        part.__dict__["_load_from_state_dict"] = _gathered(part, part._load_from_state_dict)
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part.__dict__["_load_from_state_dict"]
-
-
-def _gathered(part: nn.Module, fill: Callable[..., None]) -> Callable[..., None]:
-    """`fill` with the parameters of `part` itself whole; one of its children may be filled by its parent's."""
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-    def load_from_state_dict(state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        parameters = [p for n, p in part._parameters.items() if p is not None and prefix + n in state_dict]
-        with GatheredParameters(parameters, modifier_rank=0, enabled=bool(parameters)):
-            fill(state_dict, prefix, *rest)
-
-    return load_from_state_dict

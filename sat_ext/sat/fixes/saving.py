@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-ENCODERS = ("conditioner.", "first_stage_model.")  # of CogVideo's engine
+from sat_ext.sat.checkpoint.matching import in_checkpoint
+from sat_ext.sat.checkpoint.partitions import gather_weights
 
 
 def save(args: argparse.Namespace) -> bool:
@@ -48,39 +47,3 @@ def save(args: argparse.Namespace) -> bool:
 
     deepspeed_training.save_checkpoint = save_checkpoint
     return True
-
-
-def in_checkpoint(module: nn.Module) -> Callable[[str], bool]:
-    """Whether a checkpoint of `module`, ours or CogVideo's engine, holds the weight of a name.
-
-    It need not hold what the YAML alone gives back: CogVideo's frozen T5 and autoencoder have files of their own.
-    """
-    is_fixed = getattr(module, "is_fixed", None)
-    if is_fixed is not None:
-        return lambda name: not is_fixed(name)
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return lambda name: name in trained or not name.startswith(ENCODERS)
-
-
-@torch.no_grad()
-def gather_weights(module: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of `module` in CPU memory, those whose name is `wanted`.
-
-    Every rank must take part, and only the first rank gets them; the others get an empty dict. At most one
-    submodule's own parameters are whole at a time.
-    """
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-    weights: dict[str, Tensor] = {}
-    first = torch.distributed.get_rank() == 0
-    for prefix, part in module.named_modules(remove_duplicate=False):
-        names = {name: f"{prefix}.{name}" if prefix else name for name in (*part._parameters, *part._buffers)}
-        parameters = {k: p for k, p in part._parameters.items() if p is not None and wanted(names[k])}
-        with GatheredParameters(list(parameters.values()), enabled=bool(parameters)):
-            if first:
-                weights |= {names[k]: p.detach().to("cpu", copy=True) for k, p in parameters.items()}
-        if first:
-            buffers = {k: b for k, b in part._buffers.items() if b is not None and wanted(names[k])}
-            kept = buffers.keys() - part._non_persistent_buffers_set
-            weights |= {names[k]: buffers[k].detach().to("cpu", copy=True) for k in buffers if k in kept}
-    return weights

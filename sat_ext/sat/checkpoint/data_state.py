@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from sat.helpers import print_rank0
 
 from sat_ext.checkpoint.manifest import CellState
@@ -15,11 +14,6 @@ from sat_ext.data.stream import JointStream
 from sat_ext.ranks import rank_and_world
 from sat_ext.sat.checkpoint.epoch import DATA_NAME, Epoch, changes, epoch_of
 from sat_ext.sat.run import RunState, micro_steps, run_of
-
-
-def is_trained(parameter: torch.Tensor) -> bool:
-    """Whether training changes a parameter: CogVideo freezes some by a learning rate of 0."""
-    return parameter.requires_grad and getattr(parameter, "lr_scale", 1) != 0
 
 
 def first_step(args: argparse.Namespace) -> int:

@@ -1,0 +1,63 @@
+"""Weights that ZeRO-3 has partitioned: gathered to be saved, and to be filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def gather_weights(module: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of `module` in CPU memory, those whose name is `wanted`.
+
+    Every rank must take part, and only the first rank gets them; the others get an empty dict. At most one
+    submodule's own parameters are whole at a time.
+    """
+    weights: dict[str, Tensor] = {}
+    first = torch.distributed.get_rank() == 0
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        names = {name: f"{prefix}.{name}" if prefix else name for name in (*part._parameters, *part._buffers)}
+        parameters = {k: p for k, p in part._parameters.items() if p is not None and wanted(names[k])}
+        with GatheredParameters(list(parameters.values()), enabled=bool(parameters)):
+            if first:
+                weights |= {names[k]: p.detach().to("cpu", copy=True) for k, p in parameters.items()}
+        if first:
+            buffers = {k: b for k, b in part._buffers.items() if b is not None and wanted(names[k])}
+            kept = buffers.keys() - part._non_persistent_buffers_set
+            weights |= {names[k]: buffers[k].detach().to("cpu", copy=True) for k in buffers if k in kept}
+    return weights
+
+
+@contextmanager
+def gathered_loading(module: nn.Module) -> Iterator[None]:
+    """Inside, `module.load_state_dict` fills parameters that ZeRO-3 has partitioned, one submodule at a time.
+
+    Every rank must take part with the same state. The first rank's values are split up among all.
+    """
+    if not any(hasattr(p, "ds_id") for p in module.parameters()):
+        yield
+        return
+    parts = list(module.modules())
+    for part in parts:
+        part.__dict__["_load_from_state_dict"] = _gathered(part, part._load_from_state_dict)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.__dict__["_load_from_state_dict"]
+
+
+def _gathered(part: nn.Module, fill: Callable[..., None]) -> Callable[..., None]:
+    """`fill` with the parameters of `part` itself whole; one of its children may be filled by its parent's."""
+
+    def load_from_state_dict(state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        parameters = [p for n, p in part._parameters.items() if p is not None and prefix + n in state_dict]
+        with GatheredParameters(parameters, modifier_rank=0, enabled=bool(parameters)):
+            fill(state_dict, prefix, *rest)
+
+    return load_from_state_dict
