@@ -113,11 +113,11 @@ def with_network(**changes: Any) -> dict[str, Any]:
         ("5b", Options(), "freqs_cos [48, 16] is not the one for videos of 49x480x720; give the YAML of these"),
         ("2b", Options(size=Bucket(frames=9, height=32, width=128)), "is not the one for videos of 9x32x128;"),
         ("1.5-5b", Options(base=BASE), "in_channels is 16, but 32 in the YAML (of --base, or training_config"),
-        ("1.5-5b", Options(base={"model": {}}), "the checkpoint): no 'network_config' in its model.netw"),
-        ("1.5-5b", Options(base={"model": None}), "the checkpoint): a wrong value ('NoneType' object is not"),
-        ("1.5-5b", Options(base=with_network(num_layers="two")), "a wrong value (invalid literal for int() with"),
-        ("1.5-5b", Options(base=with_network(num_attention_heads=0)), "a wrong value (integer division or modulo"),
-        ("1.5-5b", Options(base=with_network(patch_size=[0, 2, 2])), "patch_size_t is 0 in its model.network_"),
+        ("1.5-5b", Options(base={"model": {}}), "the checkpoint): model.network_config: missing; use"),
+        ("1.5-5b", Options(base={"model": None}), "the checkpoint): model.network_config: missing; use"),
+        ("1.5-5b", Options(base=with_network(num_layers="two")), "num_layers: expected int, got 'two'."),
+        ("1.5-5b", Options(base=with_network(num_attention_heads=0)), "attention_heads: 0; use a number above 0."),
+        ("1.5-5b", Options(base=with_network(patch_size=[0, 2, 2])), "patch_size: [0, 2, 2] is neither a number"),
     ],
 )  # fmt: skip
 def test_a_size_or_yaml_of_another_model_is_refused(

@@ -1,8 +1,4 @@
-"""What CogVideo's engine would fail on, or train wrongly on, after its weights are loaded: said before that.
-
-CogVideo has two generations, told apart by the network's `patch_size`: a number in CogVideoX 1.0 (tag v1.0 of the
-repository), three numbers in 1.5 (its main branch). Names of keys are those of CogVideo's model YAMLs.
-"""
+"""What CogVideo's engine would fail on, or train wrongly on, after its weights are loaded: said before that."""
 
 from __future__ import annotations
 
@@ -10,78 +6,30 @@ import argparse
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from sat_ext.cogvideo import __all__ as TARGETS
+from sat_ext.cogvideo.network import (
+    LOSS,
+    OURS,
+    ROTARY,
+    SAMPLER,
+    SINUSOIDAL,
+    Network,
+    is_conditioned,
+    read_network,
+    target_of,
+)
 from sat_ext.cogvideox import LATENT_SIDE, SCALE_FACTOR, latent_frames, pixel_frames
 from sat_ext.errors import ConfigError
 from sat_ext.ranks import rank_and_world
 from sat_ext.types import Bucket
 
-OURS = "sat_ext.cogvideo."
-LOSS = OURS + "JointDiffusionLoss"
-SAMPLER = OURS + "PaddedSampler"
 LOSS_OPTIONS = ("parent", "loss_weights", "condition_dropout", "condition_scale", "scale_factor")
 OVERLAY = "sat_ext_overlay"  # the key of `model` in which an overlay says what it is for
-NETWORK = "dit_video_concat.DiffusionTransformer"
+TRANSFORMER = "dit_video_concat.DiffusionTransformer"
 _FRAMES = "data.params.buckets.frames"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """What decides the shapes that CogVideo's network takes; None where the YAML does not say.
-
-    `patch` is (frames, rows, columns) in latents; `frames`, `rows` and `columns` are the sizes of its table of
-    positions, in latents.
-    """
-
-    generation: str | None
-    patch: tuple[int, int, int]
-    frames: int | None
-    rows: int | None
-    columns: int | None
-    position: str
-    position_params: Mapping[str, Any]
-    final_layer: str
-    learned: bool
-    needs_ofs: bool
-
-
-def read_network(model: Mapping[str, Any]) -> Network:
-    """The network of CogVideo's `model` section. Raises `ConfigError` for a `patch_size` that is neither kind."""
-    config = model["network_config"]
-    params = config.get("params") or {}
-    modules = params.get("modules") or {}
-    position = modules.get("pos_embed_config") or {}
-    patch = params.get("patch_size", 2)
-    three = list(patch) if isinstance(patch, Sequence) and not isinstance(patch, str) else [1, patch, patch]
-    if len(three) != 3 or not all(isinstance(p, int) and p > 0 for p in three):
-        raise ConfigError(
-            f"model.network_config.params.patch_size: {patch!r} is neither a number (CogVideoX 1.0) nor three "
-            "(1.5); use the model YAML of CogVideo as it is."
-        )
-    table = params.get("num_frames")
-    return Network(
-        generation=None if "patch_size" not in params else "1.0" if isinstance(patch, int) else "1.5",
-        patch=(three[0], three[1], three[2]),
-        frames=None if table is None else latent_frames(int(table)),
-        rows=params.get("latent_height"),
-        columns=params.get("latent_width"),
-        position=str(position.get("target", "")),
-        position_params=position.get("params") or {},
-        final_layer=str((modules.get("final_layer_config") or {}).get("target", "")),
-        learned=bool((position.get("params") or {}).get("learnable_pos_embed")),
-        needs_ofs=params.get("ofs_embed_dim") is not None,
-    )
-
-
-def is_conditioned(model: Mapping[str, Any]) -> bool:
-    """Whether the model is image-to-video. From a cache its engine makes no condition, its network takes one."""
-    network = model["network_config"].get("params") or {}
-    twice = network.get("in_channels") == 2 * network.get("out_channels", 0)
-    return bool(model.get("noised_image_input")) or twice
 
 
 def weighs(model: Mapping[str, Any]) -> bool:
@@ -89,7 +37,7 @@ def weighs(model: Mapping[str, Any]) -> bool:
 
     `model` is the YAML's section, which may be empty.
     """
-    return "network_config" not in model or _target(model.get("loss_fn_config")) == LOSS
+    return "network_config" not in model or target_of(model.get("loss_fn_config")) == LOSS
 
 
 def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
@@ -100,7 +48,7 @@ def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
     _check_overlays(model, network)
     _check_text(model, network)
     loss = model.get("loss_fn_config") or {}
-    joint = _target(loss) == LOSS
+    joint = target_of(loss) == LOSS
     if model.get("latent_input"):
         raise ConfigError(
             "model.latent_input: true says that clips come encoded, and ours come as pixels; set it to false "
@@ -116,12 +64,12 @@ def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
             "model.loss_fn_config.params.condition_dropout: this model has no image condition to drop "
             "(noised_image_input is not set); leave configs/cogvideo/i2v.yaml out."
         )
-    if network.needs_ofs and not joint:
+    if network.ofs_embed_dim is not None and not joint:
         raise ConfigError(
             "model.loss_fn_config.target: CogVideo's own loss does not pass 'ofs', which this network asks for "
             f"(ofs_embed_dim); name {LOSS}."
         )
-    _check_options(model, joint)
+    _check_options(model, network, joint)
     for bucket in buckets:
         _check_length(bucket, network, joint)
         _check_size(bucket, network)
@@ -134,14 +82,13 @@ def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Seque
     network = read_network(model)
     if not args.save:
         raise ConfigError("args.save: missing, and CogVideo's script writes its YAML there; name a folder.")
-    transformer = (model["network_config"].get("params") or {}).get("transformer_args") or {}
-    ranks = transformer.get("model_parallel_size", 1)
+    ranks = network.model_parallel_size
     if ranks != args.model_parallel_size:
         raise ConfigError(
             f"args.model_parallel_size: {args.model_parallel_size}, and the network is for {ranks} "
             "(transformer_args in model.network_config.params); write the same number in both."
         )
-    checkout = _generation_of_checkout(model)
+    checkout = _generation_of_checkout(network)
     if checkout and network.generation and checkout != network.generation:
         branch = {"1.0": "tag v1.0", "1.5": "branch main"}
         raise ConfigError(
@@ -150,9 +97,14 @@ def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Seque
             f"or name the YAML of a {checkout} model."
         )
     _check_noise_levels(model, checkout)
-    sampler = _target(model.get("sampler_config"))
+    sampler = target_of(model.get("sampler_config"))
     odd = any(latent_frames(b.frames) % network.patch[0] for b in buckets)
-    if checkout == "1.5" and sampler not in ("", SAMPLER) and args.eval_interval and (odd or network.needs_ofs):
+    if (
+        checkout == "1.5"
+        and sampler not in ("", SAMPLER)
+        and args.eval_interval
+        and (odd or network.ofs_embed_dim is not None)
+    ):
         raise ConfigError(
             f"model.sampler_config.target: {sampler} takes even numbers of latent frames only and is not given "
             "'ofs', so the first evaluation would fail; append configs/cogvideo/1.5.yaml."
@@ -172,7 +124,7 @@ def _check_noise_levels(model: Mapping[str, Any], checkout: str | None) -> None:
     params = ((loss.get("params") or {}).get("sigma_sampler_config") or {}).get("params") or {}
     groups, ranks = params.get("group_num", 0), rank_and_world()[1]
     uniform = checkout == "1.5" and params.get("uniform_sampling") and ranks > 8
-    if uniform and _target(loss) != LOSS and (not groups or ranks % groups):
+    if uniform and target_of(loss) != LOSS and (not groups or ranks % groups):
         raise ConfigError(
             f"model.loss_fn_config.params.sigma_sampler_config.params.group_num: {groups} does not divide {ranks} "
             f"ranks, which CogVideo's loss insists on; name {LOSS} in model.loss_fn_config.target, which takes "
@@ -180,7 +132,7 @@ def _check_noise_levels(model: Mapping[str, Any], checkout: str | None) -> None:
         )
 
 
-def _check_options(model: Mapping[str, Any], joint: bool) -> None:
+def _check_options(model: Mapping[str, Any], network: Network, joint: bool) -> None:
     """Options of our loss and sampler that have no effect, or one that nobody means."""
     loss = (model.get("loss_fn_config") or {}).get("params") or {}
     if not joint and (ours := [o for o in LOSS_OPTIONS if o in loss]):
@@ -196,15 +148,14 @@ def _check_options(model: Mapping[str, Any], joint: bool) -> None:
         )
     sampler = model.get("sampler_config") or {}
     shown = (sampler.get("params") or {}).get("condition_scale")
-    if is_conditioned(model) and _target(sampler) == SAMPLER and shown != loss.get("condition_scale"):
+    if is_conditioned(model) and target_of(sampler) == SAMPLER and shown != loss.get("condition_scale"):
         raise ConfigError(
             f"model.sampler_config.params.condition_scale: {shown}, but the loss trains at "
             f"{loss.get('condition_scale')} (model.loss_fn_config.params), so evaluations would show another "
             "model than the trained one; write the same number in both."
         )
     prefixes = model.get("not_trainable_prefixes") or []
-    modules = (model["network_config"].get("params") or {}).get("modules") or {}
-    if "all" in prefixes and "lora_config" not in modules:
+    if "all" in prefixes and network.lora_rank is None:
         raise ConfigError(
             "model.not_trainable_prefixes: 'all' leaves only LoRA to train, and the network has none "
             "(lora_config); append configs/cogvideo/lora.yaml, or name CogVideo's YAML with LoRA."
@@ -231,9 +182,8 @@ def _check_overlays(model: Mapping[str, Any], network: Network) -> None:
             f"model.{OVERLAY}: an overlay for CogVideoX {made_for} is appended to the YAML of a "
             f"{network.generation} model; leave it out, or name the YAML of a {made_for} model."
         )
-    rotary = "hidden_size_head" in network.position_params
-    expected = OURS + ("InterpolatedRotaryPositionEmbedding" if rotary else "SinusoidalPositionEmbedding")
-    if network.position.startswith(OURS) and network.position != expected:
+    rotary = network.is_rotary
+    if network.position.startswith(OURS) and network.position != (ROTARY if rotary else SINUSOIDAL):
         raise ConfigError(
             f"model.network_config.params.modules.pos_embed_config.target: {network.position} is not for this "
             f"model's {'rotary' if rotary else 'sinusoidal'} positions; append configs/cogvideo/sizes-"
@@ -243,7 +193,7 @@ def _check_overlays(model: Mapping[str, Any], network: Network) -> None:
 
 def _check_text(model: Mapping[str, Any], network: Network) -> None:
     """An entry of `emb_models` replaces CogVideo's whole, its length of captions too."""
-    length = network.position_params.get("text_length")
+    length = network.text_length
     models = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
     for i, embedder in enumerate(models):
         own = (embedder.get("params") or {}).get("max_length")
@@ -264,9 +214,9 @@ def _check_length(bucket: Bucket, network: Network, joint: bool) -> None:
             f"{step}; name {LOSS} in model.loss_fn_config.target, which pads them, or use "
             f"{' or '.join(map(str, lengths))}."
         )
-    if network.frames is None or (network.position.startswith(OURS) and not network.learned):
+    if network.num_frames is None or (network.position.startswith(OURS) and not network.is_learned):
         return  # ours count on
-    most = network.frames * step
+    most = latent_frames(network.num_frames) * step
     if latents > most:
         longest = pixel_frames(most)
         raise ConfigError(
@@ -276,39 +226,35 @@ def _check_length(bucket: Bucket, network: Network, joint: bool) -> None:
 
 
 def _check_size(bucket: Bucket, network: Network) -> None:
-    if network.rows is None or network.columns is None:
+    if network.latent_height is None or network.latent_width is None:
         return
     rows, columns = bucket.height // LATENT_SIDE, bucket.width // LATENT_SIDE
-    known = f"{network.rows * LATENT_SIDE}x{network.columns * LATENT_SIDE}"
+    known = f"{network.latent_height * LATENT_SIDE}x{network.latent_width * LATENT_SIDE}"
     if network.generation == "1.5":
         if network.position.startswith(OURS):
             return
-        if rows > network.rows or columns > network.columns:
+        if rows > network.latent_height or columns > network.latent_width:
             raise ConfigError(
                 f"bucket {bucket}: this model has positions for {known} pixels (latent_height and latent_width in "
                 "model.network_config.params); use a smaller size."
             )
         return
     fixed = [t for t in (network.position, network.final_layer) if not t.startswith(OURS)]
-    if fixed and (rows, columns) != (network.rows, network.columns):
+    if fixed and (rows, columns) != (network.latent_height, network.latent_width):
         raise ConfigError(
             f"bucket {bucket}: {fixed[0] or 'this network'} is right at {known} pixels only; use that size, or "
             "append configs/cogvideo/sizes-2b.yaml or sizes-5b.yaml, whichever the model is."
         )
 
 
-def _generation_of_checkout(model: Mapping[str, Any]) -> str | None:
+def _generation_of_checkout(network: Network) -> str | None:
     """Of the network class that the run will build; None for a class that is not CogVideo's."""
-    if _target(model["network_config"]) != NETWORK:
+    if network.target != TRANSFORMER:
         return None
-    module, _, name = NETWORK.rpartition(".")
+    module, _, name = TRANSFORMER.rpartition(".")
     try:
-        network = getattr(import_module(module), name)
+        built = getattr(import_module(module), name)
     except ImportError:  # its own script will say what is missing
         return None
     # what 1.5 brought, and 1.0 would take for an argument of SAT's
-    return "1.5" if "ofs_embed_dim" in inspect.signature(network.__init__).parameters else "1.0"
-
-
-def _target(config: Any) -> str:
-    return str((config or {}).get("target", ""))
+    return "1.5" if "ofs_embed_dim" in inspect.signature(built.__init__).parameters else "1.0"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, read_network
 from sat_ext.cogvideo.target import import_class
 from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
 from sat_ext.errors import ConfigError
@@ -20,7 +21,6 @@ from sat_ext.latents.text import encoder_fingerprint
 from sat_ext.models.conditioning import noisy_first_frames
 from sat_ext.pixels import to_model_range
 
-TARGET = "sat_ext.cogvideo.CachedFirstStage"
 OPTIONS = ("parent", "frames", "clips", "recompute", "cp_size")  # of the first stage's, that change no latent
 
 
@@ -37,15 +37,16 @@ class CachedFirstStage(nn.Module):
         """What it is given, (B, C, t, h, w). Raises `ConfigError` for pixels."""
         if latents.shape[1] == 3:
             raise ConfigError(
-                f"model.first_stage_config.target: {TARGET} takes latents, and the batch brings pixels; set "
-                "data.params.cache.folder, or take the target out."
+                f"model.first_stage_config.target: {CACHED_FIRST_STAGE} takes latents, and the batch brings "
+                "pixels; set data.params.cache.folder, or remove the target."
             )
         return latents
 
     def decode(self, *_: Any, **__: Any) -> Tensor:
         """Raises `ConfigError`: there is no decoder."""
         raise ConfigError(
-            f"model.first_stage_config.target: {TARGET} cannot decode samples; set args.eval_interval: null."
+            f"model.first_stage_config.target: {CACHED_FIRST_STAGE} cannot decode samples; set "
+            "args.eval_interval: null."
         )
 
 
@@ -69,16 +70,14 @@ class CogVideoEncoders:
         self.text: Any = None
         self.first_stage: Any = None
         params = embedder.get("params") or {}
-        network = model["network_config"]["params"]
-        patches = (network.get("modules") or {}).get("patch_embed_config") or {}
-        width = (patches.get("params") or {}).get("text_hidden_size", 4096)
+        network = read_network(model)
         self.shape = LatentShape(
-            channels=int(network.get("out_channels", LATENT_CHANNELS)),
+            channels=network.out_channels or LATENT_CHANNELS,
             side=LATENT_SIDE,
             item=dtype.itemsize,
             deviates=True,
             conditions=bool(model.get("noised_image_input")),
-            text=(int(params.get("max_length", TEXT_TOKENS)), int(width)),
+            text=(int(params.get("max_length", TEXT_TOKENS)), network.text_hidden_size or 4096),
         )
 
     def holding(self, part: Part) -> AbstractContextManager[None]:

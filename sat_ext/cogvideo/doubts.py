@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sat_ext.cogvideo.check import LOSS, is_conditioned, read_network
+from sat_ext.cogvideo.network import LOSS, is_conditioned, read_network
 from sat_ext.models.config import TrainConfig
 
 # A LoRA's step is the learning rate times the factor on its product. The least that CogVideo trains one with: lr
@@ -26,9 +26,8 @@ def doubts(model: Mapping[str, Any], deepspeed: Mapping[str, Any], args: Mapping
 def lora_scale(model: Mapping[str, Any]) -> tuple[float, str] | None:
     """The factor on the product of a LoRA's two matrices, and what it is made of; None where no LoRA trains."""
     if "network_config" in model:
-        modules = (model["network_config"].get("params") or {}).get("modules") or {}
-        params = (modules.get("lora_config") or {}).get("params") or {}
-        alpha, rank = params.get("lora_alpha", 1), params.get("r", 0)
+        network = read_network(model)
+        alpha, rank = network.lora_alpha, network.lora_rank
     else:
         train = model.get("train") or {}
         alpha, rank = train.get("alpha", TrainConfig.alpha), train.get("rank", TrainConfig.rank)
@@ -52,8 +51,8 @@ def _lora_rate(model: Mapping[str, Any], lr: float) -> str | None:
 def _precision(model: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> str | None:
     """CogVideoX-2B, the one model without rotary positions, was published in fp16, the others in bf16."""
     if "network_config" in model:
-        position = read_network(model).position_params
-        is_2b = "text_length" in position and "hidden_size_head" not in position
+        network = read_network(model)
+        is_2b = network.text_length is not None and not network.is_rotary
     else:
         transformer = model.get("transformer") or {}
         rotary = transformer.get("use_rotary_positional_embeddings", False)

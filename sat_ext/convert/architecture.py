@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor
 
+from sat_ext.cogvideo.network import read_network, transformer_values
 from sat_ext.cogvideox import LATENT_SIDE, PATCH, SCALE_FACTOR, SCALE_FACTOR_2B, TEXT_TOKENS
 from sat_ext.config import convert, load
 from sat_ext.errors import ConfigError
@@ -27,6 +28,7 @@ Model = Any  # one of the two classes, which have no types
 # Native sizes of the published models (configs/cogvideox_*.yaml at tag v1.0, configs/cogvideox1.5_*.yaml on main).
 NATIVE = {"1.0": Bucket(frames=49, height=480, width=720), "1.5": Bucket(frames=81, height=2400, width=2400)}
 YAML = "YAML (of --base, or training_config.yaml beside the checkpoint)"
+SECTION = f"{YAML}: model"
 
 
 def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
@@ -79,7 +81,7 @@ def transformer_config(
     video in pixels, wins over the YAML's; where there is neither, the published models' is taken. Raises
     `ConfigError` where a tensor that every transformer has is missing, or the YAML is of another model.
     """
-    given = described(base) if base else {}
+    given = transformer_values(read_network(base.get("model") or {}, SECTION), SECTION) if base else {}
     # a linear patch embedding does not show how its patch is shared out over time, height and width
     seen = _seen(weights, given.get("patch_size_t") or PATCH, given.get("patch_size", PATCH), where)
     for key, value in seen.items():
@@ -143,44 +145,6 @@ def _shape(weights: Mapping[str, Tensor], name: str, ranks: tuple[int, ...], whe
     return shape
 
 
-def described(base: Mapping[str, Any]) -> dict[str, Any]:
-    """What CogVideo's YAML says of the transformer, in diffusers' words. `ConfigError` where it is incomplete."""
-    try:
-        network = base["model"]["network_config"]["params"]
-        modules = network["modules"]
-        positions = modules["pos_embed_config"]["params"]
-        patch = network["patch_size"]
-        patch_t = None if isinstance(patch, int) else int(patch[0])
-        given = {
-            "num_layers": int(network["num_layers"]),
-            "num_attention_heads": int(network["num_attention_heads"]),
-            "attention_head_dim": int(network["hidden_size"]) // int(network["num_attention_heads"]),
-            "in_channels": int(network["in_channels"]),
-            "out_channels": int(network["out_channels"]),
-            "time_embed_dim": int(network.get("time_embed_dim") or network["hidden_size"]),
-            "ofs_embed_dim": network.get("ofs_embed_dim"),
-            "text_embed_dim": int(modules["patch_embed_config"]["params"]["text_hidden_size"]),
-            "max_text_seq_length": int(positions["text_length"]),
-            "sample_height": int(network["latent_height"]),
-            "sample_width": int(network["latent_width"]),
-            "sample_frames": int(network["num_frames"]),
-            "patch_size": int(patch) if isinstance(patch, int) else int(patch[1]),
-            "patch_size_t": patch_t,
-            "spatial_interpolation_scale": float(positions.get("height_interpolation", 1.0)),
-            "use_learned_positional_embeddings": bool(positions.get("learnable_pos_embed", False)),
-        }
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        lack = f"no {error} in its" if isinstance(error, KeyError) else f"a wrong value ({error}) in its"
-        raise ConfigError(
-            f"{YAML}: {lack} model.network_config; give CogVideo's YAML of the model with --base, such as "
-            "configs/cogvideox_5b.yaml."
-        ) from error
-    for key, value in given.items():
-        if type(value) in (int, float) and value <= 0:
-            raise ConfigError(f"{YAML}: {key} is {value} in its model.network_config; give a number over 0.")
-    return given
-
-
 def _size(native: Bucket) -> dict[str, int]:
     return {
         "sample_height": native.height // LATENT_SIDE,
@@ -201,6 +165,7 @@ def autoencoder_config(
     for name in needed:
         _shape(weights, name, (5,), where, "autoencoder")
     given = (base or {}).get("model") or {}
+    has_network = "network_config" in given
     factor = scale if scale is not None else convert(float | None, given.get("scale_factor"), "model.scale_factor")
     if factor is None:
         raise ConfigError(
@@ -216,7 +181,7 @@ def autoencoder_config(
         latent_channels=weights[needed[1]].shape[1],
         scaling_factor=float(factor),
         # as published beside 1.5's I2V model, the only one with `ofs`; see CogVideoXImageToVideoPipeline
-        invert_scale_latents=bool(given.get("network_config", {}).get("params", {}).get("ofs_embed_dim")),
+        invert_scale_latents=has_network and read_network(given, SECTION).ofs_embed_dim is not None,
     )
     kinds = {f"{k}_block_types": [f"CogVideoX{k.title()}Block3D"] * levels for k in ("down", "up")}
     return config_of(empty_model({"_class_name": "AutoencoderKLCogVideoX", **asdict(config), **kinds}, where))

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sat_ext.cogvideo.network import PRETRAINED
 from sat_ext.memory.counts import count
 from sat_ext.memory.options import read_options
 from sat_ext.memory.plan import Plan, make_plan
-from sat_ext.memory.run import COGVIDEO, Run, sizes
+from sat_ext.memory.run import Run, sizes
 from sat_ext.models.config import transformer_of
 from sat_ext.models.levers import GradientCheckpointing
 from sat_ext.zero import ZERO_NAMES, zero_section
@@ -158,7 +159,7 @@ def _best(run: Run, pulled: Sequence[Lever], room: Room) -> Plan | None:
 def levers(run: Run) -> list[Lever]:
     """Those that can still be pulled, the cheapest in time first."""
     blocks = transformer_of(run.model).num_layers
-    if run.model.pretrained == COGVIDEO:
+    if run.model.pretrained == PRETRAINED:
         known = [
             Lever(yaml="configs/cogvideo/joint.yaml (ChunkedFirstStage)", pull=_chunks),
             Lever(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from sat_ext.cogvideo.network import PRETRAINED
 from sat_ext.memory.counts import count
 from sat_ext.memory.encoders import encode_peak, text_peak
 from sat_ext.memory.host import PROCESS, workers_bytes
 from sat_ext.memory.plan import CONTEXT, FRAGMENTATION
-from sat_ext.memory.run import COGVIDEO, Run, with_levers
+from sat_ext.memory.run import Run, with_levers
 from sat_ext.memory.weights import text_bytes
 
 CAPTIONS = 16  # that `write_text_embeddings` hands to the encoder at a time
@@ -38,7 +39,7 @@ def plan_cache(run: Run, per_node: int) -> CachePlan:
     run = replace(run, cached=False, cached_text=False, batches=dict.fromkeys(run.batches, 1))
     counts = count(run)
     weights = text_bytes(run, counts)
-    together = CAPTIONS if run.model.pretrained == COGVIDEO or run.model.text.device == "gpu" else 1
+    together = CAPTIONS if run.model.pretrained == PRETRAINED or run.model.text.device == "gpu" else 1
     captions = max(text_peak(replace(run, batches={b: together}), b) for b in run.batches)
     autoencoder = sum(p.numel for p in counts.first_stage) * run.itemsize
     encoding = max(encode_peak(run, bucket) for bucket in run.batches)
@@ -53,7 +54,7 @@ def plan_cache(run: Run, per_node: int) -> CachePlan:
 
 def cache_that_fits(run: Run, per_node: int, gpu_memory: int) -> CachePlan:
     """The plan with the first lever of each encoder with which that fits; without any where nothing does."""
-    if run.model.pretrained == COGVIDEO:
+    if run.model.pretrained == PRETRAINED:
         text: Sequence[tuple[str, Change]] = [("configs/cogvideo/offload-text.yaml", _text(device="cpu"))]
         first: Sequence[tuple[str, Change]] = [
             ("configs/cogvideo/joint.yaml (ChunkedFirstStage)", _chunks),

@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from sat_ext.memory.run import COGVIDEO, Run
+from sat_ext.cogvideo.network import PRETRAINED
+from sat_ext.memory.run import Run
 from sat_ext.models.config import AutoencoderConfig, ModelConfig, TransformerConfig, folder_config, transformer_of
 
 # https://huggingface.co/google/t5-v1_1-xxl, config.json: the text encoder of every published CogVideoX model.
@@ -101,7 +102,7 @@ def _text(model: ModelConfig) -> tuple[Parameter, ...]:
         from sat_ext.models.t5 import small_byt5
 
         return tuple(_parameters(small_byt5(transformer_of(model).text_embed_dim)))
-    return _t5(model.pretrained or COGVIDEO)
+    return _t5(model.pretrained or PRETRAINED)
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sat_ext.memory.run import COGVIDEO, Run
+from sat_ext.cogvideo.network import PRETRAINED
+from sat_ext.memory.run import Run
 from sat_ext.models.config import AutoencoderConfig, text_length, transformer_of
 from sat_ext.types import Bucket
 
@@ -53,7 +54,7 @@ def encode_peak(run: Run, bucket: Bucket) -> int:
         chunks = list(_chunks(bucket.frames, first.frames))
         peak = max(_chunk_peak(first.autoencoder, f, area, old=i > 0) for i, f in enumerate(chunks))
         # ChunkedFirstStage: an activation of the clip at full resolution
-        if run.model.pretrained == COGVIDEO and run.recompute == "block":
+        if run.model.pretrained == PRETRAINED and run.recompute == "block":
             extra = first.autoencoder.block_out_channels[0] * bucket.frames * area
     return given + (peak + extra) * item
 

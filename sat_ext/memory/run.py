@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sat_ext.cogvideo.network import CACHED_TEXT, CHUNKED_FIRST_STAGE, model_config, text_embedder
 from sat_ext.cogvideox import latent_frames
 from sat_ext.config import convert, load
 from sat_ext.data.params import DataConfig
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import (
-    FirstStageConfig,
     ModelConfig,
-    TextConfig,
-    TrainConfig,
-    TransformerConfig,
     spatial_compression,
     text_length,
     transformer_of,
@@ -25,10 +22,6 @@ from sat_ext.models.shape import check_buckets, expected_config, sequence_shape
 from sat_ext.types import Bucket
 
 BATCH_SIZE = 4  # SAT's default (sat/arguments.py, add_training_args, 0.4.12)
-COGVIDEO = "CogVideo"  # stands in `pretrained` for its own checkpoints, whose sizes are the published models'
-OFFLOADED_TEXT = "sat_ext.cogvideo.OffloadedTextEmbedder"
-CACHED_TEXT = "sat_ext.cogvideo.CachedTextEmbedder"
-CHUNKED_FIRST_STAGE = "sat_ext.cogvideo.ChunkedFirstStage"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +99,7 @@ def read_run(config: Mapping[str, Any]) -> Run:
     section, args = dict(config["model"]), config.get("args") or {}
     deepspeed = dict(config.get("deepspeed") or {})
     original = "network_config" in section
-    model = of_cogvideo(section) if original else expected_config(section)
+    model = model_config(section) if original else expected_config(section)
     params = config["data"].get("params") or {}
     # what a cache holds does not matter here, only that there is one
     data = load(DataConfig, {k: v for k, v in params.items() if k != "cache"}, "data.params")
@@ -127,44 +120,10 @@ def read_run(config: Mapping[str, Any]) -> Run:
         accumulation=_count("gradient_accumulation_steps", deepspeed, "gradient_accumulation_steps", args, 1),
         workers=_count("num_workers", {}, "num_workers", args, 1, least=0),
         cached=bool(params.get("cache")),
-        cached_text=bool(params.get("cache")) or original and _text_embedder(section).get("target") == CACHED_TEXT,
+        cached_text=bool(params.get("cache")) or original and text_embedder(section).get("target") == CACHED_TEXT,
         whole_clips=original and target != CHUNKED_FIRST_STAGE,
         recompute=((section.get("first_stage_config") or {}).get("params") or {}).get("recompute", "block"),
     )
-
-
-def of_cogvideo(model: Mapping[str, Any]) -> ModelConfig:
-    """CogVideo's `model` section in the words of ours: the same architecture, and the levers that are set."""
-    from sat_ext.convert.architecture import described  # and diffusers, which the data class must load without
-
-    params = model["network_config"].get("params") or {}
-    lora = ((params.get("modules") or {}).get("lora_config") or {}).get("params")
-    first = (model.get("first_stage_config") or {}).get("params") or {}
-    chunked = (model.get("first_stage_config") or {}).get("target") == CHUNKED_FIRST_STAGE
-    text = _text_embedder(model)
-    device = (text.get("params") or {}).get("device", "on_off") if text.get("target") == OFFLOADED_TEXT else "gpu"
-    rotary = "Rotary" in str(((params.get("modules") or {}).get("pos_embed_config") or {}).get("target", ""))
-    return ModelConfig(
-        pretrained=COGVIDEO,
-        conditioning="i2v" if model.get("noised_image_input") else "none",
-        transformer=load(
-            TransformerConfig,
-            {**described({"model": model}), "use_rotary_positional_embeddings": rotary},
-            "model.network_config",
-        ),
-        first_stage=FirstStageConfig(
-            slicing=(first.get("clips", 1) if chunked else model.get("en_and_decode_n_samples_a_time")) == 1,
-            frames=int(first.get("frames", 8)),
-        ),
-        text=load(TextConfig, {"device": device}, "model.conditioner_config"),
-        train=TrainConfig(mode="full" if lora is None else "lora", rank=int((lora or {}).get("r", 1))),
-        gradient_checkpointing=bool((params.get("transformer_args") or {}).get("checkpoint_activations")),
-    )
-
-
-def _text_embedder(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    models: Sequence[Any] = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
-    return next((m for m in models if m.get("input_key", "txt") == "txt"), {})
 
 
 def _count(

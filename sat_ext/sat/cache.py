@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from sat import mpu
 
-from sat_ext.cogvideo.check import LOSS, is_conditioned
-from sat_ext.cogvideo.cogvideo_encoders import TARGET
+from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, LOSS, is_conditioned
 from sat_ext.data.index import Index
 from sat_ext.data.params import DataConfig
 from sat_ext.errors import ConfigError, DataError
@@ -36,10 +35,10 @@ def open_cache(
     of_cogvideo = "network_config" in model
     first_stage = (model.get("first_stage_config") or {}).get("target") if of_cogvideo else None
     if config.cache is None:
-        if first_stage == TARGET:
+        if first_stage == CACHED_FIRST_STAGE:
             raise ConfigError(
-                f"model.first_stage_config.target: {TARGET} wants latents; set data.params.cache.folder to what "
-                "sat-ext cache wrote."
+                f"model.first_stage_config.target: {CACHED_FIRST_STAGE} takes latents; set "
+                "data.params.cache.folder to what sat-ext cache wrote."
             )
         return None
     if of_cogvideo:
@@ -80,10 +79,10 @@ def _check(cached: Cached, index: Index, config: DataConfig, prints: Fingerprint
 
 
 def _check_cogvideo(args: argparse.Namespace, model: Mapping[str, Any], first_stage: str | None) -> None:
-    if first_stage != TARGET:
+    if first_stage != CACHED_FIRST_STAGE:
         raise ConfigError(
             f"data.params.cache: CogVideo's engine takes latents through model.first_stage_config.target: "
-            f"{TARGET}, and the YAML has {first_stage}; append configs/cogvideo/cached.yaml."
+            f"{CACHED_FIRST_STAGE}, and the YAML has {first_stage}; append configs/cogvideo/cached.yaml."
         )
     loss = (model.get("loss_fn_config") or {}).get("target")
     if is_conditioned(model) and loss != LOSS:

@@ -262,6 +262,7 @@ def test_noise_levels_that_do_not_divide_the_ranks_are_told_before(
     levels = {"params": {"uniform_sampling": True, "group_num": 40, "num_idx": 1000}}
     theirs = model("1.5", loss_fn_config={**THEIRS, "params": {"sigma_sampler_config": levels}})
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     for ranks in (8, 40, 16):
         monkeypatch.setattr("torch.distributed.get_world_size", lambda ranks=ranks: ranks)
         check_run(ARGS, {**theirs, "loss_fn_config": {**JOINT, "params": {"sigma_sampler_config": levels}}}, [])

@@ -1,0 +1,217 @@
+"""What CogVideo's `model` section says, read once: its network, and the whole in the words of our own `model:`.
+
+CogVideo has two generations, which the network's `patch_size` tells apart: a number in CogVideoX 1.0 (tag v1.0 of
+the repository), three numbers in 1.5 (its main branch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sat_ext.cogvideox import LATENT_SIDE, TEXT_TOKENS, SequenceShape
+from sat_ext.config import convert, load
+from sat_ext.errors import ConfigError
+from sat_ext.models.config import FirstStageConfig, ModelConfig, TextConfig, TrainConfig, TransformerConfig
+
+OURS = "sat_ext.cogvideo."  # what the names of our targets begin with
+LOSS = OURS + "JointDiffusionLoss"
+SAMPLER = OURS + "PaddedSampler"
+ROTARY, SINUSOIDAL = OURS + "InterpolatedRotaryPositionEmbedding", OURS + "SinusoidalPositionEmbedding"
+CACHED_FIRST_STAGE, CHUNKED_FIRST_STAGE = OURS + "CachedFirstStage", OURS + "ChunkedFirstStage"
+CACHED_TEXT, OFFLOADED_TEXT = OURS + "CachedTextEmbedder", OURS + "OffloadedTextEmbedder"
+PRETRAINED = "CogVideo"  # stands in `pretrained` for its own checkpoints, whose sizes are the published models'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """`network_config` of CogVideo's `model` section; None where the YAML does not say.
+
+    `patch` is (frames, rows, columns) in latents. `num_frames` (of pixels), `latent_height` and `latent_width` are
+    the size that the network is built for. `lora_rank` is 0 where a `lora_config` leaves it out.
+    """
+
+    target: str
+    generation: str | None
+    patch: tuple[int, int, int]
+    num_layers: int | None
+    num_attention_heads: int | None
+    hidden_size: int | None
+    in_channels: int | None
+    out_channels: int | None
+    time_embed_dim: int | None
+    ofs_embed_dim: int | None
+    text_hidden_size: int | None
+    num_frames: int | None
+    latent_height: int | None
+    latent_width: int | None
+    position: str
+    text_length: int | None
+    height_interpolation: float
+    is_rotary: bool
+    is_learned: bool
+    final_layer: str
+    lora_rank: int | None
+    lora_alpha: float
+    model_parallel_size: int
+    recomputes: bool
+
+
+def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
+    """The network of CogVideo's `model` section, which stands at `where`.
+
+    Raises `ConfigError` where there is none, for a number that is none or below 1, and for a `patch_size` of
+    neither generation.
+    """
+    if "network_config" not in (model or {}):
+        raise ConfigError(f"{where}.network_config: missing; use CogVideo's YAML of the model as it is.")
+    where = f"{where}.network_config.params"
+    config = model["network_config"] or {}
+    params = config.get("params") or {}
+    modules = params.get("modules") or {}
+    position, lora = _params(modules, "pos_embed_config"), _params(modules, "lora_config")
+    transformer = params.get("transformer_args") or {}
+
+    def size(name: str, values: Mapping[str, Any] = params) -> int | None:
+        value: int | None = convert(int | None, values.get(name), f"{where}.{name}")
+        if value is not None and value < 1:
+            raise ConfigError(f"{where}.{name}: {value}; use a number above 0.")
+        return value
+
+    patch = params.get("patch_size", 2)
+    three = list(patch) if isinstance(patch, Sequence) and not isinstance(patch, str) else [1, patch, patch]
+    if len(three) != 3 or not all(isinstance(p, int) and p > 0 for p in three):
+        raise ConfigError(
+            f"{where}.patch_size: {patch!r} is neither a number (CogVideoX 1.0) nor three (1.5); use CogVideo's "
+            "YAML of the model as it is."
+        )
+    return Network(
+        target=target_of(config),
+        generation=None if "patch_size" not in params else "1.0" if isinstance(patch, int) else "1.5",
+        patch=(three[0], three[1], three[2]),
+        num_layers=size("num_layers"),
+        num_attention_heads=size("num_attention_heads"),
+        hidden_size=size("hidden_size"),
+        in_channels=size("in_channels"),
+        out_channels=size("out_channels"),
+        time_embed_dim=size("time_embed_dim"),
+        ofs_embed_dim=size("ofs_embed_dim"),
+        text_hidden_size=size("text_hidden_size", _params(modules, "patch_embed_config")),
+        num_frames=size("num_frames"),
+        latent_height=size("latent_height"),
+        latent_width=size("latent_width"),
+        position=target_of(modules.get("pos_embed_config")),
+        text_length=size("text_length", position),
+        height_interpolation=convert(
+            float, position.get("height_interpolation", 1.0), f"{where}.height_interpolation"
+        ),
+        is_rotary="hidden_size_head" in position,
+        is_learned=bool(position.get("learnable_pos_embed")),
+        final_layer=target_of(modules.get("final_layer_config")),
+        lora_rank=lora.get("r", 0) if "lora_config" in modules else None,
+        lora_alpha=lora.get("lora_alpha", 1),
+        model_parallel_size=transformer.get("model_parallel_size", 1),
+        recomputes=bool(transformer.get("checkpoint_activations")),
+    )
+
+
+def target_of(config: Any) -> str:
+    """The `target` of a part of the YAML; empty where it names none."""
+    return str((config or {}).get("target", ""))
+
+
+def _params(parts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (parts.get(name) or {}).get("params") or {}
+    return found
+
+
+def is_conditioned(model: Mapping[str, Any]) -> bool:
+    """Whether the model is image-to-video. From a cache its engine makes no condition, its network takes one."""
+    network = read_network(model)
+    twice = network.out_channels is not None and network.in_channels == 2 * network.out_channels
+    return bool(model.get("noised_image_input")) or twice
+
+
+def sequence_shape(network: Network) -> SequenceShape:
+    """What the cost of a batch follows from. Raises `ConfigError` where the YAML leaves out the width."""
+    frames, side, _ = network.patch
+    return SequenceShape(
+        hidden_size=_given(network, "hidden_size", "model"),
+        text_length=network.text_length or TEXT_TOKENS,
+        pixels_per_token=LATENT_SIDE * side,
+        latents_per_token=frames,
+    )
+
+
+def transformer_values(network: Network, where: str = "model") -> dict[str, Any]:
+    """What the YAML says of the transformer, in the words of diffusers' config.json.
+
+    Raises `ConfigError` where it is incomplete; `where` is the place of the `model` section.
+    """
+
+    def given(name: str) -> int:
+        return _given(network, name, where)
+
+    if network.generation is None:
+        raise ConfigError(_missing("patch_size", where))
+    return {
+        "num_layers": given("num_layers"),
+        "num_attention_heads": given("num_attention_heads"),
+        "attention_head_dim": given("hidden_size") // given("num_attention_heads"),
+        "in_channels": given("in_channels"),
+        "out_channels": given("out_channels"),
+        "time_embed_dim": network.time_embed_dim or given("hidden_size"),
+        "ofs_embed_dim": network.ofs_embed_dim,
+        "text_embed_dim": given("text_hidden_size"),
+        "max_text_seq_length": given("text_length"),
+        "sample_height": given("latent_height"),
+        "sample_width": given("latent_width"),
+        "sample_frames": given("num_frames"),
+        "patch_size": network.patch[1],
+        "patch_size_t": None if network.generation == "1.0" else network.patch[0],
+        "spatial_interpolation_scale": network.height_interpolation,
+        "use_learned_positional_embeddings": network.is_learned,
+    }
+
+
+def _given(network: Network, name: str, where: str) -> int:
+    value: int | None = getattr(network, name)
+    if value is None:
+        raise ConfigError(_missing(name, where))
+    return value
+
+
+def _missing(name: str, where: str) -> str:
+    return (
+        f"{where}.network_config.params: '{name}' is missing; use CogVideo's YAML of the model, such as "
+        "configs/cogvideox_5b.yaml."
+    )
+
+
+def text_embedder(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entry of `emb_models` that embeds captions; empty where there is none."""
+    models: Sequence[Any] = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    return next((m for m in models if m.get("input_key", "txt") == "txt"), {})
+
+
+def model_config(model: Mapping[str, Any]) -> ModelConfig:
+    """CogVideo's `model` section in the words of ours: the same architecture, and the levers that are set."""
+    network = read_network(model)
+    stage, text = model.get("first_stage_config") or {}, text_embedder(model)
+    first = stage.get("params") or {}
+    chunked = target_of(stage) == CHUNKED_FIRST_STAGE
+    device = (text.get("params") or {}).get("device", "on_off") if target_of(text) == OFFLOADED_TEXT else "gpu"
+    values = {**transformer_values(network), "use_rotary_positional_embeddings": network.is_rotary}
+    return ModelConfig(
+        pretrained=PRETRAINED,
+        conditioning="i2v" if model.get("noised_image_input") else "none",
+        transformer=load(TransformerConfig, values, "model.network_config"),
+        first_stage=FirstStageConfig(
+            slicing=(first.get("clips", 1) if chunked else model.get("en_and_decode_n_samples_a_time")) == 1,
+            frames=int(first.get("frames", 8)),
+        ),
+        text=load(TextConfig, {"device": device}, "model.conditioner_config"),
+        train=TrainConfig(mode="full" if network.lora_rank is None else "lora", rank=int(network.lora_rank or 1)),
+        gradient_checkpointing=network.recomputes,
+    )
