@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from sat_ext.data.index import build_index
 from sat_ext.data.params import name_sources
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
+from sat_ext.files.atomic import written_aside
 from sat_ext.preview.gather import gather
 from sat_ext.preview.page import render
 
@@ -55,10 +55,9 @@ def preview(
             train_iters=run.train_iters,
         )
     page = render(report)
-    draft = output.with_name(output.name + ".part")
     try:
-        draft.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(draft, output)
+        with written_aside(output) as draft:
+            draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"-o: {output} cannot be written ({error.strerror}); name another file.") from error
     print(f"{output}: {len(report.findings)} findings, {len(report.buckets)} buckets, {len(page) / 1e3:,.0f} kB")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sat_ext.convert.names import Blocks
 from sat_ext.errors import ConfigError
+from sat_ext.files.atomic import written_aside
 
 WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' name of a model's weights, without its ending
 SHARD_BYTES = 5 * 10**9  # of one file; what the published 5B models' are cut at
@@ -90,24 +90,12 @@ def aside(path: Path) -> Iterator[Path]:
     """
     if os.path.lexists(path):  # which, unlike exists, does not raise where the folder cannot be read
         raise ConfigError(f"{path}: is there already; name another folder with -o, or remove it.")
-    draft = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(draft)  # of a conversion that was killed
-        yield draft
-        os.replace(draft, path)
+        with written_aside(path) as draft:
+            yield draft
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        with suppress(OSError):  # which would take the place of the sentence above
-            _remove(draft)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_tensors(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import struct
 import zlib
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from sat_ext import checksums
 from sat_ext.errors import ConfigError, DataError, MediaError
+from sat_ext.files.atomic import written_aside
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +38,16 @@ REMEDY = "delete it, and run sat-ext cache again"
 
 def write_aside(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write `file` so that it is there whole or not at all. Raises `DataError`."""
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    sums = json.dumps({name: checksums.of_tensor(tensor) for name, tensor in tensors.items()})
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the umask says; safetensors writes files for their owner alone
-        sums = json.dumps({name: checksums.of_tensor(tensor) for name, tensor in tensors.items()})
-        save_file(tensors, partial, {**metadata, _TENSORS: sums, _HEADER: _NONE})
-        _sign(partial)
-        partial.chmod(mode)
-        os.replace(partial, file)
+        with written_aside(file, shared=True) as draft:
+            draft.touch()
+            mode = draft.stat().st_mode  # as the umask says; safetensors writes files for their owner alone
+            save_file(tensors, draft, {**metadata, _TENSORS: sums, _HEADER: _NONE})
+            _sign(draft)
+            draft.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: cannot be written ({error}); free space or name another folder.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def files_fingerprint(path: Path) -> str:

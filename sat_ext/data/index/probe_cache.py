@@ -14,9 +14,7 @@ import logging
 import os
 import stat
 import struct
-import uuid
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -27,6 +25,7 @@ import pyarrow.compute as pc
 
 from sat_ext.data.index.columns import INFO_COLUMNS
 from sat_ext.files import is_url
+from sat_ext.files.atomic import written_aside
 from sat_ext.media import image_formats
 
 log = logging.getLogger(__name__)
@@ -84,22 +83,18 @@ def save(source: str, table: pa.Table) -> None:
     kept = {"prober": str(PROBER_VERSION), "libraries": libraries(), "source": source}
     table = table.cast(ENTRIES).replace_schema_metadata(kept)
     for place in places(source):
-        # Written aside and renamed: another run sees the old file or the new one, and may be writing its own.
-        aside = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table, max_chunksize=_ROWS)
-            with pa.memory_map(str(aside)) as written:
-                trailer = _TRAILER.pack(_MARK, zlib.crc32(written.read_buffer()))
-            with aside.open("ab") as file:
-                file.write(trailer)
-            os.replace(aside, place)
+            with written_aside(place, shared=True) as draft:  # other runs of this data may write it now
+                with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+                    writer.write_table(table, max_chunksize=_ROWS)
+                with pa.memory_map(str(draft)) as written:
+                    trailer = _TRAILER.pack(_MARK, zlib.crc32(written.read_buffer()))
+                with draft.open("ab") as file:
+                    file.write(trailer)
             return
         except OSError as error:
             problem = error
-            with suppress(OSError):
-                aside.unlink()
     log.warning(
         "%s: what its files hold cannot be kept for the next run (%s); set SAT_EXT_CACHE to a folder that can "
         "be written.", source, problem,

@@ -1,0 +1,34 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+
+@contextmanager
+def written_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A draft beside `path`, for a file or folder, that takes `path`'s name when the block ends without an error.
+
+    After an error nothing of the draft is left. With `shared` its name is unique, because other processes may be
+    writing to the same `path`; otherwise it replaces the draft of a process that was killed. Raises `OSError`.
+    """
+    draft = path.with_name(f"{path.name}.{uuid4().hex}.partial" if shared else f"{path.name}.partial")
+    _remove(draft)
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        with suppress(OSError):  # it would hide the error that led here
+            _remove(draft)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
