@@ -22,7 +22,8 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from sat_ext.cogvideo.script import is_for_cogvideo, run_script
+from sat_ext.cogvideo.script import run_script
+from sat_ext.engines import is_for_cogvideo
 from sat_ext.sat.uncaught import sentence_of
 
 

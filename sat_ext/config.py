@@ -51,6 +51,16 @@ def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
     return {str(k): v for k, v in merged.items()}
 
 
+def plain(section: Any) -> dict[str, Any]:
+    """Dicts and lists of a section, which may be None (empty) or hold OmegaConf's containers: CogVideo's script
+    hands its YAML over as these."""
+    if not section:
+        return {}
+    found = OmegaConf.to_container(OmegaConf.create(section), resolve=True)
+    assert isinstance(found, dict)
+    return {str(k): v for k, v in found.items()}
+
+
 def reject_unknown_keys(keys: Iterable[str], known: Sequence[str], where: str) -> None:
     """Raise `ConfigError` for the first of `keys` that is not in `known`, naming the nearest valid one."""
     for key in keys:

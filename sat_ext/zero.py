@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
+import torch
+
 from sat_ext.errors import ConfigError
 
 AUTO = "auto"
@@ -121,6 +123,24 @@ def fill_in_auto(deepspeed: Mapping[str, Any], hidden: int) -> dict[str, Any]:
             zero.pop("cpu_offload", None)
     _refuse_auto(filled, "deepspeed")
     return filled
+
+
+def precision(deepspeed: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a `deepspeed` section turns on fp16, and bf16. Raises `ConfigError`."""
+    found = []
+    for name in ("fp16", "bf16"):
+        section = deepspeed.get(name) or {}
+        if not isinstance(section, Mapping):
+            raise ConfigError(
+                f"deepspeed.{name}: expected a mapping of keys, got {section!r}; write enabled: true."
+            )
+        found.append(bool(section.get("enabled")))
+    return found[0], found[1]
+
+
+def training_dtype(fp16: bool, bf16: bool) -> torch.dtype:
+    """What a run trains in, as SAT reads `precision`."""
+    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
 
 
 def _refuse_auto(section: Mapping[str, Any], where: str) -> None:

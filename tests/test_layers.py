@@ -34,6 +34,8 @@ LAYERS = [
     ("contact_sheet", 1),
     ("demo_data", 1),
     ("models", 2),
+    ("engines", 3),
+    ("doubts", 3),
     ("convert", 3),
     ("cogvideo", 3),
     ("memory", 3),

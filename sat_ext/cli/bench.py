@@ -22,6 +22,7 @@ from sat_ext.cli.yaml_base import Base, BaseOption, MoreYaml, load_base
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.stream import JointStream, read_pixels
 from sat_ext.data.transform import Fit
+from sat_ext.engines import engine_of
 
 
 def bench(
@@ -146,7 +147,7 @@ def _through_a_worker(index: Index, run: Base, steps: int, console: Console) -> 
 
 
 def _stream(index: Index, run: Base) -> JointStream:
-    dtype = run.dtype if "network_config" in run.model else torch.uint8  # what each engine is given
+    dtype = engine_of(run.model).batch_dtype(run.dtype)
     return JointStream(index, run.data, batch_sizes=run.batch_sizes, world=1, dtype=dtype)
 
 

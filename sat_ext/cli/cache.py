@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from sat_ext.cli.yaml_base import Base, BaseOption, MoreYaml, load_base
-from sat_ext.cogvideo.script import CHECKOUT
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.params import DataConfig
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 from sat_ext.latents.reader import Cached, Shown, media_codes
@@ -30,16 +30,6 @@ from sat_ext.latents.text import write_text_embeddings
 from sat_ext.latents.writer import Progress, Work, missing_work, require_room, write_samples
 from sat_ext.sat import peers
 from sat_ext.sat.shared import share_from_first_rank
-
-REMEDIES = {
-    "text": "set model.text.quantization: nf4, or model.text.device: cpu, which is slower",
-    "first_stage": "set model.first_stage.tiling: true, for the training run too: latents change a little",
-}
-COGVIDEO_REMEDIES = {
-    "text": "append configs/cogvideo/offload-text.yaml, which encodes on the CPU",
-    "first_stage": "append configs/cogvideo/joint.yaml, and set model.first_stage_config.params: {frames: 4, "
-    "recompute: level}",
-}
 
 
 def cache(
@@ -125,18 +115,8 @@ def _encoders(run: Base) -> tuple[Fingerprints, Any]:
     device = (
         torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     )
-    if "network_config" in run.model:
-        from sat_ext.cogvideo import cogvideo_encoders as cogvideo
-
-        sys.path.insert(0, os.environ.get(CHECKOUT) or os.getcwd())
-        return cogvideo.fingerprints(run.model, run.dtype), lambda: cogvideo.CogVideoEncoders(
-            run.model, run.dtype, device
-        )
-    if not run.model:
-        raise ConfigError("--base: no 'model' section, whose encoders are wanted; add a file of configs/model/.")
-    from sat_ext.models import engine_encoders as own
-
-    return own.fingerprints(run.model, run.dtype), lambda: own.EngineEncoders(run.model, run.dtype, device)
+    engine = engine_of(run.model)
+    return engine.fingerprints(run.dtype), lambda: engine.encoders(run.dtype, device)
 
 
 def _index(data: DataConfig, sources: Any, console: Console) -> Index:
@@ -206,7 +186,7 @@ def _held(encoders: Encoders, part: Part, run: Base) -> Iterator[None]:
         with encoders.holding(part):
             yield
     except torch.cuda.OutOfMemoryError as error:
-        remedy = (COGVIDEO_REMEDIES if "network_config" in run.model else REMEDIES)[part]
+        remedy = engine_of(run.model).too_large(part)
         name = {"text": "text encoder", "first_stage": "first stage"}[part]
         raise ConfigError(
             f"the GPU's memory is too small for the {name} ({str(error).split('.')[0]}); "
@@ -243,8 +223,4 @@ def _show(facts: dict[str, Any], run: Base) -> None:
         f"{folder}: {facts['samples']} samples, of which {facts['encoded']} were encoded now, and "
         f"{facts['captions_encoded']} captions; {size:.2f} GB; {bad} files unreadable"
     )
-    if "network_config" in run.model:
-        print(f"To train from it, append configs/cogvideo/cached.yaml with {folder} as its two folders.")
-    else:
-        clips = f", clips: {facts['clips']}" if facts["clips"] > 1 else ""
-        print(f"To train from it, append a YAML: data: {{params: {{cache: {{folder: {folder}{clips}}}}}}}")
+    print(f"To train from it, {engine_of(run.model).train_from(folder, facts['clips'])}")

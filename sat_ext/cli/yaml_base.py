@@ -9,15 +9,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sat_ext.cogvideo.check import check_model
-from sat_ext.cogvideo.doubts import doubts
 from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import convert, load, read_yaml, reject_unknown_keys
 from sat_ext.data.params import DataConfig, name_sources, sources_of
 from sat_ext.data.sources import SourceConfig
+from sat_ext.doubts import doubts
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.models.shape import check_buckets, sequence_shape
 from sat_ext.types import Bucket
+from sat_ext.zero import precision, training_dtype
 
 # `--base a.yaml b.yaml c.yaml`: an option takes one value, so the others arrive as arguments.
 BaseOption = Annotated[
@@ -80,8 +80,9 @@ def load_base(paths: Sequence[str]) -> Base:
         sources = tuple(replace(s, sampler="first_frame") for s in sources)
     name_sources(sources, "data.params.sources" if data.sources else "args.train_data")
     micro_batch = _count("batch_size", args, deepspeed, "train_micro_batch_size_per_gpu")
-    buckets, shape = data.make_buckets(), sequence_shape(model)
-    (check_model if "network_config" in model else check_buckets)(model, buckets)
+    engine, buckets = engine_of(model), data.make_buckets()
+    shape = engine.sequence_shape()
+    engine.check(buckets)
     return Base(
         data=data,
         sources=sources,
@@ -93,8 +94,8 @@ def load_base(paths: Sequence[str]) -> Base:
         micro_batch=micro_batch,
         accumulation=_count("gradient_accumulation_steps", args, deepspeed, "gradient_accumulation_steps"),
         num_workers=_count("num_workers", args, least=0),
-        dtype=_dtype(deepspeed),
-        doubts=tuple(doubts(model, deepspeed, args)),
+        dtype=training_dtype(*precision(deepspeed)),
+        doubts=tuple(doubts(engine, deepspeed, args)),
         train_iters=convert(int | None, args.get("train_iters"), "args.train_iters"),
     )
 
@@ -140,16 +141,3 @@ def _count(
     if count < least:
         raise ConfigError(f"{where}: {count}; give {least} or more.")
     return int(count)
-
-
-def _dtype(deepspeed: Mapping[str, Any]) -> torch.dtype:
-    """The training dtype, as SAT reads it."""
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        section = deepspeed.get(name) or {}
-        if not isinstance(section, dict):
-            raise ConfigError(
-                f"deepspeed.{name}: expected a mapping of keys, got {section!r}; write enabled: true."
-            )
-        if section.get("enabled"):
-            return dtype
-    return torch.float32

@@ -32,12 +32,17 @@ TRANSFORMER = "dit_video_concat.DiffusionTransformer"
 _FRAMES = "data.params.buckets.frames"
 
 
-def weighs(model: Mapping[str, Any]) -> bool:
-    """Whether the loss knows the batches' `loss_weight`: our engine's does, CogVideo's own does not.
-
-    `model` is the YAML's section, which may be empty.
-    """
-    return "network_config" not in model or target_of(model.get("loss_fn_config")) == LOSS
+def doubt_of_condition_scale(model: Mapping[str, Any]) -> str | None:
+    """What is doubtful about the scale of the condition, in a sentence; None where nothing is."""
+    if not is_conditioned(model) or read_network(model).generation != "1.5":
+        return None
+    loss = model.get("loss_fn_config") or {}
+    if target_of(loss) != LOSS or (loss.get("params") or {}).get("condition_scale") is not None:
+        return None
+    return (
+        "model.loss_fn_config.params.condition_scale: missing, so the condition trains at scale_factor (0.7), "
+        "which no sampler of CogVideoX 1.5 uses; append configs/cogvideo/1.5.yaml (1.0, for sample_video.py)."
+    )
 
 
 def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, read_network
+from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, LOSS, is_conditioned, read_network, target_of
 from sat_ext.cogvideo.target import import_class
 from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
 from sat_ext.errors import ConfigError
@@ -128,6 +129,39 @@ def fingerprints(model: Mapping[str, Any], dtype: torch.dtype) -> Fingerprints:
     length = text.get("max_length")
     found = encoder_fingerprint(text.get("model_dir"), None if length is None else int(length), dtype)
     return Fingerprints(first_stage=stage, text=found)
+
+
+def check_cache(args: argparse.Namespace, model: Mapping[str, Any], *, is_cached: bool) -> None:
+    """Raise `ConfigError` where the section and the arguments do not go with a cache, or with training without."""
+    first_stage = target_of(model.get("first_stage_config"))
+    if not is_cached:
+        if first_stage == CACHED_FIRST_STAGE:
+            raise ConfigError(
+                f"model.first_stage_config.target: {CACHED_FIRST_STAGE} takes latents; set "
+                "data.params.cache.folder to what sat-ext cache wrote."
+            )
+        return
+    if first_stage != CACHED_FIRST_STAGE:
+        raise ConfigError(
+            f"data.params.cache: CogVideo's engine takes latents through model.first_stage_config.target: "
+            f"{CACHED_FIRST_STAGE}, and the YAML has {first_stage}; append configs/cogvideo/cached.yaml."
+        )
+    loss = target_of(model.get("loss_fn_config"))
+    if is_conditioned(model) and loss != LOSS:
+        raise ConfigError(
+            f"data.params.cache: the cached condition goes through model.loss_fn_config.target: {LOSS}, and the "
+            f"YAML has {loss}; append configs/cogvideo/joint.yaml."
+        )
+    if args.model_parallel_size > 1:
+        raise ConfigError(
+            "data.params.cache: CogVideo's script does not hand cached conditions to ranks that share a model; "
+            "set args.model_parallel_size: 1."
+        )
+    if args.eval_interval:
+        raise ConfigError(
+            f"args.eval_interval: {args.eval_interval}, but CogVideo's evaluations decode samples, and a run from "
+            "data.params.cache has no first stage; set it to null."
+        )
 
 
 def _embedder(model: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import runpy
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from sat_ext.config import read_yaml
+from sat_ext.cogvideo.section import CHECKOUT
 from sat_ext.errors import ConfigError
-
-CHECKOUT = "COGVIDEO_SAT"  # the environment variable that names the `sat` folder of a checkout
-
-
-def is_for_cogvideo(argv: Sequence[str]) -> bool:
-    """Whether the YAML files after `--base` have a model of CogVideo. Raises `ConfigError` where one is none."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--base", nargs="+", default=[])
-    paths = parser.parse_known_args(list(argv))[0].base
-    return bool(paths) and "network_config" in (read_yaml(paths).get("model") or {})
 
 
 def run_script() -> None:

@@ -19,6 +19,7 @@ from sat_ext.convert.architecture import autoencoder_config, completed, count, t
 from sat_ext.convert.files import read_safetensors, read_tensors
 from sat_ext.convert.names import adapter_rows, to_diffusers, transformer_rows
 from sat_ext.convert.parts import Options, Part, checked, from_sat_names, take_sat_only
+from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, TransformerConfig
 
@@ -219,7 +220,7 @@ def _with_base(part: Part, path: Path, options: Options) -> Part:
     if place is None:
         return part
     own = _yaml_beside(Path(part.where).parent.parent)  # which is the base's too, where it is CogVideo's
-    yaml = options.base or (own if "network_config" in (own.get("model") or {}) else None)
+    yaml = options.base or (own if engine_of(own.get("model")).name == COGVIDEO else None)
     base = read_transformer(place, replace(options, base_weights=None, base=yaml, to=None))
     if base is None or base.config is None:
         raise ConfigError(

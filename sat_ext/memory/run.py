@@ -10,6 +10,7 @@ from sat_ext.cogvideo.network import CACHED_TEXT, CHUNKED_FIRST_STAGE, model_con
 from sat_ext.cogvideox import latent_frames
 from sat_ext.config import convert, load
 from sat_ext.data.params import DataConfig
+from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import (
     ModelConfig,
@@ -18,7 +19,7 @@ from sat_ext.models.config import (
     transformer_of,
 )
 from sat_ext.models.levers import GradientCheckpointing
-from sat_ext.models.shape import check_buckets, expected_config, sequence_shape
+from sat_ext.models.shape import expected_config
 from sat_ext.types import Bucket
 
 BATCH_SIZE = 4  # SAT's default (sat/arguments.py, add_training_args, 0.4.12)
@@ -98,7 +99,8 @@ def read_run(config: Mapping[str, Any]) -> Run:
             raise ConfigError(f"--base: no '{name}' section; add a file of configs/{name}/.")
     section, args = dict(config["model"]), config.get("args") or {}
     deepspeed = dict(config.get("deepspeed") or {})
-    original = "network_config" in section
+    engine = engine_of(section)
+    original = engine.name == COGVIDEO
     model = model_config(section) if original else expected_config(section)
     params = config["data"].get("params") or {}
     # what a cache holds does not matter here, only that there is one
@@ -107,8 +109,8 @@ def read_run(config: Mapping[str, Any]) -> Run:
     micro_batch = _count("train_micro_batch_size_per_gpu", deepspeed, "batch_size", args, BATCH_SIZE)
     if str(config["data"].get("target", "sat_ext.")).startswith("sat_ext."):
         if not original:
-            check_buckets(section, buckets)
-        batches = data.batch_sizes(buckets, largest=micro_batch, shape=sequence_shape(section))
+            engine.check(buckets)
+        batches = data.batch_sizes(buckets, largest=micro_batch, shape=engine.sequence_shape())
     else:  # CogVideo's own pads every clip to the longest
         batches = {max(buckets, key=lambda b: b.frames): micro_batch}
     target = (section.get("first_stage_config") or {}).get("target")

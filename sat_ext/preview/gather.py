@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from sat_ext.cogvideo.check import weighs
 from sat_ext.cogvideox import SequenceShape, tokens
-from sat_ext.config import load
 from sat_ext.data.buckets import step_cost
 from sat_ext.data.clips import available_frames, is_still_sampler
 from sat_ext.data.index import Index, probe_files
 from sat_ext.data.params import DataConfig
 from sat_ext.data.schedule import Schedule
 from sat_ext.data.stream import JointStream
-from sat_ext.models.config import ModelConfig
+from sat_ext.engines import engine_of
 from sat_ext.preview import charts
 from sat_ext.preview.charts import Chart
 from sat_ext.preview.findings import HEAVY_CUT, LETTERS_PER_TOKEN, Facts, find, needed_frames, reason_group
@@ -57,7 +55,8 @@ def gather(
     sources = _sources(schedule, index, looked, paths, steps)
     clips, seconds, stills = _files(uses, index, left_out)
     short, of = _short(uses, index, data, left_out)
-    dropout = condition_dropout(model)
+    engine = engine_of(model)
+    dropout = engine.condition_dropout if engine.is_conditioned else None
     buckets = _buckets(stream, uses, looked, shape, dropout)
     facts = Facts(
         data=data,
@@ -85,7 +84,7 @@ def gather(
         still_share=sum(b.share for b in buckets if b.frames == 1),
         still_work=sum(b.work_share for b in buckets if b.frames == 1),
         efficiency=_efficiency(schedule, looked, shape),
-        weighs=weighs(model),
+        weighs=engine.weighs_losses,
         conditioning="none" if dropout is None else "i2v",
         findings=find(facts),
         sources=sources,
@@ -93,19 +92,6 @@ def gather(
         charts=_charts(uses, left_out, data),
         reasons=_reasons([*index.bad, *index.dropped]),
     )
-
-
-def condition_dropout(model: dict[str, Any]) -> float | None:
-    """How often an image-to-video model gets no condition, 0 to 1; None for a model that takes none."""
-    if "network_config" in model:  # CogVideo's own engine
-        if not model.get("noised_image_input"):
-            return None
-        loss = (model.get("loss_fn_config") or {}).get("params") or {}
-        # CogVideo's, of whole batches, and that of our loss
-        rates = float(model.get("noised_image_dropout", 0.0)), float(loss.get("condition_dropout", 0.0))
-        return 1 - (1 - rates[0]) * (1 - rates[1])
-    config = load(ModelConfig, model, "model") if model else None
-    return config.condition_dropout if config is not None and config.conditioning == "i2v" else None
 
 
 def _look(schedule: Schedule) -> np.ndarray:

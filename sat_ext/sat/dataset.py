@@ -14,24 +14,21 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
 from rich.progress import track
 from sat import mpu
 from sat.helpers import print_rank0
 from torch.utils.data import Dataset, get_worker_info
 from webdataset import DataPipeline
 
-from sat_ext.cogvideo.check import check_run
-from sat_ext.cogvideo.doubts import doubts
-from sat_ext.config import load
+from sat_ext.config import load, plain
 from sat_ext.data.held_out import HeldOut
 from sat_ext.data.index import build_index, clip_lengths, longest_is_rare
 from sat_ext.data.params import DataConfig, sources_of
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
+from sat_ext.doubts import doubts
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.models.shape import check_buckets, sequence_shape
 from sat_ext.sat import checkpoint, fixes, lists
 from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.data_state import first_step, samples_used
@@ -42,6 +39,7 @@ from sat_ext.sat.shared import require_everywhere, share_from_first_rank
 from sat_ext.sat.shm import check_shared_memory
 from sat_ext.sat.steps import report_of
 from sat_ext.sat.uncaught import show_sentences
+from sat_ext.zero import training_dtype
 
 MANY_FILES = 500  # some seconds of probing
 
@@ -105,7 +103,7 @@ class JointImageVideoDataset:
         fixes.apply(args)
         checkpoint.install(args)
         report_of(args)
-        config = load(DataConfig, _plain(params), "data.params")
+        config = load(DataConfig, plain(params), "data.params")
         split = _next_split(args)
         if _is_stream(args, split):
             entries = run_of(args).streams.setdefault(split, [])
@@ -149,13 +147,11 @@ class JointImageVideoDataset:
         largest: int | None = None,
     ) -> JointStream:
         buckets = config.make_buckets()
-        model = _plain(getattr(args, "model_config", {}))
-        if "network_config" in model:  # CogVideo's own engine
-            check_run(args, model, buckets)
-        else:
-            check_buckets(model, buckets)
+        engine = engine_of(getattr(args, "model_config", None))
+        engine.check_run(args, buckets)
+        deepspeed = getattr(args, "deepspeed_config", None)
         if split == "train_data":
-            for sentence in doubts(model, getattr(args, "deepspeed_config", None) or {}, vars(args)):
+            for sentence in doubts(engine, deepspeed or {}, vars(args)):
                 print_rank0(f"warning: {sentence}", level="WARNING")
         sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
         local = (
@@ -167,13 +163,16 @@ class JointImageVideoDataset:
         if rare := longest_is_rare(clip_lengths(index), config):
             print_rank0(f"{split}: warning: {'; '.join(rare)}.")
         per_rank = args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size
-        sizes = config.batch_sizes(buckets, largest=per_rank, shape=sequence_shape(model))
+        sizes = config.batch_sizes(buckets, largest=per_rank, shape=engine.sequence_shape())
         if largest is not None:
             sizes = dict.fromkeys(sizes, largest)
         used = samples_used(args, index, config.seed) if split == "train_data" else None
+        dtype = engine.batch_dtype(
+            training_dtype(args.fp16, args.bf16), model_parallel=mpu.get_model_parallel_world_size()
+        )
         stream = JointStream(
-            index, config, batch_sizes=sizes, world=world, dtype=_pixel_type(args, model), used=used,
-            cached=open_cache(args, config, model, index, split),
+            index, config, batch_sizes=sizes, world=world, dtype=dtype, used=used,
+            cached=open_cache(args, config, engine, index, split),
         )  # fmt: skip
         batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
         print_rank0(f"{split}: samples per rank and step: {batches}")
@@ -241,25 +240,6 @@ def _is_stream(args: argparse.Namespace, split: str) -> bool:
     return False
 
 
-def _pixel_type(args: argparse.Namespace, model: dict[str, Any]) -> torch.dtype:
-    """Our engine takes uint8, and converts it on its device; other engines want their training dtype.
-
-    CogVideo's script has the ranks that share a model receive pixels as float32, whatever was sent.
-    """
-    if model and "network_config" not in model:
-        return torch.uint8
-    if mpu.get_model_parallel_world_size() > 1:
-        return torch.float32
-    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
-
-
 def _with_progress_bar(outcomes: Iterable[Any], total: int) -> Iterable[Any]:
     """A bar on the terminal of the first rank, where there are files enough to wait for."""
     return track(outcomes, description="probing files", total=total, disable=total < MANY_FILES)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """Dicts and lists, of OmegaConf's containers too: CogVideo's script hands its YAML over as these."""
-    plain = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items()}

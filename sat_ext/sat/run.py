@@ -15,6 +15,7 @@ from sat.helpers import print_rank0
 from sat_ext.checkpoint.layout import find_weights, no_checkpoint, whole_checkpoints
 from sat_ext.checkpoint.manifest import Base, Manifest, read_manifest
 from sat_ext.config import read_yaml
+from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint.epoch import Epoch
 from sat_ext.sat.memory_report import MemoryReport
@@ -75,8 +76,7 @@ def run_of(args: argparse.Namespace) -> RunState:
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:
-    is_cogvideos = "network_config" in (getattr(args, "model_config", None) or {})
-    if is_cogvideos and getattr(args, "deepspeed_config", None):
+    if engine_of(getattr(args, "model_config", None)).name == COGVIDEO and getattr(args, "deepspeed_config", None):
         _check_section(args)
     if settings.checkpoint != "full":
         return

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from sat_ext.cogvideo.check import check_model, check_run, weighs
+from sat_ext.cogvideo.check import check_model, check_run
 from sat_ext.cogvideox import tokens
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.models.shape import sequence_shape
 from sat_ext.types import Bucket
 
 JOINT = {"target": "sat_ext.cogvideo.JointDiffusionLoss", "params": {}}
@@ -292,16 +292,16 @@ def test_a_misspelt_target_of_ours_is_told_wherever_it_stands() -> None:
 
 
 def test_costs_follow_the_networks_patches() -> None:
-    old, new = sequence_shape(model("1.0")), sequence_shape(model("1.5"))
+    old, new = engine_of(model("1.0")).sequence_shape(), engine_of(model("1.5")).sequence_shape()
     assert tokens(bucket(49), old) == 13 * 30 * 45 + 226
     assert tokens(bucket(81), new) == 11 * 30 * 45 + 224  # 21 latent frames, padded to 22
     assert tokens(bucket(1), new) == 30 * 45 + 224  # a still is padded to 2
-    assert sequence_shape({"network_config": {"params": {"hidden_size": 64}}}).hidden_size == 64
+    assert engine_of({"network_config": {"params": {"hidden_size": 64}}}).sequence_shape().hidden_size == 64
 
 
 def test_the_loss_weights_are_known_to_our_engine_and_our_loss() -> None:
-    assert weighs({})
-    assert weighs({"pretrained": "x"})
-    assert weighs(model())
-    assert not weighs(model(loss_fn_config=THEIRS))
-    assert not weighs({"network_config": {"params": {"hidden_size": 64}}})
+    assert engine_of({}).weighs_losses
+    assert engine_of({"pretrained": "x"}).weighs_losses
+    assert engine_of(model()).weighs_losses
+    assert not engine_of(model(loss_fn_config=THEIRS)).weighs_losses
+    assert not engine_of({"network_config": {"params": {"hidden_size": 64}}}).weighs_losses

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sat_ext.cogvideo.script import is_for_cogvideo, run_script
+from sat_ext.cogvideo.script import run_script
+from sat_ext.engines import is_for_cogvideo
 from sat_ext.errors import ConfigError
 
 OURS = Path(__file__).parents[2] / "train_video.py"

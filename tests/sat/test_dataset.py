@@ -18,10 +18,11 @@ from sat.data_utils.configure_data import make_data_loader, make_dataset_full
 
 import sat_ext
 from sat_ext.config import read_yaml
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.pixels import to_model_range
 from sat_ext.sat import shm
-from sat_ext.sat.dataset import _new_name, _pixel_type
+from sat_ext.sat.dataset import _new_name
 from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import NAMES
 
@@ -297,13 +298,10 @@ def test_a_run_of_the_same_minute_gets_a_folder_of_its_own(sat_args: MakeArgs, t
     assert _new_name(going_on) == "run-11-24-10-31"
 
 
-def test_ranks_that_share_a_model_are_sent_what_the_script_has_them_receive(
-    sat_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = {"network_config": {"params": {"hidden_size": 64}}}
-    assert _pixel_type(sat_args(), model) == torch.bfloat16
-    monkeypatch.setattr("sat.mpu.get_model_parallel_world_size", lambda: 2)
-    assert _pixel_type(sat_args(), model) == torch.float32
+def test_ranks_that_share_a_model_are_sent_what_the_script_has_them_receive() -> None:
+    engine = engine_of({"network_config": {"params": {"hidden_size": 64}}})
+    assert engine.batch_dtype(torch.bfloat16) == torch.bfloat16
+    assert engine.batch_dtype(torch.bfloat16, model_parallel=2) == torch.float32
 
 
 def test_entries_of_one_name_are_told_apart_by_their_paths(sat_args: MakeArgs, demo: Path) -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sat_ext.engines import COGVIDEO, engine_of
+
 
 def zero3_sampling(args: argparse.Namespace) -> bool:
     """Symptom: under ZeRO-3, an evaluation of CogVideo's hangs: its first rank alone samples videos, and waits for
@@ -17,7 +19,7 @@ def zero3_sampling(args: argparse.Namespace) -> bool:
     the others, which it would write into the same file, are not written.
     """
     zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
-    is_cogvideo = "network_config" in (getattr(args, "model_config", None) or {})
+    is_cogvideo = engine_of(getattr(args, "model_config", None)).name == COGVIDEO
     if int(zero.get("stage", 0)) < 3 or not is_cogvideo or getattr(args, "model_parallel_size", 1) > 1:
         return False
     from sat.training import deepspeed_training

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.models.shape import sequence_shape
 from sat_ext.zero import AUTO, fill_in_auto
 
 
@@ -27,8 +26,7 @@ def auto_sizes(args: argparse.Namespace) -> bool:
     _check_nvme(zero)
     if not config or not (_has_auto(config) or {"cpu_offload", "offload_optimizer"} <= zero.keys()):
         return False
-    model: Any = OmegaConf.to_container(OmegaConf.create(args.model_config), resolve=True)
-    args.deepspeed_config = fill_in_auto(config, sequence_shape(model).hidden_size)
+    args.deepspeed_config = fill_in_auto(config, engine_of(args.model_config).sequence_shape().hidden_size)
     return True
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sat_ext.engines import COGVIDEO, engine_of
+
 
 def parallel_layers(args: argparse.Namespace) -> bool:
     """Symptom: in `deepspeed.zero.Init`, SAT's parallel layers die with "multiple values for argument 'module'".
@@ -121,7 +123,7 @@ def _layer_by_layer(args: argparse.Namespace, partition: Partition) -> Iterator[
     Other models of SAT's may change their layers after they are built, and a layer that is split up has no shape.
     CogVideo's network has one such change, LoRA, which is given whole layers to change.
     """
-    if "network_config" not in (getattr(args, "model_config", None) or {}):
+    if engine_of(getattr(args, "model_config", None)).name != COGVIDEO:
         yield
         return
     from sat.model.base_model import BaseModel

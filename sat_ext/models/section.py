@@ -1,0 +1,125 @@
+"""The built-in engine's `model` section, as the rest of the program asks of it. Imports no diffusers by itself."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sat_ext.cogvideox import SequenceShape
+from sat_ext.config import load
+from sat_ext.errors import ConfigError
+from sat_ext.models.config import (
+    ModelConfig,
+    TrainConfig,
+    check_bucket,
+    size_multiple,
+    text_length,
+    transformer_of,
+)
+from sat_ext.models.shape import expected_config
+from sat_ext.types import Bucket
+
+if TYPE_CHECKING:
+    from sat_ext.latents.encoders import Encoders, Fingerprints, Part
+
+
+class BuiltIn:
+    """This package's engine, on diffusers' CogVideoX modules."""
+
+    name = "built-in"
+    lora_remedy = "use configs/train/lora.yaml"
+    weighs_losses = True
+    takes_latents_as_pixels = False
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.model = model
+
+    @property
+    def is_conditioned(self) -> bool:
+        """See `Engine`."""
+        return self.model.get("conditioning") == "i2v"
+
+    @property
+    def condition_dropout(self) -> float:
+        """See `Engine`."""
+        return load(ModelConfig, self.model, "model").condition_dropout if self.model else 0.0
+
+    @property
+    def lora_scale(self) -> tuple[float, str] | None:
+        """See `Engine`."""
+        train = self.model.get("train") or {}
+        alpha, rank = train.get("alpha", TrainConfig.alpha), train.get("rank", TrainConfig.rank)
+        return (alpha / rank, f"{alpha}/{rank}") if train.get("mode") == "lora" and rank else None
+
+    @property
+    def is_2b(self) -> bool:
+        """See `Engine`."""
+        transformer = self.model.get("transformer") or {}
+        rotary = transformer.get("use_rotary_positional_embeddings", False)
+        return bool(self.model.get("pretrained") and transformer and not rotary)
+
+    def doubt(self) -> str | None:
+        """See `Engine`."""
+        return None
+
+    def batch_dtype(self, training: torch.dtype, *, model_parallel: int = 1) -> torch.dtype:
+        """uint8, which the engine converts on its device; the training dtype for an engine that is not known."""
+        if self.model:
+            return torch.uint8
+        return training if model_parallel == 1 else torch.float32
+
+    def sequence_shape(self) -> SequenceShape:
+        """See `Engine`."""
+        if not self.model:
+            return SequenceShape()
+        config = expected_config(self.model)
+        transformer = transformer_of(config)
+        return SequenceShape(
+            hidden_size=transformer.num_attention_heads * transformer.attention_head_dim,
+            text_length=text_length(config),
+            pixels_per_token=size_multiple(config),
+            latents_per_token=transformer.patch_size_t or 1,
+        )
+
+    def check(self, buckets: Sequence[Bucket]) -> None:
+        """See `Engine`."""
+        config = expected_config(self.model) if self.model else None
+        for bucket in buckets if config else ():
+            assert config is not None
+            check_bucket(config, bucket)
+
+    def check_run(self, args: argparse.Namespace, buckets: Sequence[Bucket]) -> None:
+        """See `Engine`. Its own arguments are checked when they are parsed."""
+        self.check(buckets)
+
+    def check_cache(self, args: argparse.Namespace, *, is_cached: bool) -> None:
+        """See `Engine`. It goes with every cache whose fingerprints are its own."""
+
+    def fingerprints(self, dtype: torch.dtype) -> Fingerprints:
+        """See `Engine`."""
+        if not self.model:
+            raise ConfigError("--base: no 'model' section to take encoders from; add a file of configs/model/.")
+        from sat_ext.models.engine_encoders import fingerprints  # and diffusers
+
+        return fingerprints(self.model, dtype)
+
+    def encoders(self, dtype: torch.dtype, device: torch.device) -> Encoders:
+        """See `Engine`."""
+        from sat_ext.models.engine_encoders import EngineEncoders
+
+        return EngineEncoders(self.model, dtype, device)
+
+    def too_large(self, part: Part) -> str:
+        """See `Engine`."""
+        return {
+            "text": "set model.text.quantization: nf4, or model.text.device: cpu, which is slower",
+            "first_stage": "set model.first_stage.tiling: true, for the training run too: latents change a little",
+        }[part]
+
+    def train_from(self, folder: str, clips: int) -> str:
+        """See `Engine`."""
+        extra = f", clips: {clips}" if clips > 1 else ""
+        return f"append a YAML: data: {{params: {{cache: {{folder: {folder}{extra}}}}}}}"
