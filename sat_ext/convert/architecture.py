@@ -20,6 +20,7 @@ from torch import Tensor
 from sat_ext.cogvideo.network import read_network, transformer_values
 from sat_ext.cogvideox import LATENT_SIDE, PATCH, SCALE_FACTOR, SCALE_FACTOR_2B, TEXT_TOKENS
 from sat_ext.config import convert, load
+from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import AutoencoderConfig, TransformerConfig
 from sat_ext.types import Bucket
@@ -165,7 +166,7 @@ def autoencoder_config(
     for name in needed:
         _shape(weights, name, (5,), where, "autoencoder")
     given = (base or {}).get("model") or {}
-    has_network = "network_config" in given
+    has_network = engine_of(given).name == COGVIDEO
     factor = scale if scale is not None else convert(float | None, given.get("scale_factor"), "model.scale_factor")
     if factor is None:
         raise ConfigError(
