@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from sat import mpu
 from torch import Tensor, nn
 
 from sat_ext.cogvideo.target import Target
 from sat_ext.cogvideox import OFS, SCALE_FACTOR
 from sat_ext.config import convert, load
 from sat_ext.errors import ConfigError
-from sat_ext.models.conditioning import pad_front, padding_frames, stills
+from sat_ext.models.conditioning import condition_latents, pad_condition, pad_front, padding_frames, stills
 from sat_ext.models.config import ABSENT, LossWeights
+from sat_ext.models.diffusion import mean_where
 from sat_ext.ranks import rank_and_world
 
 PARAMS = "model.loss_fn_config.params"
@@ -32,7 +33,7 @@ class JointDiffusionLoss(Target, nn.Module):
 
     - Stills (`kind` "image"; a batch without `kind` tells them by `num_frames` 1, and one latent frame is always
       one) train with `concat_images` zeroed: their condition frame is their target.
-    - `condition_dropout` is the chance with which each sample trains without its condition, drawn per sample and
+    - `condition_dropout` is the probability that a sample trains without its condition, drawn per sample and
       rank. It comes on top of `model.noised_image_dropout`, with which CogVideo drops the conditions of a whole
       micro-batch: of the rates p and q, 1 - (1 - p)(1 - q) of the samples go without. Set that one to 0 to have
       this one instead. Evaluations (the network not in training mode) drop none.
@@ -71,8 +72,7 @@ class JointDiffusionLoss(Target, nn.Module):
         **params: Any,
     ) -> None:
         if "sigma_sampler_config" in params:
-            mpu = _parallel_state(type(self))
-            params["sigma_sampler_config"] = fitting_groups(params["sigma_sampler_config"], mpu)
+            params["sigma_sampler_config"] = fitting_groups(params["sigma_sampler_config"])
         super().__init__(**params)
         self.condition_factor = condition_factor(condition_scale, scale_factor, PARAMS)
         self.kind_weights = load(LossWeights, loss_weights or {}, f"{PARAMS}.loss_weights")
@@ -83,7 +83,9 @@ class JointDiffusionLoss(Target, nn.Module):
             raise ConfigError(f"{PARAMS}.loss_weights: both are 0, so nothing would be learned; give one above 0.")
         self.condition_dropout: float = convert(float, condition_dropout, f"{PARAMS}.condition_dropout")
         if not 0 <= self.condition_dropout <= 1:
-            raise ConfigError(f"{PARAMS}.condition_dropout: {condition_dropout} is no chance; give 0 to 1.")
+            raise ConfigError(
+                f"{PARAMS}.condition_dropout: {condition_dropout} is not a probability; use a value from 0 to 1."
+            )
         self._padding = 0
         self._metrics = {"loss_image": torch.tensor(ABSENT), "loss_video": torch.tensor(ABSENT)}
 
@@ -101,9 +103,9 @@ class JointDiffusionLoss(Target, nn.Module):
         still, dropped, factors = self._per_sample(batch, input, training)
         batch = dict(batch)
         self._padding = padding_frames(input.shape[1], temporal_patch(transformer))
-        if "condition_latents" in batch:  # of a cache: the frames behind the first are zero, as in the engine
+        if "condition_latents" in batch:  # from a cache, which has the first frame alone
             first = batch.pop("condition_latents").to(input)
-            batch["concat_images"] = torch.cat([first, torch.zeros_like(first).expand_as(input[:, 1:])], dim=1)
+            batch["concat_images"] = condition_latents(first, input.shape[1], torch.zeros_like(still))
         if "concat_images" in batch:
             images = scaled(batch["concat_images"], self.condition_factor)
             batch["concat_images"] = condition(images, still | dropped, self._padding)
@@ -118,8 +120,8 @@ class JointDiffusionLoss(Target, nn.Module):
         latents = pad_front(input, self._padding)
         losses: Tensor = super().__call__(network, denoiser, conditioner, latents, batch)
         self._metrics = {
-            "loss_image": mean_where(losses.detach(), still),
-            "loss_video": mean_where(losses.detach(), ~still),
+            "loss_image": mean_where(losses.detach(), still.tolist()),
+            "loss_video": mean_where(losses.detach(), (~still).tolist()),
         }
         return losses * factors.to(losses)
 
@@ -153,8 +155,7 @@ class JointDiffusionLoss(Target, nn.Module):
 
         CogVideo gives the others neither `kind` nor `loss_weight` (`broad_cast_batch` in its train_video.py).
         """
-        mpu = _parallel_state(type(self))
-        if mpu is None or not dist.is_initialized() or mpu.get_model_parallel_world_size() == 1:
+        if not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
             return still, dropped, factors
         values = torch.stack([v.to(factors) for v in (still, dropped, factors)])
         source = dist.get_rank() - mpu.get_model_parallel_rank()
@@ -181,25 +182,19 @@ def scaled(latents: Tensor, factor: float) -> Tensor:
     return latents if factor == 1.0 else (latents.float() * factor).to(latents)
 
 
-def fitting_groups(sigma_sampler: Any, mpu: Any) -> Any:
+def fitting_groups(sigma_sampler: Any) -> Any:
     """CogVideo's `sigma_sampler_config` with a `group_num` that divides the ranks, where it has one that does not.
 
     The tag v1.0 takes the largest number that divides ranks and noise levels (`DiscreteSampling` in
     sgm/modules/diffusionmodules/sigma_sampling.py); the main branch asserts that the YAML's number fits.
     """
     params = (sigma_sampler or {}).get("params") or {}
-    if mpu is None or not params.get("uniform_sampling") or not params.get("group_num"):
+    if not params.get("uniform_sampling") or not params.get("group_num"):
         return sigma_sampler
     ranks = mpu.get_data_parallel_world_size()
     if ranks % params["group_num"] == 0:
         return sigma_sampler
     return {**sigma_sampler, "params": {**params, "group_num": math.gcd(ranks, params["num_idx"])}}
-
-
-def _parallel_state(loss: type) -> Any:
-    """The `sat.mpu` that the parent's module imports; None where it does without."""
-    modules = [sys.modules.get(base.__module__) for base in loss.__mro__]
-    return next((vars(m)["mpu"] for m in modules if m and "mpu" in vars(m)), None)
 
 
 def kinds(batch: Mapping[str, Any], count: int) -> list[str]:
@@ -212,23 +207,13 @@ def kinds(batch: Mapping[str, Any], count: int) -> list[str]:
 
 
 def condition(first: Tensor, without: Tensor, padding: int) -> Tensor:
-    """The I2V condition, (B, T, C, h, w), zeroed for samples `without` one, (B,), and with `padding` more frames.
-
-    The first frame stays the first of all, in the padding's place. The last, which is zero in the published models
-    and the image again where CogVideo repeats it (`noised_image_all_concat`), is repeated behind.
-    """
+    """The I2V condition, (B, T, C, h, w), zeroed for samples `without` one, (B,), and padded behind."""
     if without.any():
         first = first.masked_fill(without.to(first.device)[:, None, None, None, None], 0)
-    return torch.cat([first, first[:, -1:].expand(-1, padding, -1, -1, -1)], dim=1) if padding else first
+    return pad_condition(first, padding)
 
 
 def temporal_patch(transformer: nn.Module) -> int:
     """Latent frames in a patch: `patch_size` is (frames, rows, columns) in 1.5, and rows, an integer, in 1.0."""
     patch = getattr(transformer, "patch_size", 1)
     return 1 if isinstance(patch, int) else int(patch[0])
-
-
-def mean_where(losses: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen losses, or SAT's mark where none is. `chosen` (B,) is on the CPU: no GPU waits."""
-    places = chosen.nonzero().flatten().to(losses.device)
-    return losses[places].float().mean() if len(places) else losses.new_full((), ABSENT, dtype=torch.float32)

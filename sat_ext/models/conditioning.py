@@ -68,3 +68,14 @@ def pad_front(latents: Tensor, padding: int) -> Tensor:
     (finetune/models/cogvideox1_5_i2v/lora_trainer.py).
     """
     return torch.cat([latents[:, :1].expand(-1, padding, -1, -1, -1), latents], dim=1) if padding else latents
+
+
+def pad_condition(condition: Tensor, padding: int) -> Tensor:
+    """The I2V condition with `padding` copies of its last frame behind it.
+
+    The first frame stays the first of all, in the padding's place, as in diffusers' pipeline. The last is zero in
+    the published models, and the image again where CogVideo repeats it (`noised_image_all_concat`).
+    """
+    return (
+        torch.cat([condition, condition[:, -1:].expand(-1, padding, -1, -1, -1)], dim=1) if padding else condition
+    )

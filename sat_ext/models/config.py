@@ -197,14 +197,11 @@ class ModelConfig:
     condition_dropout: float = 0.05
     gradient_checkpointing: bool | GradientCheckpointing = False
     block_swap: int = 0
-    eval_timesteps: int = 4  # noise levels at which an evaluation looks at each sample
 
     def __post_init__(self) -> None:
         for name in ("caption_dropout", "condition_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not a share; use 0.0 to 1.0.")
-        if self.eval_timesteps < 1:
-            raise ConfigError(f"model.eval_timesteps: {self.eval_timesteps} is too few; use at least 1.")
         if self.pretrained is None and self.text.kind == "t5":
             raise ConfigError("model.text.kind: t5 needs a folder; set model.pretrained, or kind: byt5.")
 

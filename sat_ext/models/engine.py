@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,16 @@ from sat_ext.models.conditioning import (
     drop_captions,
     drop_mask,
     noisy_first_frames,
+    pad_condition,
     pad_front,
     padding_frames,
     stills,
 )
-from sat_ext.models.config import ABSENT, folder_config, load_model_config, transformer_of
+from sat_ext.models.config import folder_config, load_model_config, transformer_of
 from sat_ext.models.diffusion import (
+    EVALUATED_TIMESTEPS,
     NoiseSchedule,
+    mean_where,
     read_schedule,
     sample_seeds,
     stratified_timesteps,
@@ -99,7 +102,9 @@ class VideoDiffusionEngine(nn.Module):
         factors = torch.tensor([getattr(weights, kind) for kind in batch["kind"]], device=losses.device)
         if self.training and "loss_weight" in batch:
             factors = factors * batch["loss_weight"].to(losses.device)
-        metrics = {f"loss_{kind}": _mean_of(losses.detach(), batch["kind"], kind) for kind in KINDS}
+        metrics = {
+            f"loss_{kind}": mean_where(losses.detach(), [k == kind for k in batch["kind"]]) for kind in KINDS
+        }
         return (factors * losses).mean(), metrics
 
     def predict(self, noisy: Tensor, text: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
@@ -143,7 +148,7 @@ class VideoDiffusionEngine(nn.Module):
     def _evaluation_losses(self, batch: Mapping[str, Any]) -> Tensor:
         """(B,) losses, a function of each sample's source and key and of the weights alone.
 
-        Each sample is looked at with `eval_timesteps` noise levels, one from each equal part of the range.
+        Each sample is looked at with `EVALUATED_TIMESTEPS` noise levels, one from each equal part of the range.
         """
         latents, first = self._latents(batch, None)
         condition = None
@@ -154,7 +159,7 @@ class VideoDiffusionEngine(nn.Module):
         generators = [torch.Generator(latents.device).manual_seed(seed) for seed in sample_seeds(batch)]
         offsets = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
         losses = []
-        for timesteps in stratified_timesteps(offsets, self.config.eval_timesteps):
+        for timesteps in stratified_timesteps(offsets, EVALUATED_TIMESTEPS):
             draws = [torch.randn(latents.shape[1:], generator=g, device=g.device) for g in generators]
             noise = torch.stack(draws)
             noisy = self.schedule.add_noise(latents, noise, timesteps)
@@ -193,13 +198,10 @@ class VideoDiffusionEngine(nn.Module):
         return condition_latents(first, latents.shape[1], leaks.to(dropped.device) | dropped)
 
     def _padded(self, latents: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-        """Latents and condition with 1.5's padding, and how many frames it is.
-
-        The condition stays the first frame of all, in the padding's place, as in diffusers' pipeline.
-        """
+        """Latents and condition with 1.5's padding, and how many frames it is."""
         padding = padding_frames(latents.shape[1], transformer_of(self.config).patch_size_t)
-        if condition is not None and padding:
-            condition = torch.cat([condition, torch.zeros_like(condition[:, :padding])], dim=1)
+        if condition is not None:
+            condition = pad_condition(condition, padding)
         return pad_front(latents, padding), condition, padding
 
     def _train_generator(self, batch: Mapping[str, Any], device: torch.device) -> torch.Generator:
@@ -229,12 +231,6 @@ def _as_mapping(model_config: Any) -> Mapping[str, Any]:
         return {str(key): value for key, value in plain.items()}
     assert isinstance(model_config, Mapping)
     return model_config
-
-
-def _mean_of(losses: Tensor, kinds: Sequence[str], kind: str) -> Tensor:
-    """The mean of the losses of the samples of one kind, or SAT's mark where there are none."""
-    chosen = torch.tensor([k == kind for k in kinds], device=losses.device)
-    return losses[chosen].mean() if chosen.any() else losses.new_tensor(ABSENT)
 
 
 def _leave_out_fixed(engine: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -326,11 +326,12 @@ def test_ranks_that_share_a_model_take_the_first_ones_word(monkeypatch: pytest.M
             values.copy_(sent[0])
 
     mpu = SimpleNamespace(
+        model_parallel_is_initialized=lambda: True,
         get_model_parallel_world_size=lambda: 2,
         get_model_parallel_rank=lambda: rank - 2,
         get_model_parallel_group=lambda: "pair",
     )
-    monkeypatch.setitem(globals(), "mpu", mpu)
+    monkeypatch.setattr(module, "mpu", mpu)
     for name, value in {"is_initialized": True, "get_world_size": 4}.items():
         monkeypatch.setattr(module.dist, name, lambda value=value: value)
     monkeypatch.setattr(module.dist, "get_rank", lambda: rank)
@@ -362,7 +363,10 @@ def test_it_is_the_parents_class_with_its_weights() -> None:
     "params, message",
     [
         ({"condition_droput": 0.1}, f"{PARAMS}: unknown key 'condition_droput'; {NEAREST}"),
-        ({"condition_dropout": 1.5}, f"{PARAMS}.condition_dropout: 1.5 is no chance; give 0 to 1."),
+        (
+            {"condition_dropout": 1.5},
+            f"{PARAMS}.condition_dropout: 1.5 is not a probability; use a value from 0 to 1.",
+        ),
         ({"condition_dropout": "often"}, f"{PARAMS}.condition_dropout: expected float, got 'often'."),
         (
             {"condition_scale": -1},

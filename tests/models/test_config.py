@@ -36,7 +36,6 @@ def test_unknown_key_names_place_and_nearest() -> None:
     ("changes", "message"),
     [
         ({"caption_dropout": 1.5}, r"model\.caption_dropout: 1\.5 is not a share; use 0\.0 to 1\.0"),
-        ({"eval_timesteps": 0}, r"model\.eval_timesteps: 0 is too few; use at least 1"),
         ({"text": {"kind": "t5"}}, r"model\.text\.kind: t5 needs a folder; set model\.pretrained"),
         ({"conditioning": "i2v"}, r"in_channels 16 .* do not fit conditioning 'i2v' .* it takes 32 and 16"),
     ],

@@ -74,7 +74,15 @@ def run(code: str, argument: object) -> subprocess.CompletedProcess[str]:
 def test_data_class_and_loss_load_and_work_where_diffusers_does_not_import(
     sat_args: Callable[..., Namespace], tmp_path: Path
 ) -> None:
-    model = {"network_config": {"params": {"hidden_size": 1920}}}
+    network = {
+        "num_frames": 49, "latent_height": 8, "latent_width": 8, "patch_size": 2, "in_channels": 16,
+        "out_channels": 16, "num_layers": 30, "hidden_size": 1920, "num_attention_heads": 30,
+        "modules": {
+            "pos_embed_config": {"params": {"text_length": 226}},
+            "patch_embed_config": {"params": {"text_hidden_size": 4096}},
+        },
+    }  # fmt: skip
+    model = {"network_config": {"params": network}}
     data = {"target": "sat_ext.JointImageVideoDataset", "params": PARAMS}
     args = vars(sat_args(model_config=model, data_config=data, deepspeed_config={}))
     done = run(DATA, [args, PARAMS, str(tmp_path / "store")])
