@@ -36,6 +36,7 @@ LAYERS = [
     ("models", 2),
     ("engines", 3),
     ("doubts", 3),
+    ("recipe", 3),
     ("convert", 3),
     ("cogvideo", 3),
     ("memory", 3),

@@ -18,11 +18,11 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, IterableDataset
 
-from sat_ext.cli.yaml_base import Base, BaseOption, MoreYaml, load_base
+from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.stream import JointStream, read_pixels
 from sat_ext.data.transform import Fit
-from sat_ext.engines import engine_of
+from sat_ext.recipe import Recipe, read_recipe
 
 
 def bench(
@@ -35,7 +35,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Measure how fast data workers are, by stage, and how many of them keep the training fed."""
-    run = load_base([*base, *(more or [])])
+    run = read_recipe([*base, *(more or [])]).checked()
     console = Console(stderr=True)
     index = build_index(
         run.sources,
@@ -102,7 +102,7 @@ class _TimedFit:
         return fitted
 
 
-def _by_stage(index: Index, run: Base, steps: int, console: Console) -> list[BucketTimes]:
+def _by_stage(index: Index, run: Recipe, steps: int, console: Console) -> list[BucketTimes]:
     """The first steps' batches, made here and without a guard."""
     stream, read = _stream(index, run), _TimedRead()
     stream._read = read  # type: ignore[assignment]
@@ -133,7 +133,7 @@ class _Batches(IterableDataset[dict[str, Any]]):
         return islice(self._stream.batches(start=self._start, rank=0), self._length)
 
 
-def _through_a_worker(index: Index, run: Base, steps: int, console: Console) -> float:
+def _through_a_worker(index: Index, run: Recipe, steps: int, console: Console) -> float:
     """Seconds a batch, on average, of one data worker: read under guard, collated and handed over.
 
     They are the steps after those of `_by_stage`, whose files are in the system's cache by now.
@@ -146,12 +146,12 @@ def _through_a_worker(index: Index, run: Base, steps: int, console: Console) -> 
     return (end - start) / steps
 
 
-def _stream(index: Index, run: Base) -> JointStream:
-    dtype = engine_of(run.model).batch_dtype(run.dtype)
+def _stream(index: Index, run: Recipe) -> JointStream:
+    dtype = run.engine.batch_dtype(run.dtype)
     return JointStream(index, run.data, batch_sizes=run.batch_sizes, world=1, dtype=dtype)
 
 
-def _advice(seconds: float, run: Base, step_time: float | None) -> dict[str, float]:
+def _advice(seconds: float, run: Recipe, step_time: float | None) -> dict[str, float]:
     """A training step of `step_time` seconds takes as many batches as the run accumulates gradients of."""
     facts: dict[str, float] = {"seconds_per_batch": seconds, "workers": run.num_workers}
     if step_time is not None:
@@ -170,7 +170,7 @@ def _show_stages(buckets: list[BucketTimes]) -> None:
     Console().print(table)
 
 
-def _show_advice(seconds: float, run: Base, step_time: float | None) -> None:
+def _show_advice(seconds: float, run: Recipe, step_time: float | None) -> None:
     workers, batches = run.num_workers, run.accumulation
     print(f"One worker makes a batch in {seconds:.3f} s, all included.")
     of = f" of {batches} batches" if batches > 1 else ""

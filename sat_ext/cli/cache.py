@@ -18,16 +18,16 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from sat_ext.cli.yaml_base import Base, BaseOption, MoreYaml, load_base
+from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.params import DataConfig
-from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 from sat_ext.latents.reader import Cached, Shown, media_codes
 from sat_ext.latents.store import CacheConfig, Entry, LatentStore
 from sat_ext.latents.text import write_text_embeddings
 from sat_ext.latents.writer import Progress, Work, missing_work, require_room, write_samples
+from sat_ext.recipe import Recipe, read_recipe
 from sat_ext.sat import peers
 from sat_ext.sat.shared import share_from_first_rank
 
@@ -48,7 +48,7 @@ def cache(
     Under torchrun or the DeepSpeed launcher (`--module sat_ext.cli.main cache ...`) each rank does a part. What is
     there already is left as it is, so the command goes on where it was killed.
     """
-    run = load_base([*base, *(more or [])])
+    run = read_recipe([*base, *(more or [])]).checked()
     rank, world = _join()
     settings = _settings(run, output, clips)
     folder = Path(settings.folder)
@@ -100,7 +100,7 @@ def _use_own_gpu() -> None:
     torch.cuda.set_device(local)
 
 
-def _settings(run: Base, output: Path | None, clips: int | None) -> CacheConfig:
+def _settings(run: Recipe, output: Path | None, clips: int | None) -> CacheConfig:
     given = run.data.cache
     if given is None and output is None:
         raise ConfigError("-o: name a folder for the cache, or set data.params.cache.folder.")
@@ -110,12 +110,12 @@ def _settings(run: Base, output: Path | None, clips: int | None) -> CacheConfig:
     return settings if clips is None else replace(settings, clips=clips)
 
 
-def _encoders(run: Base) -> tuple[Fingerprints, Any]:
+def _encoders(run: Recipe) -> tuple[Fingerprints, Any]:
     """Fingerprints, and what builds the encoders where this rank computes."""
     device = (
         torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     )
-    engine = engine_of(run.model)
+    engine = run.engine
     return engine.fingerprints(run.dtype), lambda: engine.encoders(run.dtype, device)
 
 
@@ -154,7 +154,7 @@ def _announce(work: Work, encoders: Encoders, settings: CacheConfig, folder: Pat
 
 
 def _write(
-    work: Work, encoders: Encoders, run: Base, settings: CacheConfig, prints: Fingerprints, console: Console
+    work: Work, encoders: Encoders, run: Recipe, settings: CacheConfig, prints: Fingerprints, console: Console
 ) -> None:
     folder = Path(settings.folder)
     errors: list[MediaError] = []
@@ -180,13 +180,13 @@ def _progress(description: str, console: Console) -> Progress:
 
 
 @contextmanager
-def _held(encoders: Encoders, part: Part, run: Base) -> Iterator[None]:
+def _held(encoders: Encoders, part: Part, run: Recipe) -> Iterator[None]:
     """Inside, `part` is loaded. Raises `ConfigError` where the GPU is too small for it."""
     try:
         with encoders.holding(part):
             yield
     except torch.cuda.OutOfMemoryError as error:
-        remedy = engine_of(run.model).too_large(part)
+        remedy = run.engine.too_large(part)
         name = {"text": "text encoder", "first_stage": "first stage"}[part]
         raise ConfigError(
             f"the GPU's memory is too small for the {name} ({str(error).split('.')[0]}); "
@@ -216,11 +216,11 @@ def _facts(
     }  # fmt: skip
 
 
-def _show(facts: dict[str, Any], run: Base) -> None:
+def _show(facts: dict[str, Any], run: Recipe) -> None:
     folder = facts["folder"]
     size, bad = facts["bytes"] / 1e9, len(facts["bad"])
     print(
         f"{folder}: {facts['samples']} samples, of which {facts['encoded']} were encoded now, and "
         f"{facts['captions_encoded']} captions; {size:.2f} GB; {bad} files unreadable"
     )
-    print(f"To train from it, {engine_of(run.model).train_from(folder, facts['clips'])}")
+    print(f"To train from it, {run.engine.train_from(folder, facts['clips'])}")

@@ -21,7 +21,6 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from sat_ext.cli.yaml_base import Base, load_base
 from sat_ext.data.clips import is_still_sampler
 from sat_ext.data.decode import read_still
 from sat_ext.data.index import longest_is_rare, probe_files
@@ -34,6 +33,7 @@ from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files import suffix_of
 from sat_ext.media import is_webp, open_image, open_video
+from sat_ext.recipe import Recipe, read_recipe
 from sat_ext.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Item, MediaInfo
 
 TIMEOUT, FULL_TIMEOUT = 60.0, 1800.0  # seconds a file: an hour of 1080p takes about ten minutes to decode
@@ -101,7 +101,7 @@ def check(
 
     With --base, a file without a caption counts too, as training would refuse its source.
     """
-    run = load_base([*base, *(paths or [])]) if base else None
+    run = read_recipe([*base, *(paths or [])]).checked() if base else None
     sources = _sources(paths or [], run, allow or [])
     items: dict[str, list[Item]] = {}
     for item in (item for own in sources.values() for item in own):
@@ -130,7 +130,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _sources(paths: Sequence[str], run: Base | None, allow: Sequence[str]) -> dict[str, list[Item]]:
+def _sources(paths: Sequence[str], run: Recipe | None, allow: Sequence[str]) -> dict[str, list[Item]]:
     """The items of each source, by its path."""
     check_roots(allow, "--allow")
     if run:
@@ -192,7 +192,7 @@ def _part_reason(items: Iterable[Item], info: MediaInfo) -> str | None:
     return None
 
 
-def _clip_lengths(run: Base, sources: Mapping[str, Sequence[Item]], files: Iterable[Checked]) -> Counter[int]:
+def _clip_lengths(run: Recipe, sources: Mapping[str, Sequence[Item]], files: Iterable[Checked]) -> Counter[int]:
     """As `data.index.clip_lengths`, of what the run trains on."""
     infos = {f.path: f.info for f in files}
     lengths: Counter[int] = Counter()

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sat_ext.cli.yaml_base import MoreYaml
+from sat_ext.cli.base import MoreYaml
 from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket

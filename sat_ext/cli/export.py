@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sat_ext.cli.base import MoreYaml
 from sat_ext.cli.convert import (
     AlphaOption,
     OutputOption,
@@ -17,7 +18,6 @@ from sat_ext.cli.convert import (
     report,
     yaml_files,
 )
-from sat_ext.cli.yaml_base import MoreYaml
 
 
 def export(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sat_ext.cli.yaml_base import BaseOption, MoreYaml
+from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
 from sat_ext.memory.advice import Room, advise

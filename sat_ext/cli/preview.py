@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from sat_ext.cli.yaml_base import BaseOption, MoreYaml, load_base
+from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.data.index import build_index
-from sat_ext.data.params import name_sources
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.files.atomic import written_aside
 from sat_ext.preview.gather import gather
 from sat_ext.preview.page import render
+from sat_ext.recipe import read_recipe
 
 
 def preview(
@@ -29,7 +29,7 @@ def preview(
 ) -> None:
     """Write a page that shows what the model will see: samples of each bucket, shares, sizes, and what to mend."""
     yaml = [*base, *(more or [])]
-    run = load_base(yaml)
+    run = read_recipe(yaml).checked()
     console = Console(stderr=True)
     if output.exists() and not output.is_file():  # a device or a folder, which the page would take the place of
         raise ConfigError(f"-o: {output} is not a file; name one, such as report.html.")
@@ -47,12 +47,7 @@ def preview(
         report = gather(
             yaml=yaml,
             stream=stream,
-            model=run.model,
-            shape=run.shape,
-            batch_sizes=run.batch_sizes,
-            paths={n: s.path for n, s in name_sources(run.sources, "sources").items()},
-            accumulation=run.accumulation,
-            train_iters=run.train_iters,
+            recipe=run,
         )
     page = render(report)
     try:

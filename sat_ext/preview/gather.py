@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -12,10 +11,9 @@ from sat_ext.cogvideox import SequenceShape, tokens
 from sat_ext.data.buckets import step_cost
 from sat_ext.data.clips import available_frames, is_still_sampler
 from sat_ext.data.index import Index, probe_files
-from sat_ext.data.params import DataConfig
+from sat_ext.data.params import DataConfig, name_sources
 from sat_ext.data.schedule import Schedule
 from sat_ext.data.stream import JointStream
-from sat_ext.engines import engine_of
 from sat_ext.preview import charts
 from sat_ext.preview.charts import Chart
 from sat_ext.preview.findings import HEAVY_CUT, LETTERS_PER_TOKEN, Facts, find, needed_frames, reason_group
@@ -23,6 +21,7 @@ from sat_ext.preview.page import percent
 from sat_ext.preview.report import BucketPart, Report, SourcePart
 from sat_ext.preview.samples import show
 from sat_ext.preview.uses import Uses, info_arrays, uses_of
+from sat_ext.recipe import Recipe
 from sat_ext.types import TIME_TOLERANCE, Bucket, MediaInfo
 
 LOOKED = 1000  # steps of the schedule
@@ -36,26 +35,21 @@ def gather(
     *,
     yaml: Sequence[str],
     stream: JointStream,
-    model: dict[str, Any],
-    shape: SequenceShape,
-    batch_sizes: dict[Bucket, int],
-    paths: dict[str, str],
-    accumulation: int,
-    train_iters: int | None,
+    recipe: Recipe,
 ) -> Report:
-    """The page of one stream. `paths` are the sources' by name; `train_iters` counts optimizer steps, of
-    `accumulation` steps of the stream each."""
+    """The page of one stream, which reads the data of `recipe`."""
     index, data, schedule = stream.index, stream.config, stream.schedule
     uses = uses_of(index)
     dropped = [path for path, _ in index.dropped[:_MOST_LEFT_OUT]]
     outcomes = probe_files(dropped, timeout=data.on_bad_sample.timeout)
     left_out = [info for info, _ in outcomes if isinstance(info, MediaInfo)]
     looked = _look(schedule)
-    steps = train_iters * accumulation if train_iters else None
+    steps = recipe.train_iters * recipe.accumulation if recipe.train_iters else None
+    paths = {name: s.path for name, s in name_sources(recipe.sources, "sources").items()}
     sources = _sources(schedule, index, looked, paths, steps)
     clips, seconds, stills = _files(uses, index, left_out)
     short, of = _short(uses, index, data, left_out)
-    engine = engine_of(model)
+    engine, shape = recipe.engine, recipe.shape
     dropout = engine.condition_dropout if engine.is_conditioned else None
     buckets = _buckets(stream, uses, looked, shape, dropout)
     facts = Facts(
@@ -63,12 +57,12 @@ def gather(
         index=index,
         uses=uses,
         cells=schedule.cells,
-        batch_sizes=batch_sizes,
+        batch_sizes=recipe.batch_sizes,
         sources=sources,
         short=short,
         clips=of,
         text_tokens=shape.text_length,
-        bytes_per_token=1 if (model.get("text") or {}).get("kind") == "byt5" else LETTERS_PER_TOKEN,
+        bytes_per_token=1 if (engine.model.get("text") or {}).get("kind") == "byt5" else LETTERS_PER_TOKEN,
     )
     return Report(
         yaml=tuple(yaml),
@@ -80,7 +74,7 @@ def gather(
         looked=LOOKED,
         samples=int(looked @ _batches(schedule)),
         steps=max(s.steps for s in sources),
-        train_iters=train_iters,
+        train_iters=recipe.train_iters,
         still_share=sum(b.share for b in buckets if b.frames == 1),
         still_work=sum(b.work_share for b in buckets if b.frames == 1),
         efficiency=_efficiency(schedule, looked, shape),

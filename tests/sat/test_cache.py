@@ -28,6 +28,7 @@ from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents import text, writer
 from sat_ext.latents.checksummed import _tell_unsigned
@@ -367,7 +368,7 @@ def test_what_a_gpu_cannot_hold_is_told_with_the_remedy_and_text_is_kept(
         ({}, "set model.first_stage.tiling: true"),
         ({"network_config": {}}, "frames: 4, recompute: level"),
     ):
-        run: Any = SimpleNamespace(model=section, num_workers=0)
+        run: Any = SimpleNamespace(engine=engine_of(section), num_workers=0)
         run.data = SimpleNamespace(decoder="auto", on_bad_sample=SimpleNamespace(timeout=1))
         settings: Any = SimpleNamespace(folder=str(tmp_path), conditions=1)
         with pytest.raises(ConfigError, match=f"too small for the first stage .*{remedy}.*is kept"):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_ext.cli.yaml_base import load_base
 from sat_ext.errors import ConfigError
+from sat_ext.recipe import Recipe, read_recipe
 from sat_ext.types import Bucket
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 DATA = "data: {params: {video_size: [64, 64], max_num_frames: 9, sources: [{path: a}]}}"
 
 
@@ -20,6 +20,10 @@ def write(folder: Path, *texts: str) -> list[str]:
     for path, text in zip(paths, texts):
         path.write_text(text)
     return [str(p) for p in paths]
+
+
+def load_base(paths: list[str]) -> Recipe:
+    return read_recipe(paths).checked()
 
 
 def test_later_files_win(tmp_path: Path) -> None:
@@ -77,10 +81,10 @@ def test_the_first_frame_target_takes_first_frames(tmp_path: Path) -> None:
         ),
         ("data: {params: {video_size: [64, 64], max_num_frames: 9}}", "args.train_data: nothing to train on"),
         ("data: {target: mine.Own}", "data.target: 'mine.Own' is not a class of sat_ext's; this command reads"),
-        (DATA + "\nargs: {num_workers: -1}", "args.num_workers: -1; give 0 or more"),
+        (DATA + "\nargs: {num_workers: -1}", "args.num_workers: -1; use 0 or more"),
         (
             DATA + "\ndeepspeed: {train_micro_batch_size_per_gpu: 0}",
-            "train_micro_batch_size_per_gpu: 0; give 1 or",
+            "train_micro_batch_size_per_gpu: 0; use 1 or",
         ),
     ],
 )
@@ -96,7 +100,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_sat_is_not_imported() -> None:
-    code = "import sys, sat_ext.cli.yaml_base; print({'sat', 'deepspeed', 'diffusers'} & set(sys.modules))"
+    code = "import sys, sat_ext.recipe; print({'sat', 'deepspeed', 'diffusers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 

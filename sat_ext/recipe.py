@@ -1,0 +1,199 @@
+"""What the YAML of a run says, read once into one frozen `Recipe`. Imports no SAT, which takes long.
+
+The data class of a training run, the subcommands and the planner start from it, with the same defaults and errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sat_ext.cogvideox import SequenceShape
+from sat_ext.config import convert, load, plain, read_yaml, reject_unknown_keys
+from sat_ext.data.params import DataConfig, name_sources, sources_of
+from sat_ext.data.sources import SourceConfig
+from sat_ext.doubts import doubts
+from sat_ext.engines import Engine, engine_of
+from sat_ext.errors import ConfigError
+from sat_ext.types import Bucket
+from sat_ext.zero import precision, training_dtype
+
+# Our data classes, and the sampler that each gives to every source.
+TARGETS = {"sat_ext.JointImageVideoDataset": None, "sat_ext.FirstFrameDataset": "first_frame"}
+LISTS = ("train_data", "valid_data", "test_data")  # of SAT's args, in the order in which SAT builds them
+# SAT's own defaults (sat/arguments.py, add_training_args and add_data_args, 0.4.12).
+SAT_DEFAULTS = {"batch_size": 4, "gradient_accumulation_steps": 1, "num_workers": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run.
+
+    `target` names the data class. `sources` are trained on, `valid` and `test` are those of `args.valid_data` and
+    `args.test_data`. `micro_batch` is in samples of the costliest bucket per rank and step. `train_iters` counts
+    optimizer steps (None: not set), each of `accumulation` steps of the data. `doubts` are sentences about what
+    trains, but hardly as it is meant.
+    """
+
+    target: str
+    data: DataConfig
+    sources: tuple[SourceConfig, ...]
+    valid: tuple[SourceConfig, ...]
+    test: tuple[SourceConfig, ...]
+    engine: Engine
+    deepspeed: Mapping[str, Any]
+    micro_batch: int
+    accumulation: int
+    num_workers: int
+    dtype: torch.dtype
+    train_iters: int | None
+    doubts: tuple[str, ...]
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The shapes of batches. Raises `ConfigError`."""
+        return self.data.make_buckets()
+
+    @cached_property
+    def shape(self) -> SequenceShape:
+        """What the cost of a batch follows from. Raises `ConfigError`."""
+        return self.engine.sequence_shape()
+
+    @cached_property
+    def batch_sizes(self) -> dict[Bucket, int]:
+        """Samples per rank and step by bucket; CogVideo's own data class pads every clip to the longest one."""
+        if self.target not in TARGETS:
+            return {max(self.buckets, key=lambda b: b.frames): self.micro_batch}
+        return self.data.batch_sizes(self.buckets, largest=self.micro_batch, shape=self.shape)
+
+    @property
+    def held_out(self) -> tuple[SourceConfig, ...]:
+        """What the run is evaluated on."""
+        return self.valid + self.test
+
+    def checked(self) -> Recipe:
+        """This recipe, if its data can be read and its model takes them. Raises `ConfigError`."""
+        if self.target not in TARGETS:
+            raise ConfigError(
+                f"data.target: {self.target!r} is not a class of sat_ext's; this command reads "
+                f"{' and '.join(TARGETS)}."
+            )
+        if not self.sources:
+            raise nothing_to_train_on()
+        name_sources(self.sources, "data.params.sources" if self.data.sources else "args.train_data")
+        self.engine.check(self.buckets)
+        return self
+
+
+def read_recipe(paths: Sequence[str]) -> Recipe:
+    """The recipe in YAML files, which merge as for `train_video.py --base`, the later over the earlier.
+
+    Needs a `data` section; `model`, `deepspeed` and `args` have defaults. Raises `ConfigError`.
+    """
+    config = read_yaml(paths)
+    if not config.get("data"):
+        raise ConfigError(f"--base: no 'data' section in {', '.join(paths)}; add a file of configs/data/.")
+    return recipe_of(config)
+
+
+def recipe_of(config: Mapping[str, Any]) -> Recipe:
+    """The recipe in merged sections. Folders that they name need not be on this machine.
+
+    Raises `ConfigError`, one sentence, for an unknown key and for a value that cannot be.
+    """
+    section, deepspeed, args = (_section(config, name) for name in ("data", "deepspeed", "args"))
+    reject_unknown_keys(section, ("target", "params"), "data")
+    target = section.get("target") or next(iter(TARGETS))
+    data = load(DataConfig, section.get("params") or {}, "data.params")
+    engine = engine_of(config.get("model"))
+    sampler = TARGETS.get(target)
+
+    def sources(name: str) -> tuple[SourceConfig, ...]:
+        found = data.sources if name == "train_data" and data.sources else _of_list(args, name)
+        return found if sampler is None else tuple(replace(s, sampler=sampler) for s in found)
+
+    train, valid, test = (sources(name) for name in LISTS)
+    return Recipe(
+        target=target,
+        data=data,
+        sources=train,
+        valid=valid,
+        test=test,
+        engine=engine,
+        deepspeed=deepspeed,
+        micro_batch=_count("batch_size", args, deepspeed, "train_micro_batch_size_per_gpu"),
+        accumulation=_count("gradient_accumulation_steps", args, deepspeed, "gradient_accumulation_steps"),
+        num_workers=_count("num_workers", args, least=0),
+        dtype=training_dtype(*precision(deepspeed)),
+        train_iters=convert(int | None, args.get("train_iters"), "args.train_iters"),
+        doubts=tuple(doubts(engine, deepspeed, args)),
+    )
+
+
+def recipe_of_args(args: argparse.Namespace, target: str, params: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run that SAT has parsed the arguments of; `params` are those of the data class `target`."""
+    precisions = {name: {"enabled": bool(getattr(args, name, False))} for name in ("fp16", "bf16")}
+    return recipe_of(
+        {
+            "data": {"target": target, "params": plain(params)},
+            "model": getattr(args, "model_config", None),
+            "deepspeed": precisions | plain(getattr(args, "deepspeed_config", None)),
+            "args": vars(args),
+        }
+    )
+
+
+def nothing_to_train_on() -> ConfigError:
+    """For a run without sources."""
+    return ConfigError("args.train_data: nothing to train on; name a folder or table, or set data.params.sources.")
+
+
+def paths_of(args: Mapping[str, Any], name: str) -> list[str]:
+    """One of `LISTS`, which may be left out. Raises `ConfigError`."""
+    paths = args.get(name) or []
+    if isinstance(paths, str):
+        raise ConfigError(f'args.{name}: {paths!r} is a string, not a list; write ["{paths}"].')
+    return list(convert(list[str], paths, f"args.{name}"))
+
+
+def weights_of(args: Mapping[str, Any], paths: Sequence[str]) -> list[float] | None:
+    """`args.train_data_weights` of the `paths` of `args.train_data`. Raises `ConfigError`."""
+    weights: list[float] | None = convert(
+        list[float] | None, args.get("train_data_weights"), "args.train_data_weights"
+    )
+    if weights and len(weights) != len(paths):
+        raise ConfigError(
+            f"args.train_data_weights: {len(weights)} weights for {len(paths)} entries of args.train_data; "
+            "give one for each."
+        )
+    return weights or None
+
+
+def _of_list(args: Mapping[str, Any], name: str) -> tuple[SourceConfig, ...]:
+    paths = paths_of(args, name)
+    return tuple(sources_of(paths, weights_of(args, paths) if name == LISTS[0] else None))
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name}: expected a mapping of keys, got {section!r}.")
+    return section
+
+
+def _count(
+    name: str, args: Mapping[str, Any], deepspeed: Mapping[str, Any] | None = None, key: str = "", least: int = 1
+) -> int:
+    """A whole number of the deepspeed section (`key`) where it is there, else of `args`, else SAT's default."""
+    where, value = f"args.{name}", args.get(name)
+    if (deepspeed or {}).get(key) is not None:
+        where, value = f"deepspeed.{key}", (deepspeed or {})[key]
+    count: int = convert(int, SAT_DEFAULTS[name] if value is None else value, where)
+    if count < least:
+        raise ConfigError(f"{where}: {count}; use {least} or more.")
+    return count
