@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.sat.ranks import Server
+
 # A test passes or fails for what was changed, not for what was drawn; pytest --hypothesis-profile=search looks
 # further.
 hypothesis.settings.register_profile("default", derandomize=True)
@@ -19,6 +21,13 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Indexes of the tests' tables are not kept among the user's."""
     patch = pytest.MonkeyPatch()
     patch.setenv("SAT_EXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Forks the ranks of whole runs."""
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -65,13 +65,6 @@ def sat_args(process_group: None, demo: Path) -> Callable[..., Namespace]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """Forks the ranks of whole runs."""
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
 def configure(demo: Path) -> Callable[..., list[str]]:
     """Writes the YAML of a small run on the demo's data, and gives its arguments."""
     return partial(write_config, demo)
