@@ -33,29 +33,26 @@ def main() -> None:
     from sat.training.deepspeed_training import training_main
 
     from sat_ext.models.engine import VideoDiffusionEngine
-    from sat_ext.sat import checkpoint, fixes
+    from sat_ext.sat import hooks
     from sat_ext.sat.arguments import initialize, parse_args
-    from sat_ext.sat.steps import report_of
     from sat_ext.sat.training import TrainingHooks, get_target
 
     args = parse_args()
-    fixes.apply(args)
+    hooks.install(args)
     initialize(args)
-    checkpoint.install(args)
-    report_of(args)
     data_class = get_target(args.data_config["target"])
-    hooks = TrainingHooks(args)
+    ours = TrainingHooks(args)
     training_main(
         args,
         model_cls=VideoDiffusionEngine,
-        forward_step_function=hooks.forward_step,
-        forward_step_eval=hooks.forward_step_eval,
-        handle_metrics_function=hooks.handle_metrics,
+        forward_step_function=ours.forward_step,
+        forward_step_eval=ours.forward_step_eval,
+        handle_metrics_function=ours.handle_metrics,
         create_dataset_function=partial(
             data_class.create_dataset_function, **(args.data_config.get("params") or {})
         ),
     )
-    hooks.write_result()
+    ours.write_result()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ entries of a list share one stream: whichever SAT draws, the next batch of the s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from rich.progress import track
@@ -29,7 +30,7 @@ from sat_ext.data.stream import JointStream
 from sat_ext.doubts import doubts
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.sat import checkpoint, fixes, lists
+from sat_ext.sat import hooks, lists
 from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.data_state import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
@@ -37,8 +38,6 @@ from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import settings_of
 from sat_ext.sat.shared import require_everywhere, share_from_first_rank
 from sat_ext.sat.shm import check_shared_memory
-from sat_ext.sat.steps import report_of
-from sat_ext.sat.uncaught import show_sentences
 from sat_ext.zero import training_dtype
 
 MANY_FILES = 500  # some seconds of probing
@@ -86,23 +85,29 @@ class MapStyle(Dataset):
         return {k: v[0] for k, v in batch.items()}
 
 
-lists.install()
+class _Entry:
+    """A class method that a script reads just before it calls `training_main`. CogVideo's calls nothing of ours
+    earlier, and SAT's `make_loaders` divides by what is in its lists before it calls the method itself."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        hooks.enter()
+        return MethodType(self.method, owner)
 
 
 @dataset_registry.register
 class JointImageVideoDataset:
     """YAML target `sat_ext.JointImageVideoDataset`: stills, clips and first frames in one training run."""
 
-    @classmethod
+    @_Entry
     def create_dataset_function(cls, path: str, args: argparse.Namespace, **params: Any) -> Any:
         """For SAT: the data set of `path`, one entry of `args.train_data`, `valid_data` or `test_data`.
 
         `params` are `data.params` of the YAML (see `DataConfig`). Raises `ConfigError` and `DataError`.
         """
-        show_sentences()
-        fixes.apply(args)
-        checkpoint.install(args)
-        report_of(args)
+        hooks.begin(args)
         config = load(DataConfig, plain(params), "data.params")
         split = _next_split(args)
         if _is_stream(args, split):

@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from sat_ext.errors import ConfigError
-from sat_ext.sat.uncaught import show_sentences
 
 SPLITS = ("train_data", "valid_data", "test_data")
-
-
-def install() -> None:
-    """Have SAT's `training_main` call `fill_in` first, under scripts that are not ours. Safe to call again."""
-    from sat.training import deepspeed_training
-
-    original = deepspeed_training.make_loaders
-    if getattr(original, "fills_in", False):
-        return
-
-    def make_loaders(args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
-        show_sentences()
-        fill_in(args)
-        return original(args, *rest, **options)
-
-    make_loaders.fills_in = True  # type: ignore[attr-defined]
-    deepspeed_training.make_loaders = make_loaders
 
 
 def fill_in(args: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ training waits. A rank that hangs in the kernel, is stopped, has ended or is cut
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import os
 import re
@@ -20,8 +19,6 @@ import torch.distributed as dist
 from sat.helpers import print_rank0
 from torch.distributed import distributed_c10d
 
-from sat_ext.sat.settings import settings_of
-
 BEAT = 2.0  # seconds
 SILENT = 60.0  # seconds after which the first rank says that another gives no sign
 _LOST = re.compile(
@@ -30,17 +27,6 @@ _LOST = re.compile(
 
 _peers: _Peers | None = None
 _limit = timedelta()
-
-
-def timeout(args: argparse.Namespace) -> bool:
-    """Symptom: SAT starts its process groups with NCCL's limit of 10 minutes, and a first rank that works alone
-    for longer, as where CogVideo samples 1.5 in an evaluation, ends the run.
-
-    `args.timeout_minutes` is the limit of the groups that there are, and of those that are made later.
-    """
-    set_limit(timedelta(minutes=settings_of(args).timeout_minutes))
-    begin()
-    return True
 
 
 def set_limit(limit: timedelta) -> None:

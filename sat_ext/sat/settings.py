@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from sat_ext.config import load, read_yaml, reject_unknown_keys
+from sat_ext.config import load, read_yaml
 from sat_ext.errors import ConfigError
 
 MINUTES = 0.2, 10080  # above the seconds between two signs of a rank that works alone (`shared.HEARTBEAT`)
@@ -50,15 +50,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The settings of a run: from `args` where our parser put them, or from the YAML files in `args.base`.
 
     CogVideo's script leaves out of its `args` what it does not know, but keeps the names of the files. Raises
-    `ConfigError` for a value, or the name of a repair, that there is not.
+    `ConfigError`.
     """
-    from sat_ext.sat import fixes  # which reads these settings itself
-
     own = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
     given = own if len(own) == len(NAMES) else _from_yaml(args)
-    settings = load(Settings, {k: v for k, v in given.items() if v is not None}, "args")
-    reject_unknown_keys(settings.without_fixes, tuple(fixes.FIXES), "args.without_fixes")
-    return settings
+    return load(Settings, {k: v for k, v in given.items() if v is not None}, "args")
 
 
 def _from_yaml(args: argparse.Namespace) -> Mapping[str, Any]:

@@ -23,13 +23,8 @@ from sat_ext.sat.memory_report import MemoryReport, plan_of, show_plan
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
-def install() -> None:
-    """Put our steps around those of SAT's `training_main`. Call it once."""
-    from sat.training import deepspeed_training
-
-    train, train_step, evaluate = (
-        deepspeed_training.train, deepspeed_training.train_step, deepspeed_training.evaluate
-    )  # fmt: skip
+def with_spared_workers(train: Callable[..., Any]) -> Callable[..., Any]:
+    """SAT's `train`, whose data workers SIGTERM does not reach, and whose held-out batches draw nothing."""
 
     def train_spared(
         model: Any, optimizer: Any, lr_scheduler: Any, train_data: Any, val_data: Any, timers: Any,
@@ -40,10 +35,18 @@ def install() -> None:
         val_data = None if val_data is None else rng.Unseen(val_data)
         return train(model, optimizer, lr_scheduler, train_data, val_data, timers, args, **options)
 
+    return train_spared
+
+
+def counted_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
+    """SAT's `train_step`: before it a run is resumed, stopped or saved, and in it batches are counted."""
+
     def step(
         data: Iterator[Any], model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace, timers: Any,
         hooks: dict[str, Any] | None = None, **options: Any,
     ) -> Any:  # fmt: skip
+        from sat.training import deepspeed_training
+
         run = run_of(args)
         if not run.began:
             _begin(run, args)
@@ -60,15 +63,19 @@ def install() -> None:
         divergence.count(run, model, args, before)
         return result
 
+    return step
+
+
+def untouched(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """An evaluation leaves the random numbers as they were: a run is the same, however many it has."""
+
     def evaluate_untouched(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
         hooks = {**hooks, "forward_step_eval": _with_losses_by_kind(hooks["forward_step_eval"])}
         hooks["handle_metrics"] = hooks.get("handle_metrics") or mean_metrics
-        with rng.untouched():  # so that a run goes on alike, however often it is looked at
+        with rng.untouched():
             return evaluate(*arguments, hooks=hooks, **options)
 
-    deepspeed_training.train = train_spared
-    deepspeed_training.train_step = step
-    deepspeed_training.evaluate = evaluate_untouched
+    return evaluate_untouched
 
 
 def mean_metrics(gathered: dict[str, Tensor]) -> dict[str, Tensor]:

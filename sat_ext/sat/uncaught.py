@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
 
 import torch.distributed as dist
 
 from sat_ext.errors import SatExtError
 from sat_ext.ranks import rank_and_world
+
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
 
 def sentence_of(error: BaseException) -> str | None:
@@ -33,22 +36,14 @@ def sentence_of(error: BaseException) -> str | None:
     return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
-def show_sentences() -> None:
-    """Have Python end on such an error with `error: <sentence>` and the exit status 1, and on any other as before.
+def in_a_sentence(show: ExceptHook) -> ExceptHook:
+    """Python's `sys.excepthook`, which shows `error: <sentence>` of such an error and any other as before."""
 
-    For scripts that are not ours. Safe to call again.
-    """
-    if not isinstance(sys.excepthook, _Hook):
-        sys.excepthook = _Hook()
-
-
-class _Hook:
-    def __init__(self) -> None:
-        self.others = sys.excepthook
-
-    def __call__(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def show_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         sentence = sentence_of(error)
         if sentence is None:
-            self.others(kind, error, traceback)
+            show(kind, error, traceback)
         else:
             print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+    return show_error

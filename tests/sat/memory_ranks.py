@@ -29,7 +29,7 @@ from sat_ext.memory.run import Run
 from sat_ext.memory.states import persistent, states
 from sat_ext.models.config import ModelConfig, TextConfig, TrainConfig, TransformerConfig
 from sat_ext.models.transformer import build_transformer
-from sat_ext.sat import fixes
+from sat_ext.sat.hooks import repair
 from tests.sat.ranks import free_port
 
 WORLD = 2
@@ -203,7 +203,7 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
         "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    fixes.no_compiler(Namespace())
+    repair("no_compiler", Namespace())
     deepspeed.init_distributed("gloo")
     results: dict[str, Any] = {}
     for name, mode, item, steps in CASES:

@@ -20,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 
 from sat_ext.errors import ConfigError, TrainingError
 from sat_ext.sat import divergence
-from sat_ext.sat.fixes.cpu import no_compiler
+from sat_ext.sat.hooks import repair
 from sat_ext.sat.run import RunState, run_of
 from sat_ext.sat.settings import NAMES, Settings
 from tests.sat.ranks import Server, finish, folder_of
@@ -87,7 +87,7 @@ def one_rank(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine(stage: int, **config: Any) -> Any:
-    no_compiler(Namespace())
+    repair("no_compiler", Namespace())
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     section = {
         "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True},

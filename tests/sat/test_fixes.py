@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sat_ext.errors import ConfigError
-from sat_ext.sat import fixes
+from sat_ext.sat import hooks
 from sat_ext.sat.fixes import memory, optimizer, sizes
 from sat_ext.sat.fixes.memory import COLLECT_EVERY
 from sat_ext.sat.run import RunState
@@ -38,7 +38,7 @@ def sat_training(monkeypatch: pytest.MonkeyPatch) -> Any:
         import_module(f"sat.training.{name}")
         monkeypatch.delitem(sys.modules, f"sat.training.{name}")
         monkeypatch.delattr(package, name)
-    monkeypatch.setattr(fixes, "_applied", set())
+    monkeypatch.setattr(hooks, "_done", set())
     return import_module("sat.training.deepspeed_training")
 
 
@@ -55,7 +55,7 @@ def test_every_repair_is_made_once_and_told_in_one_line(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("sat"), "propagate", True)
     for _ in range(2):
-        fixes.apply(make_args(without_fixes=["no_compiler"]))
+        hooks.install(make_args(without_fixes=["no_compiler"]))
     lines = [r.getMessage() for r in caplog.records if "repaired '" in r.getMessage()]
     told = [line.split("'")[1] for line in lines]
     assert told == [  # what a CPU without ZeRO-3 needs
@@ -65,19 +65,19 @@ def test_every_repair_is_made_once_and_told_in_one_line(
 
 
 def test_a_repair_is_left_out_by_name(sat_training: Any, process_group: None) -> None:
-    loads, saves = sat_training.load_checkpoint, sat_training.save_checkpoint
-    fixes.apply(make_args(without_fixes=["load"]))
-    assert sat_training.load_checkpoint is loads
-    assert sat_training.save_checkpoint is not saves
+    rate, show = sat_training.AnnealingLR.get_lr, sat_training.print_args
+    hooks.install(make_args(without_fixes=["lr_schedule"]))
+    assert sat_training.AnnealingLR.get_lr is rate
+    assert sat_training.print_args is not show
 
 
 def test_an_unknown_name_is_an_error_that_lists_them(sat_training: Any) -> None:
     with pytest.raises(
         ConfigError, match="args.without_fixes: unknown key 'lr_sched'; did you mean 'lr_schedule'"
     ):
-        fixes.apply(make_args(without_fixes=["lr_sched"]))
+        hooks.install(make_args(without_fixes=["lr_sched"]))
     with pytest.raises(ConfigError, match="valid keys: auto_sizes, cpu_training, ema_optimizer, empty_cache, "):
-        fixes.apply(make_args(without_fixes=["xyz"]))
+        hooks.install(make_args(without_fixes=["xyz"]))
 
 
 # Learning rate
@@ -103,13 +103,13 @@ def rates(training: Any, steps: int, *, iteration: int = 0, saved: Any = None, *
 def test_a_resumed_run_has_the_rates_that_it_would_have_had(sat_training: Any) -> None:
     whole = rates(sat_training, 200)
     assert rates(sat_training, 100, iteration=100) != whole[100:]  # 100 steps of warming up again
-    fixes.lr_schedule(make_args())
+    hooks.repair("lr_schedule", make_args())
     assert rates(sat_training, 200) == whole
     assert rates(sat_training, 100, iteration=100) == whole[100:]
 
 
 def test_a_fine_tuning_run_stopped_in_its_first_steps_warms_up_to_their_end(sat_training: Any) -> None:
-    fixes.lr_schedule(make_args())
+    hooks.repair("lr_schedule", make_args())
     whole = rates(sat_training, 200, mode="finetune")
     assert whole[50] == whole[99] == 0.05 < whole[100]
     rates(sat_training, 60, mode="finetune")
@@ -121,14 +121,14 @@ def test_a_fine_tuning_run_stopped_in_its_first_steps_warms_up_to_their_end(sat_
 
 def test_no_rate_is_below_zero(sat_training: Any) -> None:
     assert min(rates(sat_training, 202, warmup=0.0)) < 0
-    fixes.lr_schedule(make_args())
+    hooks.repair("lr_schedule", make_args())
     assert min(rates(sat_training, 202, warmup=0.0)) == 0
 
 
 def test_no_warm_up_is_no_division_by_zero(sat_training: Any) -> None:
     with pytest.raises(ZeroDivisionError):
         rates(sat_training, 2, warmup=0.0, mode="finetune")
-    fixes.lr_schedule(make_args())
+    hooks.repair("lr_schedule", make_args())
     assert rates(sat_training, 2, warmup=0.0, mode="finetune") == [0.05, 0.05]
 
 
@@ -152,9 +152,9 @@ def load_into(training: Any, module: nn.Module, folder: Path, **changes: Any) ->
 
 @pytest.fixture
 def loading(sat_training: Any, process_group: None) -> Any:
-    fixes.cpu_training(make_args())
-    fixes.resume(make_args())
-    fixes.load(make_args())
+    hooks.repair("cpu_training", make_args())
+    hooks.repair("resume", make_args())
+    hooks.repair("load", make_args())
     return sat_training
 
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_with_numpys_generator_is_resumed(
     torch.serialization.clear_safe_globals()
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         load_into(sat_training, nn.Linear(2, 2), folder)
-    fixes.resume(make_args())
+    hooks.repair("resume", make_args())
     assert load_into(sat_training, nn.Linear(2, 2), folder) == 3
 
 
@@ -271,7 +271,7 @@ def test_the_cache_is_emptied_where_memory_runs_out_alone(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
     engine_module.step()
     assert calls == {"gc": 1, "cache": 1}
-    assert fixes.empty_cache(make_args())
+    assert hooks.repair("empty_cache", make_args())
     calls.update(gc=0, cache=0)
     for _ in range(COLLECT_EVERY):
         engine_module.step()
@@ -283,7 +283,7 @@ def test_the_cache_is_emptied_where_memory_runs_out_alone(
 
 def test_other_engines_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "diffusion_video", raising=False)
-    assert not fixes.empty_cache(make_args())
+    assert not hooks.repair("empty_cache", make_args())
 
 
 # FusedEmaAdam
@@ -301,9 +301,9 @@ def test_sats_optimizer_without_a_gpu_is_told_before_the_model_is_built() -> Non
         match="^deepspeed.optimizer.type: sat.ops.FusedEmaAdam runs on a GPU, and there is none; write "
         "'type: AdamW' and 'torch_adam: true' under its params, which keeps no average of the weights.$",
     ):
-        fixes.ema_optimizer(with_optimizer())
-    assert not fixes.ema_optimizer(with_optimizer("AdamW"))
-    assert not fixes.ema_optimizer(make_args())
+        optimizer.ema_optimizer(with_optimizer())
+    assert not optimizer.ema_optimizer(with_optimizer("AdamW"))
+    assert not optimizer.ema_optimizer(make_args())
 
 
 @pytest.mark.parametrize(
@@ -321,33 +321,9 @@ def test_sats_optimizer_without_a_gpu_is_told_before_the_model_is_built() -> Non
 def test_sats_optimizer_under_a_zero_that_it_does_not_know(
     zero: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizer, "_of_gpu", lambda: None)
-    with pytest.raises(ConfigError, match=message):
-        fixes.ema_optimizer(with_optimizer(**zero))
-
-
-def test_sats_optimizer_needs_a_compiler_of_pytorchs_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from torch.utils import cpp_extension
-
-    compiler = tmp_path / "bin" / "nvcc"
-    compiler.parent.mkdir()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setitem(sys.modules, "ninja", None)
-    with pytest.raises(ConfigError, match="the Python package ninja is not installed"):
-        fixes.ema_optimizer(with_optimizer())
-    monkeypatch.setattr(optimizer, "find_spec", lambda name: object())
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match="there is no nvcc .set CUDA_HOME to a CUDA toolkit."):
-        fixes.ema_optimizer(with_optimizer())
-    for version, fits in (("12.6", False), ("12.8", True)):
-        compiler.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {version}, V{version}.1\n")
-        compiler.chmod(0o755)
-        if fits:
-            assert fixes.ema_optimizer(with_optimizer())
-        else:
-            with pytest.raises(ConfigError, match=f"by an nvcc of CUDA 12.8, and {compiler} is of 12.6"):
-                fixes.ema_optimizer(with_optimizer())
+    with pytest.raises(ConfigError, match=message):
+        optimizer.ema_optimizer(with_optimizer(**zero))
 
 
 @pytest.mark.parametrize("initialized", [False, True])

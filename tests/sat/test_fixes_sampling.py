@@ -10,7 +10,7 @@ import pytest
 from sat import mpu
 from sat.training import deepspeed_training
 
-from sat_ext.sat.fixes.sampling import zero3_sampling
+from sat_ext.sat.hooks import repair
 
 
 def arguments(stage: int = 3, **changes: Any) -> Namespace:
@@ -22,7 +22,7 @@ def test_every_rank_samples_and_has_its_own_number_before_and_after(monkeypatch:
     asked: list[int] = []
     monkeypatch.setattr(mpu, "get_data_parallel_rank", lambda: 5)
     monkeypatch.setattr(deepspeed_training, "evaluate", lambda data, hooks: hooks["forward_step_eval"](data))
-    assert zero3_sampling(arguments())
+    assert repair("zero3_sampling", arguments())
 
     def batches() -> Iterator[int]:
         asked.append(mpu.get_data_parallel_rank())  # as SAT's loader does
@@ -42,7 +42,7 @@ def test_every_rank_samples_and_has_its_own_number_before_and_after(monkeypatch:
 def test_a_step_that_fails_leaves_the_rank_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpu, "get_data_parallel_rank", lambda: 5)
     monkeypatch.setattr(deepspeed_training, "evaluate", lambda data, hooks: hooks["forward_step_eval"](data))
-    zero3_sampling(arguments())
+    repair("zero3_sampling", arguments())
 
     def forward_step(data: Iterator[int]) -> None:
         raise RuntimeError
@@ -57,5 +57,5 @@ def test_a_step_that_fails_leaves_the_rank_as_it_was(monkeypatch: pytest.MonkeyP
 )
 def test_other_runs_are_left_alone(args: Namespace) -> None:
     before = deepspeed_training.evaluate
-    assert not zero3_sampling(args)
+    assert not repair("zero3_sampling", args)
     assert deepspeed_training.evaluate is before

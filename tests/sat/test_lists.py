@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import sat_ext
 from sat_ext.errors import ConfigError
 from sat_ext.sat.lists import fill_in
 
@@ -38,7 +39,7 @@ def test_a_text_is_no_list() -> None:
 def test_sat_asks_for_them_before_it_builds_any() -> None:
     from sat.training import deepspeed_training
 
-    import sat_ext.sat.dataset  # noqa: F401
+    assert sat_ext.JointImageVideoDataset.create_dataset_function  # as a script reads it
 
     with pytest.raises(ConfigError, match="nothing to train on"):
         deepspeed_training.make_loaders(lists(train_data=[]), None)

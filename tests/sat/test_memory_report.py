@@ -128,4 +128,4 @@ def test_a_cached_batch_is_of_the_bucket_that_its_latents_stand_for() -> None:
 
 def test_the_entry_script_plans_before_it_loads() -> None:
     lines = (Path(steps.__file__).parents[2] / "train_video.py").read_text()
-    assert lines.index("report_of(args)") < lines.index("training_main(\n")
+    assert lines.index("hooks.install(args)") < lines.index("training_main(\n")

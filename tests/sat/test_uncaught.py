@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import sys
 from sat_ext.errors import DataError, MediaError
-from sat_ext.sat.uncaught import show_sentences
+from sat_ext.sat.uncaught import in_a_sentence
 from torch.utils.data import DataLoader, IterableDataset
 
 class Stream(IterableDataset):
@@ -19,8 +19,8 @@ class Stream(IterableDataset):
         raise DataError("the folder\\nis empty; name another.")
 
 if __name__ == "__main__":
-    show_sentences()
-    show_sentences()
+    sys.excepthook = in_a_sentence(sys.excepthook)
+    sys.excepthook = in_a_sentence(sys.excepthook)
     {end}
 """
 

@@ -17,8 +17,7 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint.load import place_steps
-from sat_ext.sat.fixes.cpu import no_compiler
-from sat_ext.sat.fixes.optimizer_path import optimizer_path
+from sat_ext.sat.hooks import repair
 from sat_ext.zero import ZERO_NAMES, fill_in_auto, zero_section
 from tests.sat.ranks import Running, Server, finish, folder_of
 from tests.sat.runs import QUICK
@@ -113,7 +112,7 @@ def test_no_file_has_deepspeed_compile_its_adam_unless_it_offloads(
     monkeypatch.setattr(OpBuilder, "load", lambda self, *_, **__: pytest.fail(f"{self.name} is compiled"))
     for variable, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(variable, value)
-    no_compiler(Namespace())
+    repair("no_compiler", Namespace())
     section = {**fill_in_auto(zero_section(name), 64), "bf16": {"enabled": precision == "bf16"}}
     section["zero_optimization"].pop("zero_hpz_partition_size", None)  # there is one rank
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
@@ -155,7 +154,7 @@ def test_another_optimizer_over_a_file_is_not_given_the_parameters_of_its_adam(
     section = zero_section("zero1")
     params = {**section["optimizer"]["params"], **optimizer.get("params", {})}
     config = {**section, "optimizer": {**optimizer, "params": params}}
-    optimizer_path(Namespace(deepspeed_config=config))
+    repair("optimizer_path", Namespace(deepspeed_config=config))
     assert config["optimizer"]["params"] == kept
 
 
@@ -208,4 +207,4 @@ def test_an_optimizer_that_cannot_be_is_told(deepspeed: dict[str, Any], message:
     if "bitsandbytes" in str(deepspeed):
         pytest.importorskip("bitsandbytes")
     with pytest.raises(ConfigError, match=message):
-        optimizer_path(Namespace(deepspeed_config=deepspeed))
+        repair("optimizer_path", Namespace(deepspeed_config=deepspeed))

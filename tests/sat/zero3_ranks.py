@@ -26,9 +26,9 @@ from sat.training import deepspeed_training
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sat_ext.sat import fixes
 from sat_ext.sat.arguments import initialize, parse_args
 from sat_ext.sat.checkpoint.partitions import gather_weights, gathered_loading
+from sat_ext.sat.hooks import repair
 
 WIDTH, LAYERS = 16, 2
 NETWORK = Namespace(
@@ -69,14 +69,14 @@ class Tokens(Dataset[Tensor]):
 
 def main(folder: Path) -> dict[str, Any]:
     args = arguments(folder)
-    fixes.no_compiler(args)
+    repair("no_compiler", args)
     initialize(args)
     result: dict[str, Any] = {"layer_without": layer_in_zero_init(args)}
-    fixes.parallel_layers(args)
+    repair("parallel_layers", args)
     result["layer_with"] = layer_in_zero_init(args)
 
     result["build_without"] = caught(lambda: deepspeed_training.get_model(args, Engine, lora=False))
-    fixes.zero3_build(args)
+    repair("zero3_build", args)
     model = deepspeed_training.get_model(args, Engine)
     weights = gather_weights(model, lambda name: True)
     result["build"] = {
@@ -100,7 +100,7 @@ def main(folder: Path) -> dict[str, Any]:
         ])  # fmt: skip
 
     for name in ("cpu_training", "load", "save", "lr_schedule"):
-        fixes.FIXES[name](args)
+        repair(name, args)
     first = train(Engine(args, lora=False), arguments(folder))
     (run,) = (folder / "save").glob("run-*")
     result["saved"] = {n: list(w.shape) for n, w in saved(run)["module"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from sat_ext.checkpoint.reading import RNG_STATE_TYPES, read_file, under_adapter
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint.matching import check_names, in_checkpoint, lacks
 from sat_ext.sat.checkpoint.partitions import gathered_loading
-from sat_ext.sat.fixes.standin import StandIn
 from sat_ext.sat.run import run_of
+from sat_ext.sat.standin import StandIn, replaced
 
 
 def resume(args: argparse.Namespace) -> bool:
@@ -31,26 +32,26 @@ def load(args: argparse.Namespace) -> bool:
     mismatch [...] torch.Size([0])"), and with `force_train` a checkpoint of another model leaves random weights.
 
     The ranks of a machine share the pages of one mapped file, ZeRO-3's partitions are gathered one module at a
-    time to be filled, a file that does not fit is a `ConfigError`, and weights that stay random are told. Encoders
-    are not missed: they have files of their own.
+    time to be filled, a file that does not fit is a `ConfigError`, and weights that stay random are reported.
+    Encoders are not missed: they have files of their own.
     """
-    from sat.training import deepspeed_training, model_io
+    return True
 
-    original = deepspeed_training.load_checkpoint
-    state: dict[str, Any] = {}
-    names: set[str] = set()  # of the model that is being filled
 
-    def read(file: str, **_: Any) -> dict[str, Any]:
-        state.clear()
-        state.update(read_file(Path(file)))
-        return {**state, "module": under_adapters(state["module"], names)}
+def mapped_and_checked(load_checkpoint: Callable[..., int]) -> Callable[..., int]:
+    """SAT's load, which reads its file through ours."""
+    from sat.training import model_io
 
-    def load_checkpoint(model: nn.Module, args: argparse.Namespace, *rest: Any, **options: Any) -> int:
+    def load(model: nn.Module, args: argparse.Namespace, *rest: Any, **options: Any) -> int:
         module = getattr(model, "module", model)
         assert isinstance(module, nn.Module)
         belongs = in_checkpoint(module)
-        names.clear()
-        names.update(name for name, _ in module.named_parameters())
+        names = {name for name, _ in module.named_parameters()}
+        state: dict[str, Any] = {}
+
+        def read(file: str, **_: Any) -> dict[str, Any]:
+            state.update(read_file(Path(file)))
+            return {**state, "module": under_adapters(state["module"], names)}
 
         def forgive(_: nn.Module, keys: Any) -> None:
             check_names(module, state["module"], args)
@@ -60,8 +61,8 @@ def load(args: argparse.Namespace) -> bool:
 
         hook = module.register_load_state_dict_post_hook(forgive)
         try:
-            with gathered_loading(module):
-                iteration: int = original(model, args, *rest, **options)
+            with gathered_loading(module), replaced(model_io, "torch", StandIn(model_io.torch, load=read)):
+                iteration = load_checkpoint(model, args, *rest, **options)
         except AssertionError as error:  # SAT's, for names of the model that the file has not
             raise lacks(args, str(error)[:200] or "mixins") from error
         except RuntimeError as error:
@@ -76,9 +77,6 @@ def load(args: argparse.Namespace) -> bool:
             hook.remove()
         if args.mode == "pretrain":
             run_of(args).schedule = state.get("client_lr_scheduler") or {}
-        state.clear()
         return iteration
 
-    model_io.torch = StandIn(model_io.torch, load=read)
-    deepspeed_training.load_checkpoint = load_checkpoint
-    return True
+    return load

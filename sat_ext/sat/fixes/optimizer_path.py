@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sat_ext.errors import ConfigError
-from sat_ext.sat.fixes.standin import StandIn
+from sat_ext.sat.standin import StandIn, replaced
 
 WHERE = "deepspeed.optimizer"
 FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that say which of DeepSpeed's Adams
@@ -34,30 +34,30 @@ def optimizer_path(args: argparse.Namespace) -> bool:
         if params:  # YAML files merge: those of configs/zero/ have parameters of PyTorch's Adam
             section["params"] = _own(name, params)
         return False
-    make = _optimizer(name, params)
+    _optimizer(name, params)
     _check_place(name, config.get("zero_optimization") or {})
     config["zero_force_ds_cpu_optimizer"] = False  # by which DeepSpeed would refuse any but its own under offload
+    return True
+
+
+def of_its_path(set_up: Callable[..., Any]) -> Callable[..., Any]:
+    """SAT's set-up, inside which DeepSpeed is given the optimizer's class."""
     from sat.training import deepspeed_training
 
-    original = deepspeed_training.setup_model_untrainable_params_and_optimizer
-
-    def set_up(args: argparse.Namespace, model: Any, *rest: Any, **options: Any) -> Any:
-        del args.deepspeed_config["optimizer"]  # as SAT does with its own
-        module = deepspeed_training.deepspeed
+    def set_up_optimizer(args: argparse.Namespace, model: Any, *rest: Any, **options: Any) -> Any:
+        section = args.deepspeed_config.pop("optimizer")  # as SAT does with its own
+        name, module = str(section["type"]), deepspeed_training.deepspeed
+        make = _optimizer(name, section.get("params") or {})
 
         def initialize(**arguments: Any) -> Any:
             return module.initialize(**{**arguments, "optimizer": make})
 
-        deepspeed_training.deepspeed = StandIn(module, initialize=initialize)
-        try:
-            engine, optimizer = original(args, model, *rest, **options)
-        finally:
-            deepspeed_training.deepspeed = module
+        with replaced(deepspeed_training, "deepspeed", StandIn(module, initialize=initialize)):
+            engine, optimizer = set_up(args, model, *rest, **options)
         check_sizes(name, optimizer)
         return engine, optimizer
 
-    deepspeed_training.setup_model_untrainable_params_and_optimizer = set_up
-    return True
+    return set_up_optimizer
 
 
 def _own(name: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -20,18 +20,17 @@ def zero3_sampling(args: argparse.Namespace) -> bool:
     """
     zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
     is_cogvideo = engine_of(getattr(args, "model_config", None)).name == COGVIDEO
-    if int(zero.get("stage", 0)) < 3 or not is_cogvideo or getattr(args, "model_parallel_size", 1) > 1:
-        return False
-    from sat.training import deepspeed_training
+    return int(zero.get("stage", 0)) == 3 and is_cogvideo and getattr(args, "model_parallel_size", 1) == 1
 
-    original = deepspeed_training.evaluate
 
-    def evaluate(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
+def as_first_rank(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """An evaluation whose steps all take themselves for the first rank's."""
+
+    def evaluate_as_first(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
         hooks = {**hooks, "forward_step_eval": _as_first_rank(hooks["forward_step_eval"])}
-        return original(*arguments, hooks=hooks, **options)
+        return evaluate(*arguments, hooks=hooks, **options)
 
-    deepspeed_training.evaluate = evaluate
-    return True
+    return evaluate_as_first
 
 
 def _as_first_rank(forward_step: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ def save(args: argparse.Namespace) -> bool:
     `mp_rank_00_model_states.pt`, as under the other stages. Frozen encoders are left out: they have files of their
     own.
     """
+    return True
+
+
+def whole_weights(save_checkpoint: Callable[..., None]) -> Callable[..., None]:
+    """SAT's save, but for ZeRO-3."""
     from sat import mpu
-    from sat.training import deepspeed_training, model_io
+    from sat.training import model_io
 
-    original = model_io.save_checkpoint
-
-    def save_checkpoint(iteration: int, model: Any, optimizer: Any, lr_scheduler: Any, args: Any) -> None:
+    def save(iteration: int, model: Any, optimizer: Any, lr_scheduler: Any, args: Any) -> None:
         if not model.zero_optimization_partition_weights():
             # SAT looks for its own FusedEmaAdam inside of DeepSpeed's wrapper, and there is none in this case
             wrapped = optimizer if hasattr(optimizer, "optimizer") else None
-            return original(iteration, model, wrapped, lr_scheduler, args)
+            return save_checkpoint(iteration, model, wrapped, lr_scheduler, args)
         weights = gather_weights(model.module, in_checkpoint(model.module))
         if mpu.get_data_parallel_rank() == 0:
             file = Path(model_io.get_checkpoint_name(args.save, iteration))
@@ -45,5 +49,4 @@ def save(args: argparse.Namespace) -> bool:
             (Path(args.save) / "model_config.json").write_text(json.dumps(config, indent=4))
         torch.distributed.barrier()
 
-    deepspeed_training.save_checkpoint = save_checkpoint
-    return True
+    return save

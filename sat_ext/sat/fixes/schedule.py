@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from sat_ext.sat.run import run_of
+
+WARM_UP = ("init_step", "auto_warmup_steps", "auto_warmup_rate")  # of AnnealingLR, and not in its own state
 
 
 def lr_schedule(args: argparse.Namespace) -> bool:
     """Symptom: a resumed run warms up again for 100 steps, and divides by zero where `warmup` is 0; the last step
     of the linear decay has a learning rate below zero.
 
-    A resumed run goes on with the rate that it would have had, and no rate is below zero. The 100 first steps of
-    `mode: finetune` at 5 % of the rate are SAT's intention, and stay; a continuation of such a run within them
-    finds them in its checkpoint.
+    The 100 first steps of `mode: finetune` at 5 % of the rate are SAT's intention, and stay; a run resumed within
+    them finds them in its checkpoint.
     """
-    from sat.training import deepspeed_training
-    from sat.training.learning_rates import AnnealingLR
+    return True
 
-    make, get_lr = deepspeed_training.get_learning_rate_scheduler, AnnealingLR.get_lr
-    state_dict = AnnealingLR.state_dict
+
+def continued(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A resumed run gets the rate that it would have had."""
 
     def get_learning_rate_scheduler(optimizer: Any, iteration: int, args: Any, **kwargs: Any) -> Any:
         if iteration == 0:
@@ -33,17 +35,20 @@ def lr_schedule(args: argparse.Namespace) -> bool:
         scheduler.step(scheduler.num_iters)
         return scheduler
 
+    return get_learning_rate_scheduler
+
+
+def never_negative(get_lr: Callable[[Any], float]) -> Callable[[Any], float]:
+    """No rate below zero, and no division by a warm-up of no steps."""
+
     def rate(self: Any) -> float:
         if self.warmup_iter == 0 and self.num_iters <= self.init_step + self.auto_warmup_steps:
             return float(self.start_lr * self.auto_warmup_rate)
         return max(0.0, get_lr(self))
 
-    def state(self: Any) -> dict[str, Any]:
-        return {**state_dict(self), **{name: getattr(self, name) for name in WARM_UP}}
-
-    deepspeed_training.get_learning_rate_scheduler = get_learning_rate_scheduler
-    AnnealingLR.get_lr, AnnealingLR.state_dict = rate, state
-    return True
+    return rate
 
 
-WARM_UP = ("init_step", "auto_warmup_steps", "auto_warmup_rate")  # of AnnealingLR, and not in its own state
+def with_warm_up(state_dict: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """The state of a scheduler with its first steps, for `continued` to find."""
+    return lambda self: {**state_dict(self), **{name: getattr(self, name) for name in WARM_UP}}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.sat.standin import replaced
 
 
 def parallel_layers(args: argparse.Namespace) -> bool:
@@ -21,20 +22,19 @@ def parallel_layers(args: argparse.Namespace) -> bool:
     DeepSpeed wraps the constructor of every layer in `wrapper(module, *args, **kwargs)`, and SAT hands its layers
     an argument of that very name. Their arguments are given by position instead.
     """
-    if not _is_zero3(args):
-        return False
-    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Insert
-    from sat.mpu.layers import ColumnParallelLinear, RowParallelLinear
+    return _is_zero3(args)
 
-    patch = Insert.patch_init_and_builtins
+
+def arguments_by_position(patch: Callable[[Any], None]) -> Callable[[Any], None]:
+    """DeepSpeed's patch of all constructors, and ours on top of it for SAT's layers."""
+    from sat.mpu.layers import ColumnParallelLinear, RowParallelLinear
 
     def patch_init_and_builtins(self: Any) -> None:
         patch(self)
         for layer in (ColumnParallelLinear, RowParallelLinear):
             layer.__init__ = _by_position(layer.__init__, layer._old_init)  # `Init` puts `_old_init` back
 
-    Insert.patch_init_and_builtins = patch_init_and_builtins
-    return True
+    return patch_init_and_builtins
 
 
 def _by_position(wrapped: Callable[..., None], original: Callable[..., None]) -> Callable[..., None]:
@@ -56,13 +56,13 @@ def zero3_build(args: argparse.Namespace) -> bool:
     A network of SAT's layers is split up layer by layer while it is built, everything else as soon as it is
     whole: no rank ever holds a network's every weight, in its own memory or on its GPU.
     """
-    if not _is_zero3(args):
-        return False
-    from sat.training import deepspeed_training
+    return _is_zero3(args)
 
-    original = deepspeed_training.get_model
 
-    def get_model(args: argparse.Namespace, model_cls: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
+def split_while_built(get_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """SAT's `get_model`, with a `Partition` in place of DeepSpeed's `Init`."""
+
+    def build_model(args: argparse.Namespace, model_cls: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
         def build(*arguments: Any, **options: Any) -> nn.Module:
             partition = Partition(args)
             with _layer_by_layer(args, partition):
@@ -71,11 +71,10 @@ def zero3_build(args: argparse.Namespace) -> bool:
             return model
 
         build.__name__ = model_cls.__name__  # SAT shows it
-        with _replaced(_deepspeed_zero(), "Init", nullcontext):
-            return original(args, build, **kwargs)
+        with replaced(_deepspeed_zero(), "Init", nullcontext):
+            return get_model(args, build, **kwargs)
 
-    deepspeed_training.get_model = get_model
-    return True
+    return build_model
 
 
 class Partition:
@@ -151,9 +150,9 @@ def _layer_by_layer(args: argparse.Namespace, partition: Partition) -> Iterator[
         return layer
 
     with (
-        _replaced(BaseTransformerLayer, "__init__", build_layer),
-        _replaced(BaseModel, "add_mixin", add),
-        _replaced(lora2, "replace_linear_with_lora", replace),
+        replaced(BaseTransformerLayer, "__init__", build_layer),
+        replaced(BaseModel, "add_mixin", add),
+        replaced(lora2, "replace_linear_with_lora", replace),
     ):
         yield
 
@@ -167,13 +166,3 @@ def _deepspeed_zero() -> Any:
     import deepspeed
 
     return deepspeed.zero
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
