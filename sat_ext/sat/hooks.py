@@ -52,25 +52,14 @@ EVENTS = "tensorboardX.event_file_writer:EventsWriter."
 
 # Whether a repair is needed, by its name in `args.without_fixes`, in the order in which they are made.
 FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
-    "cpu_training": cpu.cpu_training,
-    "no_compiler": cpu.no_compiler,
-    "resume": loading.resume,
-    "load": loading.load,
-    "save": saving.save,
-    "parallel_layers": zero3.parallel_layers,
-    "zero3_build": zero3.zero3_build,
-    "evaluation": evaluation.evaluation,
-    "zero3_sampling": sampling.zero3_sampling,
-    "lr_schedule": schedule.lr_schedule,
-    "empty_cache": memory.empty_cache,
-    "expandable_segments": memory.expandable_segments,
-    "ema_optimizer": optimizer.ema_optimizer,
-    "optimizer_path": optimizer_path.optimizer_path,
-    "auto_sizes": sizes.auto_sizes,
-    "launcher": launcher.launcher,
-    "timeout": timeout.timeout,
-    "events": events.events,
-}
+    fix.__name__: fix
+    for fix in (
+        cpu.cpu_training, cpu.no_compiler, loading.resume, loading.load, saving.save, zero3.parallel_layers,
+        zero3.zero3_build, evaluation.evaluation, sampling.zero3_sampling, schedule.lr_schedule,
+        memory.empty_cache, memory.expandable_segments, optimizer.ema_optimizer, optimizer_path.optimizer_path,
+        sizes.auto_sizes, launcher.launcher, timeout.timeout, events.events,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import deepspeed
@@ -17,6 +17,7 @@ from sat_ext.models.config import ABSENT
 from sat_ext.models.diffusion import sample_seeds
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.run import run_of
+from sat_ext.sat.standin import replaced
 
 LISTS = {"val": "valid_data", "test": "test_data"}
 
@@ -120,17 +121,13 @@ def _sample_by_sample(engine: Any) -> Iterator[None]:
     ]
     for embedder in engine.conditioner.embedders:
         changes += [(embedder, "ucg_rate", 0.0), (embedder, "legacy_ucg_val", None)]
-    changes = [(owner, name, value) for owner, name, value in changes if hasattr(owner, name)]
-    before = [getattr(owner, name) for owner, name, _ in changes]
-    try:
+    with ExitStack() as stack:
         for owner, name, value in changes:
-            setattr(owner, name, value)
+            if hasattr(owner, name):
+                stack.enter_context(replaced(owner, name, value))
         engine.shared_step = shared_step
+        stack.callback(delattr, engine, "shared_step")  # the class's own again
         yield
-    finally:
-        del engine.shared_step  # the class's own again
-        for (owner, name, _), value in zip(changes, before):
-            setattr(owner, name, value)
 
 
 def _agreed_seeds(batch: dict[str, Any]) -> list[int]:

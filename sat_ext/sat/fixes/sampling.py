@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.sat.standin import replaced
 
 
 def zero3_sampling(args: argparse.Namespace) -> bool:
@@ -15,7 +17,7 @@ def zero3_sampling(args: argparse.Namespace) -> bool:
     the others' parts of the weights.
 
     Every rank samples its own batch; the script has the first rank write its videos, as ever. It asks once for the
-    rank that it is, between taking the batch and the loss, and is told there that it is the first. The captions of
+    rank that it is, between taking the batch and the loss, and gets the first's number there. The captions of
     the others, which it would write into the same file, are not written.
     """
     zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
@@ -37,23 +39,17 @@ def _as_first_rank(forward_step: Callable[..., Any]) -> Callable[..., Any]:
     from sat import mpu
 
     def step(data: Iterator[Any], *rest: Any, **options: Any) -> Any:
-        batch = next(data)  # SAT's loader asks for the rank too, and must be told the true one
-        rank = mpu.get_data_parallel_rank
+        batch = next(data)  # SAT's loader asks for the rank too, and must get the true one
+        rank, script = mpu.get_data_parallel_rank, sys.modules["__main__"]
 
         def first() -> int:
             mpu.get_data_parallel_rank = rank
             return 0
 
-        mpu.get_data_parallel_rank = first
-        script = vars(sys.modules["__main__"])
-        write = script.get("save_texts")
-        if write is not None and rank() != 0:
-            script["save_texts"] = lambda *texts: None
-        try:
+        with ExitStack() as stack:
+            if hasattr(script, "save_texts") and rank() != 0:
+                stack.enter_context(replaced(script, "save_texts", lambda *texts: None))
+            stack.enter_context(replaced(mpu, "get_data_parallel_rank", first))
             return forward_step(iter([batch]), *rest, **options)
-        finally:
-            mpu.get_data_parallel_rank = rank
-            if write is not None:
-                script["save_texts"] = write
 
     return step
