@@ -24,7 +24,7 @@ from functools import partial
 
 from sat_ext.cogvideo.script import run_script
 from sat_ext.engines import is_for_cogvideo
-from sat_ext.sat.uncaught import sentence_of
+from sat_ext.sat.excepthook import sentence_of
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from sat_ext.latents.text import write_text_embeddings
 from sat_ext.latents.writer import Progress, Work, missing_work, require_room, write_samples
 from sat_ext.recipe import Recipe, read_recipe
 from sat_ext.sat import peers
-from sat_ext.sat.shared import share_from_first_rank
+from sat_ext.sat.broadcast import share_from_first_rank
 
 
 def cache(

@@ -15,7 +15,7 @@ from sat_ext.latents.encoders import Fingerprints
 from sat_ext.latents.reader import Cached, media_codes
 from sat_ext.latents.store import CacheConfig, LatentStore
 from sat_ext.latents.text import TextEmbeddings, caption_key
-from sat_ext.sat.shared import share_from_first_rank
+from sat_ext.sat.broadcast import share_from_first_rank
 from sat_ext.zero import training_dtype
 
 COMMAND = "'sat-ext cache --base ...' with the YAML files of this run"

@@ -31,13 +31,13 @@ from sat_ext.doubts import doubts
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.sat import hooks, lists
+from sat_ext.sat.broadcast import require_everywhere, share_from_first_rank
 from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.data_state import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import settings_of
-from sat_ext.sat.shared import require_everywhere, share_from_first_rank
-from sat_ext.sat.shm import check_shared_memory
+from sat_ext.sat.shared_memory import check_shared_memory
 from sat_ext.zero import training_dtype
 
 MANY_FILES = 500  # some seconds of probing

@@ -23,7 +23,7 @@ from rich.table import Table
 from sat.helpers import print_rank0
 
 from sat_ext.config import reject_unknown_keys
-from sat_ext.sat import steps, uncaught
+from sat_ext.sat import excepthook, steps
 from sat_ext.sat.checkpoint import wrappers
 from sat_ext.sat.fixes import (
     cpu,
@@ -85,7 +85,7 @@ def begun(make_loaders: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ENTRY = (
-    Hook("sys:excepthook", uncaught.in_a_sentence, "a user's mistake ends the run in one sentence"),
+    Hook("sys:excepthook", excepthook.in_a_sentence, "a user's mistake ends the run in one sentence"),
     Hook(SAT + "make_loaders", begun, "what training_main calls first, before it counts the lists of data"),
 )
 # Those around one function in the order in which they are put there: each calls the one above it, and SAT's last.

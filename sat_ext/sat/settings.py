@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sat_ext.config import load, read_yaml
 from sat_ext.errors import ConfigError
 
-MINUTES = 0.2, 10080  # above the seconds between two signs of a rank that works alone (`shared.HEARTBEAT`)
+MINUTES = 0.2, 10080  # above the seconds between two signs of a rank that works alone (`broadcast.HEARTBEAT`)
 
 
 @dataclass(frozen=True, kw_only=True)

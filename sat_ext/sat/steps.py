@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sat_ext.models.config import ABSENT
 from sat_ext.ranks import rank_and_world
-from sat_ext.sat import divergence, ends
+from sat_ext.sat import divergence, sigterm
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.claim import claim
 from sat_ext.sat.checkpoint.load import restore_rng
@@ -31,7 +31,9 @@ def with_spared_workers(train: Callable[..., Any]) -> Callable[..., Any]:
         args: argparse.Namespace, **options: Any,
     ) -> Any:  # fmt: skip
         if _saves(run_of(args), args):
-            train_data, val_data = (None if data is None else ends.Spared(data) for data in (train_data, val_data))
+            train_data, val_data = (
+                None if data is None else sigterm.Spared(data) for data in (train_data, val_data)
+            )
         val_data = None if val_data is None else rng.Unseen(val_data)
         return train(model, optimizer, lr_scheduler, train_data, val_data, timers, args, **options)
 
@@ -52,7 +54,7 @@ def counted_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
             _begin(run, args)
             divergence.begin(model)
         # a stop waits for a step that can be saved: one bad batch must not cost all since the last checkpoint
-        if _saves(run, args) and ends.stop_asked(model.device) and run.bad_steps == 0:
+        if _saves(run, args) and sigterm.stop_asked(model.device) and run.bad_steps == 0:
             _stop(model, optimizer, lr_scheduler, args)
         if run.save_owed and run.bad_steps == 0:
             deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
@@ -93,9 +95,9 @@ def _begin(run: RunState, args: argparse.Namespace) -> None:
     run.began = True
     run.micro_steps = micro_steps(args)
     if _saves(run, args):
-        atexit.register(ends.end_workers)  # after multiprocessing's own function, and so called before it
+        atexit.register(sigterm.end_workers)  # after multiprocessing's own function, and so called before it
         claim(Path(args.save))
-        ends.listen()
+        sigterm.listen()
         print_rank0(f"SIGTERM saves and ends the run: kill -TERM {os.getpid()}")
     if run.resumed is not None:
         restore_rng(run, args)
@@ -108,7 +110,7 @@ def _stop(model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespac
     print_rank0(f"SIGTERM: saving iteration {args.iteration}, and ending")
     if args.iteration > 0:
         deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
-    ends.stop()
+    sigterm.stop()
 
 
 def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:

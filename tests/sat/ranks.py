@@ -220,7 +220,7 @@ def run_rank(rank: int, request: dict[str, Any]) -> int:
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
-        from sat_ext.sat.uncaught import sentence_of
+        from sat_ext.sat.excepthook import sentence_of
 
         sentence = sentence_of(error)
         print(f"error: {sentence}" if sentence else traceback.format_exc(), file=sys.stderr)

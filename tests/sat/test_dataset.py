@@ -21,7 +21,7 @@ from sat_ext.config import read_yaml
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.pixels import to_model_range
-from sat_ext.sat import shm
+from sat_ext.sat import shared_memory
 from sat_ext.sat.dataset import _new_name
 from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import NAMES
@@ -316,12 +316,12 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused_at_the_start(
     """Batches of 2 clips, 9 x 3 x 64 x 64 in bf16, 3 of each of 4 workers for each of two lists."""
     largest = 2 * 2 * 9 * 3 * 64 * 64
     create = partial(sat_ext.JointImageVideoDataset.create_dataset_function, "", **PARAMS)
-    monkeypatch.setattr(shm, "_free", lambda: 2 * 4 * 3 * largest)
+    monkeypatch.setattr(shared_memory, "_free", lambda: 2 * 4 * 3 * largest)
     args = sat_args(num_workers=4, prefetch_factor=3)
     for lists in (1, 2):
         create(args)
         assert args.sat_ext.shared_memory == lists * 4 * 3 * largest
-    monkeypatch.setattr(shm, "_free", lambda: 4 * 3 * largest - 1)
+    monkeypatch.setattr(shared_memory, "_free", lambda: 4 * 3 * largest - 1)
     with pytest.raises(
         ConfigError, match=r"/dev/shm: 5 MB are free, but batches of up to 1 MB.* --shm-size=1g, or"
     ):
@@ -332,7 +332,7 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused_at_the_start(
 def test_what_is_free_is_that_of_a_container(tmp_path: Path) -> None:
     """64 MB, as Docker gives by default."""
     look = f"mount -t tmpfs -o size=64m none /dev/shm && exec {sys.executable} -c "
-    code = "'from sat_ext.sat import shm; print(shm._free())'"
+    code = "'from sat_ext.sat import shared_memory; print(shared_memory._free())'"
     run = subprocess.run(["unshare", "-m", "sh", "-c", look + code], capture_output=True, text=True, check=False)
     if run.returncode and not run.stdout:
         pytest.skip(f"/dev/shm cannot be mounted here, which takes root ({run.stderr.strip()[-80:]})")

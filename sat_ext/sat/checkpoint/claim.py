@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from sat_ext.errors import ConfigError
 from sat_ext.ranks import gather
-from sat_ext.sat.shared import share_from_first_rank
+from sat_ext.sat.broadcast import share_from_first_rank
 
 LOCK_NAME = ".lock"
 LOOK_SECONDS = 3.0  # a network file system may show a new name to other machines only after a while

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import sys
 from sat_ext.errors import DataError, MediaError
-from sat_ext.sat.uncaught import in_a_sentence
+from sat_ext.sat.excepthook import in_a_sentence
 from torch.utils.data import DataLoader, IterableDataset
 
 class Stream(IterableDataset):

@@ -23,10 +23,10 @@ from torch.distributed import distributed_c10d
 from torch.utils.data import DataLoader, IterableDataset
 
 from sat_ext.errors import ConfigError, DataError
-from sat_ext.sat.ends import Spared, end_workers
+from sat_ext.sat.excepthook import sentence_of
 from sat_ext.sat.fixes import timeout
 from sat_ext.sat.settings import NAMES, Settings
-from sat_ext.sat.uncaught import sentence_of
+from sat_ext.sat.sigterm import Spared, end_workers
 from tests.sat.ranks import Server, folder_of
 from tests.sat.runs import QUICK
 

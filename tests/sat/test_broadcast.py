@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch.distributed as dist
 from sat_ext.errors import DataError
-from sat_ext.sat.shared import share_from_first_rank
+from sat_ext.sat.broadcast import share_from_first_rank
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 store = dist.FileStore(str(folder / "store"), 3)
