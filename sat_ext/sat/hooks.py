@@ -161,10 +161,10 @@ def install(args: argparse.Namespace) -> None:
     Raises `ConfigError` for an unknown name, and for what a repair finds that cannot run here.
     """
     enter()
-    if "install" in _done:
-        return
     left_out = settings_of(args).without_fixes
     reject_unknown_keys(left_out, tuple(FIXES), "args.without_fixes")
+    if "install" in _done:
+        return
     made = []
     for name, fix in FIXES.items():
         if name not in left_out and fix(args):
