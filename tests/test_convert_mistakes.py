@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
 import re
+import resource
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from sat_ext.convert import files
 from sat_ext.convert.convert import convert, export
 from sat_ext.convert.parts import Options
 from sat_ext.errors import ConfigError
@@ -132,7 +131,7 @@ def test_mistakes_with_folders(tmp_path: Path) -> None:
     write_sat(tmp_path / "sat", sat_transformer("5b"))
     to_diffusers(tmp_path / "sat", tmp_path / "out")
     with pytest.raises(
-        ConfigError, match="out/transformer: is there already; name another folder with -o, or remove"
+        ConfigError, match="out/transformer: already exists; name another folder with -o, or remove"
     ):
         to_diffusers(tmp_path / "sat", tmp_path / "out")
     with pytest.raises(ConfigError, match=r"--to: .*out/transformer is in the layout of diffusers already"):
@@ -162,29 +161,26 @@ def test_a_broken_folder_of_diffusers_is_one_sentence(tmp_path: Path) -> None:
         to_sat(tmp_path / "own", tmp_path / "out")
     file.unlink()
     with pytest.raises(
-        ConfigError, match="there is no such file; the folder is not whole, or its weights have another"
+        ConfigError, match="there is no such file; the folder is incomplete, or its weights have another"
     ):
         to_sat(tmp_path / "own", tmp_path / "out")
 
 
-def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     """A disk that is full while the weights are written."""
     write_sat(tmp_path / "sat", sat_transformer("2b"))
     (tmp_path / "out" / "transformer.partial").mkdir(parents=True)  # of a conversion that was killed
     to_diffusers(tmp_path / "sat", tmp_path / "out")
 
-    class Full(io.FileIO):
-        def write(self, data: Any) -> int:
-            raise OSError(28, "No space left on device")
-
-    opener = open
-    monkeypatch.setattr(
-        files, "open", lambda path, mode: Full(path, "w") if "w" in mode else opener(path), raising=False
-    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for convert_back in (to_diffusers, to_sat):
         source = tmp_path / ("sat" if convert_back is to_diffusers else "out")
-        with pytest.raises(ConfigError, match="again/transformer: cannot be written .*No space left on device"):
-            convert_back(source, tmp_path / "again")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # fails as a full disk does, in the same calls
+        try:
+            with pytest.raises(ConfigError, match="again/transformer: cannot be written .*File too large"):
+                convert_back(source, tmp_path / "again")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert list((tmp_path / "again").iterdir()) == []
 
 

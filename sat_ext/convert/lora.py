@@ -13,8 +13,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from torch import Tensor
 
 from sat_ext.config import convert
-from sat_ext.convert.files import Advance, read_metadata, read_tensors, write_tensors
-from sat_ext.convert.names import Row
+from sat_ext.convert.files import read_metadata, read_tensors, write_tensors
+from sat_ext.convert.names import LayerNames
 from sat_ext.errors import ConfigError
 
 FILE = LORA_WEIGHT_NAME_SAFE
@@ -45,7 +45,7 @@ def split_sat(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return {name.replace(".original.", "."): t for name, t in weights.items() if name not in own}, own
 
 
-def from_sat(rows: Iterable[Row], weights: Mapping[str, Tensor], alpha: float | None, where: str) -> Lora:
+def from_sat(rows: Iterable[LayerNames], weights: Mapping[str, Tensor], alpha: float | None, where: str) -> Lora:
     """SAT's matrices, by the rows that can have them."""
     left = dict(weights)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -58,7 +58,7 @@ def from_sat(rows: Iterable[Row], weights: Mapping[str, Tensor], alpha: float | 
     return Lora(pairs, alpha)
 
 
-def to_sat(rows: Iterable[Row], lora: Lora, where: str) -> tuple[dict[str, Tensor], set[str]]:
+def to_sat(rows: Iterable[LayerNames], lora: Lora, where: str) -> tuple[dict[str, Tensor], set[str]]:
     """The matrices by SAT's names, and the layers of SAT's that they adapt."""
     left, adapted = dict(lora.pairs), set()
     found: dict[str, Tensor] = {}
@@ -124,7 +124,7 @@ def _metadata(file: Path) -> dict[str, Any]:
     return metadata
 
 
-def write(file: Path, lora: Lora, layers: int, advance: Advance) -> None:
+def write(file: Path, lora: Lora, layers: int) -> None:
     """`file` as diffusers' `load_lora_weights` takes it, with rank and alpha, for so many layers."""
     assert lora.alpha is not None
     kinds = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in lora.pairs})
@@ -138,11 +138,11 @@ def write(file: Path, lora: Lora, layers: int, advance: Advance) -> None:
     }
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in config.items()})}
     weights = {
-        f"{_PREFIX}{name}.lora_{letter}.weight": (tensor,)
+        f"{_PREFIX}{name}.lora_{letter}.weight": tensor
         for name, pair in lora.pairs.items()
         for letter, tensor in zip("AB", pair, strict=True)
     }
-    write_tensors(file, weights, metadata, advance)
+    write_tensors(file, weights, metadata)
 
 
 def yaml_section(lora: Lora) -> dict[str, Any]:

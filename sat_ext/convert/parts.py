@@ -12,9 +12,8 @@ from torch import Tensor
 
 from sat_ext.cogvideox import LATENT_SIDE
 from sat_ext.convert.architecture import Model, count, empty_model
-from sat_ext.convert.files import shape_of
 from sat_ext.convert.lora import Lora
-from sat_ext.convert.names import Blocks, Row, autoencoder_rows, sat_names, to_diffusers, transformer_rows
+from sat_ext.convert.names import LayerNames, autoencoder_rows, sat_names, to_diffusers, transformer_rows
 from sat_ext.convert.positions import UNUSED, computed
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
@@ -54,7 +53,7 @@ class Part:
 
     where: str
     layout: Layout
-    weights: dict[str, Blocks]
+    weights: dict[str, Tensor]
     config: dict[str, Any] | None
     lora: Lora | None = None
     sat_only: dict[str, Tensor] = field(default_factory=dict)
@@ -63,10 +62,10 @@ class Part:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, which must be there."""
-        return next(iter(self.weights.values()))[0].dtype
+        return next(iter(self.weights.values())).dtype
 
 
-def rows_of(config: Mapping[str, Any]) -> list[Row]:
+def rows_of(config: Mapping[str, Any]) -> list[LayerNames]:
     """The table of names for a model of this config.json."""
     if config["_class_name"] == "CogVideoXTransformer3DModel":
         return transformer_rows(config["num_layers"])
@@ -78,7 +77,7 @@ def adapted_layers(lora: Lora) -> int:
     return count(lora.pairs, r"transformer_blocks\.(\d+)\.")
 
 
-def from_sat_names(weights: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Blocks]:
+def from_sat_names(weights: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Tensor]:
     """`weights`, by SAT's names, as the model of `config` has them. `ConfigError` unless all are there and fit."""
     model, rows = empty_model(config), rows_of(config)
     expected = sat_names(rows, model.state_dict())
@@ -88,13 +87,12 @@ def from_sat_names(weights: Mapping[str, Tensor], config: dict[str, Any], where:
     return found
 
 
-def checked(weights: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Blocks]:
+def checked(weights: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Tensor]:
     """`weights`, by diffusers' names. `ConfigError` unless they are those of the model of `config`."""
     model = empty_model(config)
     _complete(weights, set(model.state_dict()), where)
-    blocks: dict[str, Blocks] = {name: (tensor,) for name, tensor in weights.items()}
-    _fitting(blocks, model, where)
-    return blocks
+    _fitting(weights, model, where)
+    return dict(weights)
 
 
 def _complete(found: Collection[str], expected: set[str], where: str) -> None:
@@ -112,11 +110,11 @@ def _complete(found: Collection[str], expected: set[str], where: str) -> None:
         )
 
 
-def _fitting(found: Mapping[str, Blocks], model: Model, where: str) -> None:
+def _fitting(found: Mapping[str, Tensor], model: Model, where: str) -> None:
     for name, tensor in model.state_dict().items():
-        if shape_of(found[name]) != tensor.shape:
+        if found[name].shape != tensor.shape:
             raise ConfigError(
-                f"{where}: {name} is {list(shape_of(found[name]))}, but {list(tensor.shape)} in the model that "
+                f"{where}: {name} is {list(found[name].shape)}, but {list(tensor.shape)} in the model that "
                 "config.json or --base describes; give the YAML of these weights with --base, or --size."
             )
 

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from sat_ext.checkpoint.layout import WEIGHTS_NAME
 from sat_ext.convert import lora as adapters
-from sat_ext.convert.files import Advance, aside, bytes_of, write_checkpoint, write_safetensors, write_tensors
-from sat_ext.convert.names import Blocks, adapter_rows, to_sat
+from sat_ext.convert.files import Advance, aside, write_checkpoint, write_safetensors, write_tensors
+from sat_ext.convert.names import adapter_rows, to_sat
 from sat_ext.convert.parts import Part, adapted_layers, rows_of
 from sat_ext.convert.positions import computed
 from sat_ext.convert.read import AUTOENCODER_FILE, LORA_YAML, PREFIX, SAT_ONLY_FILE
 from sat_ext.errors import ConfigError
 
-Tracking = Callable[[str, int], Advance]  # a file's name and size in bytes -> who is told of what was written
+Tracking = Callable[
+    [str, int], Advance
+]  # a file's name and size in bytes -> what is called with the bytes written
 
 
 def write_diffusers(part: Part, folder: Path, tracking: Tracking) -> list[Path]:
@@ -33,7 +36,7 @@ def write_diffusers(part: Part, folder: Path, tracking: Tracking) -> list[Path]:
             write_safetensors(draft, part.weights, tracking(str(folder), _size(part.weights)))
             _write_json(draft / "config.json", part.config)
             if part.sat_only:
-                write_tensors(draft / SAT_ONLY_FILE, {name: (t,) for name, t in part.sat_only.items()})
+                write_tensors(draft / SAT_ONLY_FILE, part.sat_only)
         written.append(folder)
     if part.lora is not None:
         if part.lora.alpha is None:
@@ -43,8 +46,7 @@ def write_diffusers(part: Part, folder: Path, tracking: Tracking) -> list[Path]:
             )
         layers = part.config["num_layers"] if part.config else adapted_layers(part.lora)
         with aside(folder.parent / adapters.FILE) as draft:
-            size = sum(a.nbytes + b.nbytes for a, b in part.lora.pairs.values())
-            adapters.write(draft, part.lora, layers, tracking(str(folder.parent / adapters.FILE), size))
+            adapters.write(draft, part.lora, layers)
         written.append(folder.parent / adapters.FILE)
     return written
 
@@ -61,15 +63,13 @@ def write_sat_transformer(part: Part, folder: Path, tracking: Tracking) -> list[
             "--base-weights."
         )
     weights = to_sat(rows_of(part.config), part.weights)
-    extra = {**computed(part.config, part.dtype), **part.sat_only}
-    weights |= {name: (tensor,) for name, tensor in extra.items()}
+    weights |= {**computed(part.config, part.dtype), **part.sat_only}
     if part.lora is not None:
         matrices, adapted = adapters.to_sat(adapter_rows(part.config["num_layers"]), part.lora, part.where)
-        weights = {_original(name, adapted): blocks for name, blocks in weights.items()}
-        weights |= {name: (tensor,) for name, tensor in matrices.items()}
+        weights = {_original(name, adapted): tensor for name, tensor in weights.items()} | matrices
     with aside(folder) as draft:
         (draft / "1").mkdir(parents=True)
-        named = {PREFIX + name: blocks for name, blocks in weights.items()}
+        named = {PREFIX + name: tensor for name, tensor in weights.items()}
         write_checkpoint(draft / "1" / WEIGHTS_NAME, "module", named, tracking(str(folder), _size(named)))
         (draft / "latest").write_text("1")
         _write_json(draft / "config.json", part.config)
@@ -81,8 +81,7 @@ def write_sat_transformer(part: Part, folder: Path, tracking: Tracking) -> list[
 def write_sat_autoencoder(part: Part, folder: Path, tracking: Tracking) -> list[Path]:
     """`folder` with `3d-vae.pt`, which CogVideo's `ckpt_path` names."""
     assert part.config is not None
-    weights = to_sat(rows_of(part.config), part.weights)
-    weights |= {name: (tensor,) for name, tensor in part.sat_only.items()}
+    weights = to_sat(rows_of(part.config), part.weights) | part.sat_only
     with aside(folder) as draft:
         draft.mkdir()
         write_checkpoint(draft / AUTOENCODER_FILE, "state_dict", weights, tracking(str(folder), _size(weights)))
@@ -96,8 +95,8 @@ def _original(name: str, adapted: set[str]) -> str:
     return f"{layer}.original.{last}" if layer in adapted else name
 
 
-def _size(weights: dict[str, Blocks]) -> int:
-    return sum(bytes_of(blocks) for blocks in weights.values())
+def _size(weights: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in weights.values())
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
