@@ -1,7 +1,7 @@
 """HDR curves and wide primaries to sRGB, by the code points of ITU-T H.273 (FFmpeg's and AVIF's numbers).
 
-Diffuse white becomes sRGB's white: 203 cd/m2 of PQ and 75 % of HLG (ITU-R BT.2408). What is brighter, or outside
-sRGB's gamut, is clipped, so that what sRGB can show keeps its colour.
+Diffuse white becomes sRGB's white: 203 cd/m2 of PQ and 75 % of HLG (ITU-R BT.2408). Brighter colours, and those
+outside sRGB's gamut, are clipped, so that what sRGB can show keeps its colour.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-# Y'CbCr with constant luminance, ICtCp, IPT: swscale would take them for another matrix without an error.
+# swscale would silently read these with another matrix.
 UNREADABLE_MATRICES = {
     10: "BT.2020 with constant luminance",
     11: "SMPTE ST 2085",
@@ -23,9 +23,9 @@ UNREADABLE_MATRICES = {
 _WHITE_NITS = 203.0  # ITU-R BT.2408, table 1
 _DEPTH = 12  # bits of the tables; PQ's steps are invisible from 12 bits on (SMPTE ST 2084)
 _LINEAR_STEPS = 1 << 14  # a step is at most a fifth of an 8-bit level, at black
-_ROWS = 16  # converted together, so that what lies between stays in the processor's cache
+_ROWS = 16  # converted together, so that intermediate values stay in the processor's cache
 
-# x and y of red, green, blue and white. Those of standard definition are near sRGB's, and players show them as it.
+# x and y of red, green, blue and white. Standard definition's are near sRGB's, and players show them as sRGB.
 _PRIMARIES = {
     9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), (0.3127, 0.3290)),  # BT.2020
     11: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.314, 0.351)),  # DCI-P3
@@ -70,9 +70,9 @@ Conversion = Callable[[np.ndarray], np.ndarray]  # uint8 or uint16 RGB (H, W, 3)
 
 @lru_cache(maxsize=8)
 def to_srgb(transfer: int, primaries: int, peak: int = 65535) -> Conversion | None:
-    """What makes sRGB of RGB with this transfer and these primaries; None where it can be taken for sRGB.
+    """Converts RGB of this transfer and these primaries to sRGB; None if it can be shown as sRGB.
 
-    `peak` is the value of a full signal in uint16 pixels; in uint8 ones it is 255.
+    `peak` is a full signal in uint16 pixels; in uint8 ones it is 255.
 
     >>> to_srgb(transfer=1, primaries=1) is None  # BT.709
     True
@@ -84,12 +84,10 @@ def to_srgb(transfer: int, primaries: int, peak: int = 65535) -> Conversion | No
         return None
     curve = _CURVES.get(transfer, _srgb)
     shallow = curve(np.arange(256) / 255).astype(np.float32)
-    # The middle of all values that share an entry, so that cutting their last bits off darkens nothing.
+    # The middle of the values that share an entry, so that dropping their last bits darkens nothing.
     middles = (np.arange(1 << _DEPTH) + 0.5) * (1 << 16 - _DEPTH) - 0.5
     deep = curve(np.minimum(middles / peak, 1)).astype(np.float32)
-    light = np.arange(_LINEAR_STEPS) / (_LINEAR_STEPS - 1)
-    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    levels = np.rint(255 * encoded).astype(np.uint8)
+    levels = encode_srgb(np.arange(_LINEAR_STEPS) / (_LINEAR_STEPS - 1))
     matrix = (_matrix(primaries) * (_LINEAR_STEPS - 1)).astype(np.float32).T
 
     def convert(rgb: np.ndarray) -> np.ndarray:
@@ -103,6 +101,12 @@ def to_srgb(transfer: int, primaries: int, peak: int = 65535) -> Conversion | No
         return out
 
     return convert
+
+
+def encode_srgb(light: np.ndarray) -> np.ndarray:
+    """Linear light from 0 to 1 as 8-bit sRGB (IEC 61966-2-1)."""
+    signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return np.rint(255 * signal).astype(np.uint8)
 
 
 def _matrix(primaries: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SatExtError(ValueError):
-    """Base of every error that a user can cause and mend. `str(error)` is one clear sentence."""
+    """Base of every error that a user can cause and fix. `str(error)` is one clear sentence."""
 
 
 class ConfigError(SatExtError):

@@ -1,15 +1,13 @@
-"""What the stages share about media files: opening them, with `MediaError` for whatever fails."""
+"""Opens media files for the stages of the data path, with `MediaError` for whatever fails."""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
 import av
@@ -24,9 +22,9 @@ from sat_ext.errors import MediaError, SatExtError
 from sat_ext.files import is_local, open_binary, size_of, suffix_of
 from sat_ext.types import IMAGE_EXTENSIONS, MAX_PIXELS
 
-# FFmpeg's log lock can deadlock threads, and what goes wrong is raised here anyway.
+# FFmpeg's log lock can deadlock threads, and errors are raised here anyway.
 av.logging.set_level(None)
-# As are images that are too large, by the limit below.
+# As they are for large images, by the limit below.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Containers without presentation times that can be trusted: FFmpeg's are guesses, out of order where the
@@ -46,25 +44,22 @@ _HEIF_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "mif2", "avif"
 
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
-_STREAMS = 32  # of a file whose opening is bounded; the first is not always the video
-
-_ENOUGH = 5  # frames of a stream that is more than a thumbnail, as `av_find_best_stream` counts
-_LOOKED_AT = 100  # packets of a file whose streams differ in nothing else
+_STREAMS = 32  # of a file to which `max_pixels` applies; the first is not always the video
 
 _EXIF_ORIENTATION = 0x0112
 SIDEWAYS = frozenset({5, 6, 7, 8})
 
-# Whose headers name every stream, so that no packet need be read to find them.
+# Their headers name every stream, so that no packet must be read to find them.
 _FULL_HEADERS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 
 
 @contextmanager
 def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream, with one decoding thread: of several, the one that players take.
+    """The container and its video stream (of several, the one that players take), with one decoding thread.
 
-    Raises `MediaError`, also for errors of FFmpeg inside the `with` block. FFmpeg decodes a few frames when
-    it opens a file, to learn what the headers do not say, above all how far B-frames reach; a reader without
-    that may get the first frames out of order. `headers_only` leaves it out: 3 ms instead of 30.
+    Raises `MediaError`, also for errors of FFmpeg inside the `with` block. FFmpeg decodes a few frames when it
+    opens a file, to learn what the headers do not say, above all how far B-frames reach; without that the first
+    frames may come out of order. `headers_only` skips it: 3 ms instead of 30.
     """
     if is_local(path):
         size_of(path)
@@ -72,12 +67,18 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
         with ExitStack() as stack:
             container = _open_container(path, headers_only, stack)
             if container.metadata.get("major_brand") in _HEIF_BRANDS:
-                # FFmpeg gives each tile of it as a stream: the first one would stand for the picture
+                # FFmpeg gives each tile of it as a stream, and we would read the first tile only
                 raise MediaError(path, "a HEIF or AVIF picture and not a video; name it .heic or .avif")
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            streams = _streams(container)
+            if headers_only and len(streams) > 1:
+                # FFmpeg ranks streams by their first frames too, so `probe` and decoders must both let it read
+                # them.
+                container = _open_container(path, False, stack)
+                streams = _streams(container)
             if not streams:
                 raise MediaError(path, "no video stream")
-            stream = _preferred(path, streams)
+            best = container.streams.best("video")
+            stream = next((s for s in streams if s is best), streams[0])
             context = stream.codec_context
             if context is None:
                 raise MediaError(path, "no decoder for its video stream")
@@ -94,33 +95,15 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
         raise MediaError(path, f"not a readable video: {error.strerror}") from error
 
 
-def _preferred(path: str, streams: list[VideoStream]) -> VideoStream:
-    """The one that players take. Where headers do not tell how many frames streams have, the first packets do."""
-    best = max(map(_preference, streams))
-    equal = [stream for stream in streams if _preference(stream) == best]
-    if len(equal) == 1 or equal[0].frames:
-        return equal[0]
-    with ExitStack() as stack:
-        container = _open_container(path, True, stack)  # another one, to leave the first at its start
-        packets = islice(container.demux(container.streams.video), _LOOKED_AT)
-        counts = Counter(packet.stream.index for packet in packets if packet.size)
-    return max(equal, key=lambda stream: min(_ENOUGH, counts[stream.index]))
-
-
-def _preference(stream: VideoStream) -> tuple[bool, int, int, int]:
-    """The rule of FFmpeg's `av_find_best_stream`, by headers alone, so that it does not depend on how the file was
-    opened. Of equal ones `max` takes the first."""
-    flags, context = stream.disposition, stream.codec_context
-    spoiled = flags & (Disposition.hearing_impaired | Disposition.visual_impaired)
-    frames = min(_ENOUGH, stream.frames or _ENOUGH)  # 0 is unknown
-    rate = (context.bit_rate or 0) if context else 0
-    return context is not None, (not spoiled) + bool(flags & Disposition.default), frames, rate
+def _streams(container: InputContainer) -> list[VideoStream]:
+    """Its video streams without cover art."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
 def decoder_of(path: str, stream: VideoStream) -> VideoCodecContext:
-    """What decodes the stream: its own context but for VP8 and VP9 with alpha, which FFmpeg's own decoders drop.
+    """The stream's own decoder, except for VP8 and VP9 with alpha, which FFmpeg's native decoders drop.
 
-    Raises `MediaError` where this FFmpeg has no other.
+    Raises `MediaError` if this FFmpeg has no other.
     """
     own = stream.codec_context
     name = _ALPHA_DECODERS.get(own.name)
@@ -136,15 +119,15 @@ def decoder_of(path: str, stream: VideoStream) -> VideoCodecContext:
 
 
 def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
-    """Width and height in square pixels after rotation. To be asked once a frame of the stream was decoded."""
+    """Width and height in square pixels after rotation, known once a frame of the stream was decoded."""
     ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
-    # Beyond 8 to 1 it is a slip of the muxer; true ones end at 4 (anamorphic DV in half-width formats).
+    # Beyond 8 to 1 the muxer is wrong: real ones end at 4 (anamorphic DV in half-width formats).
     width = round(frame.width * ratio) if ratio and 1 / 8 <= ratio <= 8 else frame.width
     return (frame.height, width) if round(frame.rotation / 90) % 2 else (width, frame.height)
 
 
 def refuse_unreadable_colours(path: str, frame: av.VideoFrame) -> None:
-    """Raise `MediaError` for a frame whose colours would come out wrong."""
+    """Raise `MediaError` for a frame whose colours would be converted wrongly."""
     kind = UNREADABLE_MATRICES.get(int(frame.colorspace))
     if kind is not None:
         raise MediaError(path, f"its colours are {kind}, which FFmpeg cannot turn into RGB; convert it to BT.709")
@@ -158,7 +141,7 @@ def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Ima
             if image.width * image.height > max_pixels:
                 raise MediaError(path, f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
             if image.format == "TIFF":
-                image.info.pop("xmp", None)  # by which Pillow would turn the pixels, but not the size
+                image.info.pop("xmp", None)  # Pillow would rotate the pixels by it, but not the size
             yield image
     except SatExtError:
         raise
@@ -172,12 +155,12 @@ def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Ima
             if "HEIF" not in image_formats() and file.read(12)[4:8] == b"ftyp":
                 reason = "HEIC is read by pillow-heif alone; pip install 'sat_ext[heif]', or convert it to JPEG"
         raise MediaError(path, reason) from error
-    except Exception as error:  # Pillow's parsers leak whatever a broken file makes them stumble over
+    except Exception as error:  # Pillow's parsers raise anything on broken files
         raise MediaError(path, f"not a readable image: {str(error) or type(error).__name__}") from error
 
 
 def is_webp(path: str) -> bool:
-    """Whether a still or an animation is WebP, whatever its ending says. Raises `MediaError` if it is missing."""
+    """Whether a picture is WebP, whatever its suffix. Raises `MediaError` if it is missing."""
     if suffix_of(path) not in IMAGE_EXTENSIONS:
         return False
     with open_binary(path) as file:
@@ -187,9 +170,9 @@ def is_webp(path: str) -> bool:
 
 @lru_cache(maxsize=1)
 def image_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats of stills that are read.
+    """The formats of stills that we read, by Pillow's names.
 
-    No others: some run programs (EPS runs Ghostscript) or read files beside them, whatever the file's ending.
+    No others, whatever the suffix: some run programs (EPS runs Ghostscript) or read files beside them.
     """
     formats = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF")
     try:
@@ -201,14 +184,14 @@ def image_formats() -> tuple[str, ...]:
 
 
 def orientation_of(image: Image.Image) -> Any:
-    """How an image that was just opened is to be turned, by the EXIF data before its pixels.
+    """How to turn an image that was just opened, by the EXIF data before its pixels.
 
-    1 is not at all, and `SIDEWAYS` swap width and height; in a broken file it may be anything. Data behind the
-    pixels (PNG's eXIf may stand there) does not count, as in browsers: `probe` would have to read all of the file.
+    1 is not at all, and `SIDEWAYS` swap width and height; in a broken file it may be anything. Data after the
+    pixels (PNG allows it) is ignored, as in browsers: `probe` would have to read the whole file.
     """
-    if image.format == "TIFF":  # Pillow gives its size as displayed, and turns its pixels
+    if image.format == "TIFF":  # Pillow already turns these
         return 1
-    # The base class's method: PNG's own would decode the whole image, to find EXIF data behind it.
+    # The base class's method: PNG's own would decode the whole image to find EXIF data after it.
     return Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
 
 
@@ -220,7 +203,7 @@ def _open_container(path: str, headers_only: bool, stack: ExitStack) -> InputCon
     limit = {}
     if headers_only:
         decoder["skip_frame"] = "all"
-        # Without a limit, FFmpeg reads a megabyte in search of the pixel format, which decoding would tell.
+        # Without a limit, FFmpeg reads a megabyte to find the pixel format, which decoding will show.
         limit = {"probesize": "4096"} if suffix_of(path) in _FULL_HEADERS else {}
     streams: Any = [decoder] * _STREAMS
     try:
@@ -229,7 +212,7 @@ def _open_container(path: str, headers_only: bool, stack: ExitStack) -> InputCon
         )
     except av.FFmpegError:
         raise
-    except ValueError:  # MPEG program streams and FLV do not know their streams before frames were decoded
+    except ValueError:  # MPEG program streams and FLV list no streams until frames were read
         if not isinstance(file, str):
             file.seek(0)
     return stack.enter_context(av.open(file, metadata_errors="replace", options=options))

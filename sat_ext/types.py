@@ -1,17 +1,17 @@
-"""The values that pass between stages. Frozen: a stage hands on a new one, it never edits."""
+"""The values that pass between stages. Frozen: a stage makes a new one and never changes its input."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 Kind = Literal["image", "video"]
 
-# Seconds by which a wanted time may fall short of a frame's start and still mean that frame: file times are
-# rounded to the container's clock, and arithmetic in seconds to binary fractions.
+# Seconds by which a time may precede a frame's start and still mean that frame, because files round times to their
+# container's clock, and arithmetic to binary fractions.
 TIME_TOLERANCE = 1e-3
 
 _IMAGES = (
@@ -28,29 +28,30 @@ _OTHERS = """
     .sub .lrc .wav .mp3 .flac .ogg .oga .opus .m4a .aac .wma .aiff .mid .caption .tags .torrent .url .lnk
     .part .tmp .bak .md5 .sha1 .sha256
 """
-# What a folder is searched for. GIF and WebP are among the stills, and clips where they are animated.
+# What a folder is searched for. GIF and WebP count as stills here, and as clips once they prove to be animated.
 IMAGE_EXTENSIONS, VIDEO_EXTENSIONS = frozenset(_IMAGES.split()), frozenset(_VIDEOS.split())
-# What is known to be neither. Files with other endings are counted and named, as they may be media.
+# Known to be neither. Files with other suffixes are counted and named, because they may be media.
 OTHER_EXTENSIONS = frozenset(_OTHERS.split())
 
-# Pillow's own limit against decompression bombs (1 GiB / 4 / 3 pixels), held for frames of a video too.
+# Pillow's own limit against decompression bombs (1 GiB / 4 / 3 pixels), applied to video frames too.
 MAX_PIXELS = 89_478_485
 
-# What to do with a clip that is shorter than the longest bucket, by name.
-SHORT_CLIPS = ("shorter_bucket", "loop", "pad_last", "drop")
+# What to do with a clip that is shorter than the longest bucket.
+ShortClips = Literal["shorter_bucket", "loop", "pad_last", "drop"]
+SHORT_CLIPS: tuple[ShortClips, ...] = get_args(ShortClips)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
     """One row of a source, before its file was opened.
 
-    `path` says where the bytes are: a file, a URL, or a member of a container (see `sat_ext.files`). `key` is
-    unique inside its source and stable between machines (the path relative to the source). One of `captions` is
-    drawn at each visit, in proportion to `caption_weights` (none given: all alike).
+    `path` is a file, a URL, or a member of a container (see `sat_ext.files`). `key` is unique in its source and
+    the same on every machine (the path relative to the source). One of `captions` is drawn at each visit, in
+    proportion to `caption_weights` (empty: uniformly).
 
-    The rest narrows the file down: from `start` to `end` in seconds (None: the file's end), inside `crop`
-    (left, top, width, height in pixels as displayed), played as if it had `fps` frames a second (None: as it
-    says itself). A record of `weight` 2 is visited twice an epoch.
+    The rest narrows the file down: from `start` to `end` in seconds (None: the file's end), inside `crop` (left,
+    top, width, height in pixels as displayed), played at `fps` frames a second (None: at the file's rate). A
+    record of `weight` 2 is visited twice an epoch.
     """
 
     path: str
@@ -101,10 +102,9 @@ class Bucket:
 class Sample:
     """One training sample.
 
-    `pixels` is uint8 of shape (T, C, H, W). `num_frames` counts the frames that are really there
-    (T less the repeated ones), `fps` is what they play at. `encoded` holds latents in place of pixels, which are
-    then of one pixel a frame: `latents` (t, C, h, w) and, of an image-to-video model,
-    `condition_latents` (1, C, h, w).
+    `pixels` is uint8 (T, C, H, W). `num_frames` counts the frames without repeats, `fps` is what they play at.
+    `encoded` holds latents in place of pixels, of which there is then one a frame: `latents` (t, C, h, w) and, for
+    an image-to-video model, `condition_latents` (1, C, h, w).
     """
 
     pixels: torch.Tensor

@@ -1,8 +1,8 @@
 """Which shapes batches have, which shape a file gets, and how many samples of it make a batch. Pure.
 
-The shapes that CogVideoX can take follow from its first stage and its transformer: 8 times fewer pixels a
-side, 4 times fewer frames after the first, and patches of 2 x 2 latents (Yang et al. 2024, "CogVideoX",
-section 2). So sizes are multiples of 16, and clips have 4k+1 frames.
+CogVideoX's VAE has 8 times fewer pixels a side and 4 times fewer frames after the first, and its transformer takes
+patches of 2 x 2 latents (Yang et al. 2024, "CogVideoX", section 2). So sizes are multiples of 16, and clips have
+4k+1 frames.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AreaConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketConfig:
-    """`data.params.buckets`. What is left out follows from `video_size` and `max_num_frames`.
+    """`data.params.buckets`; the defaults follow from `video_size` and `max_num_frames`.
 
     `sizes` are (height, width) in pixels, or an area and ratios.
     """
@@ -46,12 +46,11 @@ class BucketConfig:
 def make_buckets(
     config: BucketConfig, video_size: tuple[int, int] | None, max_num_frames: int | None
 ) -> tuple[Bucket, ...]:
-    """Every length with every size, sorted, without doubles.
+    """Every length with every size, sorted, each once.
 
-    `video_size` (height, width) and `max_num_frames` stand in for sizes and lengths that `config` leaves out.
-    Raises `ConfigError`, naming the nearest value that works, for a length that is not 4k+1, a side that is
-    not a multiple of 16, an area or a ratio that gives no size, and where
-    neither `config` nor the stand-in says anything.
+    `video_size` (height, width) and `max_num_frames` give what `config` leaves out. Raises `ConfigError`, naming
+    the nearest value that works, for a length that is not 4k+1, a side that is not a multiple of 16, an area or a
+    ratio that gives no size, and if neither `config` nor the others give a value.
 
     >>> [str(b) for b in make_buckets(BucketConfig(), (480, 720), 41)]
     ['1x480x720', '9x480x720', '17x480x720', '25x480x720', '33x480x720', '41x480x720']
@@ -71,12 +70,12 @@ def make_buckets(
 
 
 def assign(info: MediaInfo, buckets: Sequence[Bucket], *, available: int, still: bool, short: str) -> Bucket | str:
-    """The bucket for a file, or the reason why it has none, as a clause to put after the file's name.
+    """The bucket for a file, or why it has none, as a clause to put after the file's name.
 
-    `available` is what `clips.available_frames` counted, `still` says that one frame is to be shown (a file
-    of one frame always is a still), `short` is one of `SHORT_CLIPS`. Among the sizes of the chosen length the
-    one nearest in shape wins (the smallest |log(file's ratio / size's ratio)|), then the one nearest in area.
-    Raises `ConfigError` for an unknown policy.
+    `available` is `clips.available_frames`, `still` asks for one frame (a file of one frame is always a still),
+    and `short` is one of `SHORT_CLIPS`. Among the sizes of the chosen length the one nearest in shape wins (the
+    smallest
+    |log(file's ratio / size's ratio)|), then the one nearest in area.
 
     >>> clip = MediaInfo(width=1280, height=720, frames=120, fps=30.0, duration=4.0, codec="h264")
     >>> buckets = make_buckets(BucketConfig(sizes=((480, 720), (720, 480))), (480, 720), 49)
@@ -85,8 +84,6 @@ def assign(info: MediaInfo, buckets: Sequence[Bucket], *, available: int, still:
     >>> assign(clip, buckets, available=33, still=False, short="drop")
     'too short for the longest bucket (33 of 49 frames), and short_clips is drop'
     """
-    if short not in _LENGTHS:
-        raise ConfigError(f"short_clips: '{short}' is not known; use one of {', '.join(_LENGTHS)}.")
     lengths = sorted({b.frames for b in buckets})
     if still or info.kind == "image":
         length: int | str = 1 if 1 in lengths else "a still, but no bucket has 1 frame"
@@ -119,28 +116,18 @@ def step_cost(tokens: int, hidden_size: int) -> float:
 def batch_sizes(buckets: Sequence[Bucket], *, largest: int, shape: SequenceShape) -> dict[Bucket, int]:
     """Samples per batch and rank for each bucket, where the costliest bucket gets `largest`.
 
-    A bucket gets as many samples as cost no more than that batch (`step_cost`), and fit where it fits. What a
-    batch adds to the memory grows with its tokens: some bytes for each token, for each of the L layers (34 d
-    without attention's scores, which flash attention does not keep; 2 d with gradient checkpointing), and for the
-    one layer that is recomputed (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
-    Models", table 2). The first stage sees up to 4 frames for a latent frame, but one for a still: fewer pixels a
-    token in short buckets. So the limit is the tokens of the largest bucket's batch. L, the bytes a token, and
-    the passes of a step (the work of 3 forward passes, 4 with checkpointing) multiply all buckets alike and cancel
-    out: width and tokens decide.
+    A bucket gets as many samples as cost no more than that batch (`step_cost`) and hold no more tokens, which
+    stand for memory: for each token, a batch keeps some bytes in each of the L layers (34 d without attention's
+    scores, which flash attention does not keep; 2 d with gradient checkpointing) and in the one layer that is
+    recomputed (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", table 2).
+    The VAE encoder sees no more pixels a token in short buckets than in long ones. L, the bytes, and the passes of
+    a step (3 forward passes, 4 with checkpointing) are the same for all buckets and cancel out: width and tokens
+    decide.
 
-    A token of a long sequence costs more than one of a short, so with these formulas memory limits the smaller
-    buckets, and their steps are cheaper by their smaller share of attention (and by what is left over in whole
-    numbers). Ranks do not wait for each other because of it: in a step all have the same bucket. For 5B:
-
-    | bucket     | samples | cost of the step | samples by cost alone | cost | tokens |
-    |------------|---------|------------------|-----------------------|------|--------|
-    | 1x480x720  | 11      | 0.54             | 20                    | 0.98 | 1.77   |
-    | 17x480x720 | 2       | 0.55             | 3                     | 0.83 | 1.18   |
-    | 33x480x720 | 1       | 0.59             | 1                     | 0.59 | 0.70   |
-    | 49x480x720 | 1       | 1                | 1                     | 1    | 1      |
-
-    Who has memory to spare writes the numbers of the right half instead of `{cost: auto}`: `{1: 20, 17: 3, 33: 1,
-    49: 1}`. Samples of all buckets count alike in the loss either way (`Schedule.loss_weight`).
+    A token of a long sequence costs more than one of a short, so memory limits the smaller buckets, whose steps
+    are then cheaper. No rank waits for another because of it: in a step all have the same bucket. `docs/data.md`
+    has the table for 5B, and what to write instead of `{cost: auto}` if there is memory to spare. Samples of all
+    buckets count alike in the loss either way (`Schedule.loss_weight`).
 
     >>> buckets = make_buckets(BucketConfig(frames=(1, 17, 33, 49)), (480, 720), 49)
     >>> sizes = batch_sizes(buckets, largest=1, shape=SequenceShape())
@@ -206,7 +193,7 @@ def _check_size(size: tuple[int, int], where: str) -> None:
 
 
 def _size_of(area: int, ratio: float) -> tuple[int, int]:
-    """The (height, width) in steps of 16 that is nearest to `ratio` and to `area`, and not above `area`."""
+    """The (height, width) in steps of 16 nearest to `ratio` and to `area`, and not above `area`."""
     if not (ratio > 0 and math.isfinite(ratio)):
         raise ConfigError(f"{_SIZES}.ratios: {ratio} is not a width / height; use a number above 0, such as 1.5.")
     least = math.ceil(TOKEN_SIDE**2 * max(ratio, 1 / ratio))
@@ -242,7 +229,7 @@ def _longest_or_dropped(available: int, lengths: Sequence[int]) -> int | str:
     return f"too short for the longest bucket ({available} of {lengths[-1]} frames), and short_clips is drop"
 
 
-# What a clip of `available` frames gets of the rising `lengths`, by the name of the policy.
+# The length, of the rising `lengths`, for a clip of `available` frames, by the name of the policy.
 _LENGTHS: dict[str, Callable[[int, Sequence[int]], int | str]] = {
     "shorter_bucket": _fitting_length,
     "loop": lambda available, lengths: lengths[-1],

@@ -1,4 +1,4 @@
-"""Files that could not be read during a run: counted by reason, once a rank, until the budget is spent."""
+"""Counts unreadable files during a run, by reason and once per rank, until the budget is spent."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 _COUNT = struct.Struct("<q")
 _ENTRY = struct.Struct("<qHH")  # row, bytes of the path, bytes of the reason
 _ENTRY_SIZE = 1024
-_MOST = 1 << 20  # entries, of 1 GiB: what a larger budget allows is neither listed nor remembered
+_MOST = 1 << 20  # entries, 1 GiB; files past it are not remembered
 _LISTED = 20  # files in an error, the latest
-_PATIENCE = 10.0  # seconds for the lock, which a worker that was killed may hold
+_PATIENCE = 10.0  # seconds for the lock, which a killed worker may hold forever
 
 
 class Faults:
-    """Counts the files of one rank that could not be read; all data workers of the rank write into one list.
+    """Counts the files of one rank that could not be read; its data workers share one list.
 
-    The list lies in memory that is shared with processes forked later: make it before the workers. It holds `skip`
-    different rows of the index and the one that ends the run. `consecutive` are those in a row in one worker.
+    The list is in memory shared with processes forked later, so make it before the workers. It holds `skip`
+    different rows of the index and the one that ends the run. `consecutive` is counted in each worker.
     """
 
     def __init__(self, *, skip: int, consecutive: int, rows: int) -> None:
@@ -45,7 +45,7 @@ class Faults:
         return row in self.known()
 
     def known(self) -> dict[int, tuple[str, str]]:
-        """Path and reason of every bad row, in the order in which they were found."""
+        """Path and reason of every bad row, in the order found."""
         for number in range(len(self._known), _COUNT.unpack_from(self._list)[0]):
             at = _COUNT.size + number * _ENTRY_SIZE
             row, path, reason = _ENTRY.unpack_from(self._list, at)
@@ -77,16 +77,16 @@ class Faults:
             raise self._spent()
 
     def clear_run(self) -> None:
-        """A file was read: the next bad one starts a new row of failures."""
+        """A file was read: start counting `consecutive` from 0."""
         self._in_a_row = 0
 
     def require_another(self, rows: np.ndarray, source: str, bucket: Bucket) -> None:
-        """Raise `DataError` when not one of the rows is left to stand in for a bad one."""
+        """Raise `DataError` if none of the rows is left to replace a bad one."""
         known = self.known()
         if all(int(row) in known for row in rows):
             path, reason = known[int(rows[0])]
             raise DataError(
-                f"source '{source}': no file of bucket {bucket} can be read, {path} for one ({reason}); mend "
+                f"source '{source}': no file of bucket {bucket} can be read, such as {path} ({reason}); fix "
                 "or remove them."
             )
 
@@ -98,10 +98,10 @@ class Faults:
         number = len(self._known)
         at = _COUNT.size + number * _ENTRY_SIZE
         path, reason = error.path.encode(errors="surrogateescape"), error.reason.encode(errors="replace")[:300]
-        path = path[-(_ENTRY_SIZE - _ENTRY.size - len(reason)) :]  # the end of a path tells more
+        path = path[-(_ENTRY_SIZE - _ENTRY.size - len(reason)) :]  # the end of a path says more
         _ENTRY.pack_into(self._list, at, row, len(path), len(reason))
         self._list[at + _ENTRY.size : at + _ENTRY.size + len(path) + len(reason)] = path + reason
-        _COUNT.pack_into(self._list, 0, number + 1)  # last: others read without the lock
+        _COUNT.pack_into(self._list, 0, number + 1)  # last, because others read without the lock
 
     def _spent(self) -> DataError:
         known = self.known()
@@ -109,12 +109,12 @@ class Faults:
         return DataError(
             f"{len(known)} files could not be read, {self._in_a_row} in a row, more than "
             f"data.params.on_bad_sample allows (skip {self.skip}, consecutive {self.consecutive}), "
-            f"{self.summary()}; mend or remove them: {listed}"
+            f"{self.summary()}; fix or remove them: {listed}"
         )
 
 
 def by_reason(reasons: Iterable[str]) -> str:
-    """How often each reason occurs, the commonest first; reasons that differ in numbers only are one.
+    """How often each reason occurs, the commonest first; reasons that differ only in numbers are merged.
 
     >>> by_reason(["truncated at byte 10 of 20", "no such file", "truncated at byte 7 of 9"])
     '2 truncated at byte .. of .., 1 no such file'

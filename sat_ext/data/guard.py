@@ -1,20 +1,20 @@
-"""Runs a function on files in a process of its own, so that no file can hang or crash the one that asks.
+"""Runs a function on files in a separate process, so that no file can hang or crash the caller's.
 
     with Guard(probe, timeout=60) as guard:
         info = guard(path)  # what probe(path) returns or raises, or MediaError
 
 - A call that takes longer than `timeout` seconds, or ends the process (SIGSEGV, SIGKILL by the kernel, an exit),
   raises `MediaError(path, ...)`; the next call starts another process.
-- A call may take `memory` bytes more than the process has at its start; beyond, it is a `MediaError`.
+- A call that takes `memory` bytes more than the process had at its start raises `MediaError` too.
 - The process is forked at the first call (some ms), not when the guard is made, and never shared: a guard that a
-  forked data worker inherits starts another there. `function` is inherited and need not be picklable; arguments
-  and results must be.
-- NumPy arrays in a result lie in memory that is shared with the process, one behind the other while `capacity`
-  bytes last, and are overwritten after `release`. What finds no room comes through the pipe, and is copied.
-- A guard serves one thread at a time; several threads take a guard each.
+  forked data worker inherits starts its own. `function` is inherited and need not be picklable; arguments and
+  results must be.
+- NumPy arrays in results lie in memory shared with the process, one after another while `capacity` bytes last, and
+  are overwritten after `release`. The rest comes through the pipe as a copy.
+- A guard serves one thread at a time; each thread needs its own.
 
-Why a process and not a thread: nothing can interrupt the C code of FFmpeg and Pillow. Why not `multiprocessing`'s:
-data workers are daemonic, and these may not have children.
+A process and not a thread, because nothing can interrupt the C code of FFmpeg and Pillow. Not `multiprocessing`'s,
+because data workers are daemonic, and those may not have children.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ R = TypeVar("R")
 MEMORY = 4 << 30
 
 _ALIGNMENT = 64  # bytes, of the arrays in shared memory: a cache line
-_GRACE = 5.0  # seconds that a process in the kernel's hands is waited for, and that an orphan lives on
+_GRACE = 5.0  # seconds to wait for a process stuck in the kernel, and until an orphan that hangs ends
 _FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -71,10 +71,9 @@ class _Failure:
 
 
 class Guard(Generic[R]):
-    """Calls `function(path, *args)` in a process of its own; the module tells how.
+    """Calls `function(path, *args)` in a separate process, as the module's docstring describes.
 
-    `timeout` is in seconds, and `setting` the place where the user can change it; `capacity` and `memory` are in
-    bytes.
+    `timeout` is in seconds, and `setting` is where the user can change it; `capacity` and `memory` are in bytes.
     """
 
     def __init__(
@@ -96,16 +95,16 @@ class Guard(Generic[R]):
         self._used = 0
 
     def __call__(self, path: str, *args: Any) -> R:
-        """What `function` returns. Raises `MediaError`, and what `function` raises for a user to mend."""
+        """What `function` returns. Raises `MediaError`, and what `function` raises for a user to fix."""
         pipe = self._connection()
         try:
             pipe.send((path, args, self._used))
             if not pipe.poll(self.timeout):
                 raise MediaError(path, f"reading it took longer than {self.timeout:g} s ({self.setting})")
             answer, places = pipe.recv()
-        except (EOFError, OSError):  # before its answer, or amid it
+        except (EOFError, OSError):  # it ended before or during its answer
             raise MediaError(path, f"the process that read it {_fate(self._stop())}") from None
-        except BaseException:  # too slow, or Ctrl-C: nobody waits for the answer any more
+        except BaseException:  # too slow, or Ctrl-C: a late answer would be taken for the next call's
             self._stop()
             raise
         if isinstance(answer, _Failure):
@@ -125,7 +124,7 @@ class Guard(Generic[R]):
         raise TypeError("a guard belongs to the process that made it; make another one there")
 
     def release(self) -> None:
-        """Give up the arrays of earlier results: the next ones are written over them."""
+        """Release the arrays of earlier results: the next ones overwrite them."""
         self._used = 0
 
     def close(self) -> None:
@@ -134,7 +133,7 @@ class Guard(Generic[R]):
             self._stop()
 
     def _connection(self) -> Connection:
-        if self._pipe is not None and self._pipe.poll(0):  # it has nothing to say: it died since the last call
+        if self._pipe is not None and self._pipe.poll(0):  # only its end can be readable now: it died since
             self._stop()
         if self._pipe is None:
             self._start()
@@ -146,7 +145,7 @@ class Guard(Generic[R]):
             self._shared = mmap.mmap(-1, self.capacity)
         parent = os.getpid()
         lasting = threading.current_thread() is threading.main_thread()
-        with _forking:  # or a process would inherit, and keep open, an end of another's pipe
+        with _forking:  # else another thread's fork inherits `there`, and the end of our process goes unnoticed
             here, there = Pipe()
             pid = os.fork()
             if pid == 0:
@@ -159,17 +158,17 @@ class Guard(Generic[R]):
             there.close()
             _started.add(self)
             self.pid, self._pipe = pid, here
-        # Unlike those of `atexit`, these are run by data workers too.
+        # Not `atexit`: data workers end by `os._exit`, after running only multiprocessing's finalizers.
         self._end = Finalize(self, _end, (pid, here), exitpriority=10)
 
     def _stop(self) -> int | None:
-        """End the process; its status as of `os.waitpid`, None if that cannot be had."""
+        """End the process; its status as from `os.waitpid`, None if unknown."""
         end, self._end, self._pipe, self.pid = self._end, None, None, None
         _started.discard(self)
         return None if end is None else end()
 
     def _forget(self) -> None:
-        """In a process that was forked meanwhile: leave the parent its own."""
+        """In a forked process: the guarded process belongs to the parent, so do not end it from here."""
         if self._pipe is not None:
             self._pipe.close()
         self._end = self._pipe = self.pid = self._shared = None
@@ -178,7 +177,7 @@ class Guard(Generic[R]):
 
 def _forget_all() -> None:
     global _forking
-    _forking = threading.Lock()  # another thread may have held it, which this process does not have
+    _forking = threading.Lock()  # a thread that held it was not forked, and would never release it
     for guard in list(_started):
         guard._forget()
     _started.clear()
@@ -188,13 +187,13 @@ os.register_at_fork(after_in_child=_forget_all)
 
 
 def _end(pid: int, pipe: Connection) -> int | None:
-    """Kill and reap a process. One that has ended by itself keeps its own status."""
+    """Kill and reap a process. If it ended by itself, its own status is returned."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    pipe.close()  # after that, or the process could end at the pipe's end, and seem to have done so by itself
+    pipe.close()  # after the kill, or the process could exit at the pipe's end and seem to have ended by itself
     deadline = time.monotonic() + _GRACE
     with suppress(ChildProcessError):
-        while time.monotonic() < deadline:  # without end where a network file system does not answer the kernel
+        while time.monotonic() < deadline:  # a process waiting for a network file system cannot be killed
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 return status
@@ -207,7 +206,7 @@ def _fate(status: int | None) -> str:
         return "ended"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        hint = ", perhaps by the kernel for want of memory" if number == signal.SIGKILL else ""
+        hint = ", perhaps by the kernel for lack of memory" if number == signal.SIGKILL else ""
         return f"was ended by {signal.Signals(number).name}{hint}"
     return f"ended with exit code {os.WEXITSTATUS(status)}"
 
@@ -216,31 +215,34 @@ def _fate(status: int | None) -> str:
 
 
 def _prepare(parent: int | None, memory: int) -> None:
-    """Make the forked process harmless to the one that it was forked from, and easy to end.
+    """Make the forked process harmless to its parent, and easy to end.
 
-    It ends at once with `parent`; where that is None, when it next has nothing to do, or its timer goes off.
+    It ends with `parent`; if that is None, when it next waits for work, or when its timer goes off.
     """
-    gc.freeze()  # what was inherited is not to be finalised here, nor copied by the collector's marks
+    gc.freeze()  # inherited objects must not be finalised here, nor copied because the collector marks them
     faulthandler.disable()
     warnings.simplefilter("ignore")  # Pillow's, about what it makes of broken files
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent ends this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides when we end
         signal.signal(number, signal.SIG_IGN)
-    for number in (*_FATAL, signal.SIGALRM):  # the alarm of `_serve` is to end this process, whoever uses it above
+    for number in (
+        *_FATAL,
+        signal.SIGALRM,
+    ):  # the alarm of `_serve` must end this process, whatever the parent set
         signal.signal(number, signal.SIG_DFL)
-    if parent is not None:  # forked by the main thread: the signal comes when the forking *thread* ends
+    if parent is not None:  # from the main thread only: the signal comes when the forking *thread* ends
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with suppress(OSError, ValueError):
-        # Address space, because nothing else is refused before it is used. CUDA alone may hold a terabyte of it.
+        # Address space, as only that is refused before it is used; relative, as CUDA may hold a terabyte of it.
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         soft = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (soft if hard < 0 else min(soft, hard), hard))
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel shall take this one, not the training
+        Path("/proc/self/oom_score_adj").write_text("1000")  # so the kernel kills this one, not the training
     torch.set_num_threads(1)  # the thread pool was not forked
 
 
@@ -250,7 +252,7 @@ def _serve(pipe: Connection, function: Callable[..., Any], shared: mmap.mmap | N
             path, args, used = pipe.recv()
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)  # also the end of an orphan that hangs
+        signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)  # ends an orphan that hangs
         answer = _call(function, path, args, shared, used)
         pipe.send(answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -259,7 +261,7 @@ def _serve(pipe: Connection, function: Callable[..., Any], shared: mmap.mmap | N
 def _call(
     function: Callable[..., Any], path: str, args: tuple[Any, ...], shared: mmap.mmap | None, used: int
 ) -> tuple[bytes | _Failure, list[tuple[int, int]]]:
-    """The pickled result, without its arrays, and where in shared memory (from, to) these lie."""
+    """The pickled result without its arrays, and their places (from, to) in shared memory."""
     places: list[tuple[int, int]] = []
 
     def belongs_in_the_pickle(buffer: pickle.PickleBuffer) -> bool:

@@ -15,16 +15,16 @@ from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig, check_roots
 from sat_ext.errors import ConfigError
 from sat_ext.latents.store import CacheConfig
-from sat_ext.types import Bucket
+from sat_ext.types import Bucket, ShortClips
 
 _DAY = 86_400  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadSampleConfig:
-    """How many unreadable files a run endures: `skip` different ones in all, `consecutive` in a row.
+    """How many unreadable files a run tolerates: `skip` different ones in all, `consecutive` in a row.
 
-    A file that takes longer than `timeout` seconds to read counts as one.
+    A file that takes longer than `timeout` seconds to read counts as unreadable.
     """
 
     skip: int = 100
@@ -34,12 +34,12 @@ class BadSampleConfig:
     def __post_init__(self) -> None:
         if not 0 < self.timeout <= _DAY:
             raise ConfigError(
-                f"data.params.on_bad_sample.timeout: {self.timeout} seconds; give more than 0 (60 is the default) "
+                f"data.params.on_bad_sample.timeout: {self.timeout} seconds; use more than 0 (60 is the default) "
                 f"and at most {_DAY}, a day."
             )
         for name, count in (("skip", self.skip), ("consecutive", self.consecutive)):
             if count < 0:
-                raise ConfigError(f"data.params.on_bad_sample.{name}: {count} files; give 0 or more.")
+                raise ConfigError(f"data.params.on_bad_sample.{name}: {count} files; use 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,12 @@ class DataConfig:
     """What to train on.
 
     `fps`: frames a second that the model sees. `video_size`: (height, width) in pixels, short for one entry in
-    `buckets.sizes`; `max_num_frames` (4k+1): short for `buckets.frames` up to it. `skip_frms_num`: frames left
-    out at both ends of a clip, as far as it goes on filling its bucket (CogVideo's name). `sources` stands for
-    SAT's `train_data` where shares, samplers or names are wanted. `batch`: `{cost: auto}` (`buckets.batch_sizes`
-    says what that gives), or samples per rank by number of frames (`{1: 8, 49: 1}`).
-    `allowed_roots`: folders, and protocols such as "sftp://", that names and links in the data may lead to beside
-    the sources' own folders. `cache`: train from latents and text embeddings in a folder. `seed` decides the order
-    of the data; it does not depend on the rank.
+    `buckets.sizes`; `max_num_frames` (4k+1): short for `buckets.frames` up to it. `skip_frms_num` (CogVideo's
+    name): frames trimmed from both ends of a clip, as long as it still fills its bucket. `sources` replaces SAT's
+    `train_data` to give shares, samplers or names. `batch`: `{cost: auto}` (see `buckets.batch_sizes`), or samples
+    per rank by number of frames (`{1: 8, 49: 1}`). `allowed_roots`: folders, and protocols such as "sftp://", that
+    names and links in the data may lead to, besides the sources' own folders. `cache`: train from latents and text
+    embeddings in a folder. `seed` determines the order of the data on all ranks.
     """
 
     fps: int = 8
@@ -64,7 +63,7 @@ class DataConfig:
     allowed_roots: tuple[str, ...] = ()
     buckets: BucketConfig = field(default_factory=BucketConfig)
     batch: dict[Any, Any] = field(default_factory=lambda: {"cost": "auto"})
-    short_clips: Literal["shorter_bucket", "loop", "pad_last", "drop"] = "shorter_bucket"
+    short_clips: ShortClips = "shorter_bucket"
     on_bad_sample: BadSampleConfig = field(default_factory=BadSampleConfig)
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     cache: CacheConfig | None = None
@@ -72,9 +71,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.fps < 1:
-            raise ConfigError(f"data.params.fps: {self.fps} frames a second; give 1 or more.")
+            raise ConfigError(f"data.params.fps: {self.fps} frames a second; use 1 or more.")
         if not 0 <= self.skip_frms_num < math.inf:
-            raise ConfigError(f"data.params.skip_frms_num: {self.skip_frms_num} frames; give 0 or more.")
+            raise ConfigError(f"data.params.skip_frms_num: {self.skip_frms_num} frames; use 0 or more.")
         if self.batch != {"cost": "auto"}:
             try:
                 sizes = convert(dict[int, int], self.batch, "data.params.batch")
@@ -115,8 +114,8 @@ def sources_of(paths: Sequence[str], weights: Sequence[float] | None) -> list[So
 
 
 def name_sources(sources: tuple[SourceConfig, ...], where: str) -> dict[str, SourceConfig]:
-    """The sources by name; a source without one is called after its path. Raises `ConfigError` on a clash,
-    for a sampler that is not known, and where only some of them have a share."""
+    """The sources by name, by default their path's. Raises `ConfigError` for a name used twice, for an unknown
+    sampler, and if only some of them have a share."""
     named: dict[str, SourceConfig] = {}
     for source in sources:
         try:

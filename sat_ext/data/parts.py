@@ -1,4 +1,4 @@
-"""The part of a file that an item names (from, to, crop, rate), as if it were a file of its own. Pure."""
+"""The part of a file that an item names (start, end, crop, rate), described as a file itself. Pure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sat_ext.types import TIME_TOLERANCE, Item, MediaInfo
 
 
 def part_info(item: Item, info: MediaInfo) -> MediaInfo:
-    """What the item's part of a file holds, where `info` is what the whole file holds.
+    """What the item's part of a file holds; `info` describes the whole file.
 
-    `start` and `end` are in the file's own seconds, `duration` and `fps` of the result in those of `item.fps`,
-    where that is given. A part of one frame is an image. Raises `MediaError` for a part outside the file.
+    `start` and `end` are in the file's own seconds, `duration` and `fps` of the result at `item.fps`, if given. A
+    part of one frame is an image. Raises `MediaError` for a part outside the file.
 
     >>> whole = MediaInfo(width=1280, height=720, frames=300, fps=30.0, duration=10.0, codec="h264")
     >>> item = Item(path="a.mp4", key="a", captions=("",), start=2.0, end=4.0, crop=(280, 0, 720, 720), fps=60.0)
@@ -27,7 +27,7 @@ def part_info(item: Item, info: MediaInfo) -> MediaInfo:
             raise MediaError(
                 item.path,
                 f"its crop {list(item.crop)} (left, top, width, height) is outside its {info.width}x{info.height} "
-                "pixels; mend the crop",
+                "pixels; fix the crop",
             )
         info = replace(info, width=width, height=height)
     if info.frames == 1:
@@ -37,7 +37,7 @@ def part_info(item: Item, info: MediaInfo) -> MediaInfo:
         until = "its end" if item.end is None else f"{item.end:g} s"
         raise MediaError(
             item.path,
-            f"its part from {item.start:g} s to {until} is outside its {info.duration:.3f} s; mend start and end",
+            f"its part from {item.start:g} s to {until} is outside its {info.duration:.3f} s; fix start and end",
         )
     if (item.start, end) != (0.0, info.duration):
         frames = max(1, round((end - item.start) * info.frames / info.duration))
@@ -50,7 +50,7 @@ def part_info(item: Item, info: MediaInfo) -> MediaInfo:
 
 
 def file_times(item: Item, info: MediaInfo, times: Sequence[float]) -> tuple[float, ...]:
-    """Times in the item's part as times in its file; `info` is of the whole file.
+    """Times in the item's part as times in its file; `info` describes the whole file.
 
     >>> whole = MediaInfo(width=1280, height=720, frames=300, fps=30.0, duration=10.0, codec="h264")
     >>> item = Item(path="a.mp4", key="a", captions=("",), start=2.0, fps=60.0)

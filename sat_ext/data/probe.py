@@ -1,7 +1,7 @@
 """What a media file holds, or why it cannot be read.
 
-Headers are read, one frame for its rotation, and packets where headers do not tell the length. Animated WebP is
-decoded: nothing else tells how long its frames last.
+It reads headers, one frame for its rotation, and packets where headers do not give the length. Animated WebP is
+decoded, because only that shows how long its frames last.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _MAX_ANIMATION = 1 << 34  # pixels of all frames: a minute's decoding, at 300 mi
 def probe(path: str) -> MediaInfo:
     """Size, length and rate of an image or a video.
 
-    Animated GIF and WebP files are clips. Where the rate varies, `fps` is the mean. Raises `MediaError` for
-    a file that is missing, empty, truncated, of no known format, without a video stream, or whose first frame
-    cannot be decoded. The pixels of a still and the later frames of a video are not looked at.
+    Animated GIF and WebP files are clips. If the rate varies, `fps` is the mean. Raises `MediaError` for a file
+    that is missing, empty, truncated, of unknown format, without a video stream, or whose first frame cannot be
+    decoded. The pixels of a still and the later frames of a video are not read.
     """
     return _probe_image(path) if suffix_of(path) in IMAGE_EXTENSIONS else _probe_video(path)
 
@@ -61,7 +61,7 @@ def _probe_image(path: str) -> MediaInfo:
 
 
 def _refuse_endless(path: str, width: int, height: int, frames: int) -> None:
-    """Animations are decoded from their start: a small file can keep a reader busy for hours."""
+    """Animations are decoded from their start, so a small file could keep a reader busy for hours."""
     if width * height * frames > _MAX_ANIMATION:
         raise MediaError(
             path,
@@ -71,7 +71,7 @@ def _refuse_endless(path: str, width: int, height: int, frames: int) -> None:
 
 
 def _probe_animated_webp(image: Image.Image) -> MediaInfo:
-    """FFmpeg does not read animated WebP. Pillow tells a frame's duration only when it has decoded it."""
+    """FFmpeg does not read animated WebP; Pillow gives a frame's duration only after decoding it."""
     milliseconds = 0
     frames: int = image.n_frames  # type: ignore[attr-defined]
     for number in range(frames):
@@ -100,12 +100,12 @@ def _clip(width: int, height: int, *, frames: int, duration: Fraction, codec: st
 
 
 def _displayed_size(path: str, container: InputContainer, stream: VideoStream) -> tuple[int, int]:
-    """Width and height of the first key frame, which alone tells the rotation in every container."""
+    """Width and height of the first key frame, the only thing that shows the rotation in every container."""
     context = decoder_of(path, stream)
     for packet in container.demux(stream):
         if packet.size and not packet.is_keyframe:
             continue
-        # Draining the decoder makes it give the frame out without those that it would reorder.
+        # Draining makes the decoder return the frame without waiting for those that it would reorder.
         frames = context.decode(packet) or (context.decode(None) if packet.size else [])
         if frames:
             frame = frames[0]
@@ -116,11 +116,11 @@ def _displayed_size(path: str, container: InputContainer, stream: VideoStream) -
 
 
 def _count_from_header(path: str, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction] | None:
-    """Frames and duration from MP4's and MOV's index; None where that does not tell.
+    """Frames and duration from MP4's and MOV's index, None if it does not suffice.
 
-    It does not where it is absent (fragments), where an edit list hides frames, and where the rate varies: it is
-    in decoding order, and may end before the last frame starts. The header's duration may be missing or wrong; it
-    only tells how much longer than the others the last frame lasts.
+    It does not if it is absent (fragments), if an edit list hides frames, or if the rate varies, as it is in
+    decoding order. The header's duration may be missing or wrong; it is used only for how long the last frame
+    lasts.
     """
     if "mp4" not in container.format.name or stream.time_base is None:
         return None
@@ -138,8 +138,8 @@ def _count_from_header(path: str, container: InputContainer, stream: VideoStream
 
 
 def _count_from_ends(path: str) -> tuple[int, Fraction] | None:
-    """Frames and duration of a remote AVI file by its index, and of a Matroska file by its first frames and its
-    last group, to which its index leads. None where there is no index, or these frames come at no steady rate.
+    """Frames and duration of a remote AVI file from its index, of a Matroska file from its first frames and its
+    last group, which its index points to. None without an index or a steady rate.
     """
     with open_video(path, headers_only=True) as (container, stream):
         rate, base = stream.average_rate, stream.time_base
@@ -156,7 +156,7 @@ def _count_from_ends(path: str) -> tuple[int, Fraction] | None:
         container.seek(int(Fraction(container.duration, av.time_base) / base), stream=stream)
         tail = [p.pts for p in container.demux(stream) if p.size and p.pts is not None]
     first, step = min(head), 1 / (rate * base)
-    known = sorted(head)[: _HEAD // 2], sorted(tail)  # the others may be displayed after some that were not read
+    known = sorted(head)[: _HEAD // 2], sorted(tail)  # later ones may follow frames that were not read
     if not tail or any(abs(b - a - step) > 1 for part in known for a, b in pairwise(part)):
         return None
     count = round((known[1][-1] - first) / step) + 1
@@ -186,8 +186,8 @@ def _count_packets(path: str) -> tuple[int, Fraction]:
         return len(starts), len(starts) / rate if rate else Fraction(0)
     first, last = min(starts), max(starts)
     mean = (last - first) // max(1, len(starts) - 1)
-    # Where no frame has a length, or all have one that is far from their steps (a header's), the last frame lasts
-    # as long as the others do on average.
+    # If frames have no length, or all one that is far from their steps (a header's), the last frame lasts as long
+    # as the others on average.
     if mean and (end == last or (len(lengths) == 1 and not mean <= 2 * max(lengths) <= 4 * mean)):
         end = last + mean
     return len(starts), (end - first) * base

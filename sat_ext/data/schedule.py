@@ -1,25 +1,25 @@
 """Which bucket, and which records, at any step: a pure function of (cells, shares, seed, world, step).
 
-A *cell* is the records of one source that fall into one bucket. Every step takes one batch per rank from one
-cell, so all ranks see the same bucket at the same step. Positions are counted in samples: the first `used`
-positions of a cell's stream have been trained on, and the stream is a chain of permutations of the cell's
-records. The whole state is therefore one integer per cell, and does not depend on the number of ranks.
+A *cell* is the records of one source that fall into one bucket. Every step takes one batch per rank from one cell,
+so all ranks see the same bucket at the same step. Positions count samples: a cell's stream is a chain of
+permutations of its records, of which the first `used` positions have been trained on. So the whole state is one
+integer per cell, and does not depend on the number of ranks.
 
-The order of steps comes from ideal times, so that no state has to be replayed:
+The order of steps follows from ideal times, so that no state must be replayed:
 
-- inside a source, the batch that starts at position p of a cell of n records and takes g samples is due at
-  source time (p + g/2) * N / n, where N is the number of records of the source: cells advance in proportion
-  to their sizes, and reach the end of an epoch together (within one batch);
-- between sources, a batch is due when the samples of the source, counted to the middle of the batch and
-  divided by the source's share, are the fewest.
+- within a source, the batch of g samples at position p of a cell of n records is due at source time
+  (p + g/2) * N / n, where N is the number of the source's records: cells advance in proportion to their sizes and
+  reach the end of an epoch together (within one batch);
+- between sources, the one is due whose samples, counted to the middle of its next batch and divided by its share,
+  are the fewest.
 
 Worked example: two sources of share 0.75 and 0.25, one cell each, batches of 1 sample on 1 rank. The batches
 are due at (0.5, 1.5, 2.5, ...) / 0.75 = 0.67, 2, 3.33, ... and at (0.5, 1.5, ...) / 0.25 = 2, 6, ...; ties go
 to the first source, so the steps are A A B A, A A B A, ...
 
-With G the largest global batch of each source and p its share, the samples of a source in the first t steps
-differ from p times all samples by at most ((1 - p) G + p * (sum of the other sources' G)) / 2; over any window
-of steps by at most twice that, which for two sources is one batch.
+With G the largest global batch of each source and p its share, the samples of a source in the first t steps differ
+from p times all samples by at most ((1 - p) G + p * (sum of the other sources' G)) / 2, and over any window of
+steps by at most twice that, which for two sources is one batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
 FEISTEL_ROUNDS = 4  # Luby and Rackoff 1988: four rounds give a strong pseudo-random permutation
@@ -58,10 +57,7 @@ class Step:
 
 
 class Schedule:
-    """The steps of a run. `used` (samples per cell, from `state`) continues an earlier run on any `world`.
-
-    Raises `ConfigError` when a share is not positive, or names a source that has no records.
-    """
+    """The steps of a run. `used` (samples per cell, from `state`) continues an earlier run on any `world`."""
 
     def __init__(
         self,
@@ -77,8 +73,8 @@ class Schedule:
         self.seed, self.world = seed, world
         self.base = tuple(used) if used is not None else (0,) * len(cells)
         assert len(self.base) == len(self.cells)
-        _check_shares(shares, {c.source for c in cells})
         names = list(dict.fromkeys(c.source for c in cells))
+        assert shares.keys() == set(names) and min(shares.values()) > 0, shares  # `build_index` has checked them
         total = sum(shares[n] for n in names)
         self._sources = [_Source(shares[n] / total, n, self.cells, world) for n in names]
         self._global = [c.batch * world for c in cells]
@@ -87,25 +83,24 @@ class Schedule:
         self._weights = [c.batch * per_batch for c in cells]
 
     def loss_weight(self, cell: int) -> float:
-        """What the loss of a step of `cell` (a mean over its batch) is multiplied by, so that samples count alike.
+        """The factor on the loss of a step of `cell` (a mean over its batch) that makes all samples count alike.
 
-        Shares count samples. Let f_j be the part of all samples that cell j gives (its source's share, times
-        its part of the source's records), and B_j its batch. Then the steps of cell j are as f_j / B_j to
-        each other, and a sample of it moves the model by w_j / B_j, when w_j weighs its steps. Equal samples
-        ask for w_j = K B_j; a mean weight of 1 over the steps, which leaves the learning rate what it was, asks
-        for K sum(f_j / B_j) B_j / sum(f_j / B_j) = 1. With sum(f_j) = 1 that is
+        Shares count samples. Let f_j be the part of all samples in cell j and B_j its batch. The number of its
+        steps is proportional to f_j / B_j, and with weight w_j a sample moves the model by w_j / B_j. Equal
+        samples require w_j = K B_j; a mean weight of 1 over the steps, which keeps the meaning of the learning
+        rate, fixes K:
 
             w_c = B_c * sum over j of f_j / B_j
 
-        Two sources of share 0.5, in batches of 11 stills and of 1 clip: sum = 0.5 / 11 + 0.5 = 6 / 11, so a step
-        of stills weighs 6 and one of clips 6 / 11. Of 12 steps 1 is of stills and 11 of clips: 6 for 11 stills,
-        and 11 * 6 / 11 = 6 for 11 clips. Without weights the stills would have 1 / 12 of the say, not a half.
-        Where a kind shall count for more than its share, `model.loss_weights` multiplies these by kind.
+        Two sources of share 0.5, in batches of 11 stills and of 1 clip: the sum is 0.5 / 11 + 0.5 = 6 / 11, so
+        steps of stills weigh 6 and of clips 6 / 11. One of 12 steps is of stills: 6 for 11 stills, and 11 * 6 / 11
+        = 6 for 11 clips. Unweighted, stills would count 1 / 12 and not a half. `model.loss_weights` multiplies
+        this by kind.
         """
         return self._weights[cell]
 
     def state(self, step: int) -> tuple[int, ...]:
-        """Samples used per cell before `step`; give it to another `Schedule` as `used` to go on from there."""
+        """Samples used per cell before `step`; another `Schedule` continues from there with it as `used`."""
         return tuple(self._walk_from(step).used)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
@@ -122,9 +117,9 @@ class Schedule:
     def records(self, cell: int, positions: np.ndarray) -> np.ndarray:
         """Indices (int64, 0 <= i < records) of the cell's records at `positions` of its stream.
 
-        Every epoch visits the same random half first and the other half second, each in a new order: then two
-        visits of one record are more than half an epoch apart, and a batch that crosses the end of an epoch
-        holds no record twice (as long as it takes at most half of the records).
+        Every epoch visits the same random half first and the other half second, each in a new order. Otherwise a
+        batch that crosses the end of an epoch could hold a record twice; now it takes more than half of the
+        records.
         """
         n, key = self.cells[cell].records, self._keys[cell]
         epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), n)
@@ -138,18 +133,19 @@ class Schedule:
         return permute(out, n, np.full(out.shape, key))
 
     def rng(self, cell: int, position: int, attempt: int = 0) -> np.random.Generator:
-        """The random numbers of one visit (which part of a clip, say): the same on every machine and rank.
+        """The random numbers of one visit (such as which part of a clip), after `attempt` unreadable files.
 
-        `attempt` counts the files tried before, which could not be read.
+        Seeded by the cell and the position and not drawn from a running generator, because workers and ranks read
+        positions in any order, and a resumed run must draw what an uninterrupted one would have.
         """
         return np.random.default_rng([int(self._keys[cell]), position, attempt])
 
     def _walk_from(self, step: int) -> _Walk:
         """The schedule just before `step`: in closed form to a few steps a cell before it, then step by step.
 
-        At global time T every source has done exactly the batches that are due by then. Their number grows like
-        `rate` * T, give or take a batch per cell, so the first guess is right where the sources keep pace with
-        each other. Where they do not (`used` of other shares, or of files since added), guesses close in on it.
+        At global time T every source has done exactly the batches due by then. Their number grows like `rate` * T,
+        within a batch per cell, so the first guess is right if the sources keep pace with each other. If they do
+        not (`used` is from other shares, or files were added since), the guesses are bisected.
         """
         used, done = list(self.base), 0
         rate, slack = sum(s.rate for s in self._sources), len(self.cells) + len(self._sources)
@@ -174,7 +170,7 @@ class Schedule:
 
 
 class _Source:
-    """The cells of one source. A cell's next batch is `due` in source time, and comes at a global `time`."""
+    """The cells of one source. A cell's next batch is `due` in source time, and happens at a global `time`."""
 
     def __init__(self, share: float, name: str, cells: Sequence[Cell], world: int) -> None:
         records = sum(c.records for c in cells if c.source == name)
@@ -185,7 +181,7 @@ class _Source:
         self.rate = share * sum(1 / (self.batch[i] * self.stretch[i]) for i in self.cells)  # batches a global time
 
     def queue(self, used: Sequence[int]) -> list[tuple[float, int]]:
-        """A heap of when the next batch of each cell is due; of two at once the first cell's is ahead."""
+        """A heap of when the next batch of each cell is due; ties go to the first cell."""
         queue = [(self.due(i, used[i]), i) for i in self.cells]
         heapq.heapify(queue)
         return queue
@@ -197,11 +193,11 @@ class _Source:
         return (total + self.batch[cell] / 2) / self.share
 
     def advance(self, used: list[int], time: float) -> None:
-        """Move the source's entries of `used`, which hold the base, to its state at global `time`."""
+        """Advance the source's entries of `used` from the base to its state at global `time`."""
         base, most = [used[i] for i in self.cells], self.share * time
         limit = most - sum(self.batch.values())
         total = self._fill(used, base, limit)
-        while total > most:  # only where cells of the base run ahead, so that fewer cells make up the samples
+        while total > most:  # only if cells of the base are ahead, so that fewer cells make up the samples
             moving = sum(1 / self.stretch[i] for i, start in zip(self.cells, base) if used[i] > start)
             if not moving:
                 break
@@ -216,14 +212,14 @@ class _Source:
 
     def _fill(self, used: list[int], base: Sequence[int], limit: float) -> int:
         """Set `used` to all batches due at source time `limit`, and return their samples, base included."""
-        for i, start in zip(self.cells, base):  # a batch off by rounding does not matter: the heap mends it
+        for i, start in zip(self.cells, base):  # rounding may be off by a batch, which the heap corrects
             done = math.floor((limit / self.stretch[i] - start) / self.batch[i] - 0.5)
             used[i] = start + max(0, done) * self.batch[i]
         return sum(used[i] for i in self.cells)
 
 
 class _Walk:
-    """The schedule in motion: `used` counts samples per cell, and the heaps know what is due next."""
+    """Walks the schedule: `used` counts samples per cell, and the heaps hold what is due next."""
 
     def __init__(self, sources: Sequence[_Source], used: list[int]) -> None:
         self.used = used
@@ -236,7 +232,7 @@ class _Walk:
         heapq.heapify(self._next)
 
     def advance(self) -> Step:
-        """Do the step that is due, and return it. Of two sources that are due at once, the first."""
+        """Do the next step and return it; ties go to the first source."""
         k = self._next[0][1]
         source, queue = self._sources[k], self._queues[k]
         cell = queue[0][1]
@@ -251,8 +247,8 @@ class _Walk:
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Map `values` (int64, 0 <= v < size) through pseudo-random permutations of range(size), one key each.
 
-    A Feistel network over the next even power of two, walked until it lands below `size` (Black and Rogaway
-    2002, cycle walking): constant time and memory for any size.
+    A Feistel network over the next even power of two, repeated until it lands below `size` (cycle walking, Black
+    and Rogaway 2002): constant time and memory for any size, where a shuffled list of 100 million takes both.
     """
     if size <= 1:
         return np.zeros_like(values)
@@ -283,18 +279,3 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def _key(*parts: object) -> np.uint64:
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
-
-
-def _check_shares(shares: Mapping[str, float], sources: set[str]) -> None:
-    for name in sources:
-        if not shares.get(name, 0) > 0:
-            raise ConfigError(
-                f"data.params.sources: the share of '{name}' is {shares.get(name)!r}; give a number above 0, "
-                "or take the source out."
-            )
-    for name in shares:
-        if name not in sources:
-            raise ConfigError(
-                f"data.params.sources: '{name}' has a share but no record that fits a bucket; "
-                "check its path and data.params.buckets."
-            )

@@ -10,20 +10,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# How much larger than its target a picture stays where it is decoded at 1/2, 1/4 or 1/8 of its size: what such
-# decoding blurs then lies above what the target can show. On detailed photographs the result is 36 dB or more from
-# that of whole decoding; at 1.5 it is down to 30.
+# A picture decoded at 1/2, 1/4 or 1/8 of its size stays this many times larger than its target, so that what such
+# decoding blurs is finer than the target can show. On detailed photographs the PSNR against decoding at full size
+# is 36 dB or more; at 1.5 it is down to 30.
 _SPARE = 2.5
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Frames to `height` x `width`: of the item's `crop`, the centre of the target's proportions, resized.
+    """Frames to `height` x `width`: crops the centre in the target's proportions, and resizes it.
 
-    `crop` is (left, top, width, height) in pixels as displayed; None is the whole frame. The centre is cut out
-    first, in whole source pixels, and then resized to exactly the target's size. It differs from "resize to
-    cover, then crop" by less than one source pixel, and a panorama of extreme proportions never becomes a huge
-    intermediate image. The resize is antialiased bicubic in uint8.
+    `crop` is (left, top, width, height) in pixels as displayed; None is the whole frame. Its centre is cut out
+    first, in whole source pixels. That differs from "resize to cover, then crop" by less than one source pixel,
+    and a panorama never becomes a huge intermediate image. The resize is antialiased bicubic in uint8.
     """
 
     height: int
@@ -33,8 +32,8 @@ class Fit:
     def __call__(self, pixels: np.ndarray, shown: tuple[int, int] | None = None) -> torch.Tensor:
         """One frame, uint8 (H, W, 3), as uint8 (3, height, width), not contiguous.
 
-        `shown` is the frame's (width, height) as displayed, where that is not (W, H): pixels that are not square,
-        or a picture that was decoded at a part of its size. Raises `ValueError` for a crop outside the frame.
+        `shown` is the frame's (width, height) as displayed, if that is not (W, H): for non-square pixels, and for
+        a picture decoded at a part of its size. Raises `ValueError` for a crop outside the frame.
         """
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, pixels.shape
         left, top, width, height = self._box(*(shown or pixels.shape[1::-1]))
@@ -42,21 +41,21 @@ class Fit:
             left, width = _scaled(left, width, shown[0], pixels.shape[1])
             top, height = _scaled(top, height, shown[1], pixels.shape[0])
         box = _contiguous(pixels[top : top + height, left : left + width])
-        # A (1, 3, H, W) view of channels-last memory, its first stride too: torch resizes uint8 fastest there, in
-        # 1.0 ms a 720p frame (1.5 with another first stride, 2.2 in planes, 30 in float32).
+        # torch resizes uint8 fastest in a (1, 3, H, W) view of channels-last memory, first stride included: 1.0 ms
+        # a 720p frame (1.5 with another first stride, 2.2 in planes, 30 in float32).
         frame = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
         if (height, width) != (self.height, self.width):
             frame = F.interpolate(frame, size=(self.height, self.width), mode="bicubic", antialias=True)
         return frame[0].clone() if frame.data_ptr() == box.ctypes.data else frame[0]
 
     def least(self, width: int, height: int) -> tuple[int, int] | None:
-        """How small (width, height) a picture of this size may be decoded, None where only whole will do.
+        """The smallest (width, height) at which a picture of this size may be decoded; None: at full size.
 
-        Scaled decoding costs sharpness where it leaves less than `_SPARE` times the target's size.
+        Below `_SPARE` times the target's size, scaled decoding costs sharpness.
         """
         try:
             _, _, box_width, box_height = self._box(width, height)
-        except ValueError:  # for the call that fits it to say
+        except ValueError:  # which the call that resizes it will raise again
             return None
         ratio = min(box_width / self.width, box_height / self.height)
         if ratio < 2 * _SPARE:
@@ -64,7 +63,7 @@ class Fit:
         return math.ceil(width * _SPARE / ratio), math.ceil(height * _SPARE / ratio)
 
     def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Left, top, width and height of what is cut out of a frame of this size as displayed."""
+        """Left, top, width and height of what is cut from a frame of this displayed size."""
         left, top, crop_width, crop_height = self.crop or (0, 0, width, height)
         if min(left, top) < 0 or left + crop_width > width or top + crop_height > height:
             crop = [left, top, crop_width, crop_height]
@@ -73,11 +72,11 @@ class Fit:
         return left + inner_left, top + inner_top, box_width, box_height
 
 
-_scratch = threading.local()  # one frame a thread: a new one each time costs as much as what is copied into it
+_scratch = threading.local()  # one frame a thread, as allocating each costs as much as copying into it
 
 
 def _contiguous(pixels: np.ndarray) -> np.ndarray:
-    """The same pixels in one piece of memory, until the next call in this thread."""
+    """The pixels in contiguous memory, which the next call in this thread reuses."""
     if pixels.flags.c_contiguous and pixels.flags.writeable:
         return pixels
     memory = getattr(_scratch, "memory", None)
@@ -101,7 +100,7 @@ def _centre(width: int, height: int, to_width: int, to_height: int) -> tuple[int
 
 
 def _scaled(start: int, length: int, shown: int, stored: int) -> tuple[int, int]:
-    """A stretch of pixels as displayed, in pixels as stored; one at least.
+    """A range of displayed pixels as stored pixels, at least one.
 
     >>> _scaled(150, 1620, 1920, 1440)
     (113, 1215)

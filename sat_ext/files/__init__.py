@@ -1,12 +1,11 @@
-"""Where bytes are, said by one string everywhere in the package:
+"""Opens media wherever they are. One string says where, everywhere in the package:
 
 - `clips/a.mp4`: a local file;
 - `s3://bucket/a.mp4`, `https://host/a.mp4`, or any other URL of fsspec;
-- `0007.tar#MEMBER@OFFSET+SIZE`: a tar's member, whose data starts at that byte; the tar a file or a URL;
+- `0007.tar#MEMBER@OFFSET+SIZE`: a tar's member, whose data starts at that byte;
 - `rows.parquet#COLUMN@ROW.jpg`: a cell of a Parquet file that holds a whole file, here a JPEG.
 
-URLs are read by ranges: a little at first, and more and more as long as the reading goes on in order. File systems
-are fsspec's, made in the process that uses them.
+Tars and Parquet files may be URLs, too.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ __all__ = [
     "suffix_of",
 ]
 
-# Parquet files that stay open in a process. Each may hold a page, which for large files is a row group's column.
+# Parquet files that stay open in a process. Each may hold a page: with large cells, a row group's column.
 _OPEN_TABLES = 2
 
 
 def size_of(path: str) -> int:
-    """Its size in bytes. Raises `MediaError` for what is missing, no regular file, or empty."""
+    """Size in bytes. Raises `MediaError` for what is missing, no regular file, or empty."""
     inside = inside_of(path)
     if isinstance(inside, TarMember):
         size = inside.size
@@ -71,25 +70,26 @@ def size_of(path: str) -> int:
 
 
 def fingerprint(path: str) -> str:
-    """What changes when the file does, without reading it: size and time, for URLs what their server tells.
+    """Changes when the file does, without reading it: size and time, for URLs what their server reports.
 
-    Of members and cells, their container's. Raises `MediaError`.
+    For members and cells, their container's. Raises `MediaError`.
     """
     path = container_of(path)
     if not is_url(path):
         status = _stat(path)
         return f"{status.st_size}-{status.st_mtime_ns}"
     info = info_of(path)
-    told = ("ETag", "etag", "sha256", "md5Hash", "LastModified", "Last-Modified", "mtime", "updated", "created")
-    return "-".join(str(info[key]) for key in ("size", *told) if info.get(key) is not None)
+    times = ("LastModified", "Last-Modified", "mtime", "updated", "created")
+    keys = ("size", "ETag", "etag", "sha256", "md5Hash", *times)
+    return "-".join(str(info[key]) for key in keys if info.get(key) is not None)
 
 
 def require_unchanged(path: str, known: str, since: float) -> None:
-    """Raise `MediaError` where `path`, or its container, is not the file that had the fingerprint `known` at
-    `since` (seconds of `time.time`).
+    """Raise `MediaError` unless `path`, or its container, is the file that had the fingerprint `known` at `since`
+    (seconds of `time.time`).
 
-    A local file may have another time of change and still be the same: a machine of a cluster may have a copy of
-    its own. It is the same where it has its size, and nothing has changed it, or put it there, since then.
+    Each machine of a cluster may have its own copy of a local file, with another modification time. So a file of
+    the same size counts as the same unless it was changed, or put there, after `since`.
     """
     if (now := fingerprint(path)) == known:
         return
@@ -104,18 +104,15 @@ def require_unchanged(path: str, known: str, since: float) -> None:
 def open_binary(path: str) -> BinaryIO:
     """`path` for reading, seekable; the caller closes it.
 
-    Raises `MediaError` when it is missing, empty or cannot be read, also from the file's own methods where a
-    URL is behind it; `ConfigError` for a kind of URL that no installed package reads.
+    Raises `MediaError` if it is missing, empty or cannot be read, for URLs also from the file's own methods;
+    `ConfigError` for a kind of URL that no installed package reads.
     """
     inside = inside_of(path)
     if isinstance(inside, ParquetCell):
         return io.BytesIO(_read_cell(path, inside))
-    if inside is None and not is_url(path):
-        size_of(path)
-        return io.BufferedReader(_open_local(path, path))
     container = inside.container if inside else path
-    if isinstance(inside, TarMember):
-        size_of(path)
+    if inside or not is_url(path):
+        size_of(path)  # raises if it is empty, which `RemoteFile` does by itself
     whole = RemoteFile(container, path) if is_url(container) else _open_local(container, path)
     return io.BufferedReader(whole if inside is None else MemberFile(whole, path, inside))
 
@@ -140,7 +137,7 @@ def _stat(path: str, named: str | None = None) -> os.stat_result:
 
 def _read_cell(path: str, cell: ParquetCell) -> bytes:
     try:
-        # By process, as open files and locks must not be taken over by forked workers.
+        # By process, because forked workers must not share open files and locks.
         data = _open_cells(os.getpid(), cell.container, cell.column).read(cell.row)
     except MediaError as error:
         raise MediaError(path, error.reason) from error

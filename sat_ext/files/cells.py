@@ -11,7 +11,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Bytes that are read at a time, and of cells that were passed on the way to a wanted one and are kept.
+# Bytes read at a time, and bytes kept of cells that were read on the way to another.
 _READ_BYTES = 256 << 10
 _PASSED_BYTES = 16 << 20
 
@@ -19,9 +19,9 @@ _PASSED_BYTES = 16 << 20
 class Cells:
     """One column of files in a Parquet table.
 
-    Parquet is read forwards from the start of a row group. Cells on the way are decoded one by one and kept up
-    to a limit, so that reading them in order costs one pass, and any other order at most a row group a cell.
-    What is held is a page of the file; writers that flush one for each row group make that a row group's column.
+    Parquet is read forwards from the start of a row group. Cells on the way are kept up to a limit, so that
+    reading in order costs one pass, and any other order at most a row group a cell. A page is held in memory,
+    which is a row group's column if the writer made one page of it.
     """
 
     def __init__(self, file: BinaryIO, column: str) -> None:
@@ -39,7 +39,7 @@ class Cells:
         self._passed_bytes = 0
 
     def read(self, row: int) -> bytes | None:
-        """The cell in `row`, counted from 0. Raises `IndexError` behind the last one, and what Arrow raises."""
+        """The cell in `row`, counted from 0. Raises `IndexError` after the last one, and what Arrow raises."""
         if row >= self._starts[-1]:
             raise IndexError(f"row {row} of a table of {self._starts[-1]} rows")
         with self._lock:

@@ -1,4 +1,4 @@
-"""The strings that say where bytes are, taken apart and put together. Pure."""
+"""Builds and parses the strings that say where bytes are. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-# The container ends at its first ".tar#", so that no member's name can point to another file.
+# The container ends at the first ".tar#", so that no member's name can point to another file.
 _MEMBER = re.compile(r"(.+?\.tar(?:\?[^#]*)?)#(.+)@([0-9]+)\+([0-9]+)", re.DOTALL | re.IGNORECASE)
 _CELL = re.compile(r"(.+?\.parquet(?:\?[^#]*)?)#(.+)@([0-9]+)(\.[a-z0-9]+)", re.DOTALL | re.IGNORECASE)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters or more: C:// is a drive
@@ -39,7 +39,7 @@ def member_location(tar: str, name: str, offset: int, size: int) -> str:
 
 
 def cell_location(table: str, column: str, row: int, suffix: str) -> str:
-    """The location of a file that lies in a Parquet table; `suffix` (.jpg) tells what it is."""
+    """The location of a file in a Parquet table's cell; `suffix` (.jpg) is the file's."""
     return f"{table}#{column}@{row}{suffix}"
 
 
@@ -55,13 +55,13 @@ def inside_of(path: str) -> TarMember | ParquetCell | None:
 
 
 def container_of(path: str) -> str:
-    """The file or URL that holds `path`: of a member or a cell its container, of others themselves."""
+    """The file or URL that holds `path`: a member's or cell's container, else `path` itself."""
     inside = inside_of(path)
     return inside.container if inside else path
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec reads it; also true of members and cells of containers behind a URL."""
+    """Whether fsspec reads it, also for members and cells of containers behind a URL."""
     return _URL.match(path) is not None
 
 

@@ -1,4 +1,4 @@
-"""Seekable files over bytes that lie elsewhere: the base of URLs and of tar members."""
+"""Seekable files over bytes elsewhere: the base of remote files and of tar members."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sat_ext.files.locations import TarMember
 
 
 class RangedFile(io.RawIOBase):
-    """`size` bytes that `read_at` fetches from any place. `name` is for FFmpeg, which looks at its extension."""
+    """`size` bytes, fetched by `read_at`. FFmpeg looks at the suffix of `name`."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name, self.size = name, size
         self._position = 0
 
     def read_at(self, position: int, buffer: memoryview) -> int:
-        """Fill the start of `buffer` with what lies at `position`; how many bytes, at least 1."""
+        """Read from `position` into the start of `buffer`; returns the number of bytes, at least 1."""
         raise NotImplementedError
 
     def readable(self) -> bool:
@@ -30,7 +30,7 @@ class RangedFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of any file; places behind the end are allowed, and empty."""
+        """As in any file; positions after the end are allowed."""
         self._position = max(0, offset + (0, self._position, self.size)[whence])
         return self._position
 
@@ -39,7 +39,7 @@ class RangedFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """As of any raw file: how many bytes were read, 0 at the end."""
+        """As in any raw file: the number of bytes read, 0 at the end."""
         count = min(len(buffer), self.size - self._position)
         if count <= 0:
             return 0
@@ -49,14 +49,14 @@ class RangedFile(io.RawIOBase):
 
 
 class MemberFile(RangedFile):
-    """A tar's member, out of the whole tar, which it closes. `path` is named in errors."""
+    """A tar's member in the `whole` tar, which it closes. Errors name `path`."""
 
     def __init__(self, whole: io.FileIO | RangedFile, path: str, member: TarMember) -> None:
         super().__init__(member.name, member.size)
         self._whole, self._path, self._offset = whole, path, member.offset
 
     def read_at(self, position: int, buffer: memoryview) -> int:
-        """Raises `MediaError` where the tar ends too early."""
+        """Raises `MediaError` if the tar ends too early."""
         self._whole.seek(self._offset + position)
         count = self._whole.readinto(buffer)
         if not count:

@@ -15,19 +15,19 @@ import fsspec
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files.ranges import RangedFile
 
-# Bytes of a range request: the first one, which is to hold a header, and the largest.
+# Bytes of a range request: the first, enough for a header, and the largest.
 _FIRST_READ = 32 << 10
 _LARGEST_READ = 4 << 20
 
-# Seconds without an answer after which a server is given up, and of a request in all.
+# Seconds until a silent server is given up, and for a whole request.
 _CONNECT_TIMEOUT, _READ_TIMEOUT, _REQUEST_TIMEOUT = 20.0, 30.0, 120.0
 _ATTEMPTS = 3
 
-_NO_RANGES = "its server does not answer range requests; copy it to a disk, or serve it by one that does"
+_NO_RANGES = "its server does not answer range requests; copy it to a disk, or use one that does"
 _EXTRAS = {"s3": "sat_ext[s3]", "s3a": "sat_ext[s3]", "http": "sat_ext[http]", "https": "sat_ext[http]"}
 
-# Every file system that was made, by process, and never dropped: were a forked worker to drop those that it takes
-# over, closing their connections would strike them from the list (epoll) on which its parent still waits for them.
+# Every file system, by process, never dropped: if a forked worker dropped those that it inherited, closing their
+# connections would remove them from the epoll set on which the parent still waits.
 _kept: dict[tuple[int, int], Any] = {}
 
 
@@ -35,7 +35,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for `url`, and the path in it. Raises `ConfigError` where no package reads it."""
     protocol = url.partition("://")[0]
     try:
-        if "::" in url:  # a name, which fsspec would cut there, and open what it says behind it
+        if "::" in url:  # part of a name, which fsspec would take for a chain and open what follows it
             maker = fsspec.get_filesystem_class(protocol)
             fs = maker(**{**maker._get_kwargs_from_urls(url), **_timeouts(protocol)})
             path = maker._strip_protocol(url)
@@ -44,7 +44,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         package = _EXTRAS.get(protocol, "the package that it names")
         raise ConfigError(f"{url}: {protocol}:// cannot be read ({error}); pip install {package}.") from error
-    except Exception as error:  # each file system of fsspec has errors of its own
+    except Exception as error:  # each of fsspec's file systems has its own errors
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
             raise ConfigError(f"{url}: {protocol}:// is no kind of URL that fsspec reads; check it.") from error
         why = (str(error).splitlines() or [type(error).__name__])[0]
@@ -54,7 +54,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def _timeouts(protocol: str) -> dict[str, Any]:
-    """Options against servers that never answer; fsspec's own configuration files win."""
+    """Timeouts for servers that never answer; fsspec's own configuration files win."""
     if protocol in ("http", "https"):
         import aiohttp
 
@@ -69,21 +69,21 @@ def _timeouts(protocol: str) -> dict[str, Any]:
 
 
 def info_of(url: str) -> dict[str, Any]:
-    """What the file system tells of a file without reading it. Raises `MediaError`."""
+    """What the file system reports about a file without reading it. Raises `MediaError`."""
     fs, path = filesystem(url)
     try:
         return dict(fs.info(path))
-    except Exception as error:  # each file system of fsspec has errors of its own
+    except Exception as error:  # each of fsspec's file systems has its own errors
         raise MediaError(url, reason_of(error)) from error
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a file cannot be read, in words that do not depend on the file system."""
+    """Why a file cannot be read, in words independent of the file system."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause and getattr(cause, "status", 404) != 404:
         return f"its server refuses it with status {cause.status}"  # type: ignore[attr-defined]
     if isinstance(error, FileNotFoundError) and cause and not hasattr(cause, "status"):
-        return reason_of(cause)  # fsspec's HTTP takes a dead server for a missing file
+        return reason_of(cause)  # fsspec's HTTP reports a dead server as a missing file
     if isinstance(error, (FileNotFoundError, NotADirectoryError)) or "null byte" in str(error):
         return "no such file"
     if isinstance(error, PermissionError):
@@ -96,11 +96,11 @@ def reason_of(error: BaseException) -> str:
 
 
 class RemoteFile(RangedFile):
-    """A file behind a URL; `path` is named in errors.
+    """A file behind a URL; errors name `path`.
 
-    One range of it is held. Each range that follows the last one, or starts a little after it, is twice as
-    long: a header costs little, and reading on costs few requests. Raises `MediaError` at once where it is
-    missing or empty, or its server knows no ranges.
+    It holds one range. Each range that follows the last one, or starts a little after it, is twice as long: a
+    header costs little, and sequential reading few requests. Raises `MediaError` at once if the file is missing or
+    empty, or its server does not support ranges.
     """
 
     def __init__(self, url: str, path: str) -> None:
@@ -109,10 +109,10 @@ class RemoteFile(RangedFile):
         fs, inner = filesystem(url)
         try:
             self._file = fs.open(inner, "rb", block_size=_FIRST_READ, cache_type="none")
-        except Exception as error:  # each file system of fsspec has errors of its own
+        except Exception as error:  # each of fsspec's file systems has its own errors
             raise MediaError(path, reason_of(error)) from error
         size = getattr(self._file, "size", None)
-        if size is None:  # fsspec would stream it, and cannot seek
+        if size is None:  # fsspec would stream it, without seeking
             raise MediaError(path, _NO_RANGES)
         if size == 0:
             raise MediaError(path, "the file is empty (0 bytes)")
@@ -121,7 +121,7 @@ class RemoteFile(RangedFile):
         self._ahead = _FIRST_READ // 2
 
     def read_at(self, position: int, buffer: memoryview) -> int:
-        """Raises `MediaError` for what the server or the connection does wrong."""
+        """Raises `MediaError` if the server or the connection fails."""
         at = position - self._held_at
         if not 0 <= at < len(self._held):
             gap = at - len(self._held)
@@ -140,8 +140,8 @@ class RemoteFile(RangedFile):
                 data = self._file.read(min(length, self.size - start))
                 break
             except Exception as error:
-                lasting = isinstance(error, (TimeoutError, ValueError, FileNotFoundError, PermissionError))
-                if lasting or attempt == _ATTEMPTS:
+                is_final = isinstance(error, (TimeoutError, ValueError, FileNotFoundError, PermissionError))
+                if is_final or attempt == _ATTEMPTS:
                     raise MediaError(self._path, reason_of(error)) from error
                 time.sleep(0.2 * attempt)
         if not data:
@@ -149,7 +149,7 @@ class RemoteFile(RangedFile):
         return data
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         if self._file is not None:
             self._file.close()
         super().close()

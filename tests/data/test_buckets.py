@@ -240,14 +240,6 @@ def test_assign_gives_one_of_the_buckets_or_a_reason(made, width, height, availa
     assert shuffled == result
 
 
-def test_an_unknown_policy_is_named_with_all_there_are():
-    with pytest.raises(ConfigError) as error:
-        assign(media(), make_buckets(BucketConfig(), VIDEO_SIZE, 49), available=9, still=False, short="pad")
-    assert str(error.value) == (
-        "short_clips: 'pad' is not known; use one of shorter_bucket, loop, pad_last, drop."
-    )
-
-
 def test_there_is_a_rule_for_every_policy():
     assert set(buckets._LENGTHS) == set(SHORT_CLIPS)
 

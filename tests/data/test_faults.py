@@ -64,7 +64,7 @@ def test_past_the_budget_the_error_has_the_list_the_reasons_and_the_remedy() -> 
         found.add(3, bad(3, "truncated at byte 5 of 30"))
     assert str(caught.value) == (
         "3 files could not be read, 2 in a row, more than data.params.on_bad_sample allows (skip 2, "
-        "consecutive 20), 2 truncated at byte .. of .., 1 no such file; mend or remove them: clips/1.mp4: "
+        "consecutive 20), 2 truncated at byte .. of .., 1 no such file; fix or remove them: clips/1.mp4: "
         "no such file; clips/2.mp4: truncated at byte 10 of 20; clips/3.mp4: truncated at byte 5 of 30"
     )
 
@@ -129,7 +129,7 @@ def test_a_bucket_without_a_readable_file_is_named() -> None:
     found.add(4, bad(4))
     with pytest.raises(
         DataError,
-        match=r"^source 'clips': no file of bucket 9x64x64 can be read, clips/3\.mp4 for one \(no such file\); ",
+        match=r"^source 'clips': no file of bucket 9x64x64 can be read, such as clips/3\.mp4 \(no such file\); ",
     ):
         found.require_another(rows, "clips", bucket)
 

@@ -98,7 +98,7 @@ def test_a_file_that_takes_too_long_is_given_up_and_the_process_replaced() -> No
         ("segv", None, "was ended by SIGSEGV"),
         ("signal", signal.SIGABRT, "was ended by SIGABRT"),
         ("signal", signal.SIGALRM, "was ended by SIGALRM"),  # its own; the time limit of these tests uses it too
-        ("signal", signal.SIGKILL, "was ended by SIGKILL, perhaps by the kernel for want of memory"),
+        ("signal", signal.SIGKILL, "was ended by SIGKILL, perhaps by the kernel for lack of memory"),
         ("exit", 3, "ended with exit code 3"),
     ],
 )

@@ -106,14 +106,14 @@ def test_a_part_outside_its_file_is_bad_and_its_file_is_not(media: Path, caplog:
         index = build_index([write_table(media, rows)], config())
     path = str(media / "long.mp4")
     assert index.bad == (
-        (path, "its part from 7 s to its end is outside its 5.000 s; mend start and end"),
+        (path, "its part from 7 s to its end is outside its 5.000 s; fix start and end"),
         (
             path,
-            "its crop [64, 0, 96, 96] (left, top, width, height) is outside its 128x96 pixels; mend the crop",
+            "its crop [64, 0, 96, 96] (left, top, width, height) is outside its 128x96 pixels; fix the crop",
         ),
     )
     assert index.table.num_rows == 1
-    assert f"left out, mend or remove it: {path}: its part from 7 s" in caplog.text
+    assert f"left out, fix or remove it: {path}: its part from 7 s" in caplog.text
     with pytest.raises(DataError, match=r"^2 files cannot be read, more than .*skip \(1\) allows: .*long\.mp4 \("):
         build_index([write_table(media, rows)], config(on_bad_sample={"skip": 1}))
 
@@ -231,7 +231,7 @@ def test_a_source_without_a_usable_record_is_named(media: Path) -> None:
     source = write_table(media, [{"path": "still.png", "caption": "s"}])
     message = (
         r"^source 'rows' \(.*rows\.jsonl\): not one record can be used: .*still\.png \(a still, but no bucket has "
-        r"1 frame\); mend the files, or change data\.params\.buckets\.$"
+        r"1 frame\); fix the files, or change data\.params\.buckets\.$"
     )
     with pytest.raises(DataError, match=message):
         build_index([source], config(buckets={"frames": [9]}))
@@ -239,7 +239,7 @@ def test_a_source_without_a_usable_record_is_named(media: Path) -> None:
 
 def test_a_name_that_is_not_utf8_is_refused() -> None:
     items = [Item(path="clips/caf\udce9.mp4", key="k", captions=("c",))]
-    with pytest.raises(DataError, match=r"^'clips/caf.udce9\.mp4': not valid UTF-8; rename the file, or mend its"):
+    with pytest.raises(DataError, match=r"^'clips/caf.udce9\.mp4': not valid UTF-8; rename the file, or fix its"):
         list(item_batches(items))
 
 

@@ -224,9 +224,9 @@ def test_a_bad_file_is_remembered_until_it_or_the_libraries_change(
     monkeypatch.setattr(probe_cache, "image_formats", lambda: (*formats, "OF A PACKAGE INSTALLED SINCE"))
     assert build(folder)[1] == 1
     write_still(folder / "3.png")
-    mended, probed = build(folder)
+    fixed, probed = build(folder)
     assert probed == 1
-    assert not mended.bad
+    assert not fixed.bad
 
 
 def test_a_missing_file_is_bad_and_not_remembered(tmp_path: Path, cache_folder: Path) -> None:

@@ -72,11 +72,11 @@ def test_the_batch_is_by_cost_where_nothing_is_said():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"skip": -1}, "data.params.on_bad_sample.skip: -1 files; give 0 or more."),
-        ({"consecutive": -1}, "data.params.on_bad_sample.consecutive: -1 files; give 0 or more."),
+        ({"skip": -1}, "data.params.on_bad_sample.skip: -1 files; use 0 or more."),
+        ({"consecutive": -1}, "data.params.on_bad_sample.consecutive: -1 files; use 0 or more."),
         (
             {"timeout": float("inf")},
-            "data.params.on_bad_sample.timeout: inf seconds; give more than 0 (60 is the default) and at most "
+            "data.params.on_bad_sample.timeout: inf seconds; use more than 0 (60 is the default) and at most "
             "86400, a day.",
         ),
     ],
@@ -87,4 +87,4 @@ def test_a_budget_of_faults_that_cannot_be_is_refused(budget, message):
 
 @pytest.mark.parametrize("frames", [-1.0, float("nan"), float("inf")])
 def test_frames_to_skip_that_are_no_number_are_refused(frames):
-    assert refusal(skip_frms_num=frames) == f"data.params.skip_frms_num: {frames} frames; give 0 or more."
+    assert refusal(skip_frms_num=frames) == f"data.params.skip_frms_num: {frames} frames; use 0 or more."

@@ -56,12 +56,12 @@ def test_a_still_has_no_times() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"start": 10.0}, r"its part from 10 s to its end is outside its 10\.000 s; mend start and end"),
+        ({"start": 10.0}, r"its part from 10 s to its end is outside its 10\.000 s; fix start and end"),
         ({"start": -1.0}, r"its part from -1 s to its end is outside"),
         ({"start": 3.0, "end": 2.0}, r"its part from 3 s to 2 s is outside its 10\.000 s"),
         ({"crop": (1, 0, 1280, 720)}, r"its crop \[1, 0, 1280, 720\] \(left, top, width, height\) is outside its"),
-        ({"crop": (0, 0, 0, 720)}, r".* is outside its 1280x720 pixels; mend the crop"),
-        ({"crop": (-1, 0, 10, 10)}, r".* is outside its 1280x720 pixels; mend the crop"),
+        ({"crop": (0, 0, 0, 720)}, r".* is outside its 1280x720 pixels; fix the crop"),
+        ({"crop": (-1, 0, 10, 10)}, r".* is outside its 1280x720 pixels; fix the crop"),
     ],
 )
 def test_a_part_outside_its_file_is_named(changes: dict[str, Any], reason: str) -> None:

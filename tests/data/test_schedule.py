@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sat_ext.data.schedule import Cell, Schedule, Step, permute
-from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
 Plan = tuple[list[Cell], dict[str, float]]
@@ -196,11 +195,3 @@ def test_epochs_and_seeds_differ_in_order() -> None:
     assert (first == second).mean() < 0.02
     assert (first == two.records(0, np.arange(1000))).mean() < 0.02
     assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.1
-
-
-def test_a_share_without_records_or_records_without_a_share_is_an_error() -> None:
-    cells = [cell("clips", 17, 3, 1)]
-    with pytest.raises(ConfigError, match="share of 'clips' is 0; give a number above 0"):
-        Schedule(cells, {"clips": 0}, seed=0, world=1)
-    with pytest.raises(ConfigError, match="'stills' has a share but no record that fits a bucket"):
-        Schedule(cells, {"clips": 1.0, "stills": 1.0}, seed=0, world=1)

@@ -331,7 +331,7 @@ def test_a_missing_column_names_those_there_are_and_those_accepted(tmp_path):
             "path,caption\na.mp4,a cat, a mat\n",
             r"line 2: 3 cells under 2 columns; put quotes around",
         ),
-        ("a.csv", 'path,caption\na.mp4,"a cat\n', r"not CSV \(.*\); mend the quotes"),
+        ("a.csv", 'path,caption\na.mp4,"a cat\n', r"not CSV \(.*\); fix the quotes"),
     ],
 )
 def test_a_table_that_cannot_be_used_says_where_and_why(tmp_path, name, text, message):

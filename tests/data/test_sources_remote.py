@@ -18,7 +18,7 @@ from PIL import Image
 from sat_ext.data.decode import read_still
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import read_source
-from sat_ext.data.sources.listing import resolve
+from sat_ext.data.sources.reach import Reach, resolve
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import open_binary
 from sat_ext.types import Item
@@ -179,7 +179,7 @@ def test_names_that_mean_something_to_fsspec_are_names_on_s3(tmp_path, monkeypat
     ],
 )
 def test_dots_in_a_table_behind_a_url_mean_folders(base, file, found):
-    assert resolve(base, file, "line 1") == found
+    assert resolve(base, file, "line 1", Reach()) == found
 
 
 def test_a_server_that_is_not_there_is_told_from_an_empty_folder():

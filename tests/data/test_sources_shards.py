@@ -176,7 +176,7 @@ def test_a_tar_that_was_cut_gives_what_is_whole(tmp_path, caplog):
 
 def test_what_is_no_tar_says_so(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"nothing like a tar" * 100)
-    with pytest.raises(DataError, match=r"a\.tar: not a readable tar \(.*\); write it anew"):
+    with pytest.raises(DataError, match=r"a\.tar: not a readable tar \(.*\); write it again"):
         read_source(str(tmp_path / "a.tar"))
     with tarfile.open(tmp_path / "b.tar", "w:gz") as archive:
         archive.add(tmp_path / "a.tar")
@@ -229,7 +229,7 @@ def test_a_tar_is_read_up_to_a_header_that_makes_no_sense(tmp_path, caplog, what
     assert [i.key for i in read_source(str(tmp_path / "0.tar"))] == ["0.tar/a"]
     assert "damaged tars, read up to the damage" in caplog.text
     (tmp_path / "1.tar").write_bytes(MALFORMED[what] + bytes(1024))
-    with pytest.raises(DataError, match=r"1\.tar: not a readable tar \(.*\); write it anew"):
+    with pytest.raises(DataError, match=r"1\.tar: not a readable tar \(.*\); write it again"):
         read_source(str(tmp_path / "1.tar"))
 
 

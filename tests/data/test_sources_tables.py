@@ -105,7 +105,7 @@ def test_a_caption_in_a_csv_may_look_like_a_list(tmp_path):
         ({"start": "soon"}, r"'start' is 'soon'; it must be seconds"),
         ({"end": 0}, r"'end' is 0; it must be seconds above 0"),
         ({"end": True}, r"'end' is True; it must be seconds above 0"),
-        ({"start": 5, "end": 5}, r"'end' is 5\.0 s, not after its 'start' at 5\.0 s; swap or mend them"),
+        ({"start": 5, "end": 5}, r"'end' is 5\.0 s, not after its 'start' at 5\.0 s; swap or fix them"),
         ({"fps": 0}, r"'fps' is 0; it must be frames a second above 0"),
         ({"weight": -2}, r"'weight' is -2; it must be 0 or more"),
         ({"weight": 1e999}, r"'weight' is inf; it must be 0 or more"),
@@ -192,7 +192,7 @@ def test_listing_a_table_does_not_read_the_files_in_it(tmp_path):
     table = pa.table({"jpg": column, "caption": ["x"] * 60})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=60, use_dictionary=False, write_batch_size=1)
     del column, table
-    default, pool = pa.default_memory_pool(), pa.system_memory_pool()  # another pool, as its peak is counted anew
+    default, pool = pa.default_memory_pool(), pa.system_memory_pool()  # another pool, as its peak is counted again
     pa.set_memory_pool(pool)
     try:
         assert len(read_source(str(tmp_path / "t.parquet"))) == 60
@@ -204,7 +204,7 @@ def test_listing_a_table_does_not_read_the_files_in_it(tmp_path):
 def test_a_parquet_file_that_cannot_be_used_says_why(tmp_path):
     path = tmp_path / "t.parquet"
     path.write_bytes(b"PAR1 but not really PAR1")
-    with pytest.raises(DataError, match=r"t\.parquet: not a readable Parquet file \(.*\); write it anew"):
+    with pytest.raises(DataError, match=r"t\.parquet: not a readable Parquet file \(.*\); write it again"):
         read_source(str(path))
     pq.write_table(pa.table({"path": ["a.mp4"]}), path)
     with pytest.raises(DataError, match=r"no caption column among 'path'; name one of them 'caption'"):

@@ -86,7 +86,7 @@ def test_unreadable_files_are_left_out_and_named(demo: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         index = build_index([SourceConfig(path=str(demo))], config())
     assert {path for path, _ in index.bad} == {str(still), str(clip)}
-    assert f"left out, mend or remove it: {still}: the file is empty (0 bytes)" in caplog.text
+    assert f"left out, fix or remove it: {still}: the file is empty (0 bytes)" in caplog.text
     assert "2 unreadable" in index.summary()
 
 
@@ -198,9 +198,7 @@ def test_one_bad_file_alone_in_its_bucket_is_named(demo: Path) -> None:
     (other / "a.txt").write_text("a shape")
     index = build_index([SourceConfig(path=str(other))], data)
     (other / "a.mp4").write_bytes(b"gone")
-    with pytest.raises(
-        DataError, match=r"source 'alone': no file of bucket 9x64x64 can be read, .*mend or remove"
-    ):
+    with pytest.raises(DataError, match=r"source 'alone': no file of bucket 9x64x64 can be read, .*fix or remove"):
         next(stream_of(index, data).batches(start=0, rank=0))
 
 
@@ -268,7 +266,7 @@ def test_sources_that_cannot_be_told_apart_or_mixed_are_refused(
     [
         ({"batch": {9: 0}}, r"data\.params\.batch: .* write \{cost: auto\}"),
         ({"batch": {"cost": "free"}}, r"data\.params\.batch"),
-        ({"fps": 0}, r"data\.params\.fps: 0 frames a second; give 1 or more"),
+        ({"fps": 0}, r"data\.params\.fps: 0 frames a second; use 1 or more"),
         ({"decoder": "decor"}, r"data\.params\.decoder: 'decor' is not one of .*did you mean 'decord'"),
         (
             {"buckets": {"sizes": {"aera": 4096}}},

@@ -202,7 +202,7 @@ def test_a_spent_budget_ends_the_loader_with_the_list(demo: Path, tmp_path: Path
     for clip in folder.glob("videos/*.mp4"):
         clip.unlink()
     with pytest.raises(
-        DataError, match=r"files could not be read.*skip 3.* no such file; mend or remove them: .*mp4"
+        DataError, match=r"files could not be read.*skip 3.* no such file; fix or remove them: .*mp4"
     ):
         load_batches(stream, 2, 4)
 
@@ -231,5 +231,5 @@ def resident_memory(stream: JointStream) -> int:
 
 
 def test_the_time_out_must_be_positive() -> None:
-    with pytest.raises(ConfigError, match=r"data\.params\.on_bad_sample\.timeout: 0\.0 seconds; give more than 0"):
+    with pytest.raises(ConfigError, match=r"data\.params\.on_bad_sample\.timeout: 0\.0 seconds; use more than 0"):
         load(DataConfig, {"video_size": [64, 64], "on_bad_sample": {"timeout": 0.0}}, "data.params")

@@ -1,8 +1,8 @@
 """Which moments of a clip to show: samplers by name. Pure arithmetic in seconds, no media.
 
-Time 0 is the start of the file's first frame; for a time t a decoder shows the last frame that starts at or
-before t + `TIME_TOLERANCE`. Times, unlike frame numbers, keep the speed right at every frame rate, constant
-or not: a 25 fps clip shown at 8 fps takes frames 0, 3, 6, 9, 12, 15, 18, 21, 25, and lasts as long as it did.
+Time 0 is the start of the file's first frame; at time t a decoder shows the last frame that starts at or before
+t + `TIME_TOLERANCE`. Unlike frame numbers, times keep the speed right at every frame rate, constant or not: a
+25 fps clip at 8 fps takes frames 0, 3, 6, 9, 12, 15, 18, 21, 25, and lasts as long as before.
 """
 
 from __future__ import annotations

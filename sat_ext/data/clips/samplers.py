@@ -21,14 +21,14 @@ from sat_ext.errors import ConfigError
 from sat_ext.types import TIME_TOLERANCE
 
 ENTRY_POINT_GROUP = "sat_ext.samplers"
-_ROUNDING = 1e-6  # frames by which arithmetic may be off: a moment on the very edge of a window lies outside
+_ROUNDING = 1e-6  # frames by which arithmetic may be off: a time on the very edge of a window is outside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """The part of the file that may be shown: `frames` source frames of `period` seconds from `start` on.
+    """The part of a file that may be shown: `frames` source frames of `period` seconds, from `start` on.
 
-    Where a sampler makes several records of one clip, this is the record `number` of `records`.
+    If a sampler makes several records of one clip, this is record `number` of `records`.
     """
 
     start: float
@@ -54,16 +54,16 @@ class Window:
     def available(self, fps: float) -> int:
         """How many frames at times k / fps a bucket may have for the window to fill it.
 
-        The last of them may lie behind the last source frame by less than 1 / fps: it shows that frame, which
-        none before it does. And it may lie at the very end of the window, so that n seconds fill n * fps + 1
-        frames at every source rate.
+        The last may come after the last source frame by less than 1 / fps, and then shows that frame, which none
+        before it does. It may also be at the very end of the window, so that n seconds fill n * fps + 1 frames at
+        every source rate.
         """
         behind = math.ceil((self.last - TIME_TOLERANCE) * fps - _ROUNDING) + 1
         at_end = math.floor((self.length + TIME_TOLERANCE) * fps) + 1 if self.length else 1
         return max(behind, at_end, self.inside(fps))
 
     def clamp(self, time: float) -> float:
-        """The time, or where it lies behind the last source frame, one at which that is on display."""
+        """The time; after the last source frame, a time at which that frame is on display."""
         return min(time, self.start + max(self.last, self.length - 2 * TIME_TOLERANCE))
 
     def run(self, first: float, frames: int, fps: float) -> list[float]:
@@ -71,7 +71,7 @@ class Window:
         return [self.start + first + k / fps for k in range(frames)]
 
     def starts(self, frames: int, fps: float) -> int:
-        """From how many of the window's source frames, counted from the first, `frames` frames can start."""
+        """The number of source frames, from the first on, at which `frames` frames can start."""
         room = self.length - (frames - 1) / fps - TIME_TOLERANCE
         return max(1, math.ceil(room / self.period - _ROUNDING)) if self.period > 0 else 1
 
@@ -83,7 +83,7 @@ Pick = Callable[[Window, int, float, np.random.Generator], Sequence[float]]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampler:
     """A registered sampler. `still`: it gives single frames. `whole`: `skip_frms_num` does not apply to it.
-    `records`: how many records it makes of a window, given frames and fps; None where that is one."""
+    `records`: how many records it makes of a window, given frames and fps; None for one."""
 
     pick: Pick
     still: bool = False
@@ -101,12 +101,12 @@ def register_sampler(
     whole: bool = False,
     records: Callable[[Window, int, float], int] | None = None,
 ) -> Callable[[Pick], Pick]:
-    """Decorator: call a function a sampler; the arguments are `Sampler`'s.
+    """Decorator: register a function as a sampler; the arguments are `Sampler`'s.
 
-    The function gets a window, the number of frames (never more than the window gives), frames a second and
-    random numbers, and returns as many times in seconds, rising, from the window's start to its end (or to
-    start + (frames - 1) / fps, where that is later). The decorator must run before
-    the YAML is read; where data workers are spawned instead of forked, use the entry point.
+    The function gets a window, the number of frames (never more than the window gives), frames a second and a
+    random generator, and returns that many rising times in seconds, from the window's start to its end (or to
+    start + (frames - 1) / fps, if that is later). The decorator must run before the YAML is read; if data workers
+    are spawned and not forked, use the entry point.
 
     >>> @register_sampler("ending")
     ... def ending(window, frames, fps, rng):
@@ -125,21 +125,23 @@ def register_sampler(
 
 
 def find_sampler(name: str) -> Sampler:
-    """The sampler of that name, loaded from its package where an entry point has it.
+    """The sampler of that name, loaded from its package if an entry point has it.
 
-    Raises `ConfigError` for an unknown name, and where the package fails to load.
+    Raises `ConfigError` for an unknown name, and if the package fails to load.
     """
     if name in SAMPLERS:
         return SAMPLERS[name]
     points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name not in points:
-        raise unknown_name("sampler", name, (*SAMPLERS, *sorted(points)))
+        near = difflib.get_close_matches(name, (valid := (*SAMPLERS, *sorted(points))), n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ConfigError(f"sampler: '{name}' is not known; {hint}valid: {', '.join(valid)}.")
     try:
         pick = points[name].load()
     except Exception as error:  # whatever another package's import raises
         raise ConfigError(
             f"sampler: '{name}' cannot be loaded from '{points[name].value}' ({type(error).__name__}: {error}); "
-            "mend or remove that package."
+            "fix or remove that package."
         ) from error
     if name not in SAMPLERS and not callable(pick):
         raise ConfigError(
@@ -154,23 +156,16 @@ def is_still_sampler(name: str) -> bool:
     return find_sampler(name).still
 
 
-def unknown_name(what: str, name: str, valid: Sequence[str]) -> ConfigError:
-    """The error for `name`, with the nearest of the `valid` ones."""
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return ConfigError(f"{what}: '{name}' is not known; {hint}valid: {', '.join(valid)}.")
-
-
 def _windows(window: Window, frames: int, fps: float) -> int:
-    # No more than source frames: a file may say that each of them lasts for years.
+    # No more than source frames: a file may claim that each of them lasts for years.
     return max(1, min(window.inside(fps) // frames, window.frames))
 
 
 @register_sampler("random_start")
 def random_start(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """From anywhere in the clip, at its own speed: each source frame that can be the first is as likely.
+    """From anywhere in the clip, at its own speed: all source frames that can be the first are equally likely.
 
-    Of 61 frames at 30 fps, 9 at 8 fps reach 30 frames on, so that 0, 1, ... 30 can be the first; here it is 26:
+    Of 61 frames at 30 fps, 9 at 8 fps span 30 frames, so the first may be 0, 1, ... 30; here it is 26:
 
     >>> clip = Window(start=0.0, period=1 / 30, frames=61)
     >>> clip.starts(9, 8)
@@ -183,7 +178,7 @@ def random_start(window: Window, frames: int, fps: float, rng: np.random.Generat
 
 @register_sampler("start")
 def start(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """From the first frame on that trimming leaves, at the clip's own speed.
+    """From the first frame after trimming, at the clip's own speed.
 
     >>> clip = Window(start=0.1, period=1 / 30, frames=55)  # 61 frames without three at both ends
     >>> [round(t, 3) for t in start(clip, 5, 8, np.random.default_rng(0))]
@@ -196,7 +191,7 @@ def start(window: Window, frames: int, fps: float, rng: np.random.Generator) -> 
 def middle(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
     """The middle of the clip, at its own speed.
 
-    Of 61 frames at 30 fps, 9 at 8 fps take one second (30 source frames): 15 are left out at both ends.
+    Of 61 frames at 30 fps, 9 at 8 fps take one second (30 source frames), which leaves 15 at each end.
 
     >>> [round(t, 3) for t in middle(Window(start=0.0, period=1 / 30, frames=61), 9, 8, np.random.default_rng(0))]
     [0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.375, 1.5]
@@ -206,7 +201,7 @@ def middle(window: Window, frames: int, fps: float, rng: np.random.Generator) ->
 
 @register_sampler("uniform")
 def uniform(window: Window, frames: int, fps: float, rng: np.random.Generator) -> Sequence[float]:
-    """The whole clip from its first frame to its last in even steps: a long one plays faster than life.
+    """The whole clip from its first frame to its last in even steps, so that a long one plays faster.
 
     >>> uniform(Window(start=0.0, period=1 / 30, frames=61), 5, 8, np.random.default_rng(0))  # at 2 fps, not 8
     [0.0, 0.5, 1.0, 1.5, 2.0]
@@ -219,7 +214,7 @@ def uniform(window: Window, frames: int, fps: float, rng: np.random.Generator) -
 
 @register_sampler("first_frame", still=True, whole=True)
 def first_frame(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """The very first frame as a still, also where `skip_frms_num` leaves it out of clips.
+    """The very first frame as a still, even if `skip_frms_num` trims it from clips.
 
     >>> first_frame(Window(start=0.0, period=1 / 30, frames=61), 1, 8, np.random.default_rng(0))
     [0.0]
@@ -229,7 +224,7 @@ def first_frame(window: Window, frames: int, fps: float, rng: np.random.Generato
 
 @register_sampler("random_frame", still=True)
 def random_frame(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """Any frame of the clip as a still, each as likely; another one at every visit.
+    """Any frame of the clip as a still, all equally likely, drawn again at every visit.
 
     Of 61 frames at 30 fps it is frame 51 here, at 1.7 s:
 
@@ -241,12 +236,11 @@ def random_frame(window: Window, frames: int, fps: float, rng: np.random.Generat
 
 @register_sampler("all_windows", records=_windows)
 def all_windows(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """Every part of a long clip once an epoch: as many windows as fit side by side, each a record of its own.
+    """Every part of a long clip once an epoch: as many windows as fit side by side, each its own record.
 
-    They are spread evenly: the first starts where the clip does, the last ends where it does, and what lies
-    between them is together shorter than one window. A clip with room for one gives its start. In a bucket
-    of one frame (short clips come there under `short_clips: shorter_bucket`), each frame is a window. There are
-    never more windows than source frames.
+    They are evenly spread: the first starts with the clip, the last ends with it, and the gaps together are
+    shorter than one window. A clip with room for one gives its start. In a bucket of one frame (for short clips
+    under `short_clips: shorter_bucket`) each frame is a window. There are never more windows than source frames.
 
     10 s at 8 fps are 80 frames, so four windows of 17 fit, and start 2.625 s apart, with gaps of 0.5 s:
 
@@ -257,6 +251,6 @@ def all_windows(window: Window, frames: int, fps: float, rng: np.random.Generato
     """
     if window.records == 1:
         return window.run(0.0, frames, fps)
-    # A source slower than `fps` has too few frames to start from: then the windows stand side by side.
+    # A source slower than `fps` has too few frames to start from; then the windows are adjacent.
     latest = max((window.starts(frames, fps) - 1) * window.period, (window.records - 1) * frames / fps)
     return window.run(latest * window.number / (window.records - 1), frames, fps)

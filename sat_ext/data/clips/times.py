@@ -1,4 +1,4 @@
-"""From a clip's length and rate to the times to decode, short clips filled up. Pure."""
+"""From a clip's length and rate to the times to decode, repeating frames of short clips. Pure."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sat_ext.data.clips.samplers import Sampler, Window, find_sampler, unknown_name
+from sat_ext.data.clips.samplers import Sampler, Window, find_sampler
 from sat_ext.errors import ConfigError
-from sat_ext.types import SHORT_CLIPS, MediaInfo
+from sat_ext.types import MediaInfo
 
-MOST_RECORDS = 1 << 24  # of one clip: each takes room
+MOST_RECORDS = 1 << 24  # of one clip, as each takes memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipTimes:
     """What to decode: `times` in seconds, one per frame of the bucket.
 
-    `num_frames` counts those that are not repeats made to fill a short clip; `fps` is what they play at.
+    `num_frames` counts them without the repeats that fill a short clip; `fps` is what they play at.
     """
 
     times: tuple[float, ...]
@@ -30,9 +30,9 @@ class ClipTimes:
 
 
 def available_frames(info: MediaInfo, fps: float) -> int:
-    """How many frames at `fps` frames a second the longest bucket may have that the whole clip fills, at least 1.
+    """The length in frames, at `fps` frames a second, of the longest bucket that the whole clip fills, at least 1.
 
-    See `Window.available`. A source slower than `fps` repeats frames in time, as a player would, and these count.
+    See `Window.available`. A source slower than `fps` repeats frames as a player would, and these count.
 
     >>> clip = MediaInfo(width=720, height=480, frames=180, fps=30.0, duration=6.0, codec="h264")
     >>> available_frames(clip, 8)  # 0/8 s, 1/8 s, ... 47/8 s, and the last source frame, at 179/30 s, for 48/8 s
@@ -42,9 +42,9 @@ def available_frames(info: MediaInfo, fps: float) -> int:
 
 
 def records_of(sampler: str, info: MediaInfo, *, frames: int, fps: float, skip_frames: float = 0) -> int:
-    """How many records an epoch has of one file in a bucket of `frames` frames: 1, but for `all_windows`.
+    """How many records one file makes in a bucket of `frames` frames: 1, except with `all_windows`.
 
-    Raises `ConfigError` for an unknown name, and for what is no number of records.
+    Raises `ConfigError` for an unknown name, and for an invalid number from a custom sampler.
 
     >>> clip = MediaInfo(width=96, height=96, frames=300, fps=30.0, duration=10.0, codec="h264")
     >>> [records_of("all_windows", clip, frames=n, fps=8) for n in (17, 33, 49, 97)]  # 80 frames at 8 fps
@@ -92,11 +92,9 @@ def sample_times(
     """
     assert frames >= 1 and fps > 0
     found = find_sampler(sampler)
-    if short not in SHORT_CLIPS:
-        raise unknown_name("short_clips", short, SHORT_CLIPS)
     if found.still and frames != 1:
         raise ConfigError(
-            f"sampler: '{sampler}' gives single frames, but {frames} were asked for; "
+            f"sampler: '{sampler}' gives single frames, but the bucket has {frames}; "
             "add 1 to data.params.buckets.frames, or choose another sampler."
         )
     part = _window(info, 0 if found.whole else skip_frames, frames, fps)
@@ -121,7 +119,7 @@ def _check_times(sampler: str, times: Sequence[float], window: Window, end: floa
     rising = all(a < b for a, b in zip(times, times[1:]))
     if len(times) != frames or not rising or not window.start - 1e-6 <= times[0] <= times[-1] <= end + 1e-6:
         raise ConfigError(
-            f"sampler: '{sampler}' gave the times {[round(t, 3) for t in times]} for {frames} frames; mend it, so "
+            f"sampler: '{sampler}' gave the times {[round(t, 3) for t in times]} for {frames} frames; fix it, so "
             f"that as many rise from {window.start:.3f} s to at most {end:.3f} s."
         )
 
@@ -135,19 +133,17 @@ def _records(sampler: str, found: Sampler, window: Window, frames: int, fps: flo
         raise _failure(sampler, error) from error
     if not isinstance(count, (int, np.integer)) or not 1 <= count <= MOST_RECORDS:
         raise ConfigError(
-            f"sampler: '{sampler}' says that a clip makes {count!r} records; mend it, so that it is a whole "
-            f"number from 1 to {MOST_RECORDS}."
+            f"sampler: '{sampler}' says that a clip makes {count!r} records; fix it, so that it is a whole number "
+            f"from 1 to {MOST_RECORDS}."
         )
     return int(count)
 
 
 def _failure(sampler: str, error: Exception) -> ConfigError:
-    """Says where in the sampler it was: the traceback is not shown."""
+    """Names the line in the sampler, because no traceback is shown."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return ConfigError(
-        f"sampler: '{sampler}' failed with {what} ({place.filename}, line {place.lineno}); mend it."
-    )
+    return ConfigError(f"sampler: '{sampler}' failed with {what} ({place.filename}, line {place.lineno}); fix it.")
 
 
 def _whole(info: MediaInfo) -> Window:
@@ -170,10 +166,10 @@ def _window(info: MediaInfo, skip_frames: float, frames: int, fps: float) -> Win
 
     def is_too_much(skip: int) -> bool:
         part = without(skip)
-        # one source frame can last as long as the bucket, but shows a standstill
+        # one source frame can last as long as the bucket, but would be a still
         return part.available(fps) < frames or part.frames < min(frames, 2)
 
-    # a clip that is too short for its bucket anyway is filled up: what lies at its ends need not be shown
+    # a clip that is too short for its bucket anyway is filled with repeats, so it can be trimmed fully
     return without(most if is_too_much(0) else bisect_left(range(1, most + 1), True, key=is_too_much))
 
 

@@ -8,13 +8,12 @@ from typing import Protocol, overload
 import numpy as np
 import torch
 
-from sat_ext.data.decode.decord import read_decord
+from sat_ext.data.decode.indexed import read_decord, read_torchcodec
 from sat_ext.data.decode.pick import Shape
 from sat_ext.data.decode.pyav import read_pyav
 from sat_ext.data.decode.rgb import as_displayed
 from sat_ext.data.decode.stills import read_animated_webp, read_picture
-from sat_ext.data.decode.torchcodec import read_torchcodec
-from sat_ext.errors import ConfigError, MediaError
+from sat_ext.errors import MediaError
 from sat_ext.media import is_webp
 from sat_ext.types import MAX_PIXELS
 
@@ -28,13 +27,13 @@ DECODERS: dict[str, Callable[[str, Sequence[float], Shape], np.ndarray]] = {
 
 
 class FrameFit(Protocol):
-    """What becomes of each frame as soon as it is decoded: `sat_ext.data.transform.Fit`."""
+    """Crops and resizes each frame as soon as it is decoded: `sat_ext.data.transform.Fit`."""
 
     def __call__(self, pixels: np.ndarray, shown: tuple[int, int] | None = None) -> torch.Tensor:
         """uint8 (H, W, 3) to uint8 (3, height, width); `shown`: (width, height) as displayed, where not (W, H)."""
 
     def least(self, width: int, height: int) -> tuple[int, int] | None:
-        """How small (width, height) a picture of this size may be decoded, None where only whole will do."""
+        """The smallest (width, height) at which a picture of this size may be decoded; None: at full size."""
 
 
 @overload
@@ -44,11 +43,11 @@ def read_still(path: str, *, fit: FrameFit, max_pixels: int = MAX_PIXELS) -> tor
 def read_still(
     path: str, *, fit: FrameFit | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray | torch.Tensor:
-    """An image in sRGB, upright after its EXIF data, transparency flattened on white.
+    """An image in sRGB, upright by its EXIF data, flattened on white, as uint8 (1, H, W, 3).
 
-    uint8 (1, H, W, 3); with `fit` a tensor, uint8 (1, 3, height, width), and then a JPEG is decoded no larger than
-    it allows. Of an animation, the first frame. Raises `MediaError` for a file that is missing, damaged, of no
-    known format, larger than `max_pixels`, or that `fit` cannot be applied to.
+    With `fit` a tensor, uint8 (1, 3, height, width); a JPEG is then decoded no larger than needed. Of an
+    animation, the first frame. Raises `MediaError` for a file that is missing, damaged, of no known format, larger
+    than `max_pixels`, or outside of which `fit` would crop.
     """
     if fit is None:
         return read_picture(path, lambda pixels, _: np.array(pixels), least=None, max_pixels=max_pixels)
@@ -65,25 +64,19 @@ def read_frames(
 ) -> np.ndarray | torch.Tensor:
     """The frames on display at `times`, upright and with square pixels, as uint8 (len(times), H, W, 3).
 
-    With `fit` a tensor, uint8 (len(times), 3, height, width): each frame is fitted as it is decoded, so that the
+    With `fit` a tensor, uint8 (len(times), 3, height, width): each frame is resized as it is decoded, so that the
     large ones are never all in memory.
 
     `times` are seconds from the start of the first frame, in any order. On display at t is the last frame
     that starts at or before t + `TIME_TOLERANCE`; before the first frame the first, after the last the last.
     The file is read once, from the key frame before the earliest time to the frame after the latest.
 
-    `decoder` is a name of `DECODERS`. Their results are equal: what another decoder would read in another way is
-    left to PyAV.
-
-    Raises `ConfigError` for another name or one that is not installed, and `MediaError` when a wanted frame cannot
-    be had, or only with errors in it.
+    All `DECODERS` give equal frames. Raises `ConfigError` for one that is not installed, and `MediaError` when a
+    wanted frame is missing or damaged.
     """
-    if decoder not in DECODERS:
-        raise ConfigError(f"decoder: '{decoder}' is not known; valid: {', '.join(DECODERS)}.")
     assert len(times) > 0, "no times asked for"
     shape = as_displayed if fit is None else _shaped(path, fit)
-    # FFmpeg does not read animated WebP.
-    read = read_animated_webp if is_webp(path) else DECODERS[decoder]
+    read = read_animated_webp if is_webp(path) else DECODERS[decoder]  # FFmpeg does not read animated WebP
     frames = read(path, times, shape)
     return frames if fit is None else torch.from_numpy(frames)
 

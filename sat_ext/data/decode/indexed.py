@@ -1,9 +1,17 @@
-"""What decoders that address frames by number have in common: which numbers, and which files they misread."""
+"""Clips by decord, which SAT's users know, and by torchcodec: decoders that address frames by number.
+
+Files that these misread go to PyAV. Both choose another of several video streams, and seek to frames that intra
+refresh marks as key frames. decord also counts the frames that an edit list hides, seeks past the mark in
+transport streams, has no times in AVI, turns mirrored videos upside down, and loses frames where a group begins
+with some that refer to the one before it (open GOPs, x265's default). PyAV also reads remote files, non-square
+pixels, alpha, interlaced frames, and all but 8-bit 4:2:0 in sRGB's colours, which these convert less exactly.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import av
@@ -13,34 +21,79 @@ from av.video.stream import VideoStream
 from sat_ext.data.decode.pick import Picked, Shape
 from sat_ext.data.decode.pyav import read_pyav, starts_at
 from sat_ext.data.decode.rgb import display_matrix, is_foreign, is_inexact, is_interlaced, upright
+from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files import is_local
 from sat_ext.media import decoder_of, displayed_size, open_video
 from sat_ext.types import TIME_TOLERANCE
 
-AT_ONCE = 8  # frames fetched together, at full size
+_AT_ONCE = 8  # frames fetched together, at full size
+
+# (path, frames in the file, their wanted numbers, ascending) -> the frames
+Fetch = Callable[[str, int, list[int]], Iterator[np.ndarray]]
 
 
-class Miscounted(Exception):  # noqa: N818  # not an error of anybody: PyAV reads the file instead
+class _Miscounted(Exception):  # noqa: N818  # nobody's error: PyAV reads the file instead
     """The decoder finds another number of frames in the file than there are."""
 
 
-def read_indexed(
-    path: str,
-    times: Sequence[float],
-    shape: Shape,
-    frames: Callable[[str, int, list[int]], Iterable[np.ndarray]],
-    *,
-    open_gops: bool,
-) -> np.ndarray:
-    """As `read_pyav`, where `frames` gives a local file's frames of some numbers, ascending, of so many in all.
+def read_decord(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
+    """See `read_frames`. decord does not notice frames whose errors FFmpeg conceals."""
+    try:
+        import decord
+    except ImportError:
+        raise ConfigError("decoder: decord is not installed; pip install decord, or write pyav.") from None
+    decord.logging.set_level(decord.logging.QUIET)
 
-    Files that such decoders misread are left to PyAV: they choose otherwise among several video streams, and seek
-    to frames that intra refresh marks as key frames; decord counts the frames that an edit list hides, seeks past
-    the mark in transport streams, has no times in AVI, turns mirrored videos upside down, and, without
-    `open_gops`, loses frames where a group begins with some that refer to the one before it (x265's default). So
-    are files that are not local, those with pixels that are not square or have alpha, interlaced ones, and those
-    that are not 8-bit 4:2:0 in sRGB's colours, which they convert less exactly.
-    """
+    def fetch(path: str, count: int, wanted: list[int]) -> Iterator[np.ndarray]:
+        reader = None
+        try:
+            reader = decord.VideoReader(os.path.abspath(path), num_threads=1)
+            if len(reader) != count:
+                raise _Miscounted
+            for first in range(0, len(wanted), _AT_ONCE):
+                yield from reader.get_batch(wanted[first : first + _AT_ONCE]).asnumpy()
+        finally:
+            del reader  # it keeps decoding, without limit, while it or a traceback that holds it is alive
+
+    try:
+        return _read(path, times, shape, fetch, open_gops=False)
+    except (decord.DECORDError, RuntimeError) as error:
+        raise MediaError(path, f"cannot be decoded by decord: {_first_line(error)}") from error
+
+
+def read_torchcodec(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
+    """See `read_frames`."""
+    try:
+        from torchcodec.decoders import VideoDecoder  # which loads FFmpeg's shared libraries
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"decoder: torchcodec cannot be imported ({_first_line(error).rstrip('.')}); install one that fits "
+            "this torch, and FFmpeg's shared libraries, or write pyav."
+        ) from None
+
+    def fetch(path: str, count: int, wanted: list[int]) -> Iterator[np.ndarray]:
+        video = VideoDecoder(
+            os.path.abspath(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
+        )
+        if len(video) != count:
+            raise _Miscounted
+        for first in range(0, len(wanted), _AT_ONCE):
+            yield from video.get_frames_at(wanted[first : first + _AT_ONCE]).data.numpy()
+
+    try:
+        return _read(path, times, shape, fetch, open_gops=True)
+    except MediaError:  # a ValueError too
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise MediaError(path, f"cannot be decoded by torchcodec: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read(path: str, times: Sequence[float], shape: Shape, fetch: Fetch, *, open_gops: bool) -> np.ndarray:
+    """As `read_pyav`. `open_gops`: the decoder reads them correctly."""
     starts = _starts(path, open_gops) if is_local(path) else None
     if starts is None:
         return read_pyav(path, times, shape)
@@ -48,9 +101,9 @@ def read_indexed(
     wanted = np.unique(places)
     picked = Picked(path, len(times))
     try:
-        for place, pixels in zip(wanted, frames(path, len(starts), wanted.tolist()), strict=True):
+        for place, pixels in zip(wanted, fetch(path, len(starts), wanted.tolist()), strict=True):
             picked.keep(pixels, shape(pixels, None), np.flatnonzero(places == place).tolist())
-    except Miscounted:
+    except _Miscounted:
         return read_pyav(path, times, shape)
     return picked.array()
 

@@ -1,4 +1,4 @@
-"""Packets in decoding order: which of them are needed, and what of them comes out damaged. Only numbers."""
+"""Which packets, in decoding order, are needed, and which of their frames come out damaged. Only numbers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ DEEPEST_REORDER = 16  # frames that a decoder may keep back; H.264 and HEVC set 
 
 
 class Needed:
-    """Which packets hold a frame that is on display at one of `times`, in the packets' clock and ascending.
+    """Which packets hold a frame that is on display at one of `times` (ascending, in the packets' clock).
 
-    A frame is on display from its start to the next one's, which may come later in decoding order: so a packet is
-    judged when some that follow it are known. What is not known yet can only make a frame's time shorter, so the
-    judgement may spare too little and never too much.
+    A frame is on display until the next one starts, which may come later in decoding order, so a packet is judged
+    once some that follow it are known. Unknown packets can only shorten a frame's time: the judgement may skip too
+    few frames, never too many.
 
     >>> needed = Needed([5, 6, 12])
     >>> for pts in (0, 8, 4, 2, 6):
@@ -44,16 +44,16 @@ class Needed:
 
     @property
     def is_complete(self) -> bool:
-        """No packet to come can be displayed before the last time: none is overtaken by so many."""
+        """Whether no later packet can be displayed before the last time: none is overtaken by so many."""
         return self._behind > DEEPEST_REORDER
 
 
 class Damage:
-    """Tells which frames are damaged, in themselves or by those that they copy from.
+    """Which frames are damaged, themselves or through the frames they refer to.
 
-    FFmpeg conceals errors and marks only the frame that has them. Others copy from it, up to the next key
-    frame, and B-frames do so before it is displayed itself. So a frame is not settled until all that were
-    decoded before it have come out.
+    FFmpeg conceals errors and marks only the frame that has them. Others refer to it, up to the next key frame,
+    and B-frames are displayed before it. So a frame is settled only when all that were decoded before it have come
+    out.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Frames with their times, of whatever decoder, to the frames on display at wanted times."""
+"""Selects the frames on display at given times, whatever the decoder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from sat_ext.errors import MediaError
 from sat_ext.types import TIME_TOLERANCE
 
-# What becomes of one decoded frame, uint8 (H, W, 3), whose (width, height) as displayed is the second argument
-# where it is not (W, H). It gives an array of the same shape and type for every frame of a clip.
+# Turns one decoded frame, uint8 (H, W, 3), into what is kept of it, of one shape for every frame of a clip. The
+# second argument is the frame's (width, height) as displayed, where that is not (W, H).
 Shape = Callable[[np.ndarray, "tuple[int, int] | None"], np.ndarray]
 
 
 class Picked:
-    """The array of all wanted frames, allocated when the first one tells its shape."""
+    """The array of all wanted frames, allocated with the shape of the first one."""
 
     def __init__(self, path: str, count: int) -> None:
         self._path, self._count = path, count

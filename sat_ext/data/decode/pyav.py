@@ -1,4 +1,4 @@
-"""Clips by PyAV: FFmpeg, with no more decoded than what the wanted frames need."""
+"""Clips by PyAV: FFmpeg, decoding no more than the wanted frames need."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from sat_ext.files import suffix_of
 from sat_ext.media import UNTIMED_FORMATS, decoder_of, open_video
 from sat_ext.types import TIME_TOLERANCE
 
-# Where a seek ends behind the wanted frame (open GOPs, transport streams): from earlier, then from the start.
+# Where a seek lands after the wanted frame (open GOPs, transport streams): from earlier, then from the start.
 _SEEK_LEADS = (0.0, 10.0, math.inf)
 
-# Whose headers tell all that decoding needs, even how far B-frames reach. Matroska's do not tell the start.
+# Their headers hold all that decoding needs, even how far B-frames reach. Matroska's lack the start time.
 _FULL_HEADERS = frozenset({".mp4", ".m4v", ".mov"})
 
-# Whose packets hold one frame each, with its time, so that it is known before decoding whether it is wanted.
+# Their packets hold one frame each, with its time, so unwanted frames are known before they are decoded.
 _FRAMED_FORMATS = frozenset({"mp4", "matroska"})
 
-# Their decoders leave out frames that no other refers to with no change to the rest; dav1d and libvpx do not.
+# Their decoders can skip frames that no other refers to without changing the rest; dav1d and libvpx cannot.
 _SKIPPING_CODECS = frozenset({"h264", "hevc"})
 
-# For which MP4's headers do so, beside those that have no B-frames at all.
+# For these MP4's headers say how far B-frames reach; codecs of key frames alone have none.
 _ORDERED_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
 
 _LOOKAHEAD = 2 * DEEPEST_REORDER  # packets that are known before one is judged
@@ -52,7 +52,7 @@ def read_pyav(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """`open_video`, without the 25 ms that it decodes at open where the headers say all."""
+    """`open_video`, without the 25 ms of decoding at open where the headers say enough."""
     if suffix_of(path) in _FULL_HEADERS:
         with open_video(path, headers_only=True) as (container, stream):
             if _headers_suffice(stream):
@@ -71,9 +71,9 @@ def _headers_suffice(stream: VideoStream) -> bool:
 def _decode(
     path: str, container: InputContainer, stream: VideoStream, times: Sequence[float], lead: float
 ) -> Iterator[tuple[float, Decoded]] | None:
-    """Frames in order of display with their starts, from the one on display at the earliest time or earlier.
+    """Frames in display order with their starts, from the one on display at the earliest time or before.
 
-    None when the seek, to `lead` seconds before, went too far, or to a frame that is no true key frame.
+    None when the seek, to `lead` seconds earlier, went too far or to a frame that is no true key frame.
     """
     first = min(times)
     clip = _Clip(path, container, stream, times)
@@ -90,10 +90,10 @@ def _decode(
 
 
 def starts_at(frame: av.VideoFrame, key: int | None) -> bool:
-    """Whether the first frame after a seek to the key frame at `key` does not follow from frames before it.
+    """Whether the first frame after a seek to the key frame at `key` depends on no frame before it.
 
-    Under intra refresh, what is marked as a key frame is a P-frame, from which on the picture is said to become
-    whole within some frames. FFmpeg holds these back, but at the end of a clip x264 says it of what never does.
+    Under intra refresh, what is marked as a key frame is a P-frame from which the picture recovers within some
+    frames. FFmpeg holds these back, but at the end of a clip x264 promises it of some that never recover.
     """
     if frame.pts is None or key is None or frame.pts < key:
         return True
@@ -117,9 +117,9 @@ class _Clip:
         self.key: int | None = None  # where reading began, unless frames follow from it that are not displayed
 
     def frames(self) -> Iterator[tuple[float, Decoded]]:
-        """Frames in order of display, each with its start in seconds after the stream's first frame.
+        """Frames in display order, each with its start in seconds after the stream's first frame.
 
-        Frames that are not on display at any of the times may be missing.
+        Frames that no time asks for may be missing.
         """
         start = -self._period
         damage = Damage()
@@ -136,13 +136,13 @@ class _Clip:
                 yield at, (frame, damage.reaches(place, is_key=frame.key_frame))
         for at, frame, place in held:
             yield at, (frame, damage.reaches(place, is_key=frame.key_frame))
-        # Reached only when a wanted time lies at the end of what was read.
+        # Reached only when a wanted time lies at the end: `pick` stops earlier otherwise.
         if self._whole and self._last_dts < self._last_entry():
             missing = f"its last frames are missing, from {start + self._period:.3f} s on"
             raise MediaError(self._path, f"truncated: {missing}")
 
     def _last_entry(self) -> float:
-        """The time of the last packet that the file's own index tells of."""
+        """The time of the last packet in the file's own index."""
         index = self._stream.index_entries
         return index[-1].timestamp if "mp4" in self._container.format.name and len(index) else -math.inf
 
@@ -165,7 +165,7 @@ class _Clip:
             return
         ahead: deque[av.Packet] = deque()
         for packet in self._packets():
-            # An edit list hides what is marked to be discarded; the empty packet at the end holds no frame.
+            # Discarded packets are hidden by an edit list; the empty one at the end holds no frame.
             if packet.pts is not None and not packet.is_discard:
                 needed.add(packet.pts)
             ahead.append(packet)
@@ -184,7 +184,7 @@ class _Clip:
         return packet.pts is None or needed.is_on_display(packet.pts)
 
     def _needed(self) -> Needed | None:
-        """None where every packet has to be decoded, up to the first frame behind the latest time."""
+        """None where every packet must be decoded, up to the first frame after the latest time."""
         context, formats = self._decoder, set(self._container.format.name.split(","))
         if not formats & _FRAMED_FORMATS or self._origin is None or not self._base:
             return None
@@ -193,7 +193,7 @@ class _Clip:
         return Needed([self._origin + (t + TIME_TOLERANCE) / self._base for t in self._times])
 
     def _is_first_alone(self, packet: av.Packet) -> bool:
-        """Whether the packet is all that is wanted: the first frame, for which no other is needed."""
+        """Whether the packet is all that is needed: the first frame, and a key frame."""
         return (
             self._times[-1] <= 0
             and packet.is_keyframe
@@ -210,8 +210,8 @@ class _Clip:
             if packet.is_keyframe and not synchronised:
                 synchronised = True
                 self.key = None if packet.is_discard or self._decoder.codec.intra_only else packet.pts
-            # An empty packet (a frame that the encoder dropped) would mean the end to the decoder, as the last
-            # one, without times, shall do.
+            # An empty packet would end decoding. The last one, without times, should; a frame that the encoder
+            # dropped, which has times, should not.
             if (packet.size and not synchronised) or (not packet.size and packet.dts is not None):
                 continue
             self._whole = self._whole or not packet.size

@@ -21,7 +21,7 @@ _QUICK_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 _BILINEAR = 2  # flags of libswscale/swscale.h, which older PyAV does not name
 _EXACT = _BILINEAR | 0x2000 | 0x40000  # SWS_FULL_CHR_H_INT, SWS_ACCURATE_RND
 
-# Whose frames tell by themselves whether they are interlaced; one clip may have both.
+# Their frames say themselves whether they are interlaced; one clip may mix both.
 _TELLING_CODECS = frozenset({"h264", "hevc", "mpeg2video", "vc1"})
 
 _PROGRESSIVE = 1  # of AVFieldOrder in libavcodec/defs.h: 0 is unknown, 2 to 5 are the orders of two fields
@@ -30,7 +30,7 @@ Decoded = tuple[av.VideoFrame, bool]  # a frame, and whether it is damaged
 
 
 class Converter:
-    """Decoded frames of one clip to RGB, and to what is kept of them."""
+    """Converts decoded frames of one clip to RGB, and to what `shape` keeps of them."""
 
     def __init__(self, path: str, stream: VideoStream, shape: Shape) -> None:
         self._path, self._stream, self._shape = path, stream, shape
@@ -45,7 +45,7 @@ class Converter:
         if damaged:
             raise MediaError(self._path, f"the data of its frame at {frame.time or 0:.3f} s is damaged")
         refuse_unreadable_colours(self._path, frame)
-        if frame.rotation != self._rotation:  # the first frame; to ask all of them would keep all in memory
+        if frame.rotation != self._rotation:  # on the first frame: reading every matrix would keep every frame
             self._matrix, self._rotation = display_matrix(frame), frame.rotation
         pixels = upright(self._rgb(frame), self._matrix)
         size = displayed_size(frame, self._stream)
@@ -73,9 +73,9 @@ class Converter:
         return ((flat + 127) // 255).astype(np.uint8)
 
     def _one_field(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """The upper field of a frame of two, which are of different moments, enlarged to the frame's size.
+        """The upper of the frame's two fields, which show different moments, enlarged to the frame's size.
 
-        Better filters need the frames around it, which are not all decoded, or 77 ms at 1080p (estdif), not 6.
+        Better filters need neighbouring frames, which are not all decoded, or 77 ms at 1080p (estdif), not 6.
         """
         shape = frame.width, frame.height, frame.format.name
         if self._fields is None or self._fields[0] != shape:
@@ -102,12 +102,12 @@ def is_inexact(frame: av.VideoFrame) -> bool:
 
 
 def is_foreign(stream: VideoStream) -> bool:
-    """Whether a stream has HDR or wide primaries. To be asked once a frame of it was decoded."""
+    """Whether a stream has HDR or wide primaries, known once a frame was decoded."""
     return to_srgb(int(stream.codec_context.color_trc), int(stream.codec_context.color_primaries)) is not None
 
 
 def is_interlaced(frame: av.VideoFrame, stream: VideoStream) -> bool:
-    """Whether the frame's even and odd rows are of different moments. Some codecs leave it to the container."""
+    """Whether even and odd rows show different moments. Some codecs leave it to the container to say."""
     context = stream.codec_context
     order = getattr(context, "field_order", 0)  # PyAV 17 does not say it
     return frame.interlaced_frame or (context.name not in _TELLING_CODECS and order > _PROGRESSIVE)
@@ -134,10 +134,10 @@ Matrix = tuple[int, int, int, int]  # (a, b, c, d) of the display matrix
 
 
 def display_matrix(frame: av.VideoFrame) -> Matrix | None:
-    """How a frame is to be turned and mirrored, which neither FFmpeg nor PyAV does; None: not at all.
+    """How to turn and mirror a frame, which neither FFmpeg nor PyAV does; None: not at all.
 
     The matrix has rows (a, b, u), (c, d, v), (x, y, w) and sends (p, q) to (ap + cq + x, bp + dq + y):
-    FFmpeg's libavutil/display.h. A frame that was asked lives until Python collects its cycles.
+    FFmpeg's libavutil/display.h. Reading it keeps the frame alive until Python collects its cycles.
     """
     content: Any = frame.side_data.get("DISPLAYMATRIX")
     if content is None:
@@ -147,7 +147,7 @@ def display_matrix(frame: av.VideoFrame) -> Matrix | None:
 
 
 def upright(pixels: np.ndarray, matrix: Matrix | None) -> np.ndarray:
-    """The pixels turned and mirrored. Only quarter turns and mirror images occur in files."""
+    """The pixels turned and mirrored. Files only have quarter turns and mirror images."""
     if matrix is None:
         return pixels
     a, b, c, d = matrix

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-from sat_ext.colour import to_srgb
+from sat_ext.colour import encode_srgb, to_srgb
 
 # PNG's rendering rule: a file's gamma within this of sRGB's own 1/2.2 is sRGB (W3C PNG, section 13.13).
 _SRGB_GAMMA, _SAME_GAMMA = 0.45455, 0.01
@@ -19,13 +19,13 @@ _BITS, _WHITE, _PLANES = 258, 262, 284  # TIFF's BitsPerSample, PhotometricInter
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit sRGB, with transparency flattened on white. Raises `ValueError` for pixels that cannot be told."""
+    """8-bit sRGB, with transparency flattened on white. Raises `ValueError` for pixels of unknown range."""
     if image.mode in ("F", "I"):
         what = "floating point pixels" if image.mode == "F" else "pixels of 32 bits or with a sign"
         raise ValueError(f"{what} have no defined range; save it with 8 or 16 bits")
     tags = getattr(image, "tag_v2", {})
     if tags.get(_PLANES) == 2 and max(tags.get(_BITS, (8,))) > 8 and image.info.get("compression") == "raw":
-        raise ValueError("planes of 16 bits that stand apart, which Pillow misreads; save it with compression")
+        raise ValueError("separate planes of 16 bits, which Pillow misreads; save it with compression")
     info = image.info
     coded = _coded_colours(image)  # before the pixels are read, which closes the file
     colour, alpha = _split(image)
@@ -40,9 +40,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _coded_colours(image: Image.Image) -> tuple[int, int]:
-    """Transfer and primaries (ITU-T H.273) that the file says in numbers, 2 where it does not.
+    """Transfer and primaries (ITU-T H.273) that the file states as numbers; 2 is unspecified.
 
-    Pillow passes over them. PNG's come before a profile (W3C PNG, section 4.3), AVIF's and HEIF's behind one.
+    Pillow ignores them. PNG's override a profile (W3C PNG, section 4.3), AVIF's and HEIF's do not.
     """
     if image.format == "PNG":
         code = re.search(rb"\x00\x00\x00\x04cICP(.)(.)", _head(image), re.DOTALL)
@@ -56,7 +56,7 @@ def _coded_colours(image: Image.Image) -> tuple[int, int]:
 
 
 def _head(image: Image.Image) -> bytes:
-    """Where a file has its properties: all that comes before a PNG's pixels, and a container's first boxes."""
+    """Where a file has its properties: before a PNG's pixels, and in a container's first boxes."""
     file = getattr(image, "fp", None)
     if file is None:  # a later frame of an animation
         return b""
@@ -68,9 +68,9 @@ def _head(image: Image.Image) -> bytes:
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours in 8 bits (grey, RGB or CMYK), and the opacity where not all is opaque.
+    """The colours in 8 bits (grey, RGB or CMYK), and the opacity unless all is opaque.
 
-    Colour profiles are for colours without opacity, and a profile of greys is for greys: so both stay apart.
+    Kept apart because colour profiles apply to colours without opacity, and those of greys to greys.
     """
     stored = {tile.args for tile in getattr(image, "tile", ())}
     if image.mode.startswith("I;16"):
@@ -100,16 +100,16 @@ def is_srgb(profile: bytes | None) -> bool:
 
 
 def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """The image in sRGB; as it is where its profile is broken or for another kind of pixels."""
+    """The image in sRGB; unchanged if its profile is broken or for another kind of pixels."""
     transform = _transform(profile, image.mode)
     return image if transform is None else ImageCms.applyTransform(image, transform) or image
 
 
 @lru_cache(maxsize=64)  # data sets have few profiles, and lcms takes some ms to link one
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile's colours to sRGB; None where there is nothing to do.
+    """From the profile's colours to sRGB; None if there is nothing to do.
 
-    What a profile does decides, not its name: "GIMP built-in Linear sRGB" is linear.
+    Decided by what the profile does, not by its name: "GIMP built-in Linear sRGB" is linear.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -127,5 +127,4 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 def _gamma_table(gamma: float) -> list[int]:
     """sRGB for the 8-bit values of a PNG whose file gamma (gAMA) is this: value = light ** gamma."""
     light = np.linspace(0, 1, 256) ** (1 / max(gamma, 1e-3))
-    srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
-    return [round(255 * v) for v in srgb.tolist()]
+    return encode_srgb(light).tolist()

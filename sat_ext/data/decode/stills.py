@@ -18,7 +18,7 @@ _END = b"\xff\xd9"  # of a JPEG
 
 Least = Callable[[int, int], "tuple[int, int] | None"]
 
-# What turns stored pixels upright, by EXIF orientation.
+# Turn stored pixels upright, by EXIF orientation.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -31,9 +31,9 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def read_picture(path: str, shape: Shape, *, least: Least | None, max_pixels: int) -> np.ndarray:
-    """See `read_still`; what is left of the picture after `shape`, with a first dimension of 1."""
+    """See `read_still`; the picture after `shape`, with a first dimension of 1."""
     with open_image(path, max_pixels=max_pixels) as image:
-        # Asked before the pixels are read, as `probe` does: a PNG may have other EXIF data behind them.
+        # Read before the pixels, as `probe` does: a PNG may have other EXIF data after them.
         orientation = orientation_of(image)
         shown = None
         if isinstance(image, JpegImageFile):
@@ -48,7 +48,7 @@ def read_picture(path: str, shape: Shape, *, least: Least | None, max_pixels: in
 def _read_jpeg(
     path: str, image: JpegImageFile, least: Least | None, *, sideways: bool
 ) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """The pixels as stored, uint8 (H, W, 3), and the (width, height) displayed where it was decoded smaller."""
+    """The pixels as stored, uint8 (H, W, 3), and the displayed (width, height) if it was decoded smaller."""
     assert image.fp is not None  # it is open
     image.fp.seek(0)
     data = image.fp.read()
@@ -71,7 +71,7 @@ def _read_jpeg(
 
 
 def _factor(image: JpegImageFile, least: Least, sideways: bool) -> int:
-    """By how much a JPEG may be decoded smaller: 1, 2, 4 or 8, as libjpeg's other factors are slow."""
+    """The factor by which a JPEG may be decoded smaller: 1, 2, 4 or 8, as libjpeg's others are slow."""
     enough = least(*(image.size[::-1] if sideways else image.size))
     if enough is None:
         return 1
@@ -80,9 +80,9 @@ def _factor(image: JpegImageFile, least: Least, sideways: bool) -> int:
 
 
 def _decode(path: str, data: bytes, space: str, **least_size: int) -> np.ndarray | None:
-    """The picture by simplejpeg, None where that cannot read its kind. Raises `MediaError` for damage.
+    """The picture by simplejpeg, None if it cannot read this kind. Raises `MediaError` for damage.
 
-    libjpeg makes up what damaged data does not give, and warns; Pillow keeps that to itself.
+    libjpeg invents what damaged data does not give, and warns; Pillow suppresses the warning.
     """
     try:
         return simplejpeg.decode_jpeg(data, space, **least_size)
@@ -100,7 +100,7 @@ def _decode(path: str, data: bytes, space: str, **least_size: int) -> np.ndarray
 
 
 def _is_padding(data: bytes, reason: str) -> bool:
-    """Whether all that a decoder found are bytes of one value before the end, which some cameras put there."""
+    """Whether the only damage is a run of equal bytes before the end, which some cameras write."""
     words = reason.split(" extraneous bytes before marker 0xd9")
     if len(words) == 1:
         return False

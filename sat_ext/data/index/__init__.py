@@ -1,10 +1,10 @@
-"""All records of a run: every file of every source probed once, and put into its bucket. Columnar (Arrow).
+"""All records of a run, in Arrow columns: every file of every source probed once, and put into its bucket.
 
 | module | does |
 |---|---|
 | `columns.py` | items to Arrow columns, and back |
 | `probe_cache.py` | what files held in earlier runs, by fingerprint |
-| `probing.py` | the others probed side by side, each file with a time limit |
+| `probing.py` | probes the others in parallel, each file with a time limit |
 | `place.py` | rows to buckets, windows and visits |
 | `build.py` | these in order |
 | `lengths.py` | whether the longest bucket is filled |

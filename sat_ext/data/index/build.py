@@ -31,9 +31,9 @@ MOST_VISITS = 1000  # of one record in an epoch: each takes room
 class Group:
     """The records of one source that fall into one bucket.
 
-    `rows` (uint32, into `Index.table`) has one entry for each record: a row is there once for each of its windows
+    `rows` (uint32, into `Index.table`) has an entry for each record: a row occurs once for each of its windows
     (sampler `all_windows`), times its visits (`visits_by_weight`). `windows` (uint16 or uint32, as long as `rows`)
-    says which window a record is; None where every row has one.
+    is the window of each record; None if every row has one.
     """
 
     source: str
@@ -46,10 +46,10 @@ class Group:
 class Index:
     """`table` holds every row of a source that can be trained on; `groups` sorts them by source and bucket.
 
-    `samplers` and `shares` are by source name; a share that is not given is the number of the source's records.
-    `bad` are the files, or parts of files, that could not be read and `dropped` those that fit no bucket or have
-    the weight 0, each as (path, reason). `made` is when the files were looked at, in seconds of `time.time`.
-    `unread` counts, by ending, files that may be media and are not read.
+    `samplers` and `shares` are by source name; the default share is the number of the source's records. `bad` are
+    the files, or parts of files, that cannot be read, and `dropped` those that fit no bucket or have the weight 0,
+    each as (path, reason). `made` is when the files were probed, in seconds of `time.time`. `unread` counts, by
+    suffix, files that may be media and are not read.
     """
 
     table: pa.Table
@@ -62,12 +62,12 @@ class Index:
     unread: Mapping[str, int] = field(default_factory=dict)
 
     def item(self, row: int) -> tuple[Item, MediaInfo]:
-        """The item of one row, and what the whole of its file holds."""
+        """The item of one row, and what its whole file holds."""
         values = self.table.slice(row, 1).to_pylist()[0]
         return to_item(values), to_info(values)
 
     def seen(self, row: int) -> tuple[str, float]:
-        """Which file a row is of, and when it was that one: see `sat_ext.files.require_unchanged`."""
+        """Which file a row's was, and when: the arguments of `sat_ext.files.require_unchanged`."""
         return self.table["fingerprint"][row].as_py(), self.made
 
     def summary(self) -> str:
@@ -88,10 +88,10 @@ def build_index(
 ) -> Index:
     """Read and probe `sources`, and put each record into its bucket.
 
-    Files that have not changed since an earlier run are not probed again (see `probe_cache`). `probing` wraps
-    the iteration over those that are, given their number: a progress bar. The order of rows and records is that
-    of the sources' items. Raises `DataError` when a source is empty, when more files are unreadable than
-    `on_bad_sample.skip` allows, when no record of a source fits a bucket, or when weights are too far apart.
+    Files that have not changed since an earlier run are not probed again (see `probe_cache`). `probing` wraps the
+    iteration over the others, given their number: a progress bar. Rows and records keep the order of the sources'
+    items. Raises `DataError` if a source is empty, if more files are unreadable than `on_bad_sample.skip` allows,
+    if no record of a source fits a bucket, or if weights are too far apart.
     """
     made = time.time()
     named = name_sources(tuple(sources), "sources")
@@ -114,7 +114,7 @@ def build_index(
             batches.append(pa.record_batch([source_column, *batch.columns], schema=COLUMNS))
     bad = tuple(dict.fromkeys(entry for found in placed.values() for entry in found.bad))  # each file once
     for path, reason in bad:
-        log.warning("left out, mend or remove it: %s: %s", path, reason)
+        log.warning("left out, fix or remove it: %s: %s", path, reason)
     _refuse_if_spoilt(named, placed, bad, config)
     counts = {name: sum(len(g.rows) for g in groups if g.source == name) for name in named}
     return Index(
@@ -132,7 +132,7 @@ def build_index(
 def _infos(
     items: dict[str, list[pa.RecordBatch]], config: DataConfig, probing: Probing
 ) -> dict[str, list[pa.Table]]:
-    """For each batch of items, by source path: the columns `FILE_COLUMNS` and `reason` of its files."""
+    """For each batch of items, by source path: `FILE_COLUMNS` and `reason` of its files."""
     columns = [batch.column("path").cast(pa.large_string()) for batches in items.values() for batch in batches]
     every = pa.chunked_array(columns)
     unique = pc.unique(every)
@@ -142,7 +142,7 @@ def _infos(
     members = {path: np.unique(np.concatenate(own)).astype(np.int64) for path, own in by_source.items()}
     entries = read_files(unique, members, timeout=config.on_bad_sample.timeout, probing=probing)
     entries = entries.select([*FILE_COLUMNS.names, "reason"])
-    entries = entries.combine_chunks()  # or every `take` would do that
+    entries = entries.combine_chunks()  # or every `take` would
     return {path: [entries.take(pa.array(part)) for part in own] for path, own in by_source.items()}
 
 
@@ -163,7 +163,7 @@ def _groups(name: str, found: Placed, buckets: Sequence[Bucket], first_row: int)
         rows, windows = np.repeat(rows, visits[rows]), np.repeat(windows, visits[rows])
         which = None
         if not one:
-            ends = np.cumsum(windows)  # counts from 0 inside each run of a row's windows
+            ends = np.cumsum(windows)  # `which` counts from 0 within each row's windows
             which = np.arange(ends[-1]) - np.repeat(ends - windows, windows)
             which = which.astype(np.uint16 if windows.max() <= 1 << 16 else np.uint32)
             rows = np.repeat(rows, windows)
@@ -181,14 +181,14 @@ def _refuse_if_spoilt(
     if len(bad) > config.on_bad_sample.skip:
         raise DataError(
             f"{len(bad)} files cannot be read, more than data.params.on_bad_sample.skip "
-            f"({config.on_bad_sample.skip}) allows: {_first(bad)}; mend or remove them, or raise the limit."
+            f"({config.on_bad_sample.skip}) allows: {_first(bad)}; fix or remove them, or raise the limit."
         )
     for name, source in named.items():
         if not len(placed[name].bucket):
             left_out = [*placed[name].bad, *placed[name].dropped]
             raise DataError(
                 f"source '{name}' ({source.path}): not one record can be used: {_first(left_out)}; "
-                "mend the files, or change data.params.buckets."
+                "fix the files, or change data.params.buckets."
             )
 
 

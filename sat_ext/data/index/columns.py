@@ -1,4 +1,4 @@
-"""Items of sources to Arrow columns, and back. A million Python objects would take gigabytes."""
+"""Items of sources to Arrow columns and back, because a million Python objects would take gigabytes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ INFO_COLUMNS = pa.schema(
     ]
 )
 
-# And which file it was, as `sat_ext.files.fingerprint` tells it.
+# `fingerprint` is `sat_ext.files.fingerprint`'s.
 FILE_COLUMNS = pa.schema([*INFO_COLUMNS, ("fingerprint", pa.string())])
 
 _FIELDS = attrgetter(*("fps" if name == "item_fps" else name for name in ITEM_COLUMNS.names))
@@ -53,23 +53,15 @@ def item_batches(items: Iterable[Item]) -> Iterator[pa.RecordBatch]:
         try:
             columns = [pa.array(v, f.type) for v, f in zip(zip(*map(_FIELDS, part)), ITEM_COLUMNS)]
         except UnicodeEncodeError as error:
-            raise DataError(f"{error.object!r}: not valid UTF-8; rename the file, or mend its caption.") from None
+            raise DataError(f"{error.object!r}: not valid UTF-8; rename the file, or fix its caption.") from None
         yield pa.record_batch(columns, schema=ITEM_COLUMNS)
 
 
 def to_item(values: Mapping[str, Any]) -> Item:
     """The item of one row of `ITEM_COLUMNS`."""
-    return Item(
-        path=values["path"],
-        key=values["key"],
-        captions=tuple(values["captions"]),
-        caption_weights=tuple(values["caption_weights"]),
-        start=values["start"],
-        end=values["end"],
-        crop=None if values["crop"] is None else tuple(values["crop"]),
-        fps=values["item_fps"],
-        weight=values["weight"],
-    )
+    fields = {name: values[name] for name in ITEM_COLUMNS.names}
+    fields["fps"] = fields.pop("item_fps")
+    return Item(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
 
 def to_info(values: Mapping[str, Any]) -> MediaInfo:

@@ -1,4 +1,4 @@
-"""Whether the longest bucket is filled: a model that never trains at that length is poor at it."""
+"""Whether enough clips fill the longest bucket: a model is poor at a length that it never trains at."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sat_ext.data.index.build import Index
 from sat_ext.data.params import DataConfig
 
 NEARLY_EMPTY = 0.1  # of the clips, in the longest bucket
-LEFT_OUT = 0  # stands for the length of clips that are too short for every bucket
+LEFT_OUT = 0  # the length of clips that are too short for every bucket
 
 
 def clip_lengths(index: Index) -> Counter[int]:
-    """How many clips are trained on at which number of frames; those of samplers of stills do not count."""
+    """How many clips train at which number of frames; samplers of stills do not count."""
     frames = index.table["frames"].to_numpy()
     found: Counter[int] = Counter()
     for group in index.groups:
@@ -32,9 +32,9 @@ def is_too_short(reason: str) -> bool:
 
 
 def longest_is_rare(clips: Mapping[int, int], config: DataConfig) -> tuple[str, str] | None:
-    """What is wrong and what to do, where the longest bucket gets few of the clips (counted as by `clip_lengths`).
+    """What is wrong and what to do if the longest bucket gets few of the clips (counted by `clip_lengths`).
 
-    None where it gets enough, and where there are no clips.
+    None if it gets enough, or if there are no clips.
     """
     total, longest = sum(clips.values()), max(b.frames for b in config.make_buckets())
     filled = clips.get(longest, 0)

@@ -1,4 +1,4 @@
-"""Rows of a source to their buckets: which can be used, how many windows they have, how often they come."""
+"""Rows of a source to their buckets: which can be used, their windows, and their visits an epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sat_ext.types import Bucket, Item, MediaInfo
 _MOST_WANTED = 1e15  # visits: more than any run makes, and still a whole number
 WEIGHT_TOLERANCE = 0.05  # by how much the visits of a record may miss its weight, as a part of it
 
-# What a row holds -> the number of its bucket and of its windows, or why it has no bucket
+# What a row holds -> its bucket's number and its number of windows, or why it has no bucket
 Place = Callable[[MediaInfo], "tuple[int, int] | str"]
 
 _PART = ("start", "end", "crop", "item_fps")
@@ -31,8 +31,7 @@ _PART = ("start", "end", "crop", "item_fps")
 class Placed:
     """The rows of a source that can be used, and what was left out, as (path, reason).
 
-    `batches` have the columns `ITEM_COLUMNS` and `FILE_COLUMNS`. `bucket` (a number), `windows` and `weight` have
-    one entry for each row.
+    `batches` have `ITEM_COLUMNS` and `FILE_COLUMNS`; `bucket` (a number), `windows` and `weight` an entry a row.
     """
 
     batches: list[pa.RecordBatch]
@@ -44,7 +43,7 @@ class Placed:
 
 
 def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place: Place) -> Placed:
-    """Put every row into its bucket. `infos` say what its file holds: `FILE_COLUMNS`, and `reason` if bad."""
+    """Put every row into its bucket. `infos` describe its file: `FILE_COLUMNS`, and `reason` if it is bad."""
     batches, numbers = [], []
     bad: list[tuple[str, str]] = []
     dropped: list[tuple[str, str]] = []
@@ -53,18 +52,16 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
         for row, (path, weight, part, whole) in enumerate(_rows(batch, info)):
             if isinstance(whole, str):
                 bad.append((path, whole))
-            elif weight == 0:
-                dropped.append((path, "its weight is 0"))
+                continue
+            try:
+                verdict = place(part_info(part, whole) if part else whole) if weight else "its weight is 0"
+            except MediaError as error:
+                bad.append((error.path, error.reason))
+                continue
+            if isinstance(verdict, str):
+                dropped.append((path, verdict))
             else:
-                try:
-                    verdict = place(part_info(part, whole) if part else whole)
-                except MediaError as error:
-                    bad.append((error.path, error.reason))
-                    continue
-                if isinstance(verdict, str):
-                    dropped.append((path, verdict))
-                else:
-                    found[row] = verdict
+                found[row] = verdict
         kept = found[:, 0] >= 0
         columns = [*batch.columns, *(info[name].combine_chunks() for name in FILE_COLUMNS.names)]
         whole_batch = pa.record_batch(columns, names=[*ITEM_COLUMNS.names, *FILE_COLUMNS.names])
@@ -80,7 +77,7 @@ def placer(sampler: str, buckets: Sequence[Bucket], config: DataConfig) -> Place
     only_stills = is_still_sampler(sampler)
     numbers = {bucket: number for number, bucket in enumerate(buckets)}
 
-    @lru_cache(maxsize=1 << 16)  # sizes and lengths repeat, and the buckets to compare with may be many
+    @lru_cache(maxsize=1 << 16)  # sizes and lengths repeat, and there may be many buckets to compare with
     def assigned(width: int, height: int, still: bool, available: int) -> Bucket | str:
         info = MediaInfo(width=width, height=height, frames=2 - still, fps=0.0, duration=0.0, codec="")
         return assign(info, buckets, available=available, still=still, short=config.short_clips)
@@ -98,10 +95,10 @@ def placer(sampler: str, buckets: Sequence[Bucket], config: DataConfig) -> Place
 
 
 def visits_by_weight(weights: np.ndarray) -> np.ndarray:
-    """How often an epoch visits the records of a source, of these weights (float64, above 0): int64.
+    """How often an epoch visits the records of a source with these weights (float64, above 0), as int64.
 
-    They are the smallest whole numbers that are to each other as the weights are, give or take 5 % of each. The
-    smallest weight never makes more than ten visits: with ten, rounding is less than 5 % of every number.
+    The smallest whole numbers in proportion to the weights, within 5 % of each. The smallest weight makes at most
+    ten visits, at which rounding is less than 5 %.
 
     >>> visits_by_weight(np.array([1.0, 1.5, 4.0])), visits_by_weight(np.array([0.3, 0.3]))
     (array([2, 3, 8]), array([1, 1]))
@@ -116,7 +113,7 @@ def visits_by_weight(weights: np.ndarray) -> np.ndarray:
 
 
 def _rows(batch: pa.RecordBatch, info: pa.Table) -> Iterator[tuple[str, float, Item | None, MediaInfo | str]]:
-    """Path, weight, the item where it names a part of its file, and what the whole file holds or why it is bad."""
+    """Path, weight, the item if it names a part of its file, and what the whole file holds or why it is bad."""
     items = zip(*(_values(batch.column(name)) for name in ("path", "weight", *_PART)))
     wholes = zip(*(_values(info[name].combine_chunks()) for name in ("reason", *INFO_COLUMNS.names)))
     for (path, weight, *part), (reason, width, height, frames, fps, duration, codec) in zip(items, wholes):
@@ -125,18 +122,12 @@ def _rows(batch: pa.RecordBatch, info: pa.Table) -> Iterator[tuple[str, float, I
             start, end, crop, speed = part
             crop = None if crop is None else tuple(crop)
             item = Item(path=path, key="", captions=(), start=start, end=end, crop=crop, fps=speed)
-        yield (
-            path,
-            weight,
-            item,
-            reason
-            if reason is not None
-            else MediaInfo(width=width, height=height, frames=frames, fps=fps, duration=duration, codec=codec),
-        )
+        whole = MediaInfo(width=width, height=height, frames=frames, fps=fps, duration=duration, codec=codec)
+        yield path, weight, item, whole if reason is None else reason
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """What `to_pylist` gives, in a tenth of its time where that can be."""
+    """`to_pylist`, in a tenth of its time for most columns."""
     if column.null_count == len(column):
         return [None] * len(column)
     if pa.types.is_primitive(column.type) and not column.null_count:

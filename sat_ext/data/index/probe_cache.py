@@ -1,10 +1,10 @@
-"""What files held when they were last probed, kept from run to run: one Arrow file for each source.
+"""What files held when they were last probed, kept between runs: one Arrow file for each source.
 
-It lies beside the data (`.sat_ext/index.arrow` in the source's folder) or, where that cannot be written, under
-`$SAT_EXT_CACHE` (else `~/.cache/sat_ext`), named after the source's path. An entry counts as long as the file's
-fingerprint is the same. Paths are kept relative to the source, so a data set may be moved or mounted elsewhere.
+It lies beside the data (`.sat_ext/index.arrow` in the source's folder) or, if that cannot be written, under
+`$SAT_EXT_CACHE` (by default `~/.cache/sat_ext`), named after the source's path. An entry is valid while the file's
+fingerprint is the same. Paths are relative to the source, so a data set may be moved or mounted elsewhere.
 
-Behind the Arrow file stands its checksum; files of earlier versions have none.
+A checksum follows the Arrow file, except in those of earlier versions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sat_ext.media import image_formats
 
 log = logging.getLogger(__name__)
 
-# Raise it when `probe` tells something else about a file than before: all files are then probed again.
+# Raise it when `probe` describes a file differently than before: all files are then probed again.
 PROBER_VERSION = 2
 
 ENTRIES = pa.schema(
@@ -40,32 +40,32 @@ ENTRIES = pa.schema(
         *INFO_COLUMNS,
         ("reason", pa.string()),
     ]
-)  # `reason` says why a file cannot be read; what stands before it is then zero
+)  # `reason` is why a file cannot be read; the columns before it are then zero
 
 _ROWS = 1 << 20  # in one batch: Arrow's strings end at 2 GiB
-_TRAILER = struct.Struct("<12sI")  # behind the Arrow file: a mark, and the CRC-32 of all before it
+_TRAILER = struct.Struct("<12sI")  # after the Arrow file: a mark, and the CRC-32 of everything before
 _MARK = b"sat_ext CRC:"
 
 
 def libraries() -> str:
-    """What reads media. Where it changes, files that could not be read are probed again."""
+    """What reads media. When it changes, files that could not be read are probed again."""
     return f"av {av.__version__}, Pillow {PIL.__version__}, {' '.join(image_formats())}"
 
 
 def places(source: str) -> tuple[Path, ...]:
-    """Where the cache of `source`, a path or URL of `SourceConfig`, may be, best first."""
+    """Where the cache of `source`, a `SourceConfig`'s path or URL, may be, best first."""
     name = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
     folder = Path(os.environ.get("SAT_EXT_CACHE") or Path("~/.cache/sat_ext").expanduser())
     own = folder / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.arrow"
     beside = Path(name, ".sat_ext")
-    # a link could lead anywhere, and what lies in a data set is not to be trusted
+    # a link could lead anywhere, and a data set's content is not trusted
     return (beside / "index.arrow", own) if os.path.isdir(name) and not beside.is_symlink() else (own,)
 
 
 def load(source: str) -> list[pa.Table]:
-    """The entries (columns of `ENTRIES`) that are kept for `source`, mapped into memory, not read.
+    """The entries (`ENTRIES`) kept for `source`, mapped into memory, not read.
 
-    A cache that is broken is left out with a warning; one of another prober is left out.
+    Skips a broken cache with a warning, and one of another prober.
     """
     return [table for place in places(source) if (table := _load(place)) is not None]
 
@@ -103,7 +103,7 @@ def save(source: str, table: pa.Table) -> None:
 
 def _load(place: Path) -> pa.Table | None:
     try:
-        if not stat.S_ISREG(place.stat().st_mode):  # opening a pipe could wait for ever
+        if not stat.S_ISREG(place.stat().st_mode):  # opening a pipe could block forever
             raise ValueError("not a regular file")
         with pa.memory_map(str(place)) as file:
             content = _without_trailer(file.read_buffer())
@@ -123,7 +123,7 @@ def _load(place: Path) -> pa.Table | None:
 
 
 def _without_trailer(content: pa.Buffer) -> pa.Buffer:
-    """The Arrow file. Raises `ValueError` where it is not what was written."""
+    """The Arrow file. Raises `ValueError` if it is not what was written."""
     size = content.size - _TRAILER.size
     if size < 0 or content[size:].to_pybytes()[: len(_MARK)] != _MARK:
         return content
@@ -134,7 +134,7 @@ def _without_trailer(content: pa.Buffer) -> pa.Buffer:
 
 
 def _require_sound(table: pa.Table) -> None:
-    """Raise `ValueError` for a table that could not be relied on: Arrow itself takes offsets on trust."""
+    """Raise `ValueError` for a table with invalid values: Arrow itself does not check offsets."""
     if not table.schema.equals(ENTRIES):
         raise ValueError("its columns are others")
     table.validate(full=True)
@@ -150,7 +150,7 @@ def _require_sound(table: pa.Table) -> None:
 
 
 def _relative(paths: pa.Array | pa.ChunkedArray, source: str) -> pa.Array | pa.ChunkedArray:
-    """Paths below the source's folder (or the table's) without it; others as they are."""
+    """Paths below the source's folder (or the table's) relative to it; others unchanged."""
     root = source if is_url(source) else os.path.normpath(os.path.expanduser(source))
     if not os.path.isdir(root):
         root = os.path.dirname(root)

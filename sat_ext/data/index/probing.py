@@ -1,4 +1,4 @@
-"""What every file of a run holds: from the caches where a file has not changed, by probing where it has."""
+"""What every file of a run holds: from the caches if it has not changed, else by probing it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from sat_ext.types import MediaInfo
 
 log = logging.getLogger(__name__)
 
-# What a file holds, or why it cannot be read; and whether that holds for as long as the file is the same. It does
-# not for a time-out, nor for what the network or missing permissions do.
+# What a file holds, or why it cannot be read; and whether that stays true until the file changes, unlike
+# time-outs, and errors of the network or of permissions.
 Outcome = tuple["MediaInfo | MediaError", bool]
 
 # Wraps the iteration over the files to be probed, given their number: a progress bar.
 Probing = Callable[[Iterable[Any], int], Iterable[Any]]
 
 _SLICE = 4096  # files handed to the threads at once: a million futures would take 1 GB
-_TOGETHER = 16  # files in a message to a process: it takes 0.4 ms there and back, probing an image 0.1 ms
-_STATS = 256  # fingerprints taken by one call in a thread: for a local file the call costs more
+_TOGETHER = 16  # files in a message to a process: a round trip takes 0.4 ms, probing an image 0.1 ms
+_STATS = 256  # fingerprints in one task of a thread: for a local file, submitting costs more than `stat`
 _ROWS = 1 << 16  # outcomes held as Python objects
 _SAVE_EVERY = 300.0  # seconds of probing that a killed run may lose
 
@@ -48,13 +48,13 @@ def probe_files(
     look: Callable[[str], MediaInfo] | None = None,
     setting: str = "data.params.on_bad_sample.timeout",
 ) -> Iterator[Outcome]:
-    """What each of `paths` holds, in their order, probed side by side; `timeout` is for one file, in seconds.
+    """What each of `paths` holds, in their order, probed in parallel; `timeout` is for one file, in seconds.
 
-    `look` does more than `probe`, `setting` says where the time-out can be changed. Every thread asks a process
-    of its own (see `Guard`), so that a file at which the prober crashes or hangs is a bad file like others.
+    `look` replaces `probe`, and `setting` says where the user can change the time-out. Every thread has its own
+    process (see `Guard`), so a file at which the prober crashes or hangs is a bad file like others.
     """
     workers = min(16, 2 * len(os.sched_getaffinity(0)))
-    guards: LifoQueue[Guard[list[Outcome]]] = LifoQueue()  # last in, first out: few files start few processes
+    guards: LifoQueue[Guard[list[Outcome]]] = LifoQueue()  # last in, first out, so few files start few processes
     with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         for _ in range(workers):
             guard = Guard(partial(_outcomes, look or probe), timeout=timeout, setting=setting)
@@ -97,13 +97,13 @@ def read_files(
 ) -> pa.Table:
     """One row (columns `probe_cache.ENTRIES`) for each of `paths` (large_string, no doubles), in their order.
 
-    `sources` says which of the paths (their numbers, int64) belong to which source: each has a cache of its own,
-    which is brought up to date. What is probed is kept also when the run is stopped meanwhile.
+    `sources` says which of the paths (their numbers, int64) belong to which source; each has its own cache, which
+    is updated, also when the run is stopped while probing.
     """
     fingerprints, missing = _fingerprints(paths)
     tables = [ENTRIES.empty_table()]
     where = np.full(len(paths), -1, np.int64)  # the row of each path in `tables`, taken as one
-    kept: dict[str, set[int]] = {}  # how many entries the caches of a source have, where all of them are in use
+    kept: dict[str, set[int]] = {}  # sizes of a source's caches of which every entry is in use
     for source, own in sources.items():
         caches = probe_cache.load(source)
         kept[source] = set()
@@ -115,10 +115,10 @@ def read_files(
             if np.count_nonzero(rows >= 0) == table.num_rows:
                 kept[source].add(table.num_rows)
     misses = np.flatnonzero(where < 0)
-    probed = _Rows()
+    probed = _Entries()
 
     def entries(*, save: bool) -> pa.Table:
-        """Of every path that is known so far; the others have an empty row without a fingerprint."""
+        """One row for every path; unknown ones have an empty row without a fingerprint."""
         known = pa.concat_tables([*tables, probed.table(), _empty_row()])
         rows = where.copy()
         rows[misses] = np.minimum(np.arange(len(misses)) + sum(t.num_rows for t in tables), known.num_rows - 1)
@@ -131,7 +131,8 @@ def read_files(
         return table
 
     to_probe = [i for i in misses.tolist() if i not in missing]
-    outcomes = iter(probing(probe_files(map(_text_of(paths), to_probe), timeout=timeout), len(to_probe)))
+    found = probe_files((paths[i].as_py() for i in to_probe), timeout=timeout)
+    outcomes = iter(probing(found, len(to_probe)))
     saved = time.monotonic()
     try:
         for i in misses.tolist():
@@ -143,7 +144,7 @@ def read_files(
             if time.monotonic() - saved > _SAVE_EVERY:
                 entries(save=True)
                 saved = time.monotonic()
-        next(outcomes, None)  # a progress bar is full when it is asked for one more
+        next(outcomes, None)  # a progress bar completes when it is asked for one more
     finally:
         table = entries(save=True)
     if len(paths) > len(to_probe):
@@ -151,12 +152,8 @@ def read_files(
     return table
 
 
-def _text_of(paths: pa.Array) -> Callable[[int], str]:
-    return lambda i: paths[i].as_py()
-
-
-class _Rows:
-    """Outcomes, as Arrow batches of `ENTRIES` without paths."""
+class _Entries:
+    """Outcomes as Arrow batches of `ENTRIES`, without paths."""
 
     def __init__(self) -> None:
         self._batches: list[pa.RecordBatch] = []
@@ -184,7 +181,7 @@ class _Rows:
 
 
 def _empty_row() -> pa.Table:
-    rows = _Rows()
+    rows = _Entries()
     rows.add(MediaError("", "not probed yet"), "")
     return rows.table()
 
@@ -192,7 +189,7 @@ def _empty_row() -> pa.Table:
 def _fingerprints(paths: pa.Array) -> tuple[pa.Array, dict[int, MediaError]]:
     """The fingerprint of each path, and what went wrong where it is empty, by the path's number."""
     parts, missing = [pa.array([], pa.string())], {}
-    known: dict[str, str | MediaError] = {}  # of containers, which may have very many members
+    known: dict[str, str | MediaError] = {}  # of containers, which may have many members
     with ThreadPoolExecutor(16) as pool:
         for first in range(0, len(paths), _SLICE):
             part = paths[first : first + _SLICE].to_pylist()
@@ -204,19 +201,19 @@ def _fingerprints(paths: pa.Array) -> tuple[pa.Array, dict[int, MediaError]]:
             known.update((c, found[c]) for c, path in zip(outer, part) if c != path)
             texts = []
             for number, (path, container) in enumerate(zip(part, outer), start=first):
-                told = found[container]
-                if isinstance(told, MediaError):
-                    missing[number] = MediaError(path, told.reason)
-                texts.append("" if isinstance(told, MediaError) else told)
+                text = found[container]
+                if isinstance(text, MediaError):
+                    missing[number] = MediaError(path, text.reason)
+                texts.append("" if isinstance(text, MediaError) else text)
             parts.append(pa.array(texts, pa.string()))
     return pa.concat_arrays(parts), missing
 
 
 def _fingerprints_of(paths: list[str]) -> list[str | MediaError]:
-    told: list[str | MediaError] = []
+    found: list[str | MediaError] = []
     for path in paths:
         try:
-            told.append(files.fingerprint(path))
+            found.append(files.fingerprint(path))
         except MediaError as error:
-            told.append(error)
-    return told
+            found.append(error)
+    return found

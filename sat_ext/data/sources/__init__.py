@@ -1,4 +1,4 @@
-"""Sources to lists of items: paths, captions and what else their tables say. No media file is opened.
+"""Sources to lists of items: paths, captions and what tables say about them. No media file is opened.
 
 | a source can be | captions |
 |---|---|
@@ -9,7 +9,7 @@
 | a folder with `prompts.txt` and `videos.txt` (CogVideo's diffusers layout) | line by line |
 | a `.tar`, `shards/{0000..0009}.tar`, a folder of tars (WebDataset) | `x.txt` or `x.json` beside `x.mp4` |
 
-Each of them may lie behind a URL that fsspec reads.
+Each may be a URL that fsspec reads.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import braceexpand
 
 from sat_ext.data.sources.layouts import read_folder
-from sat_ext.data.sources.listing import Notes, list_folder, listed
+from sat_ext.data.sources.listing import Notes, list_folder
 from sat_ext.data.sources.reach import Reach, check_roots
 from sat_ext.data.sources.shards import read_shards
-from sat_ext.data.sources.tables import TABLES, read_table, suffix_of_table
+from sat_ext.data.sources.tables import TABLES, read_tables, suffix_of_table
+from sat_ext.data.sources.texts import listed
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import is_url
 from sat_ext.types import Item
@@ -39,8 +40,8 @@ class SourceConfig:
     """One entry of `data.params.sources`.
 
     `path` is a folder, a table or tar shards, local or a URL (see `sat_ext.data.sources`); `name` is for logs and
-    the batch, None for the path's own; `share` is the part of the samples that come from it, relative to the
-    other sources' shares; `sampler` names what a clip gives (see `sat_ext.data.clips`).
+    the batch, by default the path's; `share` is the part of the samples that come from it, relative to the other
+    shares; `sampler` is one of `sat_ext.data.clips`.
     """
 
     path: str
@@ -62,14 +63,13 @@ def read_source(
     allowed_roots: Sequence[str] = (),
     unread: Counter[str] | None = None,
 ) -> list[Item]:
-    """Every item of a source. Folders are searched at all levels, and links followed that stay in the source
-    or in `allowed_roots`.
+    """Every item of a source. Folders are searched at all levels; links must stay in the source or in
+    `allowed_roots`.
 
-    Items come in natural order of their keys (clip2 before clip10), whatever the file system's order is. What is
-    odd about a source but no reason to stop is logged once, with a count. Raises `DataError` when there is nothing
-    to read, not a caption for every file, a value that cannot be meant, or a name that leads out of the source.
-    Without `captions_required`, a file without a caption is an item whose `captions` are empty. To `unread` are
-    added, by their ending, the files that may be media and are left out for it.
+    Items come in natural order of their keys (clip2 before clip10). What is odd about a source but no reason to
+    stop is logged once, with a count. Raises `DataError` if there is nothing to read, if a caption is missing, and
+    for an invalid value or a name that leads out of the source. Without `captions_required`, a file without a
+    caption is an item with empty `captions`. `unread` counts, by suffix, files that may be media but are not read.
     """
     notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
@@ -90,7 +90,7 @@ def _natural(key: str) -> tuple[str, str]:
 def _read(path: str, notes: Notes) -> list[Item]:
     if not path:
         raise DataError("sources: a path is empty; give a folder, a table or tar shards.")
-    path = re.sub("^(file|local)://", "", path)  # its rows would be free of what holds for local ones
+    path = re.sub("^(file|local)://", "", path)  # or `Reach` would not apply to its rows
     if not is_url(path):
         path = os.path.normpath(os.path.expanduser(path))
     if "{" in path and (is_url(path) or not os.path.exists(path)):
@@ -103,14 +103,13 @@ def _read(path: str, notes: Notes) -> list[Item]:
         if not os.path.exists(path):
             raise DataError(f"{path}: no such file or folder; check sources or train_data.")
     if suffix in TABLES:
-        return read_table(path, notes)
+        return read_tables([(path, "")], notes)
     if suffix == ".tar":
-        return read_shards([(path, _file_name(path))], notes)
-    if is_url(path) and not suffix:
-        folder = list_folder(path, notes)
-        if not folder.names:
-            raise DataError(f"{path}: no such file or folder; check sources or train_data.")
+        return read_shards([(path, os.path.basename(path.partition("?")[0] if is_url(path) else path))], notes)
+    if is_url(path) and not suffix and (folder := list_folder(path, notes)).names:
         return read_folder(folder, notes)
+    if is_url(path) and not suffix:
+        raise DataError(f"{path}: no such file or folder; check sources or train_data.")
     raise DataError(
         f"{path}: '{suffix}' is not a kind of source; give a folder, a table {' or '.join(TABLES)}, or .tar."
     )
@@ -128,7 +127,7 @@ def _read_range(path: str, notes: Notes) -> list[Item]:
         absent = [p for p in paths if not os.path.exists(p)]
         if absent:
             raise DataError(
-                f"{path}: {len(absent)} of its {len(paths)} files are missing ({listed(absent)}); mend the range."
+                f"{path}: {len(absent)} of its {len(paths)} files are missing ({listed(absent)}); fix the range."
             )
     for folder in {os.path.dirname(p) for p in paths}:
         notes.reach.add(folder)
@@ -137,12 +136,7 @@ def _read_range(path: str, notes: Notes) -> list[Item]:
     if suffixes == {".tar"}:
         return read_shards([(p, p.removeprefix(common).partition("?")[0]) for p in paths], notes)
     if len(suffixes) == 1 and suffixes <= set(TABLES):
-        prefixes = [p.removeprefix(common).partition("?")[0] + "/" for p in paths]
-        return [item for p, prefix in zip(paths, prefixes) for item in read_table(p, notes, prefix=prefix)]
+        return read_tables([(p, p.removeprefix(common).partition("?")[0] + "/") for p in paths], notes)
     raise DataError(
         f"{path}: a range is of .tar, or of tables {' or '.join(TABLES)}; these end in {sorted(suffixes)}."
     )
-
-
-def _file_name(path: str) -> str:
-    return path.partition("?")[0].rpartition("/")[2] if is_url(path) else os.path.basename(path)

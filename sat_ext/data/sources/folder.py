@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from functools import cached_property
 
-from sat_ext.data.sources.listing import Folder, Notes, by_folded, folded, list_folder, listed, one_line
+from sat_ext.data.sources.listing import Folder, Notes, list_folder
+from sat_ext.data.sources.texts import by_folded, folded, listed, one_line
 from sat_ext.errors import DataError
 from sat_ext.files import is_url
 from sat_ext.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Item
@@ -24,132 +25,111 @@ def is_media(name: str) -> bool:
 def read_sidecars(folder: Folder, notes: Notes) -> list[Item]:
     """Every image and video with its caption: x.txt beside it, or labels/x.txt if it lies in videos/ or images/.
 
-    Raises `DataError` where there is no media, or not a caption for every file.
+    Raises `DataError` if there is no media, or not a caption for every file.
     """
     captions = _Captions(folder, notes)
-    media: list[str] = []
-    inner: list[tuple[int, str]] = []
-    outer: list[tuple[int, str]] = []
-    bare: list[str] = []
+    found: dict[str, tuple[Folder, str] | None] = {}
     for name in folder.names:
-        if not is_media(name):
+        if is_media(name):
+            found[name] = captions.find(name)
+        else:
             notes.leave_out(name)
-            continue
-        found = captions.find(name)
-        if found is None:
-            bare.append(name)
-            continue
-        (inner if found[0] is folder else outer).append((len(media), found[1]))
-        media.append(name)
+    bare = sorted(name for name, place in found.items() if place is None)
     if bare and notes.captions_required:
-        bare.sort()
         looked = " and ".join(f"'{c}'" for c in captions.candidates(bare[0]))
         raise DataError(
-            f"{folder.root}: {len(bare)} of {len(media) + len(bare)} media files have no caption "
-            f"({listed(bare)}; looked for {looked}); write one text file for each, or list the files in a "
-            ".jsonl or .csv."
+            f"{folder.root}: {len(bare)} of {len(found)} media files have no caption ({listed(bare)}; looked for "
+            f"{looked}); write one text file for each, or list the files in a .jsonl or .csv."
         )
-    if not media and not bare:
+    if not found:
         others = f", but {sum(notes.unread.values())} files ending in {', '.join(sorted(notes.unread))}"
         raise DataError(
             f"{folder.root}: no image or video in this folder or below it{others if notes.unread else ''}; "
             f"known are {' '.join(sorted(_MEDIA))}."
         )
-    texts = [""] * len(media)
-    for place, text in _texts(folder, inner, captions, outer, notes):
-        texts[place] = text
-        if not text:
-            notes.add("empty captions, to be trained without one", media[place])
+    texts: dict[str, str] = {}
+    for where in captions.folders:
+        own = {media: place[1] for media, place in found.items() if place and place[0] is where}
+        for media, text in zip(own, where.captions(list(own.values()), notes), strict=True):
+            texts[media] = one_line(text)
+            if not texts[media]:
+                notes.add("empty captions, to be trained without one", media)
     return [
-        Item(path=folder.location(name), key=name, captions=(text,))
-        for name, text in zip(media, texts, strict=True)
-    ] + [Item(path=folder.location(name), key=name, captions=()) for name in bare]
-
-
-def _texts(
-    folder: Folder,
-    inner: list[tuple[int, str]],
-    captions: _Captions,
-    outer: list[tuple[int, str]],
-    notes: Notes,
-) -> Iterator[tuple[int, str]]:
-    for where, wanted in ((folder, inner), (captions.labels(), outer)):
-        if wanted:
-            names = [name for _, name in wanted]
-            for (place, _), text in zip(wanted, where.texts(names, notes), strict=True):
-                yield place, one_line(text)
+        Item(path=folder.location(name), key=name, captions=(texts[name],) if name in texts else ())
+        for name in found
+    ]
 
 
 class _Captions:
-    """Where captions of a folder's files are. Of a folder that is `videos/` itself, `labels/` lies beside it."""
+    """Where the captions of a folder's files are. If it is `videos/` itself, `labels/` lies beside it."""
 
     def __init__(self, folder: Folder, notes: Notes) -> None:
-        self._folder, self._notes = folder, notes
-        self._names = _Texts(folder)
-        self._outer: Folder | None = None
-        self._outer_names = _Texts(Folder("", []))
+        self.folders = [folder]
+        self._notes = notes
+        self._inner = _Texts(folder)
         root = folder.root if is_url(folder.root) else os.path.abspath(folder.root)
-        parts = root.split("/")
-        self._outer_root: str | None = None
-        for i in reversed(range(3 if is_url(root) else 1, len(parts))):
-            if parts[i].lower() in _LABELLED_FOLDERS:
-                self._outer_root = "/".join((*parts[:i], "labels", *parts[i + 1 :]))
-                notes.reach.add("/".join(parts[:i]) or "/", "labels", *parts[i + 1 :])
-                break
+        self._outer_root, up = _labels(root, 3 if is_url(root) else 1)
+        if self._outer_root is not None:
+            notes.reach.add(up or "/", self._outer_root.removeprefix(up + "/"))
 
-    def labels(self) -> Folder:
-        """The folder `labels/` outside, listed once."""
-        if self._outer is None:
-            root = self._outer_root
-            self._outer = list_folder(root, self._notes) if root else Folder("", [])
-            self._outer_names = _Texts(self._outer)
-        return self._outer
+    @cached_property
+    def _outer(self) -> _Texts:
+        """The folder `labels/` outside, listed only when it is needed."""
+        assert self._outer_root is not None
+        self.folders.append(list_folder(self._outer_root, self._notes))
+        return _Texts(self.folders[-1])
 
     def find(self, media: str) -> tuple[Folder, str] | None:
         """The folder and the name in it, or None."""
-        beside, label = self._inside(media)
+        beside, label = _text_names(media)
         for wanted in (beside, label):
-            if wanted is not None and (name := self._names.find(wanted)):
-                return self._folder, name
-        if label is None and self._outer_root is not None:
-            labels = self.labels()
-            if name := self._outer_names.find(beside):
-                return labels, name
+            if wanted is not None and (name := self._inner.find(wanted)):
+                return self.folders[0], name
+        if label is None and self._outer_root is not None and (name := self._outer.find(beside)):
+            return self.folders[1], name
         return None
 
     def candidates(self, media: str) -> list[str]:
         """Where the caption was looked for, best first."""
-        beside, label = self._inside(media)
-        found = [self._folder.location(name) for name in (beside, label) if name is not None]
+        beside, label = _text_names(media)
+        found = [self.folders[0].location(name) for name in (beside, label) if name is not None]
         return found + [f"{self._outer_root}/{beside}"] * (label is None and self._outer_root is not None)
 
-    @staticmethod
-    def _inside(media: str) -> tuple[str, str | None]:
-        beside = os.path.splitext(media)[0] + ".txt"
-        parts = beside.split("/")
-        for i in reversed(range(len(parts) - 1)):
-            if parts[i].lower() in _LABELLED_FOLDERS:
-                return beside, "/".join((*parts[:i], "labels", *parts[i + 1 :]))
-        return beside, None
+
+def _text_names(media: str) -> tuple[str, str | None]:
+    """What a file's caption may be called: beside it, and in `labels/`."""
+    beside = os.path.splitext(media)[0] + ".txt"
+    return beside, _labels(beside, 0, last=-1)[0]
+
+
+def _labels(path: str, first: int, last: int | None = None) -> tuple[str | None, str]:
+    """`path` with its innermost `videos` or `images` replaced by `labels`, and the part before it."""
+    parts = path.split("/")
+    for i in reversed(range(first, len(parts[:last]))):
+        if parts[i].lower() in _LABELLED_FOLDERS:
+            return "/".join((*parts[:i], "labels", *parts[i + 1 :])), "/".join(parts[:i])
+    return None, ""
 
 
 class _Texts:
-    """The text files of a folder, found by their names or, where those differ, whatever their case and accents."""
+    """The text files of a folder, found by name or, failing that, regardless of case and accents."""
 
     def __init__(self, folder: Folder) -> None:
         self._root = folder.root
         self._names = {n for n in folder.names if n.lower().endswith(".txt")}
-        self._alike: dict[str, list[str]] | None = None
         self._taken: dict[str, str] = {}
 
-    def find(self, wanted: str) -> str | None:
-        """The name of the caption that should be called `wanted`.
+    @cached_property
+    def _alike(self) -> dict[str, list[str]]:
+        return by_folded(self._names)
 
-        Raises `DataError` where several may be meant, or where the one is already another file's.
+    def find(self, wanted: str) -> str | None:
+        """The name of the caption `wanted`.
+
+        Raises `DataError` if several may be meant, or if it already belongs to another file.
         """
         name = wanted if wanted in self._names else None
         if name is None:
-            self._alike = by_folded(self._names) if self._alike is None else self._alike
             alike = self._alike.get(folded(wanted), [])
             if len(alike) > 1:
                 raise DataError(

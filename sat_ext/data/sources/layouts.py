@@ -6,10 +6,11 @@ import re
 from collections import Counter
 
 from sat_ext.data.sources.folder import is_media, read_sidecars
-from sat_ext.data.sources.lines import lines_of
-from sat_ext.data.sources.listing import Folder, Notes, is_text, one_line, resolve
+from sat_ext.data.sources.listing import Folder, Notes
+from sat_ext.data.sources.reach import resolve
 from sat_ext.data.sources.shards import read_shards
-from sat_ext.data.sources.tables import read_table
+from sat_ext.data.sources.tables import read_tables
+from sat_ext.data.sources.texts import is_text, lines_of, one_line
 from sat_ext.errors import DataError
 from sat_ext.types import Item
 
@@ -27,54 +28,46 @@ def read_folder(folder: Folder, notes: Notes) -> list[Item]:
     3. `.parquet` files, or 4. `.tar` files, at any depth;
     5. images and videos with a `.txt` beside each, or in `labels/`.
 
-    Of a data set with splits (train, test, ...) only the training split is read; the other's folder may be given
-    as a source of its own. Raises `DataError`.
+    Of a data set with splits (train, test, ...) only the training split is read; another's folder may be a source
+    of its own. Raises `DataError`.
     """
     names = {n.lower(): n for n in folder.names if "/" not in n}
     prompts = next((p for p in _PROMPTS if p in names), None)
     if prompts and names.keys() & {"videos.txt", "images.txt"}:
         return _read_lists(folder, prompts, names, notes)
-    tables = _one_split([n for n in folder.names if _is_metadata(n)], folder, notes)
-    if tables:
-        return [
-            item
-            for n in sorted(tables)
-            for item in read_table(folder.location(n), notes, prefix=n[: n.rfind("/") + 1])
-        ]
+    metadata = [n for n in folder.names if n.rpartition("/")[2].lower() in _METADATA]
+    if metadata:
+        return _read_tables(folder, metadata, notes)
     parquet = [n for n in folder.names if n.lower().endswith(".parquet")]
     tars = [n for n in folder.names if n.lower().endswith(".tar")]
-    media = next((n for n in folder.names if is_media(n)), None)
-    kinds = [n for n in (*parquet[:1], *tars[:1], *([media] if media else [])) if n]
+    media = next(([n] for n in folder.names if is_media(n)), [])
+    kinds = [*parquet[:1], *tars[:1], *media]
     if len(kinds) > 1:
         raise DataError(
             f"{folder.root}: it holds '{kinds[0]}' and '{kinds[1]}', which may be the same data twice; put the "
             "kinds of files into folders of their own, each a source."
         )
     if parquet:
-        return [
-            item
-            for n in sorted(_one_split(parquet, folder, notes))
-            for item in read_table(folder.location(n), notes, prefix=n[: n.rfind("/") + 1])
-        ]
+        return _read_tables(folder, parquet, notes)
     if tars:
-        chosen = sorted(_one_split(tars, folder, notes))
-        return read_shards([(folder.location(n), n) for n in chosen], notes)
+        return read_shards([(folder.location(n), n) for n in _one_split(tars, notes)], notes)
     return read_sidecars(folder, notes)
 
 
-def _is_metadata(name: str) -> bool:
-    return name.rpartition("/")[2].lower() in _METADATA
+def _read_tables(folder: Folder, names: list[str], notes: Notes) -> list[Item]:
+    tables = [(folder.location(n), n[: n.rfind("/") + 1]) for n in _one_split(names, notes)]
+    return read_tables(tables, notes)
 
 
-def _one_split(names: list[str], folder: Folder, notes: Notes) -> list[str]:
-    """Of files that are named after splits, or lie in their folders, those of the training split."""
-    splits = {name: _split_of(name) for name in names}
+def _one_split(names: list[str], notes: Notes) -> list[str]:
+    """Of files that are named after splits, or lie in their folders, those of the training split, sorted."""
+    splits = {name: _split_of(name) for name in sorted(names)}
     if not set(splits.values()) & set(_TRAIN):
-        return names
+        return list(splits)
     for name, split in splits.items():
         if split in _OTHER_SPLITS:
             notes.add("left out as of other splits than train; to use them, name them as a source", name)
-    return [name for name in names if splits[name] not in _OTHER_SPLITS]
+    return [name for name, split in splits.items() if split not in _OTHER_SPLITS]
 
 
 def _split_of(name: str) -> str | None:
@@ -85,10 +78,14 @@ def _split_of(name: str) -> str | None:
 def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Notes) -> list[Item]:
     """CogVideo's layout for its diffusers `finetune/`: line by line a prompt, a clip, and for I2V a first frame.
 
-    The first frames are not read: the condition of a clip is the frame that it starts with. Without
-    `videos.txt`, `images.txt` lists stills to train on.
+    The first frames are not read: a clip's condition is the frame that it starts with. Without `videos.txt`,
+    `images.txt` lists stills to train on.
     """
-    lists = {n: _list(folder, names[n]) for n in (prompts, "videos.txt", "images.txt") if n in names}
+    lists = {
+        n: [line.strip() for line in lines_of(folder.location(names[n])) if line.strip()]
+        for n in (prompts, "videos.txt", "images.txt")
+        if n in names
+    }
     counts = {n: len(lines) for n, lines in lists.items()}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} in {n}" for n, count in counts.items())
@@ -110,13 +107,6 @@ def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Note
             raise DataError(f"{where}: {file!r} is no path.")
         uses[file] += 1
         key = file if uses[file] == 1 else f"{file}#{uses[file]}"
-        items.append(
-            Item(path=resolve(folder.root, file, where, notes.reach), key=key, captions=(one_line(prompt),))
-        )
+        path = resolve(folder.root, file, where, notes.reach)
+        items.append(Item(path=path, key=key, captions=(one_line(prompt),)))
     return items
-
-
-def _list(folder: Folder, name: str) -> list[str]:
-    """The lines that are not blank, as CogVideo reads them."""
-    where = folder.location(name)
-    return [line.strip() for line in lines_of(where) if line.strip()]

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import lru_cache
+from urllib.parse import quote, urlsplit
 
+from sat_ext.data.sources.texts import by_folded, folded, listed
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import container_of, is_url
 
-PROTOCOLS = frozenset({"s3", "s3a", "gs", "hf", "http", "https"})  # of which a row may name an address
+PROTOCOLS = frozenset({"s3", "s3a", "gs", "hf", "http", "https"})  # a row may name addresses of these
 _LONGEST_SHOWN = 200  # letters of a name in a message
 
 
 class Reach:
-    """Folders that the local names of one source may lead to, and the kinds of addresses that its rows may have.
+    """The folders that local names of one source may lead to, and the protocols of addresses in its rows.
 
     `allowed` is `data.params.allowed_roots`: folders, and protocols such as "sftp://". Links are resolved before a
-    file is judged. The folders of the source itself come by `add`.
+    file is judged. `add` allows the source's own folders.
     """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
         protocols = {root.removesuffix("://") for root in allowed if root.endswith("://")}
         self._protocols = PROTOCOLS | protocols
         self._roots: list[str] = []
-        # Of folders, where they really are, and whether that is inside: resolving every file would take too long.
+        # Where folders really are, and whether that is inside: resolving every file would take too long.
         self._folders: dict[str, tuple[str, bool]] = {}
         for root in allowed:
             if not root.endswith("://"):
                 self.add(os.path.expanduser(root))
 
     def add(self, folder: str, *below: str) -> None:
-        """Allow what lies in `folder`, or only in `below` in it, as long as that is no link. In the Hugging Face
-        hub's cache, whose snapshots are links to the files of `blobs/`, these too."""
+        """Allow `folder`, or only `below` in it, as long as that is no link. For a snapshot in the Hugging Face
+        hub's cache, which links to the files in `blobs/`, also those."""
         if is_url(folder):
             return
         self._folders.clear()
@@ -42,7 +45,7 @@ class Reach:
             self._roots.append(os.path.join(repository, "blobs", ""))
 
     def leaves(self, path: str) -> str | None:
-        """Where the local file `path` really is, if that is none of the allowed folders; else None."""
+        """Where the local file `path` really is, if that is outside the allowed folders; else None."""
         folder, name = os.path.split(path)
         try:
             real, inside = self._folders.get(folder) or self._look_up(folder)
@@ -91,3 +94,67 @@ def check_roots(roots: Iterable[str], where: str) -> None:
     for root in roots:
         if not root or (is_url(root) and not root.endswith("://")):
             raise ConfigError(f"{where}: {root!r}; give a folder, such as /mnt/media, or a protocol: sftp://.")
+
+
+def resolve(base: str, file: str, where: str, reach: Reach) -> str:
+    """Where `file` of a table in the folder or URL `base` is: a URL, an absolute path, or relative to `base`.
+
+    Raises `DataError` if that is out of `reach`.
+    """
+    if is_url(file) or not is_url(base):
+        path = file if is_url(file) else os.path.join(base, _as_on_disk(base, file, where))
+        reach.check(path, where)
+        return path
+    file = file.replace("\\", "/")
+    if file.startswith("/"):
+        raise DataError(
+            f"{where}: '{file}' is a local path in a table behind a URL; write a relative one or a URL."
+        )
+    scheme, _, folder = base.partition("://")
+    parts = folder.split("/")
+    for part in file.split("/"):  # S3 would take "./a.mp4" and "../a.mp4" literally
+        if part == ".." and len(parts) > 1:
+            parts.pop()
+        elif part not in ("", ".", ".."):
+            parts.append(quote(part) if scheme in ("http", "https") else part)
+    return f"{scheme}://{'/'.join(parts)}"
+
+
+def _as_on_disk(base: str, file: str, where: str) -> str:
+    """The name on this disk of a file in a table made on another system; `file` itself if nothing is alike.
+
+    Tables from Windows have backslashes, those from macOS other accents, and both other case. Because it takes a
+    look at the disk, only names with backslashes, non-ASCII letters or spaces around them are compared.
+    """
+    if (file.isascii() and "\\" not in file and file == file.strip()) or os.path.lexists(os.path.join(base, file)):
+        return file
+    found = ""
+    for part in file.strip().replace("\\", "/").split("/"):
+        step = os.path.join(found, part) if found or part else "/"
+        if not os.path.lexists(os.path.join(base, step)):
+            folder = os.path.join(base, found)
+            try:
+                alike = _names_in(folder, os.stat(folder).st_mtime_ns).get(folded(part), [])
+            except OSError:
+                return file
+            if len(alike) > 1:
+                raise DataError(f"{where}: '{file}' may be any of {listed(alike)}; write it as it is on the disk.")
+            if not alike:
+                return file
+            step = os.path.join(found, alike[0])
+        found = step
+    return found
+
+
+@lru_cache(maxsize=64)
+def _names_in(folder: str, changed: int) -> dict[str, list[str]]:
+    return by_folded(os.listdir(folder))
+
+
+def folder_of(path: str) -> str:
+    """The folder or URL that a table lies in."""
+    if not is_url(path):
+        return os.path.dirname(path) or "."
+    if path.startswith(("http://", "https://")):
+        path = urlsplit(path)._replace(query="", fragment="").geturl()
+    return path.rpartition("/")[0]

@@ -1,14 +1,13 @@
-"""One row of a table, or one JSON object beside a file, to what an `Item` says of its file. Pure."""
+"""One row of a table, or one JSON object beside a file, to the fields of an `Item`. Pure."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from sat_ext.data.sources.listing import MAX_CAPTION_BYTES, one_line
+from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, one_line, parse_json
 from sat_ext.errors import DataError
 
 PATH_COLUMNS = (
@@ -30,7 +29,7 @@ def shown(value: Any) -> str:
 
 
 def column_of(row: Sequence[str] | TableRow, accepted: Sequence[str], what: str, where: str) -> str:
-    """The first accepted column that is there. Raises `DataError` with those that are."""
+    """The first accepted column that is there. Raises `DataError`, which lists those that are."""
     for name in accepted:
         if name in row:
             return name
@@ -46,21 +45,20 @@ def has_captions(row: Sequence[str] | TableRow) -> bool:
 
 
 def fields_of(row: TableRow, where: str) -> dict[str, Any]:
-    """Keyword arguments of `Item` out of a row: `captions` (empty where it has none) and what narrows it down.
+    """Keyword arguments of `Item` from a row: `captions` (maybe empty) and what narrows the file down.
 
-    A number may be text, and a list JSON in text, as CSV has them; None, NaN and empty text are no value.
-    Unknown columns are ignored. Raises `DataError`, starting with `where`, for a value that cannot be meant.
+    Numbers may be text, and lists JSON in text, as in CSV; None, NaN and empty text are no value. Unknown columns
+    are ignored. Raises `DataError`, starting with `where`, for an invalid value.
 
     >>> fields_of({"caption": "A cat.", "start": "1.5", "crop": "[0, 0, 64, 64]", "id": 7}, "t.csv, line 2")
     {'captions': ('A cat.',), 'start': 1.5, 'crop': (0, 0, 64, 64)}
     """
     fields: dict[str, Any] = {"captions": _captions(row, where)}
-    if row.get("caption_weights") is not None and fields["captions"]:
-        weights = _list(row, "caption_weights", where)
-        if weights is not None:
-            fields["caption_weights"] = _caption_weights(weights, len(fields["captions"]), where)
+    weights = _list(row, "caption_weights", where) if fields["captions"] else None
+    if weights is not None:
+        fields["caption_weights"] = _caption_weights(weights, len(fields["captions"]), where)
     for name, what in _NUMBERS.items():
-        value = _number(row[name]) if row.get(name) is not None else None
+        value = _number(row.get(name))
         if value is None:
             continue
         if not (value > 0 or (value == 0 and name in ("start", "weight"))) or value == math.inf:
@@ -69,23 +67,21 @@ def fields_of(row: TableRow, where: str) -> dict[str, Any]:
     if fields.get("end") is not None and fields["end"] <= fields.get("start", 0.0):
         raise DataError(
             f"{where}: 'end' is {fields['end']} s, not after its 'start' at {fields.get('start', 0.0)} s; "
-            "swap or mend them."
+            "swap or fix them."
         )
-    if row.get("crop") is not None and (crop := _list(row, "crop", where)) is not None:
+    crop = _list(row, "crop", where)
+    if crop is not None:
         fields["crop"] = _crop(crop, where)
     return fields
 
 
 def _captions(row: TableRow, where: str) -> tuple[str, ...]:
-    value: Any = _list(row, "captions", where) if row.get("captions") is not None else None
+    value: Any = _list(row, "captions", where)
     if value is None:
-        name = next((n for n in CAPTION_COLUMNS if row.get(n) is not None), None)
-        value = row[name] if name is not None else []
-    if isinstance(value, float) and math.isnan(value):  # how pandas writes nothing
+        value = next((row[n] for n in CAPTION_COLUMNS if row.get(n) is not None), [])
+    if value != value:  # NaN, which pandas writes for nothing
         return ()
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list):
-        raise DataError(f"{where}: the caption is {shown(value)}; it must be a string, or a list of them.")
+    captions = value if isinstance(value, list) else [value]
     for caption in captions:
         if not isinstance(caption, str):
             raise DataError(f"{where}: the caption is {shown(caption)}; it must be a string, or a list of them.")
@@ -122,13 +118,11 @@ def _crop(crop: list[Any], where: str) -> tuple[int, int, int, int]:
 
 
 def _number(value: Any) -> float | None:
-    """None for what stands for no value; NaN, which passes no check, for what is no number."""
-    if isinstance(value, bool):
-        return math.nan
-    if not isinstance(value, (int, float, str, Decimal)):
-        return math.nan
-    if value != value or isinstance(value, str) and value.strip().lower() in ("", "nan"):
+    """None for no value; NaN, which passes no check, for what is no number."""
+    if _is_nothing(value) or (isinstance(value, str) and value.strip().lower() == "nan"):
         return None
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
+        return math.nan
     try:
         return float(value)
     except (ValueError, OverflowError):
@@ -136,17 +130,21 @@ def _number(value: Any) -> float | None:
 
 
 def _list(row: TableRow, name: str, where: str) -> list[Any] | None:
-    value = row[name]
-    if isinstance(value, str) and not value.strip() or isinstance(value, float) and math.isnan(value):
+    value = row.get(name)
+    if _is_nothing(value):
         return None
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value)
+        except ValueError:
             value = None
     if not isinstance(value, list):
         raise DataError(f"{where}: '{name}' is {shown(row[name])}; it must be a list, such as {_EXAMPLES[name]}.")
     return value
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 _NUMBERS = {

@@ -5,7 +5,6 @@ Nothing is unpacked, and nothing but media, text and JSON is looked at: a `.pyd`
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
@@ -15,18 +14,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sat_ext.data.sources.folder import is_media
-from sat_ext.data.sources.lines import lines_of
-from sat_ext.data.sources.listing import (
+from sat_ext.data.sources.listing import Notes
+from sat_ext.data.sources.rows import CAPTION_COLUMNS, fields_of
+from sat_ext.data.sources.texts import (
     MAX_CAPTION_BYTES,
-    Notes,
     by_folded,
     folded,
     is_text,
+    lines_of,
     listed,
     one_line,
-    text_of,
+    parse_json,
 )
-from sat_ext.data.sources.rows import CAPTION_COLUMNS, fields_of
 from sat_ext.errors import DataError, MediaError, SatExtError
 from sat_ext.files import filesystem, is_url, member_location, open_binary
 from sat_ext.types import IMAGE_EXTENSIONS, Item
@@ -38,7 +37,7 @@ _AT_ONCE = 8  # shards; behind a URL, reading one is mostly waiting
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _LARGEST_EXTENSION = 32 << 10  # bytes of a header's extension (a long name); parsing is slow beyond
 _EXTENSIONS = (b"x", b"g", b"X", tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-# What a header that makes no sense makes `tarfile` raise; the end of a tar is another error.
+# What `tarfile` raises for an invalid header; the end of a tar is another error.
 _MALFORMED = (
     *(tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError),  # type: ignore[attr-defined]
     *(ValueError, LookupError, RecursionError),
@@ -58,12 +57,12 @@ class _Sample:
 def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
     """The samples of tars, each given as its location and the start of its samples' keys.
 
-    A sample is a clip or a still with its `.txt` or `.json`, by WebDataset's rule: names are equal up to the
-    first dot. Where there are several media of one name, clips win. `.json` holds what a table's row would.
-    SAT's `0000.meta.jsonl` beside `0000.tar` adds to the samples that its `key`s name, and wins.
+    A sample is a clip or a still with its `.txt` or `.json`, by WebDataset's rule: names are equal up to the first
+    dot. Of several media of one name, clips win. `.json` holds the fields of a table's row. SAT's
+    `0000.meta.jsonl` beside `0000.tar` adds fields to the samples that its `key`s name, and wins.
 
-    A sample without a caption is left out, and noted. Raises `DataError` for what is no tar, for a member
-    whose path is absolute or leads upwards, and where not one sample is left.
+    A sample without a caption is left out and noted. Raises `DataError` for a file that is no tar, for a member
+    whose path is absolute or leads upwards, and if no sample is left.
     """
     with ThreadPoolExecutor(min(_AT_ONCE, len(shards))) as pool:
         found = pool.map(lambda shard: list(_read_shard(shard[0], shard[1], notes)), shards)
@@ -93,7 +92,6 @@ def _read_shard(tar: str, prefix: str, notes: Notes) -> Iterator[Item]:
             continue
         if fields["captions"] and not any(fields["captions"]):
             notes.add("empty captions, to be trained without one", f"{prefix}/{key}")
-        # Stable: a clip before a still, the plainest name first.
         name, offset, size = min(sample.media, key=lambda m: (_is_still(m[0]), len(m[0]), m[0]))
         yield Item(path=member_location(tar, name, offset, size), key=f"{prefix}/{key}", **fields)
 
@@ -111,9 +109,9 @@ def _webdataset_key(name: str) -> str:
 def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
     """Samples with media by key, in the order of the tar.
 
-    Where names hold further dots, `a.b.mp4` goes with `a.b.txt` if that is there. Without it, it goes by
-    WebDataset's key, and is left out where that has plainer media: `a.seg.png` beside `a.jpg` is an annotation.
-    A caption whose name differs in case or in how accents are written counts where no other does.
+    If names hold more dots, `a.b.mp4` goes with `a.b.txt`. Without that file it goes by WebDataset's key, and is
+    left out if plainer media have that key: `a.seg.png` beside `a.jpg` is an annotation. A caption whose name
+    differs in case or accents counts only if there is no other.
     """
     by_stem: dict[str, _Sample] = {}
     for name, offset, size, data in _members(tar, notes):
@@ -123,11 +121,11 @@ def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
             sample.media = [m for m in sample.media if m[0] != name]  # of two of one name, a tar means the last
             sample.media.append((name, offset, size))
         elif suffix.lower() == ".txt":
-            sample.text = one_line(text_of(data, f"{tar}#{name}", notes))
+            sample.text = one_line(notes.decode(data, f"{tar}#{name}"))
         else:
             sample.row = _object(data, f"{tar}#{name}", notes)
     found: dict[str, _Sample] = {}
-    alike: dict[str, list[str]] | None = None
+    alike: dict[str, list[str]] = {}
     for stem, sample in by_stem.items():
         key = _webdataset_key(stem)
         plain = by_stem.get(key, _Sample())
@@ -136,7 +134,7 @@ def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
         if sample.text is None and sample.row is None:
             sample.text, sample.row = plain.text, plain.row
         if sample.text is None and sample.row is None:
-            alike = by_folded(by_stem) if alike is None else alike
+            alike = alike or by_folded(by_stem)
             same = alike[folded(stem)]
             names = [name for name in same if not by_stem[name].media]
             if names and len(same) > 2:
@@ -152,8 +150,8 @@ def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
 
 def _object(data: bytes, name: str, notes: Notes) -> dict[str, Any] | None:
     try:
-        row = json.loads(data) if len(data) <= MAX_CAPTION_BYTES else None
-    except (ValueError, RecursionError):
+        row = parse_json(data) if len(data) <= MAX_CAPTION_BYTES else None
+    except ValueError:
         row = None
     if not isinstance(row, dict):
         notes.add("members .json that are no JSON objects, left out", name)
@@ -162,7 +160,7 @@ def _object(data: bytes, name: str, notes: Notes) -> dict[str, Any] | None:
 
 
 def _members(tar: str, notes: Notes) -> Iterator[tuple[str, int, int, bytes | None]]:
-    """Name, offset and size of the data of each member that is media, text or JSON; of the latter two the data."""
+    """Name, offset and size of each member that is media, text or JSON; of the latter two also the data."""
     try:
         with open_binary(tar) as file:
             if file.read(6).startswith(_COMPRESSED):
@@ -187,17 +185,17 @@ def _members(tar: str, notes: Notes) -> Iterator[tuple[str, int, int, bytes | No
                         data = file.read(min(member.size, MAX_CAPTION_BYTES + 1))
                     yield member.name, member.offset_data, member.size, data
     except tarfile.TarError as error:
-        raise DataError(f"{tar}: not a readable tar ({error}); write it anew.") from error
+        raise DataError(f"{tar}: not a readable tar ({error}); write it again.") from error
     except MediaError as error:
         raise DataError(f"{tar}: {error.reason}; check sources or train_data.") from error
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header. One that makes no sense is an error; to Python it ends the tar, crashes or loops."""
+    """A member's header. An invalid one is an error, while Python's own class ends the tar, crashes or loops."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Of 512 bytes; refuses sizes that would be read at once, or lead back."""
+        """From 512 bytes. Refuses sizes that would be read at once, or that lead backwards."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTENSIONS and header.size > _LARGEST_EXTENSION):
             raise tarfile.ReadError(f"a header of type {header.type!r} says {header.size} bytes")
@@ -205,7 +203,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        """The next one, with its extensions. Raises `ReadError` for all that is wrong with it."""
+        """The next one, with its extensions. Raises `ReadError` whatever is wrong with it."""
         try:
             header = super().fromtarfile(archive)
         except SatExtError:  # of reading the file
@@ -220,7 +218,7 @@ class _Header(tarfile.TarInfo):
 def _next(archive: tarfile.TarFile, end: int, tar: str, notes: Notes) -> tarfile.TarInfo | None:
     try:
         is_first = archive.firstmember is not None  # type: ignore[attr-defined]
-        if not is_first and archive.offset > end:  # too far, perhaps, for any file to seek there
+        if not is_first and archive.offset > end:  # perhaps too far for any file to seek
             raise tarfile.ReadError("unexpected end of data")
         return archive.next()
     except tarfile.TarError as error:
@@ -233,8 +231,8 @@ def _kind(member: tarfile.TarInfo, tar: str, notes: Notes) -> str | None:
     name = member.name
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:[/\\]", name):
         raise DataError(
-            f"{tar}: its member '{name}' has a path that is absolute or leads upwards, as in a tar that was "
-            "made to do harm; write it anew with relative names."
+            f"{tar}: its member '{name}' has a path that is absolute or leads upwards, as in a malicious tar; "
+            "write it again with relative names."
         )
     if _RESERVED.match(name) or os.path.basename(name).startswith(".") or member.isdir():
         return None
@@ -263,9 +261,9 @@ def _meta_rows(tar: str, notes: Notes) -> dict[str, dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             key = row["key"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}, line {number}: not a JSON object with a 'key' ({error!r}); write lines such as "
                 '{"key": "0001", "caption": "A cat."}.'

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,9 +15,8 @@ import pyarrow.parquet as pq
 
 from sat_ext.data.guard import Guard
 from sat_ext.data.sources.folder import is_media
-from sat_ext.data.sources.lines import LONGEST_LINE, lines_of, open_list
-from sat_ext.data.sources.listing import Notes, folder_of, is_text, resolve
-from sat_ext.data.sources.reach import Reach
+from sat_ext.data.sources.listing import Notes
+from sat_ext.data.sources.reach import Reach, folder_of, resolve
 from sat_ext.data.sources.rows import (
     CAPTION_COLUMNS,
     OTHER_COLUMNS,
@@ -28,17 +26,17 @@ from sat_ext.data.sources.rows import (
     has_captions,
     shown,
 )
+from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, open_text, parse_json
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import cell_location, is_url
 from sat_ext.types import Item
 
-_LISTED = 3
 _ROWS_AT_ONCE = 512
 _LARGEST_BATCH = 32 << 20  # bytes of so many rows: 64 KiB each, or a few of the longest captions
-_MEMORY, _TIMEOUT = 1 << 30, 3600.0  # bytes and seconds that a Parquet table may take in its guard
+_MEMORY, _TIMEOUT = 1 << 30, 3600.0  # bytes and seconds for a Parquet table in its guard
 _READ_BYTES = 1 << 20  # of a column; without it, Arrow reads all files of a row group to find how the first starts
 
-# The suffix of an embedded file that has no name, by how it starts.
+# The suffix of an embedded file without a name, by its first bytes.
 _MAGIC = (
     (b"\xff\xd8\xff", ".jpg"),
     (b"\x89PNG", ".png"),
@@ -50,11 +48,15 @@ _MAGIC = (
 )
 
 
-def read_table(table: str, notes: Notes, *, prefix: str = "") -> list[Item]:
-    """The rows of a .jsonl, .csv or .parquet file, their keys after `prefix`.
+def read_tables(tables: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
+    """The rows of .jsonl, .csv and .parquet files, each given as its location and a prefix for its rows' keys.
 
-    Raises `DataError` for a table or a value in it that cannot be used, and where rows have no caption.
+    Raises `DataError` for a table or a value in it that cannot be used, and if rows have no caption.
     """
+    return [item for table, prefix in tables for item in _read_table(table, prefix, notes)]
+
+
+def _read_table(table: str, prefix: str, notes: Notes) -> list[Item]:
     items: list[Item] = []
     bare: list[str] = []
     uses: Counter[str] = Counter()
@@ -64,14 +66,13 @@ def read_table(table: str, notes: Notes, *, prefix: str = "") -> list[Item]:
         elif not any(fields["captions"]):
             notes.add("empty captions, to be trained without one", place)
         uses[key] += 1
-        # The same file may be listed with several captions: its further uses get keys of their own.
+        # A file may be listed with several captions; keys must be unique.
         key = prefix + (key if uses[key] == 1 else f"{key}#{uses[key]}")
         items.append(Item(path=path, key=key, **fields))
     if bare and notes.captions_required:
         raise DataError(
             f"{table}: {len(bare)} of {len(items)} rows have no caption "
-            f"({', '.join(bare[:_LISTED])}{', ...' if len(bare) > _LISTED else ''}); "
-            "fill them in or remove the rows."
+            f"({', '.join(bare[:3])}{', ...' * (len(bare) > 3)}); fill them in or remove the rows."
         )
     if not items:
         raise DataError(f"{table}: no rows; every row names one media file and its caption.")
@@ -83,19 +84,19 @@ def suffix_of_table(path: str) -> str:
     return os.path.splitext(urlsplit(path).path if is_url(path) else path)[1].lower()
 
 
-# What each reader gives for a row: its place in words, its key, the file's location, and `Item`'s other fields.
-_Rows = Iterator[tuple[str, str, str, dict[str, Any]]]
+# For each row: its place in words, its key, the file's location, and `Item`'s other fields.
+Rows = Iterator[tuple[str, str, str, dict[str, Any]]]
 
 
-def _jsonl(table: str, reach: Reach) -> _Rows:
+def _jsonl(table: str, reach: Reach) -> Rows:
     base = folder_of(table)
     for number, line in enumerate(lines_of(table), start=1):
         if not line.strip():
             continue
         where = f"{table}, line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(
                 f"{where}: not JSON ({error}); write one object a line, such as "
                 '{"path": "a.mp4", "caption": "A cat."}.'
@@ -105,7 +106,7 @@ def _jsonl(table: str, reach: Reach) -> _Rows:
         yield _named_file(row, base, f"line {number}", where, reach)
 
 
-def _csv(table: str, reach: Reach) -> _Rows:
+def _csv(table: str, reach: Reach) -> Rows:
     """Comma-separated, with a header."""
     base = folder_of(table)
     csv.field_size_limit(LONGEST_LINE)
@@ -127,7 +128,7 @@ def _csv(table: str, reach: Reach) -> _Rows:
             row = dict.fromkeys(header) | dict(zip(header, cells, strict=False))
             yield _named_file(row, base, place, f"{table}, {place}", reach)
     except csv.Error as error:
-        raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}); mend the quotes.") from None
+        raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}); fix the quotes.") from None
 
 
 def _named_file(
@@ -146,11 +147,11 @@ def _require_captions(row: Any, where: str) -> None:
         column_of(row, CAPTION_COLUMNS, "caption", where)
 
 
-def _parquet(table: str, reach: Reach) -> _Rows:
+def _parquet(table: str, reach: Reach) -> Rows:
     base, name = folder_of(table), os.path.basename(urlsplit(table).path if is_url(table) else table)
     with _readable(table), Guard(_survey, timeout=_TIMEOUT, memory=_MEMORY) as guard:
         unnamed = guard(table)
-    with _readable(table), open_list(table) as file:
+    with _readable(table), open_text(table) as file:
         source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         wanted, column = _wanted(source, table)
         for number, row in enumerate(row for batch in _batches(source, wanted) for row in batch.to_pylist()):
@@ -165,9 +166,12 @@ def _parquet(table: str, reach: Reach) -> _Rows:
 
 
 def _survey(table: str) -> str:
-    """The suffix of the files in its cells that have no name. Decodes all rows once, in a guard: a kilobyte of
-    Parquet may hold gigabytes of them, and Arrow allocates before it reports how much."""
-    with _readable(table), open_list(table) as file:
+    """The suffix of the files in its cells that have no name.
+
+    Decodes all rows once, in a guard, because a kilobyte of Parquet may hold gigabytes of rows, and Arrow
+    allocates before it reports how much.
+    """
+    with _readable(table), open_text(table) as file:
         size = file.seek(0, os.SEEK_END)
         source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         wanted, column = _wanted(source, table)
@@ -184,7 +188,7 @@ def _survey(table: str) -> str:
 
 @contextmanager
 def _readable(table: str) -> Iterator[None]:
-    """What Arrow and the guard raise, as `DataError`."""
+    """Raises errors of Arrow and the guard as `DataError`."""
     try:
         yield
     except MemoryError as error:
@@ -193,13 +197,13 @@ def _readable(table: str) -> Iterator[None]:
             "shorten their values."
         ) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{table}: not a readable Parquet file ({error}); write it anew.") from error
+        raise DataError(f"{table}: not a readable Parquet file ({error}); write it again.") from error
     except MediaError as error:
         raise DataError(f"{table}: {error.reason}; check sources or train_data.") from error
 
 
 def _wanted(source: pq.ParquetFile, table: str) -> tuple[list[str], str | None]:
-    """The columns that are read of every row, and the one that holds whole files."""
+    """The columns to read, and the one that holds whole files."""
     names = source.schema_arrow.names
     _require_captions(names, table)
     wanted = [c for c in (*CAPTION_COLUMNS, *OTHER_COLUMNS) if c in names]
@@ -232,7 +236,7 @@ _PLAIN_NAMES = frozenset({"mp4", "webm", "jpg", "jpeg", "png", "webp", "gif"})  
 
 
 def _first_suffix(source: pq.ParquetFile, column: str) -> str:
-    """The suffix of files without a name, after how the table's first one starts."""
+    """The suffix of files without a name, from the first bytes of the table's first one."""
     struct = pa.types.is_struct(source.schema_arrow.field(column).type)
     leaf = f"{column}.bytes" if struct else column
     batch = next(source.iter_batches(batch_size=1, columns=[leaf], use_threads=False), None)
@@ -245,4 +249,4 @@ def _first_suffix(source: pq.ParquetFile, column: str) -> str:
     return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), ".jpg")
 
 
-TABLES: dict[str, Callable[[str, Reach], _Rows]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+TABLES: dict[str, Callable[[str, Reach], Rows]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -1,0 +1,114 @@
+"""The text of captions, tables and lists, and the comparison of names from different systems."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+from sat_ext.errors import DataError, MediaError
+from sat_ext.files import is_url, open_binary
+
+# Captions are cut there. No text encoder reads a hundredth of it, and a video named .txt must not fill memory.
+MAX_CAPTION_BYTES = 1 << 20
+# In letters; Python's own limit for a cell of CSV is 128 KiB. Parsed JSON takes up to 20 times as much.
+LONGEST_LINE = 4 << 20
+
+_HEAD = 4096  # bytes that show the encoding
+_LISTED = 3  # examples in a message
+
+# Byte order marks, as Windows writes them; the first that fits counts.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def listed(names: Sequence[str], count: int | None = None) -> str:
+    """The first few names for a message, out of `count`."""
+    count = len(names) if count is None else count
+    return ", ".join(f"'{n}'" for n in names[:_LISTED]) + (", ..." if count > _LISTED else "")
+
+
+def open_text(path: str) -> BinaryIO:
+    """A caption, table or list. An empty local one is allowed, unlike an empty media file."""
+    is_empty = not is_url(path) and os.path.isfile(path) and not os.path.getsize(path)
+    return io.BytesIO() if is_empty else open_binary(path)
+
+
+def lines_of(path: str) -> Iterator[str]:
+    """The lines of a table or list, with their ends. Raises `DataError`, also for a line without end."""
+    try:
+        with open_text(path) as raw:
+            encoding = encoding_of(raw.read(_HEAD), path)
+            raw.seek(0)
+            with io.TextIOWrapper(raw, encoding=encoding, newline="") as file:
+                number = 0
+                while line := file.readline(LONGEST_LINE + 1):
+                    number += 1
+                    if len(line) > LONGEST_LINE:
+                        raise DataError(
+                            f"{path}, line {number}: longer than {LONGEST_LINE} letters; a line is for one file."
+                        )
+                    yield line
+    except UnicodeDecodeError as error:
+        which = "it" if path.endswith(".txt") else "the table"
+        raise DataError(f"{path}: not UTF-8 ({error.reason}); save {which} as UTF-8.") from None
+    except MediaError as error:
+        raise DataError(f"{path}: {error.reason}; check sources or train_data.") from error
+
+
+def encoding_of(head: bytes, where: str) -> str:
+    """The encoding of a text that starts with `head`. Raises `DataError` for UTF-16 and UTF-32 without a mark."""
+    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in head:
+        raise DataError(
+            f"{where}: it has null bytes, as a text in UTF-16 without a byte order mark; save it as UTF-8."
+        )
+    return encoding
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises `ValueError`, also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def one_line(text: str) -> str:
+    """The lines of a caption, joined by spaces, without characters that UTF-8 cannot encode."""
+    if "\n" in text or "\r" in text or text != text.strip():
+        text = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def is_text(name: str) -> bool:
+    """Whether UTF-8 can encode a file's name; names on a disk may be any bytes."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def folded(name: str) -> str:
+    """Equal for names that differ only in case, or in how accents are written (macOS writes é as two letters)."""
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def by_folded(names: Iterable[str]) -> dict[str, list[str]]:
+    """`names` by their `folded` form."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(folded(name), []).append(name)
+    return found
