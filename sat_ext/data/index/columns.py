@@ -59,9 +59,11 @@ def item_batches(items: Iterable[Item]) -> Iterator[pa.RecordBatch]:
 
 def to_item(values: Mapping[str, Any]) -> Item:
     """The item of one row of `ITEM_COLUMNS`."""
-    fields = {name: values[name] for name in ITEM_COLUMNS.names}
-    fields["fps"] = fields.pop("item_fps")
-    return Item(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    fields: dict[str, Any] = {}
+    for name in ITEM_COLUMNS.names:
+        value = values[name]
+        fields["fps" if name == "item_fps" else name] = tuple(value) if isinstance(value, list) else value
+    return Item(**fields)
 
 
 def to_info(values: Mapping[str, Any]) -> MediaInfo:
