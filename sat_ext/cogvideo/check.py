@@ -1,4 +1,4 @@
-"""What CogVideo's engine would fail on, or train wrongly on, after its weights are loaded: said before that."""
+"""What CogVideo's engine would fail on, or train wrongly on, reported before it loads its weights."""
 
 from __future__ import annotations
 
@@ -102,20 +102,23 @@ def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Seque
             f"or name the YAML of a {checkout} model."
         )
     _check_noise_levels(model, checkout)
+    if checkout == "1.5" and args.eval_interval:
+        _check_evaluation(args, model, network, buckets)
+
+
+def _check_evaluation(
+    args: argparse.Namespace, model: Mapping[str, Any], network: Network, buckets: Sequence[Bucket]
+) -> None:
+    """The main branch samples and decodes in every evaluation."""
     sampler = target_of(model.get("sampler_config"))
     odd = any(latent_frames(b.frames) % network.patch[0] for b in buckets)
-    if (
-        checkout == "1.5"
-        and sampler not in ("", SAMPLER)
-        and args.eval_interval
-        and (odd or network.ofs_embed_dim is not None)
-    ):
+    if sampler not in ("", SAMPLER) and (odd or network.ofs_embed_dim is not None):
         raise ConfigError(
             f"model.sampler_config.target: {sampler} takes even numbers of latent frames only and is not given "
             "'ofs', so the first evaluation would fail; append configs/cogvideo/1.5.yaml."
         )
     short = [b for b in buckets if latent_frames(b.frames) < 3]
-    if checkout == "1.5" and short and args.eval_interval and not getattr(args, "only_log_video_latents", False):
+    if short and not getattr(args, "only_log_video_latents", False):
         raise ConfigError(
             "args.only_log_video_latents: false has every evaluation decode what it sampled, and CogVideo's main "
             f"branch takes 3 latent frames for it, of which a bucket of {short[0].frames} frames has "

@@ -34,12 +34,11 @@ class InterpolatedRotaryPositionEmbedding(Target, nn.Module):
 
     The rotary angles of other sizes go by `rotary`:
 
-    - "stretch" lays the input, as large as fits and centred, into the configured grid, so that no coordinate lies
-      outside of what the model was trained with. diffusers does so for 1.0 models, in training as in sampling
-      (`get_resize_crop_region_for_grid` of its pipeline_cogvideox.py, `get_3d_rotary_pos_embed`), and so does our
-      engine. The default for 1.0.
-    - "count" gives row y the coordinate y, as a network built at that size has it (CogVideo's own sampler, with
-      `latent_height` and `latent_width` changed). 1.5 models do so, and take nothing else.
+    - "stretch" lays the input, as large as fits and centred, into the configured grid, so that no coordinate is
+      outside of what the model was trained with. diffusers does this for 1.0 models, in training and in sampling
+      (`get_resize_crop_region_for_grid` of its pipeline_cogvideox.py), and so does our engine. Default for 1.0.
+    - "count" gives row y the coordinate y, as in a network that is built at that size (CogVideo's own sampler,
+      with `latent_height` and `latent_width` changed). The only choice for 1.5 models.
 
     `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown or of the
     other generation and, with the batch that has it, for a size that does not divide into patches.
@@ -52,28 +51,11 @@ class InterpolatedRotaryPositionEmbedding(Target, nn.Module):
     freqs_sin: Tensor
     pos_embedding: Tensor | None
 
-    def __init__(
-        self,
-        *,
-        height: int,
-        width: int,
-        compressed_num_frames: int,
-        hidden_size_head: int,
-        theta: float = THETA,
-        rotary: Rotary | None = None,
-        **params: Any,
-    ) -> None:
-        super().__init__(
-            height=height,
-            width=width,
-            compressed_num_frames=compressed_num_frames,
-            hidden_size_head=hidden_size_head,
-            theta=theta,
-            **params,
-        )
-        self.native = Grid(compressed_num_frames, height, width)
+    def __init__(self, *, rotary: Rotary | None = None, **params: Any) -> None:
+        super().__init__(**params)
+        self.native = native_grid(params)
         self.grid = self.native  # of the current batch
-        self.hidden_size_head, self.theta = hidden_size_head, float(theta)
+        self.hidden_size_head, self.theta = params["hidden_size_head"], float(params.get("theta", THETA))
         counts = self.freqs_cos.ndim == 4  # 1.5 keeps (T, h, w, D) and cuts the input's part out
         chosen: Rotary | None = convert(Rotary | None, rotary, f"{POSITION}.rotary")
         if counts and chosen == "stretch":
@@ -127,28 +109,10 @@ class SinusoidalPositionEmbedding(Target, nn.Module):
     CALLS = ("position_embedding_forward",)
     pos_embedding: Tensor
 
-    def __init__(
-        self,
-        *,
-        height: int,
-        width: int,
-        compressed_num_frames: int,
-        height_interpolation: float = 1.0,
-        width_interpolation: float = 1.0,
-        time_interpolation: float = 1.0,
-        **params: Any,
-    ) -> None:
-        super().__init__(
-            height=height,
-            width=width,
-            compressed_num_frames=compressed_num_frames,
-            height_interpolation=height_interpolation,
-            width_interpolation=width_interpolation,
-            time_interpolation=time_interpolation,
-            **params,
-        )
-        self.native = Grid(compressed_num_frames, height, width)
-        self.scales = (time_interpolation, height_interpolation, width_interpolation)
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        self.native = native_grid(params)
+        self.scales = [params.get(f"{axis}_interpolation", 1.0) for axis in ("time", "height", "width")]
 
     def position_embedding_forward(self, position_ids: Tensor, **kwargs: Any) -> Tensor:
         """The embedding (1, text + tokens, D) for `kwargs["images"]`."""
@@ -176,6 +140,11 @@ class FinalLayer(Target, nn.Module):
         self.latent_height, self.latent_width = kwargs["images"].shape[-2:]
         latents: Tensor = super().final_forward(logits, **kwargs)  # type: ignore[misc]
         return latents
+
+
+def native_grid(params: dict[str, Any]) -> Grid:
+    """The size that a position embedding is configured for, of its `params` (`DiffusionTransformer` adds them)."""
+    return Grid(params["compressed_num_frames"], params["height"], params["width"])
 
 
 def grid_of(kwargs: dict[str, Any]) -> Grid:
