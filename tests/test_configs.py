@@ -13,7 +13,8 @@ from sat_ext.data.params import DataConfig
 from sat_ext.doubts import doubts
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import ModelConfig, check_bucket, load_model_config
+from sat_ext.models.config import ModelConfig, check_bucket
+from sat_ext.models.folder import load_model_config
 from sat_ext.sat import hooks
 from sat_ext.sat.arguments import parse_args, read_yaml
 from sat_ext.sat.settings import Settings, settings_of

@@ -54,7 +54,6 @@ LAYERS = [
 UPWARDS: set[tuple[str, str]] = set()
 CIRCLES = {
     frozenset({"data.index", "data.index.build", "data.index.lengths", "data.index.probing"}),
-    frozenset({"models.config", "models.levers"}),
     frozenset({"sat.dataset", "sat.registry"}),
 }
 EFFECTS = {"data.guard", "media"}

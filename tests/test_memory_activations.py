@@ -19,8 +19,7 @@ from sat_ext.config import read_yaml
 from sat_ext.memory.activations import activations, block
 from sat_ext.memory.counts import count
 from sat_ext.memory.run import Run, read_run, sizes
-from sat_ext.models.config import TextConfig, transformer_of
-from sat_ext.models.levers import GradientCheckpointing
+from sat_ext.models.config import GradientCheckpointing, TextConfig, transformer_of
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.types import Bucket
 from tests.fakes import faked, saved_bytes

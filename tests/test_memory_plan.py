@@ -16,8 +16,8 @@ from sat_ext.memory.host import checkpoint_memory, power_of_two, rounding
 from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import Run, read_run
 from sat_ext.memory.weights import bytes_of
+from sat_ext.models.config import GradientCheckpointing
 from sat_ext.models.embedding_cache import REMEMBERED
-from sat_ext.models.levers import GradientCheckpointing
 from sat_ext.models.quantize import CODES, QuantizedLinear
 from sat_ext.types import Bucket
 

@@ -11,8 +11,7 @@ from sat_ext.memory.counts import count
 from sat_ext.memory.options import read_options
 from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import Run, sizes
-from sat_ext.models.config import transformer_of
-from sat_ext.models.levers import GradientCheckpointing
+from sat_ext.models.config import GradientCheckpointing, transformer_of
 from sat_ext.zero import ZERO_NAMES, zero_section
 
 # The rule of thumb's rates, for one GPU. They decide between configurations; they promise no step time.

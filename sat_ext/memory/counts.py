@@ -11,7 +11,8 @@ from torch import nn
 
 from sat_ext.cogvideo.network import PRETRAINED
 from sat_ext.memory.run import Run
-from sat_ext.models.config import AutoencoderConfig, ModelConfig, TransformerConfig, folder_config, transformer_of
+from sat_ext.models.config import AutoencoderConfig, ModelConfig, TransformerConfig, transformer_of
+from sat_ext.models.folder import folder_config
 
 # https://huggingface.co/google/t5-v1_1-xxl, config.json: the text encoder of every published CogVideoX model.
 T5_XXL = {

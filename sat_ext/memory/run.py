@@ -13,13 +13,13 @@ from sat_ext.data.params import DataConfig
 from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import (
+    GradientCheckpointing,
     ModelConfig,
     spatial_compression,
     text_length,
     transformer_of,
 )
-from sat_ext.models.levers import GradientCheckpointing
-from sat_ext.models.shape import expected_config
+from sat_ext.models.folder import expected_config
 from sat_ext.types import Bucket
 
 BATCH_SIZE = 4  # SAT's default (sat/arguments.py, add_training_args, 0.4.12)

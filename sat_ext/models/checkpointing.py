@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from sat_ext.models.levers import GradientCheckpointing
+from sat_ext.models.config import GradientCheckpointing
 from sat_ext.models.side_stream import SideStream, Transfer
 
 TOKENS = 3  # dimensions (B, N, D) of a block's large inputs; its others are small, and the same for all blocks

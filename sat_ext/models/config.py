@@ -1,17 +1,14 @@
-"""The `model:` section of the YAML, and the checks on it that need no weights.
+"""The `model:` section of the YAML, and what follows from its numbers.
 
-Imports neither diffusers nor transformers, so that the data set and the command line can ask
-what a model accepts without loading one.
+Imports neither diffusers nor transformers, so that the data set and the command line can ask what a model accepts
+without loading one.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from sat_ext.cogvideox import (
     LATENT_CHANNELS,
@@ -22,11 +19,10 @@ from sat_ext.cogvideox import (
     TEXT_TOKENS,
     pixel_frames,
 )
-from sat_ext.config import load
 from sat_ext.errors import ConfigError
-from sat_ext.models.levers import GradientCheckpointing, Quantization, check_levers
 from sat_ext.types import Bucket
 
+Quantization = Literal["none", "nf4", "fp8"]
 ABSENT = -100.0  # SAT's mark for a metric that a rank has no value of; SAT averages the others
 
 
@@ -153,6 +149,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientCheckpointing:
+    """Keep a transformer block's input alone, and recompute the rest in the backward pass.
+
+    `every`: of n blocks the first is recomputed; 1 is all of them, for the least memory, and costs another forward
+    pass. `offload`: those inputs wait in page-locked CPU memory, copied while the GPU computes. It costs no time
+    as long as a block computes longer than its input takes over PCIe, which stills may not.
+    """
+
+    every: int = 1
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"model.gradient_checkpointing.every: {self.every}; give 1 (all blocks) or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """Factors on the loss of the samples of each kind. The reported losses are without them."""
 
@@ -205,77 +218,15 @@ class ModelConfig:
         if self.pretrained is None and self.text.kind == "t5":
             raise ConfigError("model.text.kind: t5 needs a folder; set model.pretrained, or kind: byt5.")
 
-
-def load_model_config(mapping: Mapping[str, Any], where: str = "model") -> ModelConfig:
-    """The `model:` mapping as a `ModelConfig` whose `transformer` is complete and agrees with the folder.
-
-    Raises `ConfigError` for unknown keys, for a folder that is missing or incomplete, for a folder that holds
-    another architecture than the YAML says, and for channel counts that do not fit together.
-    """
-    config = load(ModelConfig, mapping, where)
-    if config.pretrained is not None:
-        config = _with_folder(config, where)
-    elif config.transformer is None:
-        config = replace(config, transformer=TransformerConfig())
-    _check_channels(config, where)
-    check_levers(config, transformer_of(config).num_layers)
-    return config
-
-
-def folder_config(pretrained: str, subfolder: str, name: str = "config.json") -> dict[str, Any]:
-    """`<pretrained>/<subfolder>/<name>` as a dict; `ConfigError` where the folder or the file is missing."""
-    root = Path(pretrained)
-    if not root.is_dir():
-        raise ConfigError(f"model.pretrained: no folder {pretrained}; give the path of a diffusers model.")
-    file = root / subfolder / name
-    if not file.is_file():
-        raise ConfigError(
-            f"model.pretrained: {pretrained} has no {subfolder}/{name}; "
-            "a diffusers model has transformer/, vae/, text_encoder/, tokenizer/ and scheduler/."
-        )
-    loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return loaded
-
-
-def _with_folder(config: ModelConfig, where: str) -> ModelConfig:
-    assert config.pretrained is not None
-    if config.first_stage.kind != "autoencoder" or config.text.kind != "t5":
-        raise ConfigError(
-            f"{where}.pretrained: the folder brings an autoencoder and a T5 encoder, but the YAML asks for "
-            f"first_stage.kind '{config.first_stage.kind}' and text.kind '{config.text.kind}'; remove these."
-        )
-    found = _architecture(TransformerConfig, folder_config(config.pretrained, "transformer"))
-    if config.transformer is not None:
-        for key, expected in asdict(config.transformer).items():
-            if not key.startswith("sample_") and getattr(found, key) != expected:
-                raise ConfigError(
-                    f"{where}.pretrained: {config.pretrained} has {key} {getattr(found, key)}, but "
-                    f"{where}.transformer.{key} is {expected}; use the YAML of the model in that folder."
-                )
-    autoencoder = _architecture(AutoencoderConfig, folder_config(config.pretrained, "vae"))
-    return replace(config, transformer=found, first_stage=replace(config.first_stage, autoencoder=autoencoder))
-
-
-def _architecture(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """The dataclass `cls` of those of `values` (a config.json) that it has fields for."""
-    kept = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-    return load(cls, kept, "config.json")
-
-
-def _check_channels(config: ModelConfig, where: str) -> None:
-    transformer = transformer_of(config)
-    latent = latent_channels(config)
-    expected = latent * (2 if config.conditioning == "i2v" else 1)
-    if (transformer.in_channels, transformer.out_channels) != (expected, latent):
-        raise ConfigError(
-            f"{where}.transformer: in_channels {transformer.in_channels} and out_channels "
-            f"{transformer.out_channels} do not fit conditioning '{config.conditioning}' with {latent} "
-            f"latent channels; it takes {expected} and {latent}."
-        )
+    @property
+    def checkpointing(self) -> GradientCheckpointing | None:
+        """Which blocks are recomputed in the backward pass; None where all keep what they need."""
+        given = self.gradient_checkpointing
+        return (GradientCheckpointing() if given else None) if isinstance(given, bool) else given
 
 
 def transformer_of(config: ModelConfig) -> TransformerConfig:
-    """The transformer's architecture. `config` must come from `load_model_config`."""
+    """The transformer's architecture. `config` must come from `folder.load_model_config`."""
     assert config.transformer is not None, "use load_model_config"
     return config.transformer
 
@@ -300,7 +251,7 @@ def text_length(config: ModelConfig) -> int:
 def size_multiple(config: ModelConfig) -> int:
     """Heights and widths, in pixels, must be multiples of this: one patch of the transformer.
 
-    >>> size_multiple(load_model_config({"text": {"kind": "byt5"}}))
+    >>> size_multiple(ModelConfig(transformer=TransformerConfig(), text=TextConfig(kind="byt5")))
     16
     """
     return spatial_compression(config) * transformer_of(config).patch_size

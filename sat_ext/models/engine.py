@@ -23,7 +23,7 @@ from sat_ext.models.conditioning import (
     padding_frames,
     stills,
 )
-from sat_ext.models.config import folder_config, load_model_config, transformer_of
+from sat_ext.models.config import transformer_of
 from sat_ext.models.diffusion import (
     EVALUATED_TIMESTEPS,
     NoiseSchedule,
@@ -35,6 +35,7 @@ from sat_ext.models.diffusion import (
     uniform_timesteps,
 )
 from sat_ext.models.engine_encoders import build_encoders
+from sat_ext.models.folder import folder_config, load_model_config
 from sat_ext.models.levers import check_zero
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.pixels import to_model_range

@@ -16,15 +16,9 @@ from sat_ext.latents.encoders import Fingerprints, LatentShape, Part, loaded
 from sat_ext.latents.store import fingerprint_of
 from sat_ext.latents.text import TextEmbeddings, encoder_fingerprint
 from sat_ext.models.conditioning import noisy_first_frames
-from sat_ext.models.config import (
-    ModelConfig,
-    latent_channels,
-    load_model_config,
-    spatial_compression,
-    text_length,
-    transformer_of,
-)
+from sat_ext.models.config import ModelConfig, latent_channels, spatial_compression, text_length, transformer_of
 from sat_ext.models.first_stage import FirstStage, build_first_stage
+from sat_ext.models.folder import load_model_config
 from sat_ext.models.t5 import T5Text, build_text
 from sat_ext.pixels import to_model_range
 

@@ -2,41 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
 from sat_ext.errors import ConfigError
+from sat_ext.models.config import ModelConfig
 
-if TYPE_CHECKING:
-    from sat_ext.models.config import ModelConfig
-
-Quantization = Literal["none", "nf4", "fp8"]
 BLOCKS_FETCHED = 2  # of those that are swapped, on the GPU at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientCheckpointing:
-    """Keep the input of a block of the transformer alone, and compute the rest anew in the backward pass.
-
-    `every`: of n blocks one is recomputed, the first; 1 is all of them, for the least memory, and costs another
-    forward pass. `offload`: those inputs wait in page-locked CPU memory, copied while the GPU computes. It costs
-    no time as long as a block computes longer than its input takes over PCIe, which stills may not.
-    """
-
-    every: int = 1
-    offload: bool = False
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError(f"model.gradient_checkpointing.every: {self.every}; give 1 (all blocks) or more.")
-
-
-def checkpointing_of(config: ModelConfig) -> GradientCheckpointing | None:
-    """The YAML's `gradient_checkpointing`, whose `true` is every block."""
-    lever = config.gradient_checkpointing
-    if isinstance(lever, GradientCheckpointing):
-        return lever
-    return GradientCheckpointing() if lever else None
 
 
 def check_levers(config: ModelConfig, layers: int) -> None:
@@ -52,7 +21,7 @@ def check_levers(config: ModelConfig, layers: int) -> None:
             f"model.block_swap: {swap}, but swapped weights are never written back, and mode: full trains them; "
             "use mode: lora, or an offloading YAML of configs/zero/."
         )
-    lever = checkpointing_of(config)
+    lever = config.checkpointing
     if swap and (lever is None or lever.every != 1):
         raise ConfigError(
             f"model.block_swap: {swap}, but a block's weights come back for the backward pass only when it is "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.levers import Quantization
+from sat_ext.models.config import Quantization
 
 NF4_BLOCK = 64  # weights that share a scale
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448

@@ -19,7 +19,7 @@ from sat_ext.models.config import (
     text_length,
     transformer_of,
 )
-from sat_ext.models.shape import expected_config
+from sat_ext.models.folder import expected_config
 from sat_ext.types import Bucket
 
 if TYPE_CHECKING:

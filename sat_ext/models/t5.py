@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import ModelConfig, TextConfig, folder_config, text_length, transformer_of
+from sat_ext.models.config import ModelConfig, TextConfig, text_length, transformer_of
 from sat_ext.models.cpu import encoder_dtype, own_cores
 from sat_ext.models.embedding_cache import Remembered
+from sat_ext.models.folder import folder_config
 from sat_ext.models.side_stream import on_device
 
 # Of the small encoder. Changing one makes every checkpoint of a tiny model useless.

@@ -16,7 +16,6 @@ from sat_ext.errors import ConfigError
 from sat_ext.models.block_swap import swap_blocks
 from sat_ext.models.checkpointing import checkpoint_blocks
 from sat_ext.models.config import ModelConfig, TrainConfig, transformer_of
-from sat_ext.models.levers import checkpointing_of
 from sat_ext.models.quantize import quantize_blocks
 
 
@@ -89,7 +88,7 @@ def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTrans
         add_lora(transformer, config.train)
     if config.block_swap:
         swap_blocks(blocks, config.block_swap)
-    if (checkpointing := checkpointing_of(config)) is not None:
+    if (checkpointing := config.checkpointing) is not None:
         checkpoint_blocks(transformer, checkpointing)
     return transformer
 

@@ -125,8 +125,8 @@ def engine(folder: Path, dtype: Any) -> Any:
 
     from diffusers import CogVideoXPipeline
 
-    from sat_ext.models.config import load_model_config
     from sat_ext.models.engine import VideoDiffusionEngine
+    from sat_ext.models.folder import load_model_config
     from sat_ext.models.transformer import build_transformer
 
     channels = json.loads((folder / "transformer" / "config.json").read_text())["in_channels"]
@@ -279,8 +279,8 @@ def check_the_autoencoder_does_the_same(sat: Path) -> None:
     pipelines do, and its group norms then see a piece at a time."""
     import torch
 
-    from sat_ext.models.config import load_model_config
     from sat_ext.models.first_stage import build_first_stage
+    from sat_ext.models.folder import load_model_config
 
     made, _ = autoencoder(sat)
     folder = converted(sat, tiny.model_names(sat)[0])
@@ -322,8 +322,8 @@ def check_a_video_is_decoded_as_cogvideos_sampler_does(sat: Path) -> None:
     """Two latent frames at a time, three at first, what is before each kept by the convolutions."""
     import torch
 
-    from sat_ext.models.config import load_model_config
     from sat_ext.models.first_stage import build_first_stage
+    from sat_ext.models.folder import load_model_config
 
     name = tiny.model_names(sat)[0]
     if "1.5" in name:

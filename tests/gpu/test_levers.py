@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat_ext.models.config import load_model_config
+from sat_ext.models.folder import load_model_config
 from sat_ext.models.quantize import QuantizedLinear
 from sat_ext.models.side_stream import host_memory, page_lock
 from sat_ext.models.t5 import build_text

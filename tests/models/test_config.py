@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import check_bucket, load_model_config, size_multiple
+from sat_ext.models.config import check_bucket, size_multiple
+from sat_ext.models.folder import load_model_config
 from sat_ext.types import Bucket
 from tests.models.conftest import FAMILIES, small_config
 
 
 def test_module_imports_neither_torch_models_nor_diffusers() -> None:
     code = (
-        "import sys, sat_ext.models.config as c; "
+        "import sys, sat_ext.models.folder as c; "
         "c.load_model_config({'text': {'kind': 'byt5'}}); "
         "print([m for m in ('diffusers', 'transformers', 'peft') if m in sys.modules])"
     )

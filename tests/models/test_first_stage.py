@@ -13,8 +13,8 @@ from diffusers import CogVideoXImageToVideoPipeline
 
 from sat_ext.demo_data import BACKGROUNDS, COLOURS
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import load_model_config
 from sat_ext.models.first_stage import AutoencoderFirstStage, CosineFirstStage, build_first_stage
+from sat_ext.models.folder import load_model_config
 from tests.models.conftest import write_pretrained
 
 

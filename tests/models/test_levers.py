@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import load_model_config
 from sat_ext.models.engine import VideoDiffusionEngine
+from sat_ext.models.folder import load_model_config
 from tests.models.conftest import SMALL, small_config
 
 LORA = {"mode": "lora", "rank": 2}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sat_ext.models.config import load_model_config
+from sat_ext.models.folder import load_model_config
 from sat_ext.models.quantize import CODES, QuantizedLinear
 from sat_ext.models.transformer import build_transformer
 from tests.models.conftest import make_batch, make_engine, small_config

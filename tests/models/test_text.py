@@ -14,9 +14,10 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from sat_ext.errors import ConfigError
 from sat_ext.models import cpu
-from sat_ext.models.config import TextConfig, load_model_config
+from sat_ext.models.config import TextConfig
 from sat_ext.models.cpu import own_cores
 from sat_ext.models.embedding_cache import Remembered
+from sat_ext.models.folder import load_model_config
 from sat_ext.models.t5 import T5Text, build_text, small_byt5
 from tests.models.conftest import make_batch, make_engine, small_config
 

@@ -11,7 +11,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from safetensors.torch import load_file
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import load_model_config
+from sat_ext.models.folder import load_model_config
 from sat_ext.models.transformer import LearnedPatchEmbed, build_transformer, rotary_embedding
 from tests.models.conftest import FAMILIES, small_config
 
