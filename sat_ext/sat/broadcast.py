@@ -22,16 +22,16 @@ from sat_ext.ranks import gather
 
 T = TypeVar("T")
 
-HEARTBEAT = 5.0  # seconds; the ranks that wait give up after `args.timeout_minutes` without a message
+HEARTBEAT = 5.0  # seconds between messages to the ranks that wait; they give up after `args.timeout_minutes`
 _CHUNK = 64 << 20  # bytes in one message
-_ALIGNMENT = 64  # of buffers, as Arrow wants them
+_ALIGNMENT = 64  # of buffers, which Arrow recommends
 
 
 def share_from_first_rank(make: Callable[[], T], *, heartbeat: float = HEARTBEAT) -> T:
     """What `make` returns on rank 0, on every rank. A `SatExtError` of rank 0 is raised on all of them.
 
-    The arrays in it (Arrow's and NumPy's) are not copied for each rank: those of one machine map the same file
-    in the folder for temporary files, which is removed as soon as they have. Such arrays are read-only.
+    Arrays in it (Arrow's and NumPy's) are not copied for each rank: the ranks of a machine map one file in the
+    folder for temporary files, and remove it as soon as they have. Such arrays are read-only.
     """
     if dist.get_world_size() == 1:
         return make()
@@ -49,9 +49,9 @@ def share_from_first_rank(make: Callable[[], T], *, heartbeat: float = HEARTBEAT
 
 
 def require_everywhere(paths: Sequence[str], place: str) -> None:
-    """Raise `DataError` where some ranks lack a local file or folder of `paths` that others have.
+    """Raise `DataError` if some ranks lack a local file or folder of `paths` that others have.
 
-    What all of them lack is left to the reader, who says more about it.
+    What all of them lack is left to its reader, whose error says more.
     """
     # os.path: a mount that has died is an error to `Path.exists`, on that rank alone
     lacking = [p for p in paths if not is_url(p) and not os.path.exists(re.sub(r"/?[^/]*[{*?].*", "", p) or ".")]
@@ -67,7 +67,7 @@ def require_everywhere(paths: Sequence[str], place: str) -> None:
 
 
 def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat: float) -> Any:
-    """On rank 0: the message that ends the others' waiting, sent to them. `buffers` gets the arrays' memory."""
+    """On rank 0: call `make`, and send the message that the others wait for. `buffers` gets the arrays."""
     result: list[Any] = []
 
     def run() -> None:
@@ -92,7 +92,7 @@ def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat
 
 
 def _spans(sizes: list[int]) -> list[tuple[int, int]]:
-    """Where buffers of these sizes start and end, one behind the other."""
+    """Where buffers of these sizes start and end in one file."""
     spans, end = [], 0
     for size in sizes:
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -102,7 +102,7 @@ def _spans(sizes: list[int]) -> list[tuple[int, int]]:
 
 
 def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], path: Path) -> memoryview:
-    """The memory of all buffers, which rank 0 has: in a file at `path` on each machine, where that can be."""
+    """The memory of all buffers, which rank 0 has: on each machine a file at `path`, if one can be made there."""
     first, size = dist.get_rank() == 0, max(1, spans[-1][1] if spans else 0)
     memory = None
     if first:
@@ -113,7 +113,7 @@ def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], pa
     if not first:
         memory = _create(path, size)
     dist.barrier()
-    if memory is None and not path.exists():  # who made it found the disk full
+    if memory is None and not path.exists():  # the rank that made it found the disk full
         memory = mmap.mmap(-1, size)
     is_filled = first or memory is None
     if not all(gather(is_filled)):
@@ -131,9 +131,9 @@ def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], pa
 
 
 def _create(path: Path, size: int) -> mmap.mmap | None:
-    """Memory of `size` bytes: a new file's or, where none can be made, one's own. None: another rank made it.
+    """Memory of `size` bytes: a new file or, if none can be made, private memory. None: another rank made the file.
 
-    The rank that makes it makes it whole before it meets the others, so what they find is not to grow.
+    It has its full size before the next barrier, so that no rank maps a file that still grows.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

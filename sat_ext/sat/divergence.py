@@ -1,4 +1,4 @@
-"""A run that has diverged ends, and what it holds takes the place of no good checkpoint."""
+"""A run that has diverged ends, and its weights replace no good checkpoint."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from sat_ext.sat.run import RunState
 
 
 def begin(model: Any) -> None:
-    """Have `count` say when fp16's loss scale cannot go down: DeepSpeed ends some runs then, in a traceback, and
-    lets others skip every step. And have `check_finite` find numbers alone."""
+    """Leave it to `count` to end a run whose fp16 loss scale cannot go down: some of DeepSpeed's optimizers raise
+    then, and others skip every step. Clear the padding, which `check_finite` would take for weights."""
     if model.zero_optimization_stage() == 3:
         _clear_padding(model)
     scaler: Any = getattr(model.optimizer, "loss_scaler", None)
@@ -30,15 +30,15 @@ def begin(model: Any) -> None:
 
 
 def attempts(model: Any) -> tuple[int, int]:
-    """Of DeepSpeed's engine: updates that were begun, and those of them that it skipped for their gradients."""
+    """DeepSpeed's counters: updates, and those of them that it skipped because of their gradients."""
     return int(model.global_steps), int(model.skipped_steps)
 
 
 def count(run: RunState, model: Any, args: argparse.Namespace, before: tuple[int, int]) -> None:
-    """Count a step that changed no weight; `before` is `attempts` of before it. Every rank counts alike.
+    """Count a step that changed no weight; `before` is `attempts` from before the step. All ranks count alike.
 
-    SAT leaves a step where the loss of any rank is not finite, DeepSpeed one whose gradients are not. Neither says
-    so in what SAT returns, but DeepSpeed's counters do. Raises `TrainingError` after `stop_after_bad_steps`.
+    SAT abandons a step where the loss of any rank is not finite, DeepSpeed one whose gradients are not. SAT's
+    return values do not show it, but DeepSpeed's counters do. Raises `TrainingError` after `stop_after_bad_steps`.
     """
     begun, skipped = attempts(model)
     if begun > before[0] and skipped == before[1]:
@@ -54,10 +54,10 @@ def count(run: RunState, model: Any, args: argparse.Namespace, before: tuple[int
         )
 
 
-def stands(run: RunState, args: argparse.Namespace, *, last: bool) -> bool:
-    """Whether the newest step changed the weights; where not, a save is owed, and made after one that does.
+def may_save(run: RunState, args: argparse.Namespace, *, last: bool) -> bool:
+    """Whether the newest step changed the weights. If not, the save is put off until after a step that does.
 
-    `last`: there will be none.
+    `last`: no step follows.
     """
     run.save_owed = run.bad_steps > 0
     if run.save_owed:
@@ -71,10 +71,10 @@ def stands(run: RunState, args: argparse.Namespace, *, last: bool) -> bool:
 
 
 def check_finite(model: Any, args: argparse.Namespace) -> None:
-    """Raise `TrainingError`, on every rank, where a trained weight or the optimizer's state of any is not finite.
+    """Raise `TrainingError` on every rank if a trained weight or optimizer state of any rank is not finite.
 
-    Every number is read once, where it lies: shards under ZeRO, the CPU's memory under offload. What is swapped
-    to a disk is not read.
+    Each number is read once, where it is: in ZeRO's shards, or on the CPU under offload. What is swapped to a disk
+    is not read.
     """
     bad = next((name for name, value in _numbers(model) if not _is_finite(value)), None)
     for rank, name in enumerate(gather(bad)):
@@ -86,7 +86,7 @@ def check_finite(model: Any, args: argparse.Namespace) -> None:
 
 
 def _is_searching(model: Any) -> bool:
-    """Whether fp16's dynamic loss scale may still go down: such steps are how it finds its value."""
+    """Whether fp16's dynamic loss scale may still go down: skipped steps are how it finds its value."""
     if not (model.fp16_enabled() and model.dynamic_loss_scale()):
         return False
     return float(model.optimizer.loss_scale) > float(model._config.float16_config.min_loss_scale)
@@ -94,8 +94,8 @@ def _is_searching(model: Any) -> bool:
 
 @torch.no_grad()
 def _clear_padding(model: Any) -> None:
-    """ZeRO-3's parts of a weight are equally long on all ranks. Behind the last values DeepSpeed leaves what the
-    memory held, which need not be finite."""
+    """ZeRO-3 splits a weight into parts of one size. DeepSpeed leaves the end of the last part uninitialized, and
+    what the memory held need not be finite."""
     for parameter in model.module.parameters():
         part = getattr(parameter, "ds_tensor", None)
         if part is not None and is_trained(parameter):

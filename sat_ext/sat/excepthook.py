@@ -1,4 +1,4 @@
-"""Errors that end a run: what a user can do something about is one sentence, and the rest its traceback."""
+"""How an error that ends a run is shown: one sentence for what a user can fix, a traceback for the rest."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None]
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What a user can do something about, in one sentence; None for any other error.
+    """The sentence of an error that a user can fix; None for any other.
 
-    PyTorch puts a data worker's traceback before the sentence that ended it, and raises wherever the training is
-    when a worker is killed.
+    PyTorch puts a data worker's traceback before the sentence that ended it. When a worker is killed, it raises
+    wherever the training is.
     """
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
@@ -37,7 +37,7 @@ def sentence_of(error: BaseException) -> str | None:
 
 
 def in_a_sentence(show: ExceptHook) -> ExceptHook:
-    """Python's `sys.excepthook`, which shows `error: <sentence>` of such an error and any other as before."""
+    """`sys.excepthook` that prints `error: <sentence>` for such an error, and shows any other as before."""
 
     def show_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         sentence = sentence_of(error)

@@ -74,7 +74,7 @@ class Hook:
 
 
 def begun(make_loaders: Callable[..., Any]) -> Callable[..., Any]:
-    """The first function that `training_main` calls: behind it, SAT counts its lists and divides by their sums."""
+    """The first function that `training_main` calls. In it SAT divides by the number of entries in each list."""
 
     def make(args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
         begin(args)

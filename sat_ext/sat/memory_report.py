@@ -1,4 +1,4 @@
-"""What a run is predicted to take of memory, told before anything is loaded, and at the end what it took.
+"""The memory that a run is predicted to take, shown before anything is loaded, and at the end what it took.
 
 Peaks are those of PyTorch's own count of what it allocated on the first rank's GPU, from the beginning of a
 micro-step to the beginning of the next: forward and backward pass, and the optimizer's step where there is one.
@@ -117,7 +117,7 @@ class MemoryReport:
 
 
 def bucket_of(batch: Mapping[str, Any]) -> Bucket:
-    """The shape of a batch's pixels, or of those that its latents stand for."""
+    """The shape of a batch's pixels, or of those that its latents were made of."""
     pixels = batch.get("latents", batch["mp4"])
     _, frames, channels, height, width = pixels.shape
     if channels != 3:

@@ -1,7 +1,7 @@
 """The other ranks: how long one waits for them, and which of them is gone when an exchange fails.
 
-Every rank counts up a number of its own in the process group's store, from a thread that goes on while its
-training waits. A rank that hangs in the kernel, is stopped, has ended or is cut off no longer counts.
+Each rank increments its own counter in the process group's store, from a thread that runs while the training
+waits. The counter of a rank that hangs in the kernel, is stopped, has ended or is cut off stands still.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sat.helpers import print_rank0
 from torch.distributed import distributed_c10d
 
 BEAT = 2.0  # seconds
-SILENT = 60.0  # seconds after which the first rank says that another gives no sign
+SILENT = 60.0  # seconds after which the first rank warns of another's silence
 _LOST = re.compile(
     r"Timed out waiting|timed out|timeout|Connection \w+ by peer|Broken pipe|Connection refused", re.I
 )
@@ -30,7 +30,7 @@ _limit = timedelta()
 
 
 def set_limit(limit: timedelta) -> None:
-    """Have every process group, present and future, wait so long for an exchange."""
+    """Set the timeout of every process group, present and future."""
     global _limit
     _limit = limit
     module: Any = distributed_c10d
@@ -43,16 +43,16 @@ def set_limit(limit: timedelta) -> None:
 
 
 def begin() -> None:
-    """Give signs of life from now on, where there are other ranks. Safe to call again."""
+    """Start this rank's counter, if there are other ranks. Safe to call again."""
     global _peers
     if _peers is None and dist.is_initialized() and dist.get_world_size() > 1:
         _peers = _Peers()
 
 
 def sentence_of_lost(error: BaseException) -> str | None:
-    """Of an exchange that failed, which ranks are gone as far as it can be known; None for any other error.
+    """Which ranks are gone, if the error is that of a failed collective; None for any other error.
 
-    It takes some seconds in which those that are there give a sign.
+    Takes some seconds, to see whose counters still move.
     """
     text = " ".join(str(error).split())
     ours = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
@@ -72,7 +72,7 @@ class _Peers:
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         shared: Any = distributed_c10d._get_default_store()
-        self.store = shared.clone()  # exchanges wait in the other, and lock it
+        self.store = shared.clone()  # a collective that waits in the other locks it
         self.store.set_timeout(timedelta(seconds=10))
         self.store.set(f"sat_ext/host/{self.rank}", socket.gethostname())
         self._counts: list[int] = []
@@ -83,12 +83,12 @@ class _Peers:
         atexit.register(self._stop)  # a daemon in a call of PyTorch would crash Python's end
 
     def gone(self) -> str:
-        """The ranks without a sign of life, with their hosts; empty where there is none."""
+        """The ranks whose counters stand still, with their hosts; empty if there is none."""
         try:
             before = self._read()
             time.sleep(2.5 * BEAT)
             silent = [r for r, (a, b) in enumerate(zip(before, self._read())) if a == b and r != self.rank]
-            # the first to ask is right: the ranks that end after it are no cause
+            # the first to ask is right: ranks that end after it are not the cause
             names = ", ".join(map(self._name, silent))
             names = self.store.compare_set("sat_ext/lost", "", names).decode() if names else ""
             if self.rank == 0:
@@ -111,11 +111,11 @@ class _Peers:
                 self.store.add(f"sat_ext/beat/{self.rank}", 1)
                 if self.rank == 0:
                     self._watch()
-            except RuntimeError:  # the store is gone; what waits for the others will say so
+            except RuntimeError:  # the store is gone, and the collective that waits will fail and say so
                 continue
 
     def _watch(self) -> None:
-        """Name a silent rank long before an exchange gives up: NCCL's ends the process, and names nobody."""
+        """Name a silent rank long before a collective times out: NCCL then ends the process, and names nobody."""
         counts, now = self._read(), time.monotonic()
         for rank, count in enumerate(counts):
             if not self._counts or count != self._counts[rank]:

@@ -25,7 +25,7 @@ from sat_ext.sat.settings import Settings, settings_of
 
 @dataclass(kw_only=True)
 class RunState:
-    """SAT hands its functions nothing but `args`, so what one of ours must tell another is kept there.
+    """SAT hands its functions nothing but `args`, so what one function of ours leaves for another is kept there.
 
     Where the run comes from: `resumed` and `folder` are of the full checkpoint that it continues; `base` holds the
     weights that its own checkpoints leave out (`whole`: they leave out none); `schedule` is the state that SAT
@@ -71,7 +71,7 @@ def run_of(args: argparse.Namespace) -> RunState:
         if run.settings.deterministic:
             _be_deterministic()
         if getattr(args, "load", None):
-            _look_at(run, Path(args.load), going_on=args.mode == "pretrain")
+            _look_at(run, Path(args.load), resuming=args.mode == "pretrain")
     return run
 
 
@@ -111,7 +111,7 @@ def _check_section(args: argparse.Namespace) -> None:
     check_section({**counts, **config}, mpu.get_data_parallel_world_size(), checkpoints_activations=True)
 
 
-def _look_at(run: RunState, path: Path, *, going_on: bool) -> None:
+def _look_at(run: RunState, path: Path, *, resuming: bool) -> None:
     if not (path / "latest").is_file():
         raise ConfigError(
             f"args.load: {no_checkpoint(path)}; name CogVideo's transformer folder, or a run's folder."
@@ -119,7 +119,7 @@ def _look_at(run: RunState, path: Path, *, going_on: bool) -> None:
     file = find_weights(path)
     manifest = read_manifest(file.parent)
     run.whole = False
-    if going_on and manifest is not None:
+    if resuming and manifest is not None:
         run.resumed, run.folder, run.base, run.whole = manifest, file.parent, manifest.base, manifest.whole
         run.saved = manifest.iteration if file.parent.name == str(manifest.iteration) else None
         if newer := [p.name for p in whole_checkpoints(path) if int(p.name) > manifest.iteration]:

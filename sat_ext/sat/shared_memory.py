@@ -20,10 +20,10 @@ MB = 1_000_000
 
 
 def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
-    """Raise `ConfigError`, on every rank, where this list of data, and those before it, could fill /dev/shm.
+    """Raise `ConfigError` on every rank if this list of data, with those before it, could fill /dev/shm.
 
-    PyTorch ends in a traceback there, or waits for ever for the batch that a worker could not hand over. Counted
-    are the largest batches, as many as the workers of all ranks of a machine may have ready at once.
+    PyTorch would end in a traceback, or wait forever for the batch that a worker could not hand over. Counted are
+    the largest batches, as many as the workers of all ranks of a machine may have ready at once.
     """
     if not args.num_workers or stream.cached is not None:  # latents are some fiftieth of their pixels
         return

@@ -1,4 +1,4 @@
-"""Files that a run writes beside its checkpoints: one that cannot be written is no reason to end the run."""
+"""Files that a run writes beside its checkpoints. One that cannot be written does not end the run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def side_file(name: str) -> Iterator[None]:
         if name not in _missed:
             _missed.add(name)
             print_rank0(
-                f"warning: {name} cannot be written ({error.strerror or error}); training goes on without it.",
+                f"warning: {name} cannot be written ({error.strerror or error}); training continues without it.",
                 level="WARNING",
             )

@@ -1,4 +1,4 @@
-"""SIGTERM, as Slurm and launchers send it before they kill: a request to save, which all ranks agree on."""
+"""SIGTERM, which Slurm and launchers send before they kill: a request to save, on which all ranks agree."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _asked = False
 
 
 def listen() -> None:
-    """From now on SIGTERM asks for a stop, the second and third too: launchers repeat what a batch system sends.
+    """From now on SIGTERM asks for a stop, however often it comes: launchers repeat what a batch system sends.
 
-    What ends the process at once is SIGKILL, or Ctrl-C.
+    SIGKILL and Ctrl-C still end the process at once.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _ask)
@@ -33,16 +33,14 @@ def _ask(_number: int, _frame: FrameType | None) -> None:
 
 
 class Spared:
-    """A data loader whose workers SIGTERM does not reach, not even while they start: that is left to the training
-    process, which needs their batches until it stops."""
+    """A data loader whose workers ignore SIGTERM, even while they start: a batch system sends it to all processes,
+    and the training process needs their batches until it stops."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Any]:
-        blocked = signal.pthread_sigmask(
-            signal.SIG_BLOCK, [signal.SIGTERM]
-        )  # as it will be in the workers for good
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the workers inherit the mask
         try:
             return iter(self.loader)
         finally:
@@ -60,14 +58,14 @@ def stop_asked(device: torch.device) -> bool:
 
 
 def stop() -> NoReturn:
-    """End this process, in its own time: a SIGTERM that comes now changes its status no more."""
+    """End this process with status 143. A SIGTERM that comes now must not end it earlier with another."""
     end_workers()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(EXIT_STATUS)
 
 
 def end_workers() -> None:
-    """End the data workers, busy or not. PyTorch would ask them by the SIGTERM that does not reach them."""
+    """Kill the data workers, busy or not. PyTorch would send them the SIGTERM that they ignore, and wait."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch raises an error when a worker dies
     for worker in multiprocessing.active_children():

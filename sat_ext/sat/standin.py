@@ -1,4 +1,4 @@
-"""Another in the place of a module or a function, for one user of it or for a while."""
+"""Replace a module for one of its users, or a function for a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StandIn(types.ModuleType):
-    """`module` as one other module sees it: with `changes` in the place of its own names."""
+    """`module` as one other module sees it: with `changes` in place of its own names."""
 
     def __init__(self, module: types.ModuleType, **changes: Any) -> None:
         super().__init__(module.__name__)

@@ -1,4 +1,4 @@
-"""Around SAT's steps: counts the data, goes on where a run stopped, stops when asked, tells losses by kind."""
+"""Around SAT's steps: resume the run, count its batches, stop on SIGTERM, log the losses of each kind."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def untouched(evaluate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mean_metrics(gathered: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Means over the steps and ranks that had a value, as SAT wants them from a script's `handle_metrics`."""
+    """Means over the steps and ranks that had a value, as SAT expects them of a script's `handle_metrics`."""
     means = {name: values[values != ABSENT].float() for name, values in gathered.items()}
     return {name: values.mean().reshape(1) for name, values in means.items() if values.numel()}
 
@@ -91,14 +91,15 @@ def _saves(run: RunState, args: argparse.Namespace) -> bool:
 
 
 def _begin(run: RunState, args: argparse.Namespace) -> None:
-    """Just before the first step: SAT's seeds, and what the data loaders draw from them, come before."""
+    """Just before the first step, after SAT's seeds and what the data loaders draw from them: random numbers that
+    were restored earlier would be overwritten."""
     run.began = True
     run.micro_steps = micro_steps(args)
     if _saves(run, args):
         atexit.register(sigterm.end_workers)  # after multiprocessing's own function, and so called before it
         claim(Path(args.save))
         sigterm.listen()
-        print_rank0(f"SIGTERM saves and ends the run: kill -TERM {os.getpid()}")
+        print_rank0(f"on SIGTERM the run saves a checkpoint and ends: kill -TERM {os.getpid()}")
     if run.resumed is not None:
         restore_rng(run, args)
 
@@ -107,14 +108,14 @@ def _stop(model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespac
     from sat.training import deepspeed_training
 
     run_of(args).stopping = True
-    print_rank0(f"SIGTERM: saving iteration {args.iteration}, and ending")
+    print_rank0(f"SIGTERM: saving iteration {args.iteration}, then ending")
     if args.iteration > 0:
         deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
     sigterm.stop()
 
 
 def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Counts a batch as soon as it was taken, whether or not its loss is finite."""
+    """Counts a batch as soon as it was taken, finite loss or not: a resumed run must not repeat it."""
     forward = _with_losses_by_kind(forward_step)
 
     def step(data: Iterator[Any], model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
@@ -126,7 +127,7 @@ def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_losses_by_kind(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds what the loss of a CogVideo engine knows (`metrics()`) to the metrics of a script's step."""
+    """Adds the `metrics()` of a CogVideo engine's loss to the metrics that the script's step returns."""
 
     def step(data: Iterator[Any], model: Any, *rest: Any, **options: Any) -> Any:
         result = forward_step(data, model, *rest, **options)
@@ -154,7 +155,8 @@ def report_of(args: argparse.Namespace) -> MemoryReport:
 
 
 def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward_step` of SAT, before which the micro-step before it ends."""
+    """SAT's `forward_step`. The previous micro-step is measured up to here: with the backward pass and the update,
+    which SAT runs after its own `forward_step`."""
 
     def step(data: Any, model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
         report = report_of(args)

@@ -22,7 +22,7 @@ def save_sound(save_weights: Callable[..., None]) -> Callable[..., None]:
         iteration: int, model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace
     ) -> None:
         run, last = run_of(args), save.is_last(iteration, args)
-        if not divergence.stands(run, args, last=last):
+        if not divergence.may_save(run, args, last=last):
             if last:
                 sys.exit(1)
             return

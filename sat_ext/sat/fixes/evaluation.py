@@ -26,7 +26,7 @@ def evaluation(_args: argparse.Namespace) -> bool:
     """Symptom: SAT's validation loss, and with it TensorBoard's valid_loss and PPL, is the first rank's alone, and
     CogVideo's is drawn at random, with captions and conditions dropped as in training.
 
-    Here all samples count alike. Under CogVideo's engine each is a batch of its own, the dropouts are off, and
+    Here all samples count alike. Under CogVideo's engine each is one batch, the dropouts are off, and
     what is drawn for it (timestep, noise, the first stage's posterior, the condition's noise) follows from its
     source and key.
     """
@@ -47,7 +47,7 @@ def evaluate(
     Of our stream it takes the steps of its list, else `eval_iters`. Each rank makes the same collective calls.
     """
     run = run_of(args)
-    run.evaluated = split  # for the script's `handle_metrics`, which SAT does not tell
+    run.evaluated = split  # for the script's `handle_metrics`, which SAT does not pass it
     listed = run.streams.get(LISTS[split])
     batches = _Counting(data_iterator)
     totals: Tensor | None = None

@@ -19,10 +19,10 @@ def launcher(args: argparse.Namespace | None = None) -> bool:
     """Symptom: SIGKILL of `torchrun`, and SIGTERM or SIGKILL of the `deepspeed` command, leave the ranks of its
     machine training on.
 
-    torchrun starts the ranks itself: each looks every second whether it is still there, and else sends itself
-    SIGTERM, at which it saves and ends. DeepSpeed's command starts a launcher process, which ends the ranks when
-    it is ended, and does not tell it: the first rank looks whether the command is there, and else ends the
-    launcher. What anything else started (a shell on another machine) is left alone.
+    torchrun starts the ranks itself: each checks every second that it is still there, and otherwise sends itself
+    SIGTERM, on which it saves and ends. DeepSpeed's command starts a launcher process, which ends the ranks when
+    it is ended, but gets no signal from the command: the first rank checks that the command is there, and
+    otherwise ends the launcher. What anything else started (a shell on another machine) is left alone.
     """
     process = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # which torchrun sets

@@ -28,12 +28,12 @@ def resume(args: argparse.Namespace) -> bool:
 
 
 def load(args: argparse.Namespace) -> bool:
-    """Symptom: every rank reads the whole checkpoint into memory of its own, under ZeRO-3 no weight fits ("size
+    """Symptom: every rank reads the whole checkpoint into its own memory, under ZeRO-3 no weight fits ("size
     mismatch [...] torch.Size([0])"), and with `force_train` a checkpoint of another model leaves random weights.
 
     The ranks of a machine share the pages of one mapped file, ZeRO-3's partitions are gathered one module at a
     time to be filled, a file that does not fit is a `ConfigError`, and weights that stay random are reported.
-    Encoders are not missed: they have files of their own.
+    Encoders may be missing: they have their own files.
     """
     return True
 

@@ -95,7 +95,7 @@ def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.O
 
 def check_sizes(name: str, optimizer: Any) -> None:
     """Raise `ConfigError` where DeepSpeed gives bitsandbytes more numbers at once than its kernels count: they
-    take an int32 (`backends/cuda/ops.py`), and what is behind it would never train."""
+    take an int32 (`backends/cuda/ops.py`), and the rest would never train."""
     if not name.startswith("bitsandbytes."):
         return
     inner = getattr(optimizer, "optimizer", optimizer)

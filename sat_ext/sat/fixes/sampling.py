@@ -16,7 +16,7 @@ def zero3_sampling(args: argparse.Namespace) -> bool:
     """Symptom: under ZeRO-3, an evaluation of CogVideo's hangs: its first rank alone samples videos, and waits for
     the others' parts of the weights.
 
-    Every rank samples its own batch; the script has the first rank write its videos, as ever. It asks once for the
+    Every rank samples its own batch; the script has the first rank alone write videos. It asks once for the
     rank that it is, between taking the batch and the loss, and gets the first's number there. The captions of
     the others, which it would write into the same file, are not written.
     """

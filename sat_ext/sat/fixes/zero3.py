@@ -78,7 +78,7 @@ def split_while_built(get_model: Callable[..., nn.Module]) -> Callable[..., nn.M
 
 
 class Partition:
-    """Splits parameters up among the ranks, in the training dtype and where the YAML wants them.
+    """Splits parameters up among the ranks, in the training dtype and where the YAML puts them.
 
     One for a model: it has one set of buffers where the YAML keeps parameters in files.
     """
@@ -104,7 +104,7 @@ class Partition:
         """As DeepSpeed's engine does with a whole model."""
         from deepspeed.runtime.zero.partition_parameters import (
             Init,
-        )  # whatever stands in for `deepspeed.zero.Init`
+        )  # `deepspeed.zero.Init` itself is replaced meanwhile
         from sat import mpu
 
         Init(
