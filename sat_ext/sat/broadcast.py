@@ -133,7 +133,7 @@ def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], pa
 def _create(path: Path, size: int) -> mmap.mmap | None:
     """Memory of `size` bytes: a new file or, if none can be made, private memory. None: another rank made the file.
 
-    It has its full size before the next barrier, so that no rank maps a file that still grows.
+    It has its full size before the next barrier: no rank maps a file that still grows.
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
