@@ -131,7 +131,7 @@ def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], pa
 
 
 def _create(path: Path, size: int) -> mmap.mmap | None:
-    """Memory of `size` bytes: a new file or, if none can be made, private memory. None: another rank made the file.
+    """Memory of `size` bytes: a new file or, if none can be made, private memory. None: another rank made it.
 
     It has its full size before the next barrier: no rank maps a file that still grows.
     """
