@@ -1,10 +1,11 @@
-"""Samples as a picture and as a clip: what was asked for, beside what came out."""
+"""Generated samples as a picture and as a clip, beside what was asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 
 import av
@@ -28,22 +29,21 @@ class SheetRow:
 def write_sheet(rows: Sequence[SheetRow], path: Path) -> None:
     """A PNG with a line per row: the caption, then each strip of frames under its title."""
     font = ImageFont.load_default(size=13)
-    shown = [{title: _enlarged(_spread(frames)) for title, frames in row.strips.items()} for row in rows]
+    shown = [{title: _side_by_side(frames) for title, frames in row.strips.items()} for row in rows]
     titles = list(dict.fromkeys(title for strips in shown for title in strips))
-    widths = {t: max(len(s[t]) * (s[t].shape[2] + 2) for s in shown if t in s) + 2 * MARGIN for t in titles}
-    heights = [max(f.shape[1] for f in s.values()) + 2 * MARGIN for s in shown]
-    sheet = Image.new("RGB", (CAPTION_WIDTH + sum(widths.values()), 24 + sum(heights)), "white")
+    widths = [max(s[t].width for s in shown if t in s) + 2 * MARGIN for t in titles]
+    heights = [max(strip.height for strip in s.values()) + 2 * MARGIN for s in shown]
+    sheet = Image.new("RGB", (CAPTION_WIDTH + sum(widths), 24 + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    left = {t: CAPTION_WIDTH + MARGIN + sum(list(widths.values())[:i]) for i, t in enumerate(titles)}
+    left = dict(zip(titles, accumulate(widths, initial=CAPTION_WIDTH + MARGIN)))
     for title in titles:
         draw.text((left[title], 5), title, fill="black", font=font)
     top = 24
     for row, strips, height in zip(rows, shown, heights):
         draw.line((0, top, sheet.width, top), fill=(220, 220, 220))
         draw.multiline_text((MARGIN, top + MARGIN), _wrapped(row.caption, draw, font), fill="black", font=font)
-        for title, frames in strips.items():
-            for i, frame in enumerate(frames):
-                sheet.paste(Image.fromarray(frame), (left[title] + i * (frame.shape[1] + 2), top + MARGIN))
+        for title, strip in strips.items():
+            sheet.paste(strip, (left[title], top + MARGIN))
         top += height
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -69,10 +69,11 @@ def write_clip(rows: Sequence[SheetRow], path: Path, fps: int, columns: int = 4)
         container.mux(stream.encode())
 
 
-def _spread(frames: np.ndarray) -> np.ndarray:
-    if len(frames) <= STRIP_FRAMES:
-        return frames
-    return frames[np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)]
+def _side_by_side(frames: np.ndarray) -> Image.Image:
+    if len(frames) > STRIP_FRAMES:
+        frames = frames[np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)]
+    gap = np.full_like(_enlarged(frames)[0][:, :2], 255)
+    return Image.fromarray(np.concatenate([part for f in _enlarged(frames) for part in (f, gap)], axis=1))
 
 
 def _enlarged(frames: np.ndarray) -> np.ndarray:

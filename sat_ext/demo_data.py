@@ -1,8 +1,8 @@
 """A small real data set to try things on: flat coloured shapes, moving in clips and at rest in stills.
 
-A person sees at a look whether a caption is right, and a model of about a million parameters can learn it in
-minutes. The files are as mixed as a user's own: H.264 clips of several sizes, lengths and frame rates, JPEG,
-PNG and WebP stills, and videos of a single frame.
+One sees at a glance whether a caption is right, and a model of a million parameters learns it in minutes. The
+files are as mixed as a user's own: H.264 clips of several sizes, lengths and frame rates, JPEG, PNG and WebP
+stills, and videos of a single frame.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import av
 import numpy as np
@@ -33,14 +33,9 @@ COLOURS = {
     "purple": (150, 50, 180),
 }
 BACKGROUNDS = {"black": (24, 24, 30), "white": (232, 232, 226)}
-MOTIONS: dict[Direction, tuple[int, int]] = {
-    "right": (1, 0),
-    "left": (-1, 0),
-    "up": (0, -1),
-    "down": (0, 1),
-}
+MOTIONS: dict[Direction, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 
-# (width, height); the shape keeps inside the centre square, so that no crop to another format hides it.
+# (width, height); the shape stays inside the centre square, so that no crop to another format hides it.
 CLIP_SIZES = ((96, 96), (128, 96), (96, 128), (160, 120), (128, 128), (120, 160), (176, 96))
 STILL_SIZES = ((96, 96), (160, 120), (120, 160), (256, 256), (320, 240), (240, 320), (400, 224))
 FRAME_RATES = (8, 12, 16, 24, 25, 30)
@@ -49,7 +44,7 @@ STILL_SUFFIXES = (".jpg", ".png", ".webp", ".jpg", ".png", ".webp", ".jpg", ".mp
 SPEED = (0.30, 0.36)  # of the short side a second: 9 frames at 8 fps cross about a third of the picture
 DIAMETER = (0.35, 0.45)  # of the short side
 PLACE = (0.35, 0.65)  # of the centre square's side; with half of DIAMETER around it, never over the edge
-OVERSAMPLING = 4  # drawn so much larger and scaled down: smooth edges, motion by fractions of a pixel
+OVERSAMPLING = 4  # drawn larger by this and scaled down, for smooth edges and motion by fractions of a pixel
 
 README = """Demo data of sat_ext: coloured shapes on plain backgrounds, with captions.
 
@@ -64,36 +59,34 @@ Any of these folders, train/ as a whole too, can be named as a source.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One shape on a background. Lengths are in parts of the picture's short side, from its centre square's
-    upper left corner; `velocity` is per second, and (0, 0) in a still."""
+    """One shape on a background. Lengths are fractions of the picture's short side, from its centre square's upper
+    left corner; `velocity` is per second, and (0, 0) in a still."""
 
     shape: str
     colour: str
     background: str
     direction: Direction | None
-    width: int
-    height: int
+    size: tuple[int, int]  # width and height in pixels
     diameter: float
     start: tuple[float, float]
     velocity: tuple[float, float] = (0.0, 0.0)
 
     @property
     def caption(self) -> str:
-        """What is seen, in words."""
+        """The scene in words."""
         article = "an" if self.colour[0] in "aeiou" else "a"
         motion = f" moving {self.direction}" if self.direction else ""
         return f"{article} {self.colour} {self.shape}{motion} on {self.background}"
 
     def draw(self, seconds: float = 0.0) -> Image.Image:
-        """The picture at a time, RGB, `width` x `height`."""
-        short = min(self.width, self.height)
-        scale = OVERSAMPLING * short
-        left, top = (self.width - short) / 2 * OVERSAMPLING, (self.height - short) / 2 * OVERSAMPLING
+        """The picture at a time, RGB."""
+        width, height = (side * OVERSAMPLING for side in self.size)
+        scale = min(width, height)
+        left, top = (width - scale) / 2, (height - scale) / 2
         x = left + (self.start[0] + self.velocity[0] * seconds) * scale
         y = top + (self.start[1] + self.velocity[1] * seconds) * scale
         r = self.diameter / 2 * scale
-        size = (self.width * OVERSAMPLING, self.height * OVERSAMPLING)
-        image = Image.new("RGB", size, BACKGROUNDS[self.background])
+        image = Image.new("RGB", (width, height), BACKGROUNDS[self.background])
         pen, fill = ImageDraw.Draw(image), COLOURS[self.colour]
         if self.shape == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -114,13 +107,11 @@ def write_demo(
     seed: int = 0,
     on_file: Callable[[], None] | None = None,
 ) -> None:
-    """Write the data set into `folder`, which is made; the same `seed` gives the same pixels and captions.
+    """Create the data set in `folder`; the same `seed` gives the same pixels and captions.
 
-    `held_out` is the number of clips, and again of stills, under heldout/; so `on_file` is called
-    clips + stills + 2 * held_out times, once for every medium written. Raises `DataError` when `folder`
-    already holds something.
+    `held_out` is the number of clips, and of stills, under heldout/. `on_file` is called after each medium, so
+    clips + stills + 2 * held_out times. Raises `DataError` if `folder` is not empty.
     """
-    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: something is there already; name a folder that is new or empty.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +136,7 @@ def _write_part(
         (folder / name).mkdir(parents=True)
     for i, scene in enumerate(_scenes(rng, clips, CLIP_SIZES, tuple(MOTIONS))):
         is_short = short_every is not None and i % short_every == short_every - 1
-        frames, fps = _short_length(rng) if is_short else _length(rng, i)
+        frames, fps = _length(rng, i, is_short)
         scene = _moving(scene, (frames - 1) / fps, rng)
         name = f"{i:03d}_{scene.colour}_{scene.shape}"
         _write_video(folder / "videos" / f"{name}.mp4", [scene.draw(k / fps) for k in range(frames)], fps)
@@ -162,32 +153,17 @@ def _write_part(
 
 
 def _scenes(
-    rng: np.random.Generator,
-    count: int,
-    sizes: Sequence[tuple[int, int]],
-    directions: Sequence[Direction | None],
+    rng: np.random.Generator, count: int, sizes: Sequence[tuple[int, int]], directions: Sequence[Direction | None]
 ) -> Iterator[Scene]:
     """`count` scenes at rest around the middle; every value of an attribute equally often."""
-    attributes = zip(
-        _balanced(SHAPES, count, rng),
-        _balanced(tuple(COLOURS), count, rng),
-        _balanced(tuple(BACKGROUNDS), count, rng),
-        _balanced(directions, count, rng),
-        _balanced(sizes, count, rng),
-    )
-    for shape, colour, background, direction, (width, height) in attributes:
+    values: dict[str, Sequence[Any]] = {
+        "shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "direction": directions,
+        "size": sizes,
+    }  # fmt: skip
+    for attributes in zip(*(_balanced(v, count, rng) for v in values.values())):
         diameter = float(rng.uniform(*DIAMETER))
-        x, y = rng.uniform(*PLACE, size=2)
-        yield Scene(
-            shape=shape,
-            colour=colour,
-            background=background,
-            direction=direction,
-            width=width,
-            height=height,
-            diameter=diameter,
-            start=(float(x), float(y)),
-        )
+        x, y = (float(v) for v in rng.uniform(*PLACE, size=2))
+        yield Scene(**dict(zip(values, attributes)), diameter=diameter, start=(x, y))
 
 
 def _balanced(values: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
@@ -195,17 +171,15 @@ def _balanced(values: Sequence[T], count: int, rng: np.random.Generator) -> list
     return [values[int(i) % len(values)] for i in rng.permutation(count)]
 
 
-def _length(rng: np.random.Generator, index: int) -> tuple[int, int]:
+def _length(rng: np.random.Generator, index: int, is_short: bool) -> tuple[int, int]:
+    if is_short:
+        return int(rng.integers(5, 9)), 8  # too few for a bucket of 9 frames at 8 fps, enough to see a movement
     fps = FRAME_RATES[index % len(FRAME_RATES)]
     return int(rng.integers(math.ceil(SECONDS[0] * fps), int(SECONDS[1] * fps) + 1)), fps
 
 
-def _short_length(rng: np.random.Generator) -> tuple[int, int]:
-    return int(rng.integers(5, 9)), 8  # too few for a bucket of 9 frames at 8 fps, enough to see a movement
-
-
 def _moving(scene: Scene, seconds: float, rng: np.random.Generator) -> Scene:
-    """The scene set in motion for so many seconds; the whole shape stays in the centre square throughout."""
+    """The scene in motion for so many seconds, with the whole shape in the centre square throughout."""
     assert scene.direction is not None
     room = 1 - scene.diameter
     path = min(float(rng.uniform(*SPEED)) * seconds, room)

@@ -81,10 +81,7 @@ class Index:
 
 
 def build_index(
-    sources: Sequence[SourceConfig],
-    config: DataConfig,
-    *,
-    probing: Probing = lambda outcomes, total: outcomes,
+    sources: Sequence[SourceConfig], config: DataConfig, *, probing: Probing = lambda outcomes, total: outcomes
 ) -> Index:
     """Read and probe `sources`, and put each record into its bucket.
 
@@ -173,10 +170,7 @@ def _groups(name: str, found: Placed, buckets: Sequence[Bucket], first_row: int)
 
 
 def _refuse_if_spoilt(
-    named: dict[str, SourceConfig],
-    placed: dict[str, Placed],
-    bad: tuple[tuple[str, str], ...],
-    config: DataConfig,
+    named: dict[str, SourceConfig], placed: dict[str, Placed], bad: tuple[tuple[str, str], ...], config: DataConfig
 ) -> None:
     if len(bad) > config.on_bad_sample.skip:
         raise DataError(

@@ -34,12 +34,7 @@ log = logging.getLogger(__name__)
 PROBER_VERSION = 2
 
 ENTRIES = pa.schema(
-    [
-        ("path", pa.large_string()),
-        ("fingerprint", pa.string()),
-        *INFO_COLUMNS,
-        ("reason", pa.string()),
-    ]
+    [("path", pa.large_string()), ("fingerprint", pa.string()), *INFO_COLUMNS, ("reason", pa.string())]
 )  # `reason` is why a file cannot be read; the columns before it are then zero
 
 _ROWS = 1 << 20  # in one batch: Arrow's strings end at 2 GiB

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from sat_ext.data.guard import Guard
 from sat_ext.data.sources.folder import is_media
@@ -29,23 +31,14 @@ from sat_ext.data.sources.rows import (
 from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, open_text, parse_json
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import cell_location, is_url
+from sat_ext.files.cells import Cells
+from sat_ext.media import image_formats
 from sat_ext.types import Item
 
 _ROWS_AT_ONCE = 512
 _LARGEST_BATCH = 32 << 20  # bytes of so many rows: 64 KiB each, or a few of the longest captions
 _MEMORY, _TIMEOUT = 1 << 30, 3600.0  # bytes and seconds for a Parquet table in its guard
 _READ_BYTES = 1 << 20  # of a column; without it, Arrow reads all files of a row group to find how the first starts
-
-# The suffix of an embedded file without a name, by its first bytes.
-_MAGIC = (
-    (b"\xff\xd8\xff", ".jpg"),
-    (b"\x89PNG", ".png"),
-    (b"GIF8", ".gif"),
-    (b"BM", ".bmp"),
-    (b"II*\0", ".tiff"),
-    (b"MM\0*", ".tiff"),
-    (b"\x1aE\xdf\xa3", ".mkv"),
-)
 
 
 def read_tables(tables: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
@@ -166,7 +159,7 @@ def _parquet(table: str, reach: Reach) -> Rows:
 
 
 def _survey(table: str) -> str:
-    """The suffix of the files in its cells that have no name.
+    """The suffix of the files in its cells that have no name, from the first one's content.
 
     Decodes all rows once, in a guard, because a kilobyte of Parquet may hold gigabytes of rows, and Arrow
     allocates before it reports how much.
@@ -183,7 +176,9 @@ def _survey(table: str) -> str:
         for batch in _batches(source, wanted):
             if batch.nbytes > _LARGEST_BATCH:
                 raise MemoryError
-        return "" if column is None else _first_suffix(source, column)
+        if column is None or not source.metadata.num_rows:
+            return ""
+        return _suffix_by_content(Cells(file, column).read(0) or b"")
 
 
 @contextmanager
@@ -235,18 +230,16 @@ def embedded_column(schema: pa.Schema) -> str | None:
 _PLAIN_NAMES = frozenset({"mp4", "webm", "jpg", "jpeg", "png", "webp", "gif"})  # img2dataset's and video2dataset's
 
 
-def _first_suffix(source: pq.ParquetFile, column: str) -> str:
-    """The suffix of files without a name, from the first bytes of the table's first one."""
-    struct = pa.types.is_struct(source.schema_arrow.field(column).type)
-    leaf = f"{column}.bytes" if struct else column
-    batch = next(source.iter_batches(batch_size=1, columns=[leaf], use_threads=False), None)
-    cell = batch.column(0)[0].as_py() if batch is not None else None
-    data = (cell["bytes"] if isinstance(cell, dict) else cell) or b""
-    if data[:4] == b"RIFF":
-        return ".webp" if data[8:12] == b"WEBP" else ".avi"
-    if data[4:8] == b"ftyp":
-        return ".avif" if data[8:12] in (b"avif", b"avis") else ".mp4"
-    return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), ".jpg")
+def _suffix_by_content(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and data[8:11] != b"avi":  # AVIF is MP4's container too
+        return ".mp4"
+    if data.startswith(b"\x1aE\xdf\xa3"):
+        return ".mkv"
+    if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+        return ".avi"
+    with suppress(Exception), Image.open(io.BytesIO(data), formats=image_formats()) as image:
+        return {"JPEG": ".jpg"}.get(str(image.format), f".{image.format}".lower())
+    return ".jpg"
 
 
 TABLES: dict[str, Callable[[str, Reach], Rows]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
