@@ -71,7 +71,7 @@ KINDS: list[Callable[[Path, str], str]] = [in_jsonl, in_csv, in_parquet, in_meta
      "sftp://h/a.png", "dir://a.png::file:///etc", "memory://0.tar#a.png@0+9"],
 )  # fmt: skip
 def test_rows_name_addresses_of_known_kinds_only(tmp_path, write, name):
-    with pytest.raises(DataError, match=r"is of the kind \w+://; a data set may name .*; where you trust it, add"):
+    with pytest.raises(DataError, match=r"is of the kind \w+://; a data set may name .*; if you trust it, add"):
         read_source(write(tmp_path, name))
 
 

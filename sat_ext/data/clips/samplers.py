@@ -133,7 +133,8 @@ def find_sampler(name: str) -> Sampler:
         return SAMPLERS[name]
     points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name not in points:
-        near = difflib.get_close_matches(name, (valid := (*SAMPLERS, *sorted(points))), n=1)
+        valid = (*SAMPLERS, *sorted(points))
+        near = difflib.get_close_matches(name, valid, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ConfigError(f"sampler: '{name}' is not known; {hint}valid: {', '.join(valid)}.")
     try:
@@ -178,12 +179,7 @@ def random_start(window: Window, frames: int, fps: float, rng: np.random.Generat
 
 @register_sampler("start")
 def start(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """From the first frame after trimming, at the clip's own speed.
-
-    >>> clip = Window(start=0.1, period=1 / 30, frames=55)  # 61 frames without three at both ends
-    >>> [round(t, 3) for t in start(clip, 5, 8, np.random.default_rng(0))]
-    [0.1, 0.225, 0.35, 0.475, 0.6]
-    """
+    """From the first frame after trimming, at the clip's own speed."""
     return window.run(0.0, frames, fps)
 
 
@@ -214,23 +210,13 @@ def uniform(window: Window, frames: int, fps: float, rng: np.random.Generator) -
 
 @register_sampler("first_frame", still=True, whole=True)
 def first_frame(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """The very first frame as a still, even if `skip_frms_num` trims it from clips.
-
-    >>> first_frame(Window(start=0.0, period=1 / 30, frames=61), 1, 8, np.random.default_rng(0))
-    [0.0]
-    """
+    """The very first frame as a still, even if `skip_frms_num` trims it from clips."""
     return window.run(0.0, frames, fps)
 
 
 @register_sampler("random_frame", still=True)
 def random_frame(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
-    """Any frame of the clip as a still, all equally likely, drawn again at every visit.
-
-    Of 61 frames at 30 fps it is frame 51 here, at 1.7 s:
-
-    >>> random_frame(Window(start=0.0, period=1 / 30, frames=61), 1, 8, np.random.default_rng(0))
-    [1.7]
-    """
+    """Any frame of the clip as a still, all equally likely, drawn again at every visit."""
     return window.run(int(rng.integers(window.frames)) * window.period, frames, fps)
 
 

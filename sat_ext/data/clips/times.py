@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import traceback
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,10 +104,8 @@ def sample_times(
     part = replace(part, number=window, records=records)
     real = frames if part.available(fps) >= frames else part.inside(fps)
     assert real == frames or short in _FILL, "a clip too short for its bucket, and no policy that fills it"
-    try:
+    with _blaming(sampler):
         times = [round(float(t), 9) for t in found.pick(part, real, fps, rng)]
-    except Exception as error:  # whatever another package's sampler raises
-        raise _failure(sampler, error) from error
     _check_times(sampler, times, part, part.start + max(part.length, (real - 1) / fps), real)
     rate = round((real - 1) / (times[-1] - times[0]), 6) if real > 1 else fps
     times = [round(part.clamp(t), 9) for t in times]
@@ -127,10 +126,8 @@ def _check_times(sampler: str, times: Sequence[float], window: Window, end: floa
 def _records(sampler: str, found: Sampler, window: Window, frames: int, fps: float) -> int:
     if found.records is None:
         return 1
-    try:
+    with _blaming(sampler):
         count = found.records(window, frames, fps)
-    except Exception as error:
-        raise _failure(sampler, error) from error
     if not isinstance(count, (int, np.integer)) or not 1 <= count <= MOST_RECORDS:
         raise ConfigError(
             f"sampler: '{sampler}' says that a clip makes {count!r} records; fix it, so that it is a whole number "
@@ -139,11 +136,17 @@ def _records(sampler: str, found: Sampler, window: Window, frames: int, fps: flo
     return int(count)
 
 
-def _failure(sampler: str, error: Exception) -> ConfigError:
-    """Names the line in the sampler, because no traceback is shown."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    return ConfigError(f"sampler: '{sampler}' failed with {what} ({place.filename}, line {place.lineno}); fix it.")
+@contextmanager
+def _blaming(sampler: str) -> Iterator[None]:
+    """Turns what another package's sampler raises into a `ConfigError` with its line, as no traceback is shown."""
+    try:
+        yield
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"sampler: '{sampler}' failed with {what} ({line.filename}, line {line.lineno}); fix it."
+        ) from error
 
 
 def _whole(info: MediaInfo) -> Window:

@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import quote, urlsplit
 
-from sat_ext.data.sources.texts import by_folded, folded, listed
+from sat_ext.data.sources.texts import by_folded, folded, listed, shown
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import container_of, is_url
 
 PROTOCOLS = frozenset({"s3", "s3a", "gs", "hf", "http", "https"})  # a row may name addresses of these
-_LONGEST_SHOWN = 200  # letters of a name in a message
 
 
 class Reach:
@@ -68,23 +67,22 @@ class Reach:
     def check(self, path: str, where: str) -> None:
         """Raise `DataError`, which begins with `where`, for a location that leads too far."""
         file = container_of(path)
-        name = file if len(file) <= _LONGEST_SHOWN else file[:_LONGEST_SHOWN] + "..."
         if is_url(file):
             protocol = file.partition("://")[0].lower()
             if protocol not in self._protocols:
                 raise DataError(
-                    f"{where}: '{name}' is of the kind {protocol}://; a data set may name files and addresses of "
-                    f"{', '.join(sorted(PROTOCOLS))}; where you trust it, add '{protocol}://' to "
+                    f"{where}: {shown(file)} is of the kind {protocol}://; a data set may name files and "
+                    f"addresses of {', '.join(sorted(PROTOCOLS))}; if you trust it, add '{protocol}://' to "
                     "data.params.allowed_roots (sat-ext check: --allow)."
                 )
         elif real := self.leaves(file):
-            raise DataError(leads_out(f"{where}: '{name}'", real))
+            raise DataError(leads_out(f"{where}: {shown(file)}", real))
 
 
 def leads_out(what: str, real: str) -> str:
     """The sentence for a name that leads to the file `real`."""
     return (
-        f"{what} leads to {real}, out of the source's folder; where you trust the data set, add "
+        f"{what} leads to {real}, out of the source's folder; if you trust the data set, add "
         f"'{os.path.dirname(real)}' to data.params.allowed_roots (sat-ext check: --allow)."
     )
 

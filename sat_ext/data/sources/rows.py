@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, one_line, parse_json
+from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, one_line, parse_json, shown
 from sat_ext.errors import DataError
 
 PATH_COLUMNS = (
@@ -17,15 +17,7 @@ PATH_COLUMNS = (
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 OTHER_COLUMNS = ("captions", "caption_weights", "start", "end", "crop", "fps", "weight")
 
-_LONGEST_SHOWN = 100  # letters of a value in a message
-
 TableRow = Mapping[str, Any]
-
-
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long: it may be a whole file."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def column_of(row: Sequence[str] | TableRow, accepted: Sequence[str], what: str, where: str) -> str:

@@ -26,9 +26,8 @@ from sat_ext.data.sources.rows import (
     column_of,
     fields_of,
     has_captions,
-    shown,
 )
-from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, open_text, parse_json
+from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, open_text, parse_json, shown
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import cell_location, is_url
 from sat_ext.files.cells import Cells

@@ -20,6 +20,7 @@ LONGEST_LINE = 4 << 20
 
 _HEAD = 4096  # bytes that show the encoding
 _LISTED = 3  # examples in a message
+_LONGEST_SHOWN = 200  # letters of a value in a message
 
 # Byte order marks, as Windows writes them; the first that fits counts.
 _MARKS = (
@@ -35,6 +36,12 @@ def listed(names: Sequence[str], count: int | None = None) -> str:
     """The first few names for a message, out of `count`."""
     count = len(names) if count is None else count
     return ", ".join(f"'{n}'" for n in names[:_LISTED]) + (", ..." if count > _LISTED else "")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, shortened, as it may be a whole file."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def open_text(path: str) -> BinaryIO:
