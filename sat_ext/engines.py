@@ -20,6 +20,7 @@ from sat_ext.cogvideo.section import CogVideo
 from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import plain, read_yaml
 from sat_ext.errors import ConfigError
+from sat_ext.models.config import ModelConfig
 from sat_ext.models.section import BuiltIn
 from sat_ext.types import Bucket
 
@@ -71,6 +72,21 @@ class Engine(Protocol):
 
     def sequence_shape(self) -> SequenceShape:
         """What the cost of a batch follows from."""
+
+    def model_config(self) -> ModelConfig:
+        """The model, in the built-in engine's words. Its folder need not be on this machine."""
+
+    @property
+    def caches_text(self) -> bool:
+        """Whether the section takes text embeddings from a folder."""
+
+    @property
+    def encodes_whole_clips(self) -> bool:
+        """Whether the first stage holds an activation of a clip at full resolution."""
+
+    @property
+    def recompute(self) -> str:
+        """What the first stage computes again in its backward pass, in the words of `ChunkedFirstStage`."""
 
     def check(self, buckets: Sequence[Bucket]) -> None:
         """Raise `ConfigError` where the model cannot train on samples of these shapes."""

@@ -95,17 +95,16 @@ def read_recipe(paths: Sequence[str]) -> Recipe:
 
     Needs a `data` section; `model`, `deepspeed` and `args` have defaults. Raises `ConfigError`.
     """
-    config = read_yaml(paths)
-    if not config.get("data"):
-        raise ConfigError(f"--base: no 'data' section in {', '.join(paths)}; add a file of configs/data/.")
-    return recipe_of(config)
+    return recipe_of(read_yaml(paths), f" in {', '.join(paths)}")
 
 
-def recipe_of(config: Mapping[str, Any]) -> Recipe:
+def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
     """The recipe in merged sections. Folders that they name need not be on this machine.
 
     Raises `ConfigError`, one sentence, for an unknown key and for a value that cannot be.
     """
+    if not config.get("data"):
+        raise ConfigError(f"--base: no 'data' section{where}; add a file of configs/data/.")
     section, deepspeed, args = (_section(config, name) for name in ("data", "deepspeed", "args"))
     reject_unknown_keys(section, ("target", "params"), "data")
     target = section.get("target") or next(iter(TARGETS))

@@ -18,9 +18,10 @@ import torch
 from sat_ext.config import read_yaml
 from sat_ext.memory.activations import activations, block
 from sat_ext.memory.counts import count
-from sat_ext.memory.run import Run, read_run, sizes
+from sat_ext.memory.run import Run, run_from, sizes
 from sat_ext.models.config import GradientCheckpointing, TextConfig, transformer_of
 from sat_ext.models.transformer import build_transformer, rotary_embedding
+from sat_ext.recipe import recipe_of
 from sat_ext.types import Bucket
 from tests.fakes import faked, saved_bytes
 
@@ -36,7 +37,7 @@ def run_of(name: str, mode: str, bucket: Bucket, samples: int = 1, layers: int =
     config["model"] |= {"train": {"mode": mode, "rank": 128}, **model}
     config["data"] = {"params": {"video_size": [bucket.height, bucket.width], "max_num_frames": bucket.frames}}
     config["deepspeed"] = {"bf16": {"enabled": True}}
-    return replace(read_run(config), batches={bucket: samples})
+    return replace(run_from(recipe_of(config)), batches={bucket: samples})
 
 
 class Measured:

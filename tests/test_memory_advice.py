@@ -10,10 +10,11 @@ import pytest
 from sat_ext.memory.advice import Room, advise, first_that_fits, levers, slowdown, with_zero
 from sat_ext.memory.cache import cache_that_fits, plan_cache
 from sat_ext.memory.plan import make_plan
-from sat_ext.memory.run import Run
+from sat_ext.memory.run import Run, run_from
 from sat_ext.memory.table import as_data, sentences
+from sat_ext.recipe import recipe_of
 from sat_ext.zero import ZERO_NAMES
-from tests.test_memory_plan import _config, read_run, run_of
+from tests.test_memory_plan import _config, run_of
 
 GB = 1_000_000_000
 
@@ -79,7 +80,7 @@ def test_levers_that_are_pulled_or_make_no_sense_are_not_named() -> None:
     full = [lever.yaml for lever in levers(run_of(train="full"))]
     assert not any("quantization" in name or "block_swap" in name for name in full)
     assert "model.gradient_checkpointing: true" not in full  # the YAML has it
-    original = [lever.yaml for lever in levers(read_run(_config()))]
+    original = [lever.yaml for lever in levers(run_from(recipe_of(_config())))]
     assert original == [
         "configs/cogvideo/joint.yaml (ChunkedFirstStage)",
         "configs/cogvideo/cached.yaml, with what sat-ext cache made",
@@ -115,7 +116,7 @@ def test_the_cache_can_be_made_on_the_gpus_that_need_it(gpu: int, levers: tuple[
 
 
 def test_cogvideos_cache_needs_its_own_levers() -> None:
-    run = read_run(_config())
+    run = run_from(recipe_of(_config()))
     assert plan_cache(run, 1).gpu > 16 * GB  # of CogVideo's own first stage, which has no chunks
     assert cache_that_fits(run, 1, 16 * GB).levers == ("configs/cogvideo/joint.yaml (ChunkedFirstStage)",)
     plan = cache_that_fits(run, 8, 8 * GB)

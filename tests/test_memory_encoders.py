@@ -14,7 +14,8 @@ from transformers import T5Config, T5EncoderModel
 from sat_ext.config import read_yaml
 from sat_ext.memory.counts import T5_XXL
 from sat_ext.memory.encoders import decode_peak, encode_peak, text_peak
-from sat_ext.memory.run import Run, read_run
+from sat_ext.memory.run import Run, run_from
+from sat_ext.recipe import recipe_of
 from sat_ext.types import Bucket
 from tests.fakes import faked
 
@@ -24,7 +25,7 @@ MODEL = Path(__file__).parent.parent / "configs/model/cogvideox-5b.yaml"
 def run_of(bucket: Bucket, samples: int = 1, **first_stage: Any) -> Run:
     model = {**read_yaml([str(MODEL)])["model"], "first_stage": first_stage}
     data = {"params": {"video_size": [bucket.height, bucket.width], "max_num_frames": bucket.frames}}
-    run = read_run({"model": model, "data": data, "deepspeed": {"bf16": {"enabled": True}}})
+    run = run_from(recipe_of({"model": model, "data": data, "deepspeed": {"bf16": {"enabled": True}}}))
     return replace(run, batches={bucket: samples})
 
 

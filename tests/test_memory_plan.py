@@ -14,11 +14,12 @@ from sat_ext.errors import ConfigError
 from sat_ext.memory.counts import Parameter, count
 from sat_ext.memory.host import checkpoint_memory, power_of_two, rounding
 from sat_ext.memory.plan import Plan, make_plan
-from sat_ext.memory.run import Run, read_run
+from sat_ext.memory.run import Run, run_from
 from sat_ext.memory.weights import bytes_of
 from sat_ext.models.config import GradientCheckpointing
 from sat_ext.models.embedding_cache import REMEMBERED
 from sat_ext.models.quantize import CODES, QuantizedLinear
+from sat_ext.recipe import recipe_of
 from sat_ext.types import Bucket
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -28,7 +29,7 @@ def run_of(model: str = "cogvideox-5b-i2v", train: str = "lora", **zero: Any) ->
     names = (f"model/{model}", f"train/{train}", "data/joint", "zero/zero2")
     config = read_yaml([str(CONFIGS / f"{name}.yaml") for name in names])
     config["deepspeed"]["zero_optimization"] = {"stage": 2, **zero}
-    return read_run(config)
+    return run_from(recipe_of(config))
 
 
 def with_model(run: Run, **changes: Any) -> Run:
@@ -92,7 +93,7 @@ def one_clip(run: Run) -> Run:
 def test_a_cache_takes_first_stage_and_text_encoder_away() -> None:
     plan = make_plan(replace(run_of(), cached=True, cached_text=True))
     assert plan.per_gpu["first_stage"] == plan.per_gpu["text_encoder"] == 0
-    assert read_run({**_config(), "data": _data(cache={"folder": "cache"})}).cached
+    assert run_from(recipe_of({**_config(), "data": _data(cache={"folder": "cache"})})).cached
 
 
 @pytest.mark.parametrize(("fast", "item"), [(True, 2), (False, 4)])
@@ -198,11 +199,11 @@ def _data(target: str = "sat_ext.JointImageVideoDataset", **more: Any) -> dict[s
 
 
 def _plan(config: dict[str, Any]) -> Plan:
-    return make_plan(read_run(config))
+    return make_plan(run_from(recipe_of(config)))
 
 
 def test_cogvideos_yaml_is_read_as_ours() -> None:
-    run = read_run(_config())
+    run = run_from(recipe_of(_config()))
     assert run.batches == {Bucket(frames=49, height=480, width=720): 2}  # its data class pads all to the longest
     ours = run_of()
     ours = with_model(ours, train=replace(ours.model.train, rank=256))
@@ -225,6 +226,6 @@ def test_our_targets_for_cogvideo_take_less() -> None:
 
 def test_what_is_missing_is_told() -> None:
     with pytest.raises(ConfigError, match="no 'data' section; add a file of configs/data/"):
-        read_run({"model": {"pretrained": "x"}})
+        run_from(recipe_of({"model": {"pretrained": "x"}}))
     with pytest.raises(ConfigError, match="deepspeed.zero_optimization.stage: 4; give 0, 1, 2 or 3"):
         make_plan(run_of(stage=4))

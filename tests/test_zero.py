@@ -10,8 +10,9 @@ from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
 from sat_ext.memory.counts import count
 from sat_ext.memory.options import read_options
-from sat_ext.memory.run import read_run
+from sat_ext.memory.run import run_from
 from sat_ext.models.config import transformer_of
+from sat_ext.recipe import read_recipe
 from sat_ext.zero import AUTO_SIZES, ZERO_NAMES, fill_in_auto, zero_section
 
 FOLDER = Path(__file__).parent.parent / "configs" / "zero"
@@ -46,7 +47,7 @@ def test_auto_becomes_a_number_that_follows_from_the_hidden_size(name: str) -> N
 def test_a_buffer_for_nvme_holds_the_largest_weight(model: str) -> None:
     """On one GPU a rank's part is the whole, and DeepSpeed asserts that it fits."""
     names = (f"model/{model}", "train/full", "data/joint", "zero/zero3-nvme")
-    run = read_run(read_yaml([str(FOLDER.parent / f"{name}.yaml") for name in names]))
+    run = run_from(read_recipe([str(FOLDER.parent / f"{name}.yaml") for name in names]))
     counts, hidden = count(run), 64 * transformer_of(run.model).num_attention_heads
     largest = max(p.numel for p in (*counts.network, *counts.first_stage, *counts.text))
     assert largest == 131_596_288

@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 
 from sat_ext.cli.base import BaseOption, MoreYaml
-from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
 from sat_ext.memory.advice import Room, advise
 from sat_ext.memory.cache import cache_that_fits
-from sat_ext.memory.run import read_run
+from sat_ext.memory.run import run_from
 from sat_ext.memory.table import as_data, configurations, of_buckets, of_cache, of_one, sentences
+from sat_ext.recipe import read_recipe
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 WIDTH = 150  # columns, where the output is no terminal
@@ -33,7 +33,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Predict memory by part, as given and for each ZeRO configuration, and say which to use; 1 if none fits."""
-    run = read_run(read_yaml([*base, *(more or [])]))
+    run = run_from(read_recipe([*base, *(more or [])]))
     room = Room(
         gpus=gpus,
         per_node=min(per_node or gpus, gpus),

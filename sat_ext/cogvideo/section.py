@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sat_ext.cogvideo.network import LOSS, is_conditioned, read_network, sequence_shape, target_of
+from sat_ext.cogvideo.network import (
+    CACHED_TEXT,
+    CHUNKED_FIRST_STAGE,
+    LOSS,
+    is_conditioned,
+    model_config,
+    read_network,
+    sequence_shape,
+    target_of,
+    text_embedder,
+)
 from sat_ext.cogvideox import SequenceShape
+from sat_ext.models.config import ModelConfig
 from sat_ext.types import Bucket
 
 if TYPE_CHECKING:
@@ -73,6 +84,26 @@ class CogVideo:
     def sequence_shape(self) -> SequenceShape:
         """See `Engine`."""
         return sequence_shape(read_network(self.model))
+
+    def model_config(self) -> ModelConfig:
+        """See `Engine`."""
+        return model_config(self.model)
+
+    @property
+    def caches_text(self) -> bool:
+        """See `Engine`."""
+        return target_of(text_embedder(self.model)) == CACHED_TEXT
+
+    @property
+    def encodes_whole_clips(self) -> bool:
+        """See `Engine`."""
+        return target_of(self.model.get("first_stage_config")) != CHUNKED_FIRST_STAGE
+
+    @property
+    def recompute(self) -> str:
+        """See `Engine`."""
+        params = (self.model.get("first_stage_config") or {}).get("params") or {}
+        return str(params.get("recompute", "block"))
 
     def check(self, buckets: Sequence[Bucket]) -> None:
         """See `Engine`."""

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sat_ext.cogvideo.network import CACHED_TEXT, CHUNKED_FIRST_STAGE, model_config, text_embedder
 from sat_ext.cogvideox import latent_frames
-from sat_ext.config import convert, load
-from sat_ext.data.params import DataConfig
-from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.engines import COGVIDEO
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import (
     GradientCheckpointing,
@@ -19,10 +16,8 @@ from sat_ext.models.config import (
     text_length,
     transformer_of,
 )
-from sat_ext.models.folder import expected_config
+from sat_ext.recipe import TARGETS, Recipe
 from sat_ext.types import Bucket
-
-BATCH_SIZE = 4  # SAT's default (sat/arguments.py, add_training_args, 0.4.12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,58 +84,26 @@ def sizes(run: Run, bucket: Bucket) -> Sizes:
     )
 
 
-def read_run(config: Mapping[str, Any]) -> Run:
-    """The run that merged YAML sections describe. Folders that they name need not be on this machine.
-
-    Raises `ConfigError` for a section that is missing, and for a value that none of them takes.
-    """
-    for name in ("model", "data"):
-        if not config.get(name):
-            raise ConfigError(f"--base: no '{name}' section; add a file of configs/{name}/.")
-    section, args = dict(config["model"]), config.get("args") or {}
-    deepspeed = dict(config.get("deepspeed") or {})
-    engine = engine_of(section)
-    original = engine.name == COGVIDEO
-    model = model_config(section) if original else expected_config(section)
-    params = config["data"].get("params") or {}
-    # what a cache holds does not matter here, only that there is one
-    data = load(DataConfig, {k: v for k, v in params.items() if k != "cache"}, "data.params")
-    buckets = data.make_buckets()
-    micro_batch = _count("train_micro_batch_size_per_gpu", deepspeed, "batch_size", args, BATCH_SIZE)
-    if str(config["data"].get("target", "sat_ext.")).startswith("sat_ext."):
-        if not original:
-            engine.check(buckets)
-        batches = data.batch_sizes(buckets, largest=micro_batch, shape=engine.sequence_shape())
-    else:  # CogVideo's own pads every clip to the longest
-        batches = {max(buckets, key=lambda b: b.frames): micro_batch}
-    target = (section.get("first_stage_config") or {}).get("target")
+def run_from(recipe: Recipe) -> Run:
+    """The run of a recipe. Raises `ConfigError` where it names no model, or one that does not take its data."""
+    engine = recipe.engine
+    if not engine.model:
+        raise ConfigError("--base: no 'model' section; add a file of configs/model/.")
+    if recipe.target in TARGETS and engine.name != COGVIDEO:
+        engine.check(recipe.buckets)
+    cached = recipe.data.cache is not None
     return Run(
-        model=model,
-        batches=batches,
-        deepspeed=deepspeed,
-        itemsize=_itemsize(deepspeed),
-        accumulation=_count("gradient_accumulation_steps", deepspeed, "gradient_accumulation_steps", args, 1),
-        workers=_count("num_workers", {}, "num_workers", args, 1, least=0),
-        cached=bool(params.get("cache")),
-        cached_text=bool(params.get("cache")) or original and text_embedder(section).get("target") == CACHED_TEXT,
-        whole_clips=original and target != CHUNKED_FIRST_STAGE,
-        recompute=((section.get("first_stage_config") or {}).get("params") or {}).get("recompute", "block"),
+        model=engine.model_config(),
+        batches=recipe.batch_sizes,
+        deepspeed=recipe.deepspeed,
+        itemsize=recipe.dtype.itemsize,
+        accumulation=recipe.accumulation,
+        workers=recipe.num_workers,
+        cached=cached,
+        cached_text=cached or engine.caches_text,
+        whole_clips=engine.encodes_whole_clips,
+        recompute=engine.recompute,
     )
-
-
-def _count(
-    key: str, deepspeed: Mapping[str, Any], name: str, args: Mapping[str, Any], default: int, least: int = 1
-) -> int:
-    where, value = (f"deepspeed.{key}", deepspeed[key]) if key in deepspeed else (f"args.{name}", args.get(name))
-    count = default if value is None else convert(int, value, where)
-    if count < least:
-        raise ConfigError(f"{where}: {count}; give {least} or more.")
-    return int(count)
-
-
-def _itemsize(deepspeed: Mapping[str, Any]) -> int:
-    enabled = any((deepspeed.get(name) or {}).get("enabled") for name in ("fp16", "bf16"))
-    return 2 if enabled else 4
 
 
 def with_levers(run: Run, **changes: Any) -> Run:

@@ -33,6 +33,8 @@ class BuiltIn:
     lora_remedy = "use configs/train/lora.yaml"
     weighs_losses = True
     takes_latents_as_pixels = False
+    caches_text = encodes_whole_clips = False
+    recompute = "block"
 
     def __init__(self, model: Mapping[str, Any]) -> None:
         self.model = model
@@ -83,6 +85,10 @@ class BuiltIn:
             pixels_per_token=size_multiple(config),
             latents_per_token=transformer.patch_size_t or 1,
         )
+
+    def model_config(self) -> ModelConfig:
+        """See `Engine`."""
+        return expected_config(self.model)
 
     def check(self, buckets: Sequence[Bucket]) -> None:
         """See `Engine`."""
