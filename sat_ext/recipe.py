@@ -5,7 +5,6 @@ The data class of a training run, the subcommands and the planner start from it,
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from sat_ext.cogvideox import SequenceShape
-from sat_ext.config import convert, load, plain, read_yaml, reject_unknown_keys
+from sat_ext.config import convert, load, read_yaml, reject_unknown_keys
 from sat_ext.data.params import DataConfig, name_sources, sources_of
 from sat_ext.data.sources import SourceConfig
 from sat_ext.doubts import doubts
@@ -34,17 +33,14 @@ SAT_DEFAULTS = {"batch_size": 4, "gradient_accumulation_steps": 1, "num_workers"
 class Recipe:
     """One run.
 
-    `target` names the data class. `sources` are trained on, `valid` and `test` are those of `args.valid_data` and
-    `args.test_data`. `micro_batch` is in samples of the costliest bucket per rank and step. `train_iters` counts
-    optimizer steps (None: not set), each of `accumulation` steps of the data. `doubts` are sentences about what
-    trains, but hardly as it is meant.
+    `target` names the data class, and `lists` holds the sources of each of `LISTS`. `micro_batch` is in samples of
+    the costliest bucket per rank and step. `train_iters` counts optimizer steps (None: not set), each of
+    `accumulation` steps of the data. `doubts` are sentences about what trains, but hardly as it is meant.
     """
 
     target: str
     data: DataConfig
-    sources: tuple[SourceConfig, ...]
-    valid: tuple[SourceConfig, ...]
-    test: tuple[SourceConfig, ...]
+    lists: Mapping[str, tuple[SourceConfig, ...]]
     engine: Engine
     deepspeed: Mapping[str, Any]
     micro_batch: int
@@ -72,9 +68,14 @@ class Recipe:
         return self.data.batch_sizes(self.buckets, largest=self.micro_batch, shape=self.shape)
 
     @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """What the run trains on."""
+        return self.lists["train_data"]
+
+    @property
     def held_out(self) -> tuple[SourceConfig, ...]:
         """What the run is evaluated on."""
-        return self.valid + self.test
+        return self.lists["valid_data"] + self.lists["test_data"]
 
     def checked(self) -> Recipe:
         """This recipe, if its data can be read and its model takes them. Raises `ConfigError`."""
@@ -116,13 +117,10 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
         found = data.sources if name == "train_data" and data.sources else _of_list(args, name)
         return found if sampler is None else tuple(replace(s, sampler=sampler) for s in found)
 
-    train, valid, test = (sources(name) for name in LISTS)
     return Recipe(
         target=target,
         data=data,
-        sources=train,
-        valid=valid,
-        test=test,
+        lists={name: sources(name) for name in LISTS},
         engine=engine,
         deepspeed=deepspeed,
         micro_batch=_count("batch_size", args, deepspeed, "train_micro_batch_size_per_gpu"),
@@ -131,19 +129,6 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
         dtype=training_dtype(*precision(deepspeed)),
         train_iters=convert(int | None, args.get("train_iters"), "args.train_iters"),
         doubts=tuple(doubts(engine, deepspeed, args)),
-    )
-
-
-def recipe_of_args(args: argparse.Namespace, target: str, params: Mapping[str, Any]) -> Recipe:
-    """The recipe of a run that SAT has parsed the arguments of; `params` are those of the data class `target`."""
-    precisions = {name: {"enabled": bool(getattr(args, name, False))} for name in ("fp16", "bf16")}
-    return recipe_of(
-        {
-            "data": {"target": target, "params": plain(params)},
-            "model": getattr(args, "model_config", None),
-            "deepspeed": precisions | plain(getattr(args, "deepspeed_config", None)),
-            "args": vars(args),
-        }
     )
 
 

@@ -9,30 +9,28 @@ import numpy as np
 
 from sat_ext.data.index import Index
 from sat_ext.data.params import DataConfig
-from sat_ext.engines import Engine
 from sat_ext.errors import DataError
 from sat_ext.latents.encoders import Fingerprints
 from sat_ext.latents.reader import Cached, media_codes
 from sat_ext.latents.store import CacheConfig, LatentStore
 from sat_ext.latents.text import TextEmbeddings, caption_key
+from sat_ext.recipe import Recipe
 from sat_ext.sat.broadcast import share_from_first_rank
-from sat_ext.zero import training_dtype
 
 COMMAND = "'sat-ext cache --base ...' with the YAML files of this run"
 
 
-def open_cache(
-    args: argparse.Namespace, config: DataConfig, engine: Engine, index: Index, split: str
-) -> Cached | None:
+def open_cache(args: argparse.Namespace, recipe: Recipe, index: Index, split: str) -> Cached | None:
     """The cache that `data.params.cache` names, for one list of data; None where it names none.
 
     Raises `ConfigError` where model and cache do not go together, and `DataError`, on every rank, where the cache
     lacks something that this run can ask for.
     """
+    engine, config = recipe.engine, recipe.data
     engine.check_cache(args, is_cached=config.cache is not None)
     if config.cache is None:
         return None
-    prints = engine.fingerprints(training_dtype(args.fp16, args.bf16))
+    prints = engine.fingerprints(recipe.dtype)
     store = LatentStore(Path(config.cache.folder))
     draws = split == "train_data"
     conditions = engine.is_conditioned

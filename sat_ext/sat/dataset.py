@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import MethodType
@@ -21,24 +20,19 @@ from sat.helpers import print_rank0
 from torch.utils.data import Dataset, get_worker_info
 from webdataset import DataPipeline
 
-from sat_ext.config import load, plain
 from sat_ext.data.held_out import HeldOut
 from sat_ext.data.index import build_index, clip_lengths, longest_is_rare
-from sat_ext.data.params import DataConfig, sources_of
-from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
-from sat_ext.doubts import doubts
-from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.sat import hooks, lists
+from sat_ext.recipe import LISTS, Recipe
+from sat_ext.sat import hooks
 from sat_ext.sat.broadcast import require_everywhere, share_from_first_rank
 from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.data_state import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
-from sat_ext.sat.run import run_of
+from sat_ext.sat.run import recipe_in, run_of
 from sat_ext.sat.settings import settings_of
 from sat_ext.sat.shared_memory import check_shared_memory
-from sat_ext.zero import training_dtype
 
 MANY_FILES = 500  # some seconds of probing
 
@@ -101,6 +95,8 @@ class _Entry:
 class JointImageVideoDataset:
     """YAML target `sat_ext.JointImageVideoDataset`: stills, clips and first frames in one training run."""
 
+    target = "sat_ext.JointImageVideoDataset"
+
     @_Entry
     def create_dataset_function(cls, path: str, args: argparse.Namespace, **params: Any) -> Any:
         """For SAT: the data set of `path`, one entry of `args.train_data`, `valid_data` or `test_data`.
@@ -108,93 +104,68 @@ class JointImageVideoDataset:
         `params` are `data.params` of the YAML (see `DataConfig`). Raises `ConfigError` and `DataError`.
         """
         hooks.begin(args)
-        config = load(DataConfig, plain(params), "data.params")
+        recipe = recipe_in(args, {"target": cls.target, "params": params})
+        assert recipe is not None
         split = _next_split(args)
-        if _is_stream(args, split):
-            entries = run_of(args).streams.setdefault(split, [])
-            if not entries:
-                entries += [cls._shared_stream(args, config, split), []]
-            return SharedStream(entries[0], args, entries[1])
-        return MapStyle(cls._stream(args, config, split, world=1, paths=[path], largest=1))
-
-    @classmethod
-    def sources(
-        cls, args: argparse.Namespace, config: DataConfig, paths: list[str], split: str
-    ) -> list[SourceConfig]:
-        """The sources of one list: `data.params.sources` for training where given, or one for each path."""
-        if split == "train_data" and config.sources:
-            return list(config.sources)
-        weights = args.train_data_weights if split == "train_data" and len(paths) == len(args.train_data) else None
-        return sources_of(paths, weights)
-
-    @classmethod
-    def _shared_stream(cls, args: argparse.Namespace, config: DataConfig, split: str) -> JointStream | HeldOut:
-        """Training's endless stream, or the fixed list of an evaluation."""
-        world = mpu.get_data_parallel_world_size()
-        if split == "train_data":
-            return cls._stream(args, config, split, world=world)
-        held_out = HeldOut(
-            cls._stream(args, config, split, world=1),
-            samples=args.eval_iters * (args.eval_batch_size or args.batch_size), world=world,
-        )  # fmt: skip
-        print_rank0(f"{split}: an evaluation is of {sum(held_out.counts)} samples: {held_out.summary()}")
-        return held_out
-
-    @classmethod
-    def _stream(
-        cls,
-        args: argparse.Namespace,
-        config: DataConfig,
-        split: str,
-        *,
-        world: int,
-        paths: list[str] | None = None,
-        largest: int | None = None,
-    ) -> JointStream:
-        buckets = config.make_buckets()
-        engine = engine_of(getattr(args, "model_config", None))
-        engine.check_run(args, buckets)
-        deepspeed = getattr(args, "deepspeed_config", None)
-        if split == "train_data":
-            for sentence in doubts(engine, deepspeed or {}, vars(args)):
-                print_rank0(f"warning: {sentence}", level="WARNING")
-        sources = cls.sources(args, config, paths or list(getattr(args, split)), split)
-        local = (
-            [config.cache.folder] if config.cache else [s.path for s in sources]
-        )  # media, or what is read instead
-        require_everywhere(local, "data.params.cache.folder" if config.cache else f"args.{split}")
-        index = share_from_first_rank(lambda: build_index(sources, config, probing=_with_progress_bar))
-        print_rank0(f"{split}: {index.summary()}")
-        if rare := longest_is_rare(clip_lengths(index), config):
-            print_rank0(f"{split}: warning: {'; '.join(rare)}.")
-        per_rank = args.batch_size if split == "train_data" else args.eval_batch_size or args.batch_size
-        sizes = config.batch_sizes(buckets, largest=per_rank, shape=engine.sequence_shape())
-        if largest is not None:
-            sizes = dict.fromkeys(sizes, largest)
-        used = samples_used(args, index, config.seed) if split == "train_data" else None
-        dtype = engine.batch_dtype(
-            training_dtype(args.fp16, args.bf16), model_parallel=mpu.get_model_parallel_world_size()
-        )
-        stream = JointStream(
-            index, config, batch_sizes=sizes, world=world, dtype=dtype, used=used,
-            cached=open_cache(args, config, engine, index, split),
-        )  # fmt: skip
-        batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
-        print_rank0(f"{split}: samples per rank and step: {batches}")
-        check_shared_memory(args, stream)
-        return stream
+        if not _is_stream(args, split):
+            return MapStyle(_stream(args, recipe, split, world=1, entry=path))
+        entries = run_of(args).streams.setdefault(split, [])
+        if not entries:
+            entries += [_shared_stream(args, recipe, split), []]
+        return SharedStream(entries[0], args, entries[1])
 
 
 @dataset_registry.register
 class FirstFrameDataset(JointImageVideoDataset):
     """YAML target `sat_ext.FirstFrameDataset`: the first frame of every clip, and stills as they are."""
 
-    @classmethod
-    def sources(
-        cls, args: argparse.Namespace, config: DataConfig, paths: list[str], split: str
-    ) -> list[SourceConfig]:
-        """As for the joint data set, with the sampler `first_frame` for every source."""
-        return [replace(s, sampler="first_frame") for s in super().sources(args, config, paths, split)]
+    target = "sat_ext.FirstFrameDataset"
+
+
+def _shared_stream(args: argparse.Namespace, recipe: Recipe, split: str) -> JointStream | HeldOut:
+    """Training's endless stream, or the fixed list of an evaluation."""
+    world = mpu.get_data_parallel_world_size()
+    if split == "train_data":
+        return _stream(args, recipe, split, world=world)
+    held_out = HeldOut(
+        _stream(args, recipe, split, world=1),
+        samples=args.eval_iters * (args.eval_batch_size or args.batch_size), world=world,
+    )  # fmt: skip
+    print_rank0(f"{split}: an evaluation is of {sum(held_out.counts)} samples: {held_out.summary()}")
+    return held_out
+
+
+def _stream(
+    args: argparse.Namespace, recipe: Recipe, split: str, *, world: int, entry: str | None = None
+) -> JointStream:
+    """The stream of one list; of its `entry` alone, sample by sample, for SAT's own batching."""
+    engine, data, trains = recipe.engine, recipe.data, split == "train_data"
+    engine.check_run(args, recipe.buckets)
+    for sentence in recipe.doubts if trains else ():
+        print_rank0(f"warning: {sentence}", level="WARNING")
+    sources = recipe.lists[split]
+    if entry is not None and not (trains and data.sources):
+        sources = tuple(s for s in sources if s.path == entry)
+    folders = [data.cache.folder] if data.cache else [s.path for s in sources]  # media, or what is read instead
+    require_everywhere(folders, "data.params.cache.folder" if data.cache else f"args.{split}")
+    index = share_from_first_rank(lambda: build_index(sources, data, probing=_with_progress_bar))
+    print_rank0(f"{split}: {index.summary()}")
+    if rare := longest_is_rare(clip_lengths(index), data):
+        print_rank0(f"{split}: warning: {'; '.join(rare)}.")
+    largest = recipe.micro_batch if trains else args.eval_batch_size or recipe.micro_batch
+    sizes = data.batch_sizes(recipe.buckets, largest=largest, shape=recipe.shape)
+    if entry is not None:
+        sizes = dict.fromkeys(sizes, 1)
+    stream = JointStream(
+        index, data, batch_sizes=sizes, world=world,
+        dtype=engine.batch_dtype(recipe.dtype, model_parallel=mpu.get_model_parallel_world_size()),
+        used=samples_used(args, index, data.seed) if trains else None,
+        cached=open_cache(args, recipe, index, split),
+    )  # fmt: skip
+    batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
+    print_rank0(f"{split}: samples per rank and step: {batches}")
+    check_shared_memory(args, stream)
+    return stream
 
 
 def _next_split(args: argparse.Namespace) -> str:
@@ -203,7 +174,7 @@ def _next_split(args: argparse.Namespace) -> str:
     calls, run.built = run.built, run.built + 1
     if calls == 0 and hasattr(args, "experiment_name"):
         args.experiment_name = share_from_first_rank(lambda: _new_name(args))
-    for split in lists.SPLITS:
+    for split in LISTS:
         entries = getattr(args, split, None) or []
         if calls < len(entries):
             return split

@@ -6,7 +6,6 @@ micro-step to the beginning of the next: forward and backward pass, and the opti
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import statistics
@@ -18,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from sat_ext.cogvideox import LATENT_SIDE, pixel_frames
 from sat_ext.memory.plan import Plan, make_plan
-from sat_ext.memory.run import read_run
+from sat_ext.memory.run import run_from
 from sat_ext.memory.table import gigabytes, of_buckets, of_one
 from sat_ext.ranks import local_ranks, rank_and_world
+from sat_ext.recipe import Recipe
 from sat_ext.sat.side_files import side_file
 from sat_ext.types import Bucket
 
-ARGS = ("num_workers", "batch_size", "gradient_accumulation_steps")
 log = logging.getLogger(__name__)
 
 
@@ -125,14 +123,15 @@ def bucket_of(batch: Mapping[str, Any]) -> Bucket:
     return Bucket(frames=frames, height=height, width=width)
 
 
-def plan_of(args: argparse.Namespace) -> Plan | None:
+def plan_of(recipe: Recipe | None) -> Plan | None:
     """What the run is predicted to take; None, with a warning that says why, where it cannot be predicted."""
-    config = {name: _plain(getattr(args, f"{name}_config", None)) for name in ("model", "data", "deepspeed")}
-    config["args"] = {name: getattr(args, name, None) for name in ARGS}
+    if recipe is None:
+        log.warning("memory: cannot be predicted for this run (data.target is not a class of sat_ext's)")
+        return None
     _, world = rank_and_world()
     local = local_ranks(torch.cuda.device_count() or world)
     try:
-        return make_plan(read_run(config), gpus=world, per_node=min(local, world))
+        return make_plan(run_from(recipe), gpus=world, per_node=min(local, world))
     except Exception as error:  # whatever it is, it must not end a run that may be fine
         reason = " ".join(str(error).split())  # diffusers' errors of import have several lines
         log.warning("memory: cannot be predicted for this run (%s: %s)", type(error).__name__, reason)
@@ -152,8 +151,3 @@ def show_plan(plan: Plan) -> None:
             gigabytes(plan.gpu),
             gigabytes(there),
         )
-
-
-def _plain(config: Any) -> Any:
-    """Dicts and lists, of OmegaConf's containers too: CogVideo's script hands its YAML over as these."""
-    return OmegaConf.to_container(OmegaConf.create(config), resolve=True) if config else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from sat.helpers import print_rank0
 
 from sat_ext.checkpoint.layout import find_weights, no_checkpoint, whole_checkpoints
 from sat_ext.checkpoint.manifest import Base, Manifest, read_manifest
-from sat_ext.config import read_yaml
+from sat_ext.config import plain, read_yaml
 from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
+from sat_ext.recipe import TARGETS, Recipe, recipe_of
 from sat_ext.sat.checkpoint.epoch import Epoch
 from sat_ext.sat.memory_report import MemoryReport
 from sat_ext.sat.section import TWICE, check_keys, check_section
@@ -59,6 +61,7 @@ class RunState:
     epoch: Epoch | None = field(default=None, repr=False)
     evaluated: str = "val"
     engine: Any = field(default=None, repr=False)
+    recipe: Recipe | None = field(default=None, repr=False)
     memory: MemoryReport | None = field(default=None, repr=False)
 
 
@@ -73,6 +76,22 @@ def run_of(args: argparse.Namespace) -> RunState:
         if getattr(args, "load", None):
             _look_at(run, Path(args.load), resuming=args.mode == "pretrain")
     return run
+
+
+def recipe_in(args: argparse.Namespace, data: Mapping[str, Any] | None = None) -> Recipe | None:
+    """The run's recipe; None for data that are not ours. `data` is the section, else it is `args.data_config`.
+
+    Raises `ConfigError`.
+    """
+    run = run_of(args)
+    section = plain(data or getattr(args, "data_config", None))
+    if run.recipe is None and section.get("target") in TARGETS:
+        # SAT's arguments are those of the script; whether they are 16 bits wide stands in `args`, not in its YAML
+        precisions = {name: {"enabled": bool(getattr(args, name, False))} for name in ("fp16", "bf16")}
+        deepspeed = precisions | plain(getattr(args, "deepspeed_config", None))
+        model = getattr(args, "model_config", None)
+        run.recipe = recipe_of({"data": section, "model": model, "deepspeed": deepspeed, "args": vars(args)})
+    return run.recipe
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:

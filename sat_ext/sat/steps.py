@@ -20,7 +20,7 @@ from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.claim import claim
 from sat_ext.sat.checkpoint.load import restore_rng
 from sat_ext.sat.memory_report import MemoryReport, plan_of, show_plan
-from sat_ext.sat.run import RunState, micro_steps, run_of
+from sat_ext.sat.run import RunState, micro_steps, recipe_in, run_of
 
 
 def with_spared_workers(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,10 +143,10 @@ def _with_losses_by_kind(forward_step: Callable[..., Any]) -> Callable[..., Any]
 
 def report_of(args: argparse.Namespace) -> MemoryReport:
     """The run's report. The first call on the first rank shows the plan, and warns where it does not fit."""
-    run = run_of(args)
+    run, recipe = run_of(args), recipe_in(args)
     if run.memory is None:
         first = rank_and_world()[0] == 0
-        run.memory = MemoryReport(plan_of(args) if first else None)
+        run.memory = MemoryReport(plan_of(recipe) if first else None)
         if first:
             atexit.register(run.memory.show)
             if run.memory.plan is not None:

@@ -104,7 +104,7 @@ def test_map_style_is_as_long_as_an_epoch_has_records(sat_args: MakeArgs, demo: 
             "buckets": {"frames": [5]},
             "short_clips": "loop",
         }
-        run_of(args).built = 0
+        run_of(args).built, run_of(args).recipe = 0, None
         lengths.append(len(sat_ext.JointImageVideoDataset.create_dataset_function("", args, **params)))
     assert lengths[1] > lengths[0] == 12
 

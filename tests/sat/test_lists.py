@@ -32,7 +32,7 @@ def test_sources_stand_for_one_entry(train_data: Any) -> None:
 
 
 def test_a_text_is_no_list() -> None:
-    with pytest.raises(ConfigError, match=r"""args\.valid_data: 'b' is one text.*; write \["b"\]\."""):
+    with pytest.raises(ConfigError, match=r"""args\.valid_data: 'b' is a string, not a list; write \["b"\]\."""):
         fill_in(lists(valid_data="b"))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sat_ext.errors import ConfigError
 from sat_ext.sat import steps
 from sat_ext.sat.memory_report import MemoryReport, bucket_of
 from sat_ext.sat.steps import measuring
@@ -52,7 +53,15 @@ def test_the_plan_is_shown_once_and_by_the_first_rank(
 
 def test_a_run_that_cannot_be_predicted_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     assert begin(args_of(data_config={"target": "mine.Data", "params": {"folder": "x"}})).plan is None
-    assert "memory: cannot be predicted for this run (ConfigError: data.params: unknown key" in caplog.text
+    assert "memory: cannot be predicted for this run (data.target is not a class of sat_ext's)" in caplog.text
+    assert begin(args_of(model_config={})).plan is None
+    assert "memory: cannot be predicted for this run (ConfigError: --base: no 'model' section" in caplog.text
+
+
+def test_a_mistake_in_the_data_is_an_error_and_no_warning() -> None:
+    data = {"target": "sat_ext.JointImageVideoDataset", "params": {"folder": "x"}}
+    with pytest.raises(ConfigError, match="data.params: unknown key 'folder'"):
+        begin(args_of(data_config=data))
 
 
 class Gpu:
