@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from sat_ext import checksums
+from sat_ext.checkpoint.integrity import broken_record
+from sat_ext.latents.checksummed import checksum_of
 from sat_ext.latents.store import Entry, LatentStore, write_latents
 
 
@@ -34,7 +35,7 @@ def main() -> None:
         torch.save({"module": {str(i): torch.randn(1 << 20) for i in range(options.megabytes // 4)}}, file)
         assert zipfile.is_zipfile(file)
         load = cpu_ms(lambda: torch.load(file, weights_only=True))
-        show("checkpoint", load, cpu_ms(lambda: checksums.broken_record(file)))
+        show("checkpoint", load, cpu_ms(lambda: broken_record(file)))
         for kind, frames, count in (("cached clip", 13, 48), ("cached still", 1, 300)):
             samples = [sample(number, frames) for number in range(count)]
             write_latents(folder, samples)
@@ -56,7 +57,7 @@ def check_all(samples: Samples) -> None:
     """What reading them does beside."""
     for _, parts in samples:
         for value in parts.values():
-            checksums.of_tensor(value)
+            checksum_of(value)
 
 
 def sample(number: int, frames: int) -> tuple[Entry, dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sat_ext.checkpoint.manifest import Base, Manifest, RateState, write_manifest
 from sat_ext.convert.positions import UNUSED, computed
 from sat_ext.types import Bucket
 
@@ -131,3 +132,14 @@ def write_sat(folder: Path, weights: dict[str, Tensor]) -> Path:
     file = folder / "1" / "mp_rank_00_model_states.pt"
     torch.save({"module": weights}, file)
     return file
+
+
+def write_base(folder: Path, path: Path, iteration: int) -> None:
+    """The `sat_ext.json` of a checkpoint whose missing weights are those of a run's folder `path`."""
+    rate = RateState(num_iters=1, init_step=0, auto_warmup_steps=0, auto_warmup_rate=0.0)
+    manifest = Manifest(
+        sat_ext="0", iteration=1, micro_steps=1, world=1, zero_stage=0, round_robin=False, seed=0, global_steps=1,
+        global_samples=1, skipped_steps=0, whole=False, base=Base(path=str(path), iteration=iteration), rate=rate,
+        cells=(), files={},
+    )  # fmt: skip
+    write_manifest(folder, manifest)

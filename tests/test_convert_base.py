@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sat_ext.convert.convert import convert, export
 from sat_ext.convert.parts import Options
-from tests.sat_layout import SIZE, sat_transformer, write_sat
+from tests.sat_layout import SIZE, sat_transformer, write_base, write_sat
 from tests.test_convert import assert_same, sat_file, untold
 from tests.test_convert_lora import LORA_FILE, PREFIX, as_upstream, sat_lora, write_run
 
@@ -20,8 +20,7 @@ def test_a_checkpoint_of_lora_alone_becomes_one_with_its_base(tmp_path: Path) ->
     options = Options(base_weights=tmp_path / "base")  # its size stands in the run's YAML
     convert(run, tmp_path / "given", "sat", ("transformer",), options, untold)
     assert_same(sat_file(tmp_path / "given" / "transformer"), as_upstream(base, lora))
-    named = {"base": {"path": str(tmp_path / "base" / "transformer"), "iteration": 1}}
-    (run / "1" / "sat_ext.json").write_text(json.dumps(named))
+    write_base(run / "1", tmp_path / "base" / "transformer", 1)
     convert(run, tmp_path / "named", "sat", ("transformer",), Options(), untold)
     assert_same(sat_file(tmp_path / "named" / "transformer"), as_upstream(base, lora))
 
@@ -30,8 +29,7 @@ def test_a_run_of_lora_alone_takes_its_bases_shapes_from_its_own_yaml(tmp_path: 
     base, lora = sat_transformer("5b"), sat_lora()
     write_sat(tmp_path / "base" / "transformer", base)
     run = write_run(tmp_path / "run", lora)
-    named = {"base": {"path": str(tmp_path / "base" / "transformer"), "iteration": 1}}
-    (run / "1" / "sat_ext.json").write_text(json.dumps(named))
+    write_base(run / "1", tmp_path / "base" / "transformer", 1)
     done = convert(run, tmp_path / "out", "diffusers", ("transformer",), Options(), untold)
     assert done.written == [tmp_path / "out" / "transformer", tmp_path / "out" / LORA_FILE]
     config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())

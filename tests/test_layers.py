@@ -20,7 +20,6 @@ LAYERS = [
     ("types", 0),
     ("files", 0),
     ("colour", 0),
-    ("checksums", 0),
     ("media", 0),
     ("pixels", 0),
     ("cogvideox", 0),

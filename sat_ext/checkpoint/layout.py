@@ -1,14 +1,18 @@
 """What lies where in a run's folder.
 
-<run>/latest                                   replaced last: names the newest whole checkpoint
-<run>/<iteration>/sat_ext.json                 the `Manifest`
+<run>/latest                                   names the newest whole checkpoint; replaced at the end of a save
+<run>/training_config.yaml                     the merged YAML
 <run>/<iteration>/mp_rank_00_model_states.pt   weights, as SAT reads them
+
+and of full checkpoints:
+
+<run>/<iteration>/sat_ext.json                 the `Manifest`
 <run>/<iteration>/*_optim_states.pt            DeepSpeed's, of each rank; `optimizer.pt` without ZeRO
 <run>/<iteration>/zero_pp_rank_*_model_states.pt   DeepSpeed's under ZeRO-3: the order of the shards
 <run>/<iteration>/rng_<rank>.pt                random number generators of each rank
-<run>/<iteration>/data.pt                      hashes of the epoch's samples (`epoch.py`)
-<run>/<iteration>.partial/                     one being written, or what a killed run left of one
-<run>/<iteration>.old.partial/                 one that another of its iteration is about to replace
+<run>/<iteration>/data.pt                      hashes of the epoch's samples (`sat/checkpoint/epoch.py`)
+<run>/<iteration>.partial/                     one being written, or left behind by a killed run
+<run>/<iteration>.old.partial/                 one that another of the same iteration is about to replace
 <run>/.lock                                    held by the run that saves here
 """
 
@@ -39,7 +43,7 @@ def find_run(path: Path) -> Path:
 
 
 def no_checkpoint(path: Path) -> str:
-    """What is wrong with a folder that holds no checkpoints, without the remedy."""
+    """An error about a folder without checkpoints, for the caller to add the remedy."""
     return f"{path}: no checkpoint here (a folder of checkpoints holds a file 'latest')"
 
 
@@ -82,8 +86,8 @@ def other_checkpoints(run: Path, but: str = "") -> str:
     return f"another ({', '.join(sorted(names, key=int)[-5:])})" if names else ""
 
 
-def whole_checkpoints(run: Path) -> list[Path]:
-    """The folders of full checkpoints of a run, by iteration; see `is_sound`."""
+def full_checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's full checkpoints, by iteration. Whether each is whole is `is_sound`'s to say."""
     found = [p.parent for p in run.glob(f"*/{MANIFEST_NAME}") if p.parent.name.isdecimal()]
     return sorted(found, key=lambda p: int(p.name))
 

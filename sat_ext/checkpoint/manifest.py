@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sat_ext import checksums
-from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, whole_checkpoints
+from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, full_checkpoints
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
 
@@ -19,8 +19,8 @@ CHECKSUM = "checksum"  # the key in it
 
 @dataclass(frozen=True, kw_only=True)
 class CellState:
-    """How many samples of a cell were trained on; `records` is how many it had, `keys` a hash of these
-    (`epoch.py`), which checkpoints of earlier versions lack."""
+    """How many samples of a cell were trained on (`used`) and how many it had (`records`). `keys` is a hash of the
+    latter's keys (`epoch.py`), which the first versions did not write."""
 
     source: str
     bucket: str
@@ -39,7 +39,7 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class RateState:
-    """Where SAT's `AnnealingLR` is, in optimizer steps; its first steps are warmed up in a way of their own."""
+    """Where SAT's `AnnealingLR` is, in optimizer steps, with the warm-up that it adds after a resume."""
 
     num_iters: int
     init_step: int
@@ -49,9 +49,8 @@ class RateState:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`sat_ext.json`. `micro_steps` counts batches that a rank took from the data since the run began; `whole`
-    tells that frozen weights are in it too; `files` are sizes in bytes, by which a truncated file is found before
-    any is read; `shares` are by source, as parts of 1. In the file a `checksum` of all of it follows.
+    """`micro_steps` counts the batches that each rank has taken since the run began; `whole`: frozen weights are
+    saved too; `files` are sizes in bytes, which reveal a truncated file before any is read; `shares` add up to 1.
     """
 
     sat_ext: str
@@ -76,36 +75,42 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync `sat_ext.json`."""
     content = dataclasses.asdict(manifest)
     with open(folder / MANIFEST_NAME, "w") as file:
-        json.dump({**content, CHECKSUM: checksum_of(content)}, file, indent=1)
+        json.dump({**content, CHECKSUM: _checksum_of(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a full checkpoint, None for one of weights alone. Raises `ConfigError` for missing files."""
+def read_manifest(folder: Path, *, sizes: bool = True) -> Manifest | None:
+    """The manifest of a full checkpoint, None for one of weights alone.
+
+    Raises `ConfigError` if it is damaged or, with `sizes`, if a file is missing or of another size.
+    """
     if not (folder / MANIFEST_NAME).is_file():
         return None
-    manifest = _read(folder)
-    if isinstance(manifest, str):
-        raise ConfigError(f"{manifest}; {_remedy(folder)}.")
-    return manifest
-
-
-def _read(folder: Path) -> Manifest | str:
-    """The manifest, or what is wrong with a file. Raises `ConfigError` for a manifest of another version."""
-    file = folder / MANIFEST_NAME
     try:
-        content = read_json(file)
-    except (OSError, ValueError) as error:
-        return f"{file}: truncated or changed ({error})"
-    manifest = load(Manifest, content, str(file))
-    for name, size in manifest.files.items():
-        found = size_of(folder / name)
-        if found is None:
-            return f"{folder}: {name} is missing, so the checkpoint is not whole"
-        if found != size:
-            return f"{folder / name}: truncated or changed, {found} bytes where {size} were written"
-    return manifest
+        return _checked(folder) if sizes else _parsed(folder / MANIFEST_NAME)
+    except ConfigError:  # a `ValueError` too; it has its own remedy
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{error}; {_remedy(folder)}.") from error
+
+
+def read_base(folder: Path) -> tuple[Path, int | None] | None:
+    """Where a full checkpoint's missing weights are: a run's folder, and an iteration. Raises `ConfigError`."""
+    # its other files may be missing: somebody may have copied the weights alone, to sample or export
+    manifest = read_manifest(folder, sizes=False)
+    if manifest is None or manifest.base is None:
+        return None
+    return Path(manifest.base.path), manifest.base.iteration
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether every file of a full checkpoint is there, in the size in which it was written."""
+    try:
+        _checked(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def size_of(file: Path) -> int | None:
@@ -116,50 +121,43 @@ def size_of(file: Path) -> int | None:
         return None
 
 
-def is_sound(folder: Path) -> bool:
-    """Whether every file of a full checkpoint is there, in the size in which it was written."""
+def _parsed(file: Path) -> Manifest:
+    """Raises `ValueError` if it was changed, `ConfigError` for that of another version."""
     try:
-        return isinstance(_read(folder), Manifest)
-    except ConfigError:
-        return False
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a manifest")
+        if content.pop(CHECKSUM, None) not in (None, _checksum_of(content)):  # the first versions wrote none
+            raise ValueError("its checksum does not match")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: truncated or changed ({error})") from error
+    return load(Manifest, content, str(file))
+
+
+def _checked(folder: Path) -> Manifest:
+    """Raises `ValueError` too where a file has not the size in which it was written."""
+    manifest = _parsed(folder / MANIFEST_NAME)
+    for name, size in manifest.files.items():
+        found = size_of(folder / name)
+        if found is None:
+            raise ValueError(f"{folder}: {name} is missing, so the checkpoint is not whole")
+        if found != size:
+            raise ValueError(f"{folder / name}: truncated or changed, {found} bytes where {size} were written")
+    return manifest
+
+
+def _checksum_of(manifest: dict[str, Any]) -> str:
+    """Of its values, however they are spaced, without `base.path`, which a user may edit after moving the base."""
+    base = manifest.get("base")
+    values = {**manifest, "base": {**base, "path": ""} if base else base}
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def _remedy(folder: Path) -> str:
     run = folder.parent
-    if others := [p for p in whole_checkpoints(run) if p != folder and is_sound(p)]:
+    if others := [p for p in full_checkpoints(run) if p != folder and is_sound(p)]:
         return f"write {others[-1].name} into {run / 'latest'}"
     for path in (run / f"{folder.name}{PARTIAL}", aside_of(folder)):
         if is_sound(path):  # a save was killed just before, or between, its renames
             return f"remove {folder.name}, and rename {path.name} to {folder.name}"
     return "start from another checkpoint"
-
-
-def read_base(folder: Path) -> tuple[Path, int | None] | None:
-    """Where a full checkpoint takes the weights from that it does not hold: a run's folder, and an iteration."""
-    file = folder / MANIFEST_NAME
-    if not file.is_file():
-        return None
-    try:
-        base = read_json(file)["base"]
-        return None if base is None else (Path(base["path"]), base["iteration"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: truncated or changed ({error}); take another checkpoint.") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The values of a manifest. Raises `ValueError` where they are not what was written.
-
-    Those of earlier versions have no checksum. `base.path` is not in it: you may write where the base moved to.
-    """
-    content: dict[str, Any] = json.loads(file.read_text())
-    if not isinstance(content, dict):
-        raise ValueError("not a manifest")
-    if content.pop(CHECKSUM, None) not in (None, checksum_of(content)):
-        raise ValueError("its checksum does not match")
-    return content
-
-
-def checksum_of(manifest: dict[str, Any]) -> str:
-    """Of a manifest's values, all but `base.path`."""
-    base = manifest.get("base")
-    return checksums.of_json({**manifest, "base": {**base, "path": ""} if base else base})

@@ -20,9 +20,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, uint8
 
-from sat_ext import checksums
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.files.atomic import written_aside
 
@@ -36,9 +35,15 @@ _LONGEST_HEADER = 100_000_000  # bytes: safetensors' own limit
 REMEDY = "delete it, and run sat-ext cache again"
 
 
+def checksum_of(value: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor on the CPU."""
+    flat = value.contiguous().reshape(-1)
+    return zlib.crc32(flat.view(uint8).numpy().data) if flat.numel() else 0
+
+
 def write_aside(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write `file` so that it is there whole or not at all. Raises `DataError`."""
-    sums = json.dumps({name: checksums.of_tensor(tensor) for name, tensor in tensors.items()})
+    sums = json.dumps({name: checksum_of(tensor) for name, tensor in tensors.items()})
     try:
         with written_aside(file, shared=True) as draft:
             draft.touch()
@@ -78,7 +83,7 @@ def read_tensors(file: Path, names: Collection[str]) -> dict[str, Tensor]:
     except DataError as error:
         raise MediaError(str(file), str(error).removeprefix(f"{file}: ")) from error
     for name, tensor in found.items():
-        if sums and sums.get(name) != checksums.of_tensor(tensor):
+        if sums and sums.get(name) != checksum_of(tensor):
             raise MediaError(str(file), f"damaged: '{name}' is not what was written; {REMEDY}")
     return found
 

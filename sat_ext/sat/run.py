@@ -13,7 +13,7 @@ import torch
 from sat import mpu
 from sat.helpers import print_rank0
 
-from sat_ext.checkpoint.layout import find_weights, no_checkpoint, whole_checkpoints
+from sat_ext.checkpoint.layout import find_weights, full_checkpoints, no_checkpoint
 from sat_ext.checkpoint.manifest import Base, Manifest, read_manifest
 from sat_ext.config import plain, read_yaml
 from sat_ext.engines import COGVIDEO, engine_of
@@ -141,7 +141,7 @@ def _look_at(run: RunState, path: Path, *, resuming: bool) -> None:
     if resuming and manifest is not None:
         run.resumed, run.folder, run.base, run.whole = manifest, file.parent, manifest.base, manifest.whole
         run.saved = manifest.iteration if file.parent.name == str(manifest.iteration) else None
-        if newer := [p.name for p in whole_checkpoints(path) if int(p.name) > manifest.iteration]:
+        if newer := [p.name for p in full_checkpoints(path) if int(p.name) > manifest.iteration]:
             print_rank0(f"resume: {path / 'latest'} names {file.parent.name}, but {newer[-1]} is newer.")
     else:
         name = file.parent.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sat_ext.checkpoint.layout import whole_checkpoints
+from sat_ext.checkpoint.layout import full_checkpoints
 from sat_ext.checkpoint.manifest import read_manifest
 from sat_ext.checkpoint.reading import read_file, read_weights
 from sat_ext.errors import ConfigError
@@ -23,6 +22,7 @@ from sat_ext.sat.checkpoint.publish import prune
 from sat_ext.sat.checkpoint.reshard import Piece, cut, saved_shards
 from tests.sat.ranks import Server, finish, folder_of
 from tests.sat.runs import QUICK
+from tests.sat_layout import write_base
 
 Configure = Callable[..., list[str]]
 
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
     assert "the checkpoint of iteration 5 was not saved" in log  # training went on; the last save ends it
     assert "Traceback" not in log
     assert (folder / "latest").read_text() == "2"
-    assert whole_checkpoints(folder) == [folder / "2"]
+    assert full_checkpoints(folder) == [folder / "2"]
     assert read_manifest(folder / "2") is not None
     assert not list(folder.glob("*.partial"))
 
@@ -147,16 +147,12 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_weights_of_a_lora_come_with_those_of_its_base(tmp_path: Path) -> None:
     lora = {"a.matrix_A.0": torch.zeros(1), "b": torch.zeros(2)}
-    for name, weights, base in (
-        ("base", {"a": torch.ones(2), "b": torch.ones(2)}, None),
-        ("lora", lora, {"path": str(tmp_path / "base"), "iteration": 7}),
-    ):
+    for name, weights in (("base", {"a": torch.ones(2), "b": torch.ones(2)}), ("lora", lora)):
         folder = tmp_path / name / "7"
         folder.mkdir(parents=True)
         (tmp_path / name / "latest").write_text("7")
         torch.save({"module": weights, "iteration": 7}, folder / "mp_rank_00_model_states.pt")
-        if base is not None:
-            (folder / "sat_ext.json").write_text(json.dumps({"base": base}))
+    write_base(tmp_path / "lora" / "7", tmp_path / "base", 7)
     weights, iteration = read_weights(tmp_path / "lora")
     assert iteration == 7
     assert {k: v.tolist() for k, v in weights.items()} == {"a": [1, 1], "a.matrix_A.0": [0], "b": [0, 0]}

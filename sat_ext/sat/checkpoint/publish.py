@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from sat.helpers import print_rank0
 
-from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, whole_checkpoints
+from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, full_checkpoints
 from sat_ext.checkpoint.manifest import Manifest, size_of, write_manifest
 
 
@@ -68,7 +68,7 @@ def prune(folder: Path, newest: int, keep_last: int | None) -> None:
     """Remove all but the `keep_last` newest; those of later iterations, which a run left behind, go first."""
     try:
         if keep_last is not None:
-            found = whole_checkpoints(folder)
+            found = full_checkpoints(folder)
             ranked = sorted(found, key=lambda p: (int(p.name) <= newest, int(p.name)), reverse=True)
             for old in ranked[keep_last:]:
                 old.rename(old.with_name(old.name + PARTIAL))  # first: a kill leaves nothing that looks whole

@@ -26,7 +26,7 @@ from sat_ext.checkpoint.layout import (
     PARTIAL,
     WEIGHTS_NAME,
     aside_of,
-    whole_checkpoints,
+    full_checkpoints,
 )
 from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound
 from sat_ext.ranks import gather
@@ -122,7 +122,7 @@ def save_checkpoint(
         run.saved = iteration
         return
     if dist.get_rank() == 0:
-        good = [p for p in whole_checkpoints(folder) if is_sound(p)]
+        good = [p for p in full_checkpoints(folder) if is_sound(p)]
         stands = f"the last good one stands: {good[-1]}" if good else "there is no earlier one"
         what = error if writer.placed else f"not saved: {error}; {stands}"
         print_rank0(f"error: the checkpoint of iteration {iteration} was {what}.", level="ERROR")
