@@ -1,4 +1,4 @@
-"""A checkpoint's files -> its weights. No code of a checkpoint is run."""
+"""A checkpoint's files -> its weights. No code in a checkpoint is run."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from sat_ext.checkpoint.layout import find_weights
 from sat_ext.checkpoint.manifest import read_base
 from sat_ext.errors import ConfigError
 
-# SAT keeps the state of NumPy's generator in its checkpoints; these are all the types that it is made of.
+# All types in the state of NumPy's generator, which SAT saves in its checkpoints.
 RNG_STATE_TYPES: list[Any] = [
     np.ndarray,
     np.dtype,
     np.dtypes.UInt32DType,
     codecs.encode,
-    np.array([0]).__reduce__()[0],  # the function that rebuilds an array, wherever this NumPy keeps it
-    (np.array([0]).__reduce__()[0], "numpy.core.multiarray._reconstruct"),  # and where NumPy 1 kept it
+    np.array([0]).__reduce__()[0],  # the function that rebuilds an array, wherever this NumPy has it
+    (np.array([0]).__reduce__()[0], "numpy.core.multiarray._reconstruct"),  # and where NumPy 1 had it
 ]
 
 
 def read_file(file: Path, *, types: tuple[Any, ...] = ()) -> Any:
-    """What `torch.save` wrote to `file`, on the CPU; tensors are mapped where the format allows.
+    """What `torch.save` wrote to `file`, on the CPU; tensors are mapped if the format allows.
 
-    Only tensors and plain values are taken, the state of NumPy's generator, and objects of `types`. Raises
-    `ConfigError`, also where a record is damaged (`require_sound`).
+    Only tensors, plain values, the state of NumPy's generator and objects of `types` are accepted. Raises
+    `ConfigError`, for a damaged record too (`require_sound`).
     """
     try:
         require_sound(file)
         with torch.serialization.safe_globals([*RNG_STATE_TYPES, *types]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except ConfigError:  # which is a `ValueError` too
+    except ConfigError:  # a `ValueError` too
         raise
     except FileNotFoundError:
         raise ConfigError(
@@ -56,7 +56,7 @@ def read_file(file: Path, *, types: tuple[Any, ...] = ()) -> Any:
         ) from error
     except OSError as error:
         raise ConfigError(
-            f"{file}: cannot be read ({error.strerror or error}); mend that, or name another checkpoint."
+            f"{file}: cannot be read ({error.strerror or error}); make it readable, or name another checkpoint."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(_not_ours(file)) from error
@@ -67,7 +67,7 @@ def _not_ours(file: Path) -> str:
 
 
 def under_adapters(weights: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """`weights` by the model's `names`: a layer below a LoRA of peft keeps its own weights as `base_layer`."""
+    """`weights` by the model's `names`: peft renames the weights of a layer under a LoRA to `base_layer`."""
     moved = {n.replace(".base_layer.", "."): n for n in names if ".base_layer." in n and n not in weights}
     return {moved.get(name, name): value for name, value in weights.items()}
 
@@ -81,7 +81,7 @@ def weight_files(run: Path, iteration: int | None = None) -> Iterator[Path]:
 
 
 def read_weights(run: Path, iteration: int | None = None) -> tuple[dict[str, Tensor], int]:
-    """All weights of a checkpoint by name, and its iteration: what it left out comes from its base weights.
+    """All weights of a checkpoint by name, and its iteration. Those that it leaves out come from its base.
 
     Raises `ConfigError`.
     """

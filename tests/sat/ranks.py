@@ -230,12 +230,12 @@ def run_rank(rank: int, request: dict[str, Any]) -> int:
 def prepare(records: Path, request: dict[str, Any]) -> None:
     """Have the rank write what it trains on; `draws`: and take dropout from the global generators."""
     import sat_ext.sat.training as training
-    from sat_ext.sat.checkpoint import save
+    from sat_ext.sat.checkpoint.writer import Writer
     from sat_ext.types import Bucket
 
     if request.get("slow_writes"):
-        write = save.Writer._write
-        save.Writer._write = lambda *arguments: (time.sleep(request["slow_writes"]), write(*arguments))[1]
+        write = Writer.write
+        Writer.write = lambda *arguments: (time.sleep(request["slow_writes"]), write(*arguments))[1]
     if request.get("own_disks"):
         node = records.with_suffix("")
         node.mkdir(exist_ok=True)

@@ -46,25 +46,26 @@ def test_a_checkpoint_holds_the_state_of_every_rank_and_no_code(saved: Path) -> 
 
 
 def whole_optimizer(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """By parameter: its fp32 values and the optimizer's averages, from the shards of all ranks."""
+    """By parameter: its fp32 values and the optimizer's moments, from the shards of all ranks."""
     manifest = read_manifest(folder)
     assert manifest is not None
-    files = [
-        read_file(folder / f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt", types=SHARD_TYPES)
+    inner = "optimizer_state_dict"
+    states = [
+        read_file(folder / f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt", types=SHARD_TYPES)[inner]
         for r in range(manifest.world)
     ]
     shapes = None
     if manifest.zero_stage == 3:
         shapes = read_file(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt", types=SHARD_TYPES)["param_shapes"]
-    shards = saved_shards(files, manifest, shapes)
+    shards = saved_shards(states, manifest, shapes)
     sizes: dict[str, int] = {}
     for shard in shards:
         for piece in shard.pieces:
             sizes[piece.name] = sizes.get(piece.name, 0) + piece.numel
     names = sorted(sizes)
     pieces = [Piece(name, group, 0, 0, sizes[name]) for group, name in enumerate(names)]
-    weights, states = cut(shards, pieces, [sizes[name] for name in names], folder)
-    return {name: {"fp32": weights[i], **states[i]} for i, name in enumerate(names)}
+    weights, moments = cut(shards, pieces, [sizes[name] for name in names], folder)
+    return {name: {"fp32": weights[i], **moments[i]} for i, name in enumerate(names)}
 
 
 @pytest.mark.multiprocess
@@ -98,7 +99,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
     folder = folder_of(small_disk / "save")
     log = run.log()
     assert "the checkpoint of iteration 4 was not saved: rank " in log
-    assert f"No space left on device); make room for it; the last good one stands: {folder / '2'}." in log
+    assert f"No space left on device); make room for it; the last good checkpoint is {folder / '2'}." in log
     assert "the checkpoint of iteration 5 was not saved" in log  # training went on; the last save ends it
     assert "Traceback" not in log
     assert (folder / "latest").read_text() == "2"

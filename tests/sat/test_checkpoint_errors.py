@@ -268,7 +268,6 @@ def test_a_lora_begins_from_a_full_run_and_its_resume_names_a_base_that_is_not_i
     [
         ({"checkpoint": "ful"}, r"args.checkpoint: 'ful' is not one of weights, full \(did you mean 'full'\?\)"),
         ({"checkpoint": "full", "keep_last": 0}, "args.keep_last: 0; give 1 or more, or leave it out to keep all"),
-        ({"without_fixes": ["resum"]}, "args.without_fixes: unknown key 'resum'; did you mean 'resume'"),
     ],
 )
 def test_settings_are_read_from_the_yaml_that_cogvideos_script_names(

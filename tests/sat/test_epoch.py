@@ -176,7 +176,7 @@ def test_other_buckets_shares_sources_and_seeds_are_told_apart(
     assert used == [USED, round(USED / 0.6 * 0.4)]  # where the source was, and where it would be
     out = "\n".join(said)
     for told in (
-        "data.params.seed was 7 and is 8; the epoch goes on in another order",
+        "data.params.seed was 7 and is 8; the epoch's order changes",
         "source 'two' is not in the data any more.",
         "source 'new' is new; it joins from now on.",
         "source 'stills' has changed since the checkpoint: its buckets were 1x64x128, 1x64x64; in this epoch ",

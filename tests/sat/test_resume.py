@@ -18,7 +18,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
 from sat_ext.errors import ConfigError
-from sat_ext.sat.checkpoint.averages import check_same_weights, with_own_scaler
+from sat_ext.sat.checkpoint.optimizer_state import check_same_weights, with_own_scaler
 from sat_ext.sat.checkpoint.reshard import Piece, Shard, cut
 from sat_ext.sat.fixes.optimizer_path import check_sizes
 from tests.sat.ranks import Running, Server, finish, folder_of
@@ -158,7 +158,7 @@ def test_each_sample_of_an_epoch_is_seen_once_however_many_ranks_go_on(
             world=world, folder=tmp_path / f"{steps}",
         )  # fmt: skip
         finish(run, (0,) * world)
-        assert "begin anew" not in run.log()
+        assert "starts from zero" not in run.log()
         for rank in range(world):
             for record in run.records(rank):
                 seen.update(
@@ -209,7 +209,7 @@ def test_another_optimizer_begins_its_averages_anew(
     finish(resumed, (0,))
     assert (
         "saved by an optimizer that keeps exp_avg, exp_avg_sq, step of each weight, and the YAML's AdamW keeps "
-        "exp_avg, exp_avg_sq, max_exp_avg_sq, step; the optimizer's averages begin anew."
+        "exp_avg, exp_avg_sq, max_exp_avg_sq, step; the optimizer's state starts from zero."
     ) in resumed.log()
     assert [r["iteration"] for r in resumed.records()] == [4]
 
@@ -226,12 +226,10 @@ def test_an_optimizer_of_other_weights_is_refused() -> None:
     saved = stepped((2,), (3,)).state_dict()
     check_same_weights(stepped((2,), (3,)), saved, Path("optimizer.pt"))
     for others in (stepped((2,)), stepped((3,), (2,))):
-        with pytest.raises(
-            ConfigError, match="optimizer.pt: holds the averages of other weights than train now; "
-        ):
+        with pytest.raises(ConfigError, match="optimizer.pt: holds the state of other weights than train now; "):
             check_same_weights(others, saved, Path("optimizer.pt"))
-    one = Shard([torch.ones(2)], {0: {"exp_avg": torch.ones(2)}}, [{}], [Piece("a", 0, 0, 0, 2)])
-    with pytest.raises(ConfigError, match=r"4: the optimizer has no averages of 1 weights .* \(first: b\); train"):
+    one = Shard([torch.ones(2)], {0: {"exp_avg": torch.ones(2)}}, [Piece("a", 0, 0, 0, 2)])
+    with pytest.raises(ConfigError, match=r"4: the optimizer has no state of 1 weights .* \(first: b\); train"):
         cut([one], [Piece("a", 0, 0, 0, 2), Piece("b", 0, 2, 0, 1)], [3], Path("4"))
 
 
@@ -245,7 +243,7 @@ def test_averages_that_are_not_one_value_a_weight_are_not_cut(name: str) -> None
     for state in (optimizer.state_dict()["state"], {0: optimizer.state[weight]}):  # and without the dictionary
         if name == "AdamW" and state[0].keys() == {"step", "state1", "state2"}:
             continue
-        one = Shard([torch.ones(8192)], state, [{}], [Piece("a", 0, 0, 0, 8192)])
+        one = Shard([torch.ones(8192)], state, [Piece("a", 0, 0, 0, 8192)])
         with pytest.raises(
             ConfigError, match=r"4: the optimizer's '\w+' is not one value per weight, as with 8-b"
         ):
@@ -254,7 +252,7 @@ def test_averages_that_are_not_one_value_a_weight_are_not_cut(name: str) -> None
 
 def test_numbers_that_differ_between_shards_and_padding_are_told_from_averages() -> None:
     def shard(first: int, **state: Any) -> Shard:
-        return Shard([torch.ones(2)], {0: state}, [{}], [Piece("a", 0, 0, first, 2)], [2])
+        return Shard([torch.ones(2)], {0: state}, [Piece("a", 0, 0, first, 2)], [2])
 
     average = torch.tensor([1.0, 2.0, 0.0, 0.0])  # with DeepSpeed's padding
     shards = [shard(first, step=3, exp_avg=average + first) for first in (0, 2)]

@@ -15,7 +15,7 @@ from sat_ext.checkpoint.manifest import Manifest, read_manifest
 from sat_ext.checkpoint.reading import read_weights
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint.publish import find_missing, publish
-from sat_ext.sat.checkpoint.save import Writer
+from sat_ext.sat.checkpoint.writer import Writer
 from tests.sat.ranks import Server, finish
 from tests.sat.runs import QUICK
 
@@ -132,7 +132,8 @@ def test_a_checkpoint_takes_the_place_of_another_of_its_iteration(publishing: An
 @pytest.mark.parametrize("name", ["latest", "model_config.json"])
 def test_what_cannot_be_written_before_the_rename_leaves_the_old_checkpoint(publishing: Any, name: str) -> None:
     run, publish_it = publishing
-    (run / f"{name}.new").mkdir()
+    (run / "model_config.json").unlink()
+    (run / {"latest": "latest.new"}.get(name, name)).mkdir()
     writer = publish_it(keep_last=1)
     assert writer.error == f"rank 0 could not write {name} (Is a directory)" and not writer.placed
     assert (run / "4" / "old").exists() and (run / "2").exists()

@@ -1,4 +1,4 @@
-"""Before the first step: all ranks see one folder for the run's checkpoints, and no other run writes to it."""
+"""Before the first step: all ranks see the same folder for checkpoints, and no other run saves there."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sat_ext.ranks import gather
 from sat_ext.sat.broadcast import share_from_first_rank
 
 LOCK_NAME = ".lock"
-LOOK_SECONDS = 3.0  # a network file system may show a new name to other machines only after a while
+LOOK_SECONDS = 3.0  # other machines may see a new name on a network file system only after a while
 
 
 def claim(folder: Path) -> None:
-    """Hold `folder`, made if need be, until this process ends. Called on every rank.
+    """Make `folder`, and lock it until this process ends. Called on every rank.
 
-    Raises `ConfigError` on all ranks where one of them sees another folder, or another run holds it.
+    Raises `ConfigError` on all ranks if one of them sees another folder, or another run holds the lock.
     """
     token = share_from_first_rank(lambda: _leave_token(folder.parent))
     blind = gather(None if _sees(folder.parent, token) else socket.gethostname())
@@ -51,7 +51,7 @@ def _sees(folder: Path, token: str) -> bool:
     deadline = time.monotonic() + LOOK_SECONDS
     while True:
         try:
-            if token in os.listdir(folder):  # which asks the server, where a look at one name may not
+            if token in os.listdir(folder):  # not exists(): NFS clients cache that a name is missing
                 return True
         except OSError:
             pass
@@ -78,10 +78,10 @@ def _lock(folder: Path) -> None:
         return
 
     def let_go() -> None:
-        while held:  # a child of this child has nothing to close any more
+        while held:  # not again in the children of a child
             os.close(held.pop())
 
-    os.register_at_fork(after_in_child=let_go)  # a data worker that outlives the run does not hold the folder
+    os.register_at_fork(after_in_child=let_go)  # or a data worker that outlives the run would keep the lock
 
 
 def _cannot_write(folder: Path, error: OSError) -> ConfigError:

@@ -1,4 +1,4 @@
-"""Where a run is in its data: saved with a checkpoint, and taken up from one."""
+"""Where a run is in its data: saved with a checkpoint, and restored from one."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
 def first_step(args: argparse.Namespace) -> int:
-    """The step of the schedule that `samples_used` begins, from which the data have to go on."""
+    """The step at which the data continue, in the schedule that begins with `samples_used`."""
     resumed = run_of(args).resumed
     return micro_steps(args) - (resumed.micro_steps if resumed else 0)
 
 
 def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int] | None:
-    """Samples of each group of `index` that the run trained on before it was resumed; None for one that begins.
+    """Samples of each group of `index` that the run was trained on before it was resumed; None for a new run.
 
-    Groups are told apart by source and bucket. A bucket that is new begins where its source is, and a source that
-    is new where it would be, had it been there from the start: it would else be alone until it had caught up.
-    What has changed since the checkpoint is printed. Raises `ConfigError` where its `data.pt` is damaged.
+    Groups are matched by source and bucket. A new bucket starts where its source is. A new source starts where it
+    would be had it been there from the beginning; otherwise it would be the only one until it had caught up.
+    Prints what has changed since the checkpoint. Raises `ConfigError` if its `data.pt` is damaged.
     """
     run = run_of(args)
     resumed = run.resumed
     if resumed is None or not resumed.cells:
         return None
     if seed != resumed.seed:
-        print_rank0(
-            f"resume: data.params.seed was {resumed.seed} and is {seed}; the epoch goes on in another order."
-        )
+        print_rank0(f"resume: data.params.seed was {resumed.seed} and is {seed}; the epoch's order changes.")
     cells = {(c.source, c.bucket): c for c in resumed.cells}
     there = {g.source for g in index.groups}
     known, records = dict.fromkeys(there, 0), dict.fromkeys(there, 0)
@@ -67,11 +65,11 @@ def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int]
 
 
 def _report_changes(run: RunState, index: Index, used: list[int], seed: int) -> None:
-    """Print what else is not as it was when the checkpoint was saved: samples, and shares."""
+    """Print which samples and shares are no longer what they were when the checkpoint was saved."""
     resumed, folder = run.resumed, run.folder
     assert resumed is not None and folder is not None
     if DATA_NAME in resumed.files:
-        saved = read_file(folder / DATA_NAME)  # on every rank, for all to end where it is damaged
+        saved = read_file(folder / DATA_NAME)  # on every rank, so that all end if it is damaged
         if rank_and_world()[0] == 0:
             cells = [Cell(source=g.source, bucket=g.bucket, records=len(g.rows), batch=1) for g in index.groups]
             schedule = Schedule(cells, index.shares, seed=seed, world=1)
@@ -96,7 +94,7 @@ def _report_changes(run: RunState, index: Index, used: list[int], seed: int) -> 
 
 
 def cells_of(args: argparse.Namespace) -> tuple[CellState, ...]:
-    """The place in the data now; nothing for data that are not ours. On the first rank."""
+    """The present place in the data, on the first rank; empty for a data set of the user's own class."""
     epoch, stream = data_of(args), stream_of(args)
     if epoch is None or stream is None:
         return ()
@@ -109,7 +107,7 @@ def cells_of(args: argparse.Namespace) -> tuple[CellState, ...]:
 
 
 def data_of(args: argparse.Namespace) -> Epoch | None:
-    """The samples of the run's epoch; None for data that are not ours. Made when it is first saved."""
+    """The samples of the run's epoch, computed at the first save; None for a data set of the user's own class."""
     run, stream = run_of(args), stream_of(args)
     if run.epoch is None and stream is not None:
         run.epoch = epoch_of(stream.index, stream.schedule)
@@ -117,6 +115,6 @@ def data_of(args: argparse.Namespace) -> Epoch | None:
 
 
 def stream_of(args: argparse.Namespace) -> JointStream | None:
-    """What the run trains on, if it is ours."""
+    """What the run trains on, unless it is a data set of the user's own class."""
     streams = run_of(args).streams.get("train_data")
     return streams[0] if streams else None

@@ -1,8 +1,8 @@
-"""Which samples an epoch consists of, kept in a checkpoint, so that a resumed run can say what has changed.
+"""Which samples an epoch consists of, saved in a checkpoint so that a resumed run can report what has changed.
 
-`sat_ext.json` has a hash of each cell's keys, in their order. `data.pt` has for each cell, at places spread evenly
-over its epoch, hashes of the sample there: its key, its captions, its file. Up to `SAMPLED` samples of the whole
-data set, these are all of them, and what is said of them is exact; of more it is an estimate.
+`sat_ext.json` has a hash of each cell's keys, in their order. `data.pt` has, for samples at regular places of
+each cell's epoch, hashes of key, captions and file. Up to `SAMPLED` samples in the whole data set these are all of
+them, and the report is exact; beyond that it is an estimate.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _WINDOW = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """By cell, in the order of the schedule's: the hash of all keys, and `PARTS` (int64) of some samples."""
+    """For each cell of the schedule: the hash of all its keys, and `PARTS` (int64) of some samples."""
 
     keys: tuple[str, ...]
     samples: tuple[dict[str, torch.Tensor], ...]
 
 
 def epoch_of(index: Index, schedule: Schedule) -> Epoch:
-    """That of an index, in the order of its schedule. Of 100 million records it takes about a minute."""
+    """The epoch of an index, in the order of its schedule. 100 million records take about a minute."""
     hashes, total = _hashes(index.table["key"]), sum(len(g.rows) for g in index.groups)
     keys, samples = [], []
     for cell, group in enumerate(index.groups):
@@ -55,9 +55,9 @@ def changes(
     schedule: Schedule,
     used: Sequence[int],
 ) -> Iterator[str]:
-    """A sentence for each source that has changed since a checkpoint (`cells`, `saved`) or is in another order.
+    """A sentence for each source that has changed, or changed its order, since a checkpoint (`cells`, `saved`).
 
-    `schedule` is of the cells of `index` under the seed of now, of which `used` samples each are trained on.
+    `schedule` is that of `index` with the present seed; `used` samples of each of its cells were trained on.
     """
     now = epoch_of(index, schedule)
     old = {(c.source, c.bucket): (c.records, c.keys, samples) for c, samples in zip(cells, saved, strict=True)}
@@ -80,7 +80,7 @@ def _compare(
     schedule: Schedule,
     used: Sequence[int],
 ) -> str:
-    """What has become of a source's samples, found by their keys whatever their buckets."""
+    """What has become of a source's samples, matched by key whatever their buckets."""
     hashes = _hashes(index.table["key"])
     groups = [(cell, g) for cell, g in enumerate(index.groups) if g.source == source]
     keys = np.concatenate([_identities(hashes, g) for _, g in groups])
@@ -122,7 +122,7 @@ def _same(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
 
 
 def _coming(schedule: Schedule, cell: int, used: int) -> np.ndarray:
-    """For each record of a cell, whether this epoch has still to show it."""
+    """For each record of a cell, whether it is still to come in this epoch."""
     records = schedule.cells[cell].records
     coming = np.zeros(records, bool)
     coming[schedule.records(cell, np.arange(used % records, records, dtype=np.int64))] = True
@@ -130,7 +130,7 @@ def _coming(schedule: Schedule, cell: int, used: int) -> np.ndarray:
 
 
 def _places(records: int, count: int) -> np.ndarray:
-    """`count` places spread evenly over an epoch of so many."""
+    """`count` places, evenly spaced over an epoch of so many records."""
     return np.arange(count, dtype=np.int64) * records // count
 
 
@@ -144,7 +144,7 @@ def _contents(index: Index, rows: np.ndarray) -> dict[str, np.ndarray]:
     found = {part: np.zeros(len(rows), np.int64) for part in ("captions", "files")}
     order = np.argsort(rows, kind="stable")
     wanted, first, start = rows[order].astype(np.int64), 0, 0
-    # batch by batch: Arrow would put all captions together to take from them, and its strings end at 2 GiB
+    # batch by batch: `take` on the whole column would concatenate it, and Arrow's strings end at 2 GiB
     for batch in index.table.select(["captions", "fingerprint"]).to_batches():
         end = int(np.searchsorted(wanted, first + batch.num_rows))
         if end > start:
@@ -161,7 +161,7 @@ def _hash(text: str) -> int:
 
 
 def _identities(hashes: np.ndarray, group: Group) -> np.ndarray:
-    """Of each record of a group (uint64): the hash of its key, and which of its windows it is."""
+    """For each record of a group (uint64): the hash of its key, shifted by the number of its window."""
     found = hashes[group.rows]
     return found if group.windows is None else found + group.windows.astype(np.uint64) * _WINDOW
 
@@ -172,7 +172,7 @@ def _factors(count: int) -> np.ndarray:
 
 
 def _hashes(column: pa.ChunkedArray) -> np.ndarray:
-    """Of each string of a column (uint64): its bytes, each times a random number that belongs to its place."""
+    """For each string of a column (uint64): the sum of its bytes, each times a random number of its position."""
     found = [np.zeros(0, np.uint64)]
     for chunk in column.iterchunks():
         text = chunk.cast(pa.large_binary())

@@ -1,4 +1,4 @@
-"""Brings a run back: its weights before DeepSpeed starts, then optimizer, learning rate and random numbers."""
+"""Resumes a run: its weights before DeepSpeed starts, then optimizer, learning rate and random numbers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sat_ext.checkpoint.layout import OPTIMIZER_NAME, find_weights
 from sat_ext.checkpoint.manifest import Manifest
 from sat_ext.checkpoint.reading import read_file, read_weights, under_adapters, weight_files
 from sat_ext.errors import ConfigError
-from sat_ext.ranks import on_every_rank
+from sat_ext.ranks import on_every_rank, rank_and_world
 from sat_ext.sat.checkpoint import rng
-from sat_ext.sat.checkpoint.averages import check_same_weights, other_averages, unmap, with_own_scaler
 from sat_ext.sat.checkpoint.matching import check_fit, check_whole
+from sat_ext.sat.checkpoint.optimizer_state import check_same_weights, other_moments, unmap, with_own_scaler
 from sat_ext.sat.checkpoint.partitions import gathered_loading
-from sat_ext.sat.checkpoint.reshard import cut, own_pieces, saved_shards
+from sat_ext.sat.checkpoint.reshard import cut, own_pieces, saved_shards, shard_keys
 from sat_ext.sat.run import RunState, run_of
 
 # The objects in DeepSpeed's shards; nothing else in one can run code.
@@ -33,7 +33,7 @@ OTHER_PRECISION = "saved under another precision, in which DeepSpeed keeps its o
 
 
 def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
-    """Fill the model from the full checkpoint in `args.load`, and its base; the iteration to go on from.
+    """Fill the model from the full checkpoint in `args.load`, and its base; the iteration to continue from.
 
     Raises `ConfigError` where the checkpoint is of another model.
     """
@@ -49,7 +49,7 @@ def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
         return weights, iteration
 
     on_every_rank(lambda: _require_sound(run, path))
-    weights, iteration = on_every_rank(read)
+    weights, iteration = on_every_rank(read)  # all ranks must come to the gathering, or none
     with gathered_loading(model):
         model.load_state_dict(weights, strict=False)
     print_rank0(f"loaded the weights of {file.parent}")
@@ -60,20 +60,20 @@ def load_weights(model: nn.Module, args: argparse.Namespace) -> int:
 
 
 def _require_sound(run: RunState, path: Path) -> None:
-    """Raise `ConfigError` where a record of the checkpoint or of its base is damaged. The ranks share the records,
-    so that each reads a part, whoever needs them."""
+    """Raise `ConfigError` where a record of the checkpoint or of its base is damaged. Each rank checks a part of
+    every file, whichever of them it needs."""
     files = list(weight_files(path))
     if run.resumed is not None:
         files += [file for name in run.resumed.files if (file := files[0].with_name(name)) != files[0]]
     for file in files:
         with suppress(OSError):  # `read_file` says why
-            require_sound(file, dist.get_rank(), dist.get_world_size())
+            require_sound(file, *rank_and_world())
 
 
 def load_optimizer(run: RunState, scheduler: Any) -> None:
-    """Optimizer, DeepSpeed's counters and the learning rate of the checkpoint that is resumed.
+    """Restore the optimizer, DeepSpeed's counters and the learning rate's place.
 
-    The options of the optimizer (weight decay, betas) stay as the YAML has them now. Raises `ConfigError`.
+    The optimizer's options (weight decay, betas) stay as the YAML has them now. Raises `ConfigError`.
     """
     engine, saved, folder = run.engine, run.resumed, run.folder
     assert saved is not None and folder is not None
@@ -81,9 +81,9 @@ def load_optimizer(run: RunState, scheduler: Any) -> None:
     options = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
     state, reason = on_every_rank(lambda: _read_own(run))  # before DeepSpeed has the ranks wait for each other
     if reason is not None:
-        print_rank0(f"warning: {folder}: {reason}; the optimizer's averages begin anew.", level="WARNING")
+        print_rank0(f"warning: {folder}: {reason}; the optimizer's state starts from zero.", level="WARNING")
     if state is not None:
-        _hand_over(engine, state, averages=reason is None)
+        _hand_over(engine, state, moments=reason is None)
         unmap(optimizer)
     for group, values in zip(optimizer.param_groups, options, strict=True):
         group.update(values)
@@ -96,7 +96,7 @@ def load_optimizer(run: RunState, scheduler: Any) -> None:
 
 
 def place_steps(optimizer: Any) -> None:
-    """A fused kernel counts steps where its weights are; a checkpoint of another Adam has them on the CPU."""
+    """Move step counts beside the weights, where a fused kernel needs them; other Adams keep them on the CPU."""
     if any(group.get("fused") for group in optimizer.param_groups):
         for weight, state in optimizer.state.items():
             if isinstance(state.get("step"), Tensor):
@@ -104,8 +104,8 @@ def place_steps(optimizer: Any) -> None:
 
 
 def _read_own(run: RunState) -> tuple[dict[str, Any] | None, str | None]:
-    """This rank's part: the optimizer's state, if it can be used at all, and why its averages cannot; and the
-    random numbers, kept for the first step."""
+    """This rank's optimizer state, or None if none of it can be used; and the reason if the moments in it cannot.
+    The random numbers are read too, and kept for the first step."""
     engine, saved, folder = run.engine, run.resumed, run.folder
     assert saved is not None and folder is not None
     if saved.world == dist.get_world_size():
@@ -117,11 +117,11 @@ def _read_own(run: RunState) -> tuple[dict[str, Any] | None, str | None]:
         return None, reason
     if engine.zero_optimization_stage() > 0 or not (folder / OPTIMIZER_NAME).is_file():
         state = _shard(engine, folder, saved, dist.get_rank(engine.optimizer.dp_process_group))
-        return state, other_averages(engine.optimizer, state)
+        return state, other_moments(engine.optimizer, state)
     state = read_file(folder / OPTIMIZER_NAME, types=SHARD_TYPES)
     if not isinstance(state, dict) or state.keys() != engine.optimizer.state_dict().keys():
         return None, OTHER_PRECISION
-    reason = other_averages(engine.optimizer, state)
+    reason = other_moments(engine.optimizer, state)
     if reason is None:
         check_same_weights(engine.optimizer, state, folder / OPTIMIZER_NAME)
     return (state if reason is None else None), reason
@@ -143,12 +143,13 @@ def _cannot_load(engine: Any, saved: Manifest, folder: Path) -> str | None:
 
 
 def round_robin(engine: Any) -> bool:
-    """Whether the running optimizer holds its weights in an order of its own."""
+    """Whether the running optimizer deals weights out to the ranks in an order that DeepSpeed does not save."""
     return bool(getattr(engine.optimizer, "round_robin_gradients", False))
 
 
-def _hand_over(engine: Any, state: dict[str, Any], *, averages: bool) -> None:
-    """Through DeepSpeed's own optimizer, as its `load_checkpoint` does, from fp32 whatever the YAML says."""
+def _hand_over(engine: Any, state: dict[str, Any], *, moments: bool) -> None:
+    """Load through DeepSpeed's own optimizer, as its `load_checkpoint` does; always from fp32, because the model's
+    weights are rounded to the training dtype."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "dp_process_group"):  # without ZeRO
         optimizer.load_state_dict(state)
@@ -157,13 +158,13 @@ def _hand_over(engine: Any, state: dict[str, Any], *, averages: bool) -> None:
         optimizer.checkpoint_event_prologue()
     shards: list[Any] = [None] * dist.get_world_size(optimizer.dp_process_group)
     shards[dist.get_rank(optimizer.dp_process_group)] = state
-    optimizer.load_state_dict(shards, load_optimizer_states=averages, load_from_fp32_weights=True)
+    optimizer.load_state_dict(shards, load_optimizer_states=moments, load_from_fp32_weights=True)
     if hasattr(optimizer, "checkpoint_event_epilogue"):
         optimizer.checkpoint_event_epilogue()
 
 
 def _shard(engine: Any, folder: Path, saved: Manifest, rank: int) -> dict[str, Any]:
-    """DeepSpeed's optimizer state of this rank: as it was saved, or cut anew from the shards of all."""
+    """DeepSpeed's optimizer state of this rank: as it was saved, or cut out of the shards of all ranks."""
     stage = engine.zero_optimization_stage()
     names = []
     for number in range(saved.world):
@@ -180,15 +181,13 @@ def _shard(engine: Any, folder: Path, saved: Manifest, rank: int) -> dict[str, A
         if stage < 3 and own["param_slice_mappings"] == engine.optimizer._param_slice_mappings:
             return with_own_scaler(engine.optimizer, own)
     print_rank0(
-        f"resume: the optimizer of {saved.world} ranks under ZeRO-{saved.zero_stage} is cut anew for "
-        f"{world} under ZeRO-{stage}"
+        f"resume: the optimizer of {saved.world} ranks under ZeRO-{saved.zero_stage} is split "
+        f"again for {world} under ZeRO-{stage}"
     )
-    files = [{"optimizer_state_dict": _section(name, "optimizer_state_dict")} for name in names]
-    shards = saved_shards(files, saved, shapes)
-    pieces, sizes = own_pieces(engine)
-    weights, states = cut(shards, pieces, sizes, folder)
-    first = files[0]["optimizer_state_dict"]
-    common = {k: first[k] for k in ("loss_scaler", "dynamic_loss_scale", "overflow") if k in first}
+    saved_states = [_section(name, "optimizer_state_dict") for name in names]
+    weights, states = cut(saved_shards(saved_states, saved, shapes), *own_pieces(engine), folder)
+    scaler = ("loss_scaler", "dynamic_loss_scale", "overflow")
+    common = {k: saved_states[0][k] for k in scaler if k in saved_states[0]}
     return with_own_scaler(engine.optimizer, _as_deepspeeds(engine, weights, states, common))
 
 
@@ -199,29 +198,16 @@ def _section(file: Path, name: str) -> Any:
     return content[name]
 
 
-def _as_deepspeeds(
-    engine: Any, weights: list[Tensor], states: dict[int, dict[str, Any]], common: dict[str, Any]
-) -> dict[str, Any]:
+def _as_deepspeeds(engine: Any, weights: list[Tensor], states: dict[int, Any], common: dict[str, Any]) -> Any:
     """A shard as the running optimizer's own `state_dict` would give it."""
-    optimizer = engine.optimizer
-    state = {**optimizer.state_dict(), **common}
-    if engine.zero_optimization_stage() == 3:
-        options = state["optimizer_state_dict"]["param_groups"]
-        return {
-            **state,
-            "optimizer_state_dict": {"state": states, "param_groups": options},
-            "fp32_flat_groups": weights,
-        }
-    options = state["base_optimizer_state"]["param_groups"]
-    return {
-        **state,
-        "base_optimizer_state": {"state": states, "param_groups": options},
-        "single_partition_of_fp32_groups": weights,
-    }
+    state = {**engine.optimizer.state_dict(), **common}
+    inner, flat = shard_keys(engine.zero_optimization_stage())
+    groups = state[inner]["param_groups"]
+    return {**state, inner: {"state": states, "param_groups": groups}, flat: weights}
 
 
 def restore_rng(run: RunState, args: argparse.Namespace) -> None:
-    """This rank's random numbers as they were; on another number of ranks, others that follow from the seed."""
+    """Restore this rank's random numbers; on another number of ranks, seed others."""
     saved = run.resumed
     assert saved is not None
     if saved.world == dist.get_world_size():
@@ -229,8 +215,6 @@ def restore_rng(run: RunState, args: argparse.Namespace) -> None:
         rng.restore(run.random)
         run.random = None  # and with it the mapped file
         return
-    print_rank0(
-        f"resume: the run goes on with {dist.get_world_size()} ranks in place of {saved.world}: same data, other "
-        "random numbers"
-    )
+    ranks = f"{dist.get_world_size()} ranks continue a run of {saved.world}"
+    print_rank0(f"resume: {ranks}: the same data, other random numbers")
     rng.seed(abs(int(args.seed)), saved.micro_steps, dist.get_rank())

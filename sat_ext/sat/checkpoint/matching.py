@@ -15,6 +15,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.sat.run import RunState, run_of
 
 ENCODERS = ("conditioner.", "first_stage_model.")  # of CogVideo's engine
+START_OVER = ", or start over with 'mode: finetune'"
 LORA_WEIGHTS = (".matrix_", ".lora_")  # SAT's and peft's
 
 
@@ -24,9 +25,9 @@ def is_trained(parameter: Tensor) -> bool:
 
 
 def in_checkpoint(module: nn.Module) -> Callable[[str], bool]:
-    """Whether a checkpoint of `module`, ours or CogVideo's engine, holds the weight of a name.
+    """Whether a checkpoint of `module`, our engine or CogVideo's, holds the weight of a given name.
 
-    It need not hold what the YAML alone gives back: CogVideo's frozen T5 and autoencoder have files of their own.
+    It leaves out what the YAML alone restores: CogVideo's frozen T5 and autoencoder, which have their own files.
     """
     is_fixed = getattr(module, "is_fixed", None)
     if is_fixed is not None:
@@ -36,9 +37,9 @@ def in_checkpoint(module: nn.Module) -> Callable[[str], bool]:
 
 
 def lacking(module: nn.Module, weights: Collection[str]) -> tuple[list[str], list[str]]:
-    """The parameters of `module` that belong in a checkpoint, LoRA's own aside, and those that `weights` lacks.
+    """The parameters of `module` that belong in a checkpoint, except LoRA's own, and those that `weights` lacks.
 
-    A layer under LoRA keeps its base weights under a name of its own, and takes them from a file without it too.
+    A layer under LoRA renames its base weights, and also takes them from a file without LoRA.
     """
     belongs = in_checkpoint(module)
     wanted = [
@@ -49,7 +50,7 @@ def lacking(module: nn.Module, weights: Collection[str]) -> tuple[list[str], lis
 
 
 def check_names(module: nn.Module, weights: Collection[str], args: argparse.Namespace) -> None:
-    """Tell of weights of the network that a file lacks, which stay random. Raises `ConfigError` if it has none."""
+    """Warn of weights of the network that a file lacks, which stay random. Raises `ConfigError` if it has none."""
     wanted, missing = lacking(module, weights)
     if wanted and len(missing) == len(wanted):
         raise ConfigError(
@@ -65,35 +66,33 @@ def check_names(module: nn.Module, weights: Collection[str], args: argparse.Name
 
 
 def lacks(args: argparse.Namespace, what: str) -> ConfigError:
-    """The error of a checkpoint to begin from that does not fill the model, where nothing allows it."""
+    """The error for a checkpoint to start from that does not fill the model, without `force_train`."""
     return ConfigError(
         f"args.load: {args.load} lacks weights of the YAML's model ({what}); name a checkpoint of this model, or "
-        "begin with random ones there by 'force_train: true'."
+        "allow random ones there with 'force_train: true'."
     )
 
 
 def check_fit(model: nn.Module, weights: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:
     """Raise `ConfigError` unless the names that the checkpoint itself holds, and all shapes, are the model's."""
-    # ZeRO-3's partitions, and weights that are swapped or quantized, stand for others
+    # the tensors of ZeRO-3's partitions, and of swapped or quantized weights, do not have the weight's shape
     shapes = {n: getattr(p, "ds_shape", getattr(p, "whole_shape", p.shape)) for n, p in model.named_parameters()}
     shapes |= {n: b.shape for n, b in model.named_buffers()}
-    # a layer under SAT's LoRA takes its base weights from a file without LoRA too (`LoraLinear` in lora2.py)
+    # SAT's LoRA also takes base weights from a file without LoRA (`LoraLinear` in lora2.py)
     shapes |= {n.replace(".original.", "."): s for n, s in shapes.items()}
     if foreign := [n for n in own if n not in shapes]:
-        raise ConfigError(
-            f"{file}: a checkpoint of another model: {len(foreign)} of its {len(own)} weights are not in this one "
-            f"(first: {foreign[0]}); name the YAMLs that the run was started with."
+        raise _other_model(
+            file, f"{len(foreign)} of its {len(own)} weights are not in this one (first: {foreign[0]})"
         )
     for name, value in weights.items():
         if name in shapes and tuple(value.shape) != tuple(shapes[name]):
-            raise ConfigError(
-                f"{file}: a checkpoint of another model: {name} is {tuple(value.shape)} there, and "
-                f"{tuple(shapes[name])} in this one; name the YAMLs that the run was started with."
+            raise _other_model(
+                file, f"{name} is {tuple(value.shape)} there, and {tuple(shapes[name])} in this one"
             )
 
 
 def check_whole(model: nn.Module, weights: dict[str, Tensor], args: argparse.Namespace, file: Path) -> None:
-    """Raise `ConfigError` where weights of the model would stay random, unless `force_train` allows it."""
+    """Raise `ConfigError` if weights of the model would stay random, unless `force_train` allows it."""
     run, (wanted, missing) = run_of(args), lacking(model, weights)
     if not missing:
         return
@@ -102,11 +101,8 @@ def check_whole(model: nn.Module, weights: dict[str, Tensor], args: argparse.Nam
             raise lacks(args, f"{len(missing)} of {len(wanted)}, first: {missing[0]}")
         check_names(model, weights, args)
     elif run.base is None:
-        raise ConfigError(
-            f"{file}: a checkpoint of another model: it lacks {len(missing)} of this one's {len(wanted)} weights "
-            f"(first: {missing[0]}); name the YAMLs that the run was started with, or start anew with "
-            "'mode: finetune'."
-        )
+        lack = f"it lacks {len(missing)} of this one's {len(wanted)} weights (first: {missing[0]})"
+        raise _other_model(file, lack, START_OVER)
     else:
         raise ConfigError(
             f"{file.with_name(MANIFEST_NAME)}: neither the checkpoint nor its 'base', {run.base.path}, has "
@@ -116,9 +112,9 @@ def check_whole(model: nn.Module, weights: dict[str, Tensor], args: argparse.Nam
 
 
 def check_trained(model: nn.Module, run: RunState) -> None:
-    """Raise `ConfigError` where the checkpoint that is resumed lacks a weight that this run trains.
+    """Raise `ConfigError` if the checkpoint that is resumed lacks a weight that this run trains.
 
-    Of a run that begins: its base is not needed later when all of its weights are trained, and saved.
+    A run that starts forgets its base if all of the base's weights are trained, and therefore saved.
     """
     if run.resumed is None:
         assert run.base is not None
@@ -130,7 +126,11 @@ def check_trained(model: nn.Module, run: RunState) -> None:
     file = find_weights(run.folder.parent, int(run.folder.name))
     own = read_file(file)["module"]
     if missing := [n for n, p in model.named_parameters() if is_trained(p) and n not in own]:
-        raise ConfigError(
-            f"{file}: a checkpoint of another model: it lacks {len(missing)} weights that this run trains (first: "
-            f"{missing[0]}); name the YAMLs that the run was started with, or start anew with 'mode: finetune'."
-        )
+        lack = f"it lacks {len(missing)} weights that this run trains (first: {missing[0]})"
+        raise _other_model(file, lack, START_OVER)
+
+
+def _other_model(file: Path, what: str, also: str = "") -> ConfigError:
+    return ConfigError(
+        f"{file}: a checkpoint of another model: {what}; name the YAMLs that the run was started with{also}."
+    )

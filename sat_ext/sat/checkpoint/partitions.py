@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def gather_weights(module: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of `module` in CPU memory, those whose name is `wanted`.
+    """The parameters and persistent buffers of `module` whose names are `wanted`, in CPU memory.
 
-    Every rank must take part, and only the first rank gets them; the others get an empty dict. At most one
-    submodule's own parameters are whole at a time.
+    Every rank must call it. The first rank gets them, the others an empty dict. Only one submodule's own
+    parameters are whole at a time.
     """
     weights: dict[str, Tensor] = {}
     first = torch.distributed.get_rank() == 0
@@ -37,7 +37,7 @@ def gather_weights(module: nn.Module, wanted: Callable[[str], bool]) -> dict[str
 def gathered_loading(module: nn.Module) -> Iterator[None]:
     """Inside, `module.load_state_dict` fills parameters that ZeRO-3 has partitioned, one submodule at a time.
 
-    Every rank must take part with the same state. The first rank's values are split up among all.
+    Every rank must call it with the same state. The first rank's values are distributed to all.
     """
     if not any(hasattr(p, "ds_id") for p in module.parameters()):
         yield
@@ -53,7 +53,7 @@ def gathered_loading(module: nn.Module) -> Iterator[None]:
 
 
 def _gathered(part: nn.Module, fill: Callable[..., None]) -> Callable[..., None]:
-    """`fill` with the parameters of `part` itself whole; one of its children may be filled by its parent's."""
+    """`fill`, with the parameters of `part` itself gathered. A parent may fill its child, as SAT's LoRA does."""
 
     def load_from_state_dict(state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         parameters = [p for n, p in part._parameters.items() if p is not None and prefix + n in state_dict]

@@ -1,33 +1,28 @@
-"""When every rank's files are on the disk: the checkpoint's name, `latest`, and the end of what is too old."""
+"""With all files on the disk: the checkpoint gets its name, `latest` names it, and old ones are removed."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sat.helpers import print_rank0
 
 from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, full_checkpoints
 from sat_ext.checkpoint.manifest import Manifest, size_of, write_manifest
-
-
-class Attempts(Protocol):
-    """Remembers what went wrong first, and attempts nothing more; `placed`: after the checkpoint got its name."""
-
-    error: str | None
-    placed: bool
-
-    def attempt(self, path: str, write: Callable[[], None], verb: str = "write") -> None:
-        """Call `write`, unless something went wrong before."""
+from sat_ext.files.atomic import written_aside
+from sat_ext.sat.checkpoint.writer import Writer
 
 
 def find_missing(partial: Path, written: list[dict[str, int]]) -> str | None:
-    """What to say of a rank whose files, by name and size, are not in `partial`, as this rank sees it."""
+    """An error if the files of some rank, by name and size, are not in `partial`, as this rank sees it.
+
+    `claim` looks at the folder before the first step. A mount may be lost after that, and then publishing would
+    prune good checkpoints in favour of one that lacks a rank's files.
+    """
     for rank, files in enumerate(written):
         if any(size_of(partial / name) != size for name, size in files.items()):
             return (
@@ -38,20 +33,22 @@ def find_missing(partial: Path, written: list[dict[str, int]]) -> str | None:
 
 
 def publish(
-    partial: Path, manifest: Manifest, model_config: dict[str, Any], keep_last: int | None, writer: Attempts
+    partial: Path, manifest: Manifest, model_config: dict[str, Any], keep_last: int | None, writer: Writer
 ) -> None:
-    """On the first rank. Until the rename an error leaves things as they were; after it, the checkpoint stands."""
+    """On the first rank. An error before the rename leaves things as they were; after it, the checkpoint stays."""
     folder, final = partial.parent, partial.with_name(str(manifest.iteration))
     latest = folder / "latest.new"
     writer.attempt(MANIFEST_NAME, lambda: write_manifest(partial, manifest))
+    # names first: after a power failure, `final` must not lack a file
     writer.attempt(partial.name, lambda: _sync(partial))
     writer.attempt("model_config.json", lambda: _replace(folder / "model_config.json", json.dumps(model_config)))
+    # written now, while a full disk still does no harm, and renamed last
     writer.attempt("latest", lambda: _write(latest, final.name))
     writer.attempt(partial.name, lambda: _rename(partial, final), verb="rename")
     if writer.error is None:
         writer.placed = True
         try:
-            _sync(folder)
+            _sync(folder)  # `latest` must not name a checkpoint whose rename could be lost
             os.replace(latest, folder / "latest")
             _sync(folder)
         except OSError as error:
@@ -60,12 +57,15 @@ def publish(
             )
     with suppress(OSError):
         latest.unlink()
-    if writer.error is None:
+    if writer.error is None:  # never while `latest` may name an old one
         prune(folder, manifest.iteration, keep_last)
 
 
 def prune(folder: Path, newest: int, keep_last: int | None) -> None:
-    """Remove all but the `keep_last` newest; those of later iterations, which a run left behind, go first."""
+    """Remove all but the `keep_last` newest; those of later iterations, which a run left behind, go first.
+
+    A failure is a warning: the new checkpoint is good, and the next save tries again.
+    """
     try:
         if keep_last is not None:
             found = full_checkpoints(folder)
@@ -84,7 +84,7 @@ def prune(folder: Path, newest: int, keep_last: int | None) -> None:
 
 def _rename(partial: Path, final: Path) -> None:
     aside = aside_of(final)
-    if moved := final.exists():  # of an earlier run, which this one left behind when it was resumed before it
+    if moved := final.exists():  # of an earlier run, which was resumed from before it
         final.rename(aside)
     try:
         partial.rename(final)
@@ -95,14 +95,8 @@ def _rename(partial: Path, final: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    try:
-        _write(aside, text)
-        os.replace(aside, path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink()
-        raise
+    with written_aside(path) as draft:
+        _write(draft, text)
 
 
 def _write(path: Path, text: str) -> None:

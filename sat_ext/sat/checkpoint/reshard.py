@@ -1,11 +1,11 @@
-"""The optimizer's shards of one number of ranks, cut anew for another, or for another ZeRO stage.
+"""The optimizer's shards, split again for another number of ranks or another ZeRO stage.
 
-Both layouts give, for each parameter, the pieces of its flattened values that lie in each shard, so a new shard
-takes its pieces by name, whatever the order and the groups. Files are mapped: a rank reads what it needs.
+Both layouts say which values of each flattened parameter lie in each shard, and where. So a new shard takes its
+pieces by name, whatever the order and the groups. Files are mapped: a rank reads only what it needs.
 
-- ZeRO 1 and 2 lay the parameters of a group one behind the other, and cut the whole into as many parts as ranks;
-  `param_slice_mappings` of a shard says what of a parameter is in it.
-- ZeRO 3 cuts every parameter of n values into pieces of ceil(n / ranks), the last ones shorter or empty.
+- ZeRO 1 and 2 concatenate the parameters of a group and cut the result into as many parts as ranks;
+  `param_slice_mappings` of a shard says what of each parameter is in it.
+- ZeRO 3 cuts each parameter of n values into pieces of ceil(n / ranks); the last ones are shorter or empty.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sat_ext.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`numel` values of a shard's group, from `start` on: those from `first` on of the parameter `name`."""
+    """Values `start` to `start + numel` of a shard's group: `first` to `first + numel` of a parameter."""
 
     name: str
     group: int
@@ -36,12 +36,11 @@ class Piece:
 
 @dataclass
 class Shard:
-    """One rank's: by group its fp32 weights and the optimizer's state, flat, and where each parameter lies; and by
-    how much the state may be longer than the weights, which DeepSpeed saves without their padding."""
+    """Of one rank, by group: its flat fp32 weights and optimizer state, and where each parameter lies in them.
+    `paddings`: how much longer the state may be than the weights, whose padding DeepSpeed does not save."""
 
     weights: list[Tensor]
     states: dict[int, dict[str, Any]]
-    options: list[dict[str, Any]]
     pieces: list[Piece]
     paddings: list[int] | None = None
 
@@ -52,24 +51,30 @@ class Shard:
         return isinstance(value, Tensor) and value.ndim == 1 and value.numel() in (size, padded)
 
 
-def saved_shards(files: list[Any], manifest: Manifest, shapes: list[dict[str, torch.Size]] | None) -> list[Shard]:
+def shard_keys(stage: int) -> tuple[str, str]:
+    """Under which keys DeepSpeed saves the state of PyTorch's optimizer, and the flat fp32 weights."""
+    if stage == 3:
+        return "optimizer_state_dict", "fp32_flat_groups"
+    return "base_optimizer_state", "single_partition_of_fp32_groups"
+
+
+def saved_shards(states: list[Any], saved: Manifest, shapes: list[dict[str, torch.Size]] | None) -> list[Shard]:
     """The shards in the `*_optim_states.pt` of all ranks; `shapes` are DeepSpeed's `param_shapes` of ZeRO-3."""
     shards = []
-    ends: dict[str, int] = {}  # of what the shards so far have of each parameter
-    for rank, file in enumerate(files):
-        state = file["optimizer_state_dict"]
-        if manifest.zero_stage == 3:
+    inner, flat = shard_keys(saved.zero_stage)
+    ends: dict[str, int] = {}  # how far into each parameter the shards so far reach: DeepSpeed does not say
+    for rank, state in enumerate(states):
+        pieces: list[Piece] = []
+        if saved.zero_stage == 3:
             assert shapes is not None
-            base, weights = state["optimizer_state_dict"], state["fp32_flat_groups"]
-            pieces = list(_rows([{n: s.numel() for n, s in group.items()} for group in shapes], rank, len(files)))
+            pieces += _rows([{n: s.numel() for n, s in group.items()} for group in shapes], rank, len(states))
         else:
-            base, weights, pieces = state["base_optimizer_state"], state["single_partition_of_fp32_groups"], []
             for group, mapping in enumerate(state["param_slice_mappings"]):
                 for name, part in mapping.items():
                     pieces.append(Piece(name, group, part.start, ends.get(name, 0), part.numel))
                     ends[name] = ends.get(name, 0) + part.numel
         paddings = state.get("group_paddings")
-        shards.append(Shard(list(weights), base["state"], base["param_groups"], pieces, paddings))
+        shards.append(Shard(list(state[flat]), state[inner]["state"], pieces, paddings))
     return shards
 
 
@@ -83,7 +88,7 @@ def _rows(groups: list[dict[str, int]], rank: int, world: int) -> Iterator[Piece
 
 
 def own_pieces(engine: Any) -> tuple[list[Piece], list[int]]:
-    """Where each parameter lies in this rank's shard of the running optimizer, and the length of each group."""
+    """Where each parameter lies in this rank's shard of the running optimizer, and how long each group is."""
     optimizer, names = engine.optimizer, engine.param_names
     if engine.zero_optimization_stage() == 3:
         groups = [{names[p]: p.ds_numel for p in group} for group in optimizer.fp16_groups]
@@ -105,10 +110,10 @@ def own_pieces(engine: Any) -> tuple[list[Piece], list[int]]:
 def cut(
     shards: list[Shard], pieces: list[Piece], sizes: list[int], where: Path
 ) -> tuple[list[Tensor], dict[int, Any]]:
-    """The fp32 weights and the optimizer's states of a new shard: `pieces` of groups of `sizes`.
+    """The fp32 weights and the optimizer's state of a new shard, which consists of `pieces` in groups of `sizes`.
 
-    Raises `ConfigError` where the optimizer keeps something that is not one value for each weight, or has nothing
-    of a weight that trains now.
+    Raises `ConfigError` if the optimizer keeps something that is not one value per weight, or knows nothing of a
+    weight that trains now.
     """
     found: dict[str, list[tuple[Shard, Piece]]] = {}
     for shard in shards:
@@ -116,8 +121,8 @@ def cut(
             found.setdefault(piece.name, []).append((shard, piece))
     if new := [p.name for p in pieces if p.name not in found]:
         raise ConfigError(
-            f"{where}: the optimizer has no averages of {len(new)} weights that train now and did not when it was "
-            f"saved (first: {new[0]}); train what was trained, or start anew with 'mode: finetune'."
+            f"{where}: the optimizer has no state of {len(new)} weights that train now and did not when it was "
+            f"saved (first: {new[0]}); train what was trained, or start over with 'mode: finetune'."
         )
     weights = [torch.zeros(size) for size in sizes]
     states: dict[int, dict[str, Any]] = {group: {} for group in range(len(sizes))}
@@ -128,14 +133,14 @@ def cut(
             if _is_number(value) and all(
                 _equal(s.states.get(p.group, {}).get(key), value) for s, p in found[piece.name]
             ):
-                # a clone, for one number would keep all of its file mapped
+                # cloned: a single number would keep its whole file mapped, and on the disk after its removal
                 state.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
                 continue
             if not shard.can_be_cut(saved.group, value):
                 raise ConfigError(
                     f"{where}: the optimizer's '{key}' is not one value per weight, as with 8-bit optimizers, so "
                     "it cannot be split for another number of ranks or ZeRO stage; resume with those it was saved "
-                    "with, or start the averages again with 'mode: finetune'."
+                    "with, or reset the optimizer with 'mode: finetune'."
                 )
             target = state.setdefault(key, torch.zeros(sizes[piece.group], dtype=value.dtype))
             _copy(found[piece.name], piece, target, lambda s, g, key=key: s.states[g][key])
@@ -148,12 +153,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Of numbers. What differs from shard to shard belongs to its weights, whichever these are."""
+    """Whether two numbers are the same. One that differs between shards belongs to weights, and cannot be cut."""
     return type(one) is type(other) and bool(one == other)
 
 
 def _copy(sources: list[tuple[Shard, Piece]], piece: Piece, target: Tensor, values: Any) -> None:
-    """Fill the place of `piece` in `target` from the overlapping pieces of `sources`."""
+    """Fill the place of `piece` in `target` from the pieces of `sources` that overlap it."""
     for shard, source in sources:
         low = max(piece.first, source.first)
         high = min(piece.first + piece.numel, source.first + source.numel)

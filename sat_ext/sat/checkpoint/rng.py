@@ -1,4 +1,4 @@
-"""The state of every random number generator of this process, in plain values and tensors."""
+"""The random number generators of this process: saved, restored, seeded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rn
 
 
 def capture() -> dict[str, Any]:
-    """Python's, NumPy's and PyTorch's generators, and those of SAT's model-parallel dropout."""
+    """The state of Python's, NumPy's and PyTorch's generators, and of those for model-parallel dropout.
+
+    In plain values and tensors, so that reading it back runs no code.
+    """
     version, words, gauss = random.getstate()
     state: Any = np.random.get_state()
     kind, keys, place, has_gauss, cached = state
@@ -32,7 +35,7 @@ def is_state(state: Any) -> bool:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put all generators back to what `capture` found."""
+    """Undo whatever was drawn since `capture`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     kind, keys, place, has_gauss, cached = state["numpy"]
@@ -45,7 +48,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def seed(*numbers: int) -> None:
-    """Start all generators from `numbers`, for a run that no saved state fits."""
+    """Seed all generators from `numbers`."""
     words = np.random.SeedSequence(numbers).generate_state(2)
     random.seed(int(words[0]))
     np.random.seed(int(words[0]))
@@ -54,7 +57,7 @@ def seed(*numbers: int) -> None:
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """What is drawn inside changes nothing that is drawn afterwards."""
+    """Random numbers drawn inside do not change those drawn afterwards."""
     state = capture()
     try:
         yield
@@ -63,9 +66,8 @@ def untouched() -> Iterator[None]:
 
 
 class Unseen:
-    """A data loader whose iterator draws nothing from the generators of this process. PyTorch's draws a seed, so a
-    run with held-out data would train on other random numbers than one without.
-    """
+    """A data loader whose iterator draws no random numbers. PyTorch's draws a seed for its workers, so that a run
+    with held-out data would train on other random numbers than one without."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader

@@ -1,4 +1,4 @@
-"""What is put around SAT's functions for checkpoints (`hooks.py`), so that a run of ours can be resumed."""
+"""What is put around SAT's functions for checkpoints (`hooks.py`), so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sat_ext.sat.run import run_of
 
 
 def save_sound(save_weights: Callable[..., None]) -> Callable[..., None]:
-    """No weight that is not finite in a checkpoint of either kind; SAT's own for weights alone."""
+    """Save only finite numbers, in checkpoints of either kind: `full` by us, and weights alone by SAT."""
 
     def save_checkpoint(
         iteration: int, model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace
@@ -29,7 +29,7 @@ def save_sound(save_weights: Callable[..., None]) -> Callable[..., None]:
         model.empty_partition_cache()  # ZeRO-3 may still fetch ahead of an evaluation, and gathers no such weight
         divergence.check_finite(model, args)
         if run.settings.checkpoint == "full":
-            save.save_checkpoint(iteration, model, optimizer, lr_scheduler, args)
+            save.save_checkpoint(iteration, model, lr_scheduler, args)
         else:
             with save.out_of_the_way(Path(args.save) / str(iteration)):
                 save_weights(iteration, model, optimizer, lr_scheduler, args)
@@ -38,7 +38,7 @@ def save_sound(save_weights: Callable[..., None]) -> Callable[..., None]:
 
 
 def load_full(load_weights: Callable[..., int]) -> Callable[..., int]:
-    """A full checkpoint by ourselves, and any other as before."""
+    """Load full checkpoints ourselves, and leave any other to SAT."""
 
     def load_checkpoint(model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> int:
         if rest or options or read_manifest(find_weights(Path(args.load)).parent) is None:
@@ -49,7 +49,7 @@ def load_full(load_weights: Callable[..., int]) -> Callable[..., int]:
 
 
 def set_up_resumable(set_up: Callable[..., Any]) -> Callable[..., Any]:
-    """What trains is checked against the checkpoint before the optimizer is made. The engine is kept for later."""
+    """Check what trains against the checkpoint before an optimizer is made. Keep the engine for later."""
 
     def set_up_optimizer(args: argparse.Namespace, model: Any, *rest: Any, **options: Any) -> Any:
         run = run_of(args)
@@ -64,7 +64,7 @@ def set_up_resumable(set_up: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_saved_state(make_scheduler: Callable[..., Any]) -> Callable[..., Any]:
-    """Optimizer and learning rate as they were saved."""
+    """Restore the optimizer and the learning rate."""
 
     def get_learning_rate_scheduler(
         optimizer: Any, iteration: int, args: argparse.Namespace, **options: Any
