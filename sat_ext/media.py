@@ -134,12 +134,12 @@ def refuse_unreadable_colours(path: str, frame: av.VideoFrame) -> None:
 
 
 @contextmanager
-def open_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def open_image(path: str) -> Iterator[Image.Image]:
     """The image, not yet decoded. Raises `MediaError`, also for what goes wrong inside the `with` block."""
     try:
         with open_binary(path) as file, Image.open(file, formats=image_formats()) as image:
-            if image.width * image.height > max_pixels:
-                raise MediaError(path, f"{image.width}x{image.height} pixels, over the limit of {max_pixels}")
+            if image.width * image.height > MAX_PIXELS:
+                raise MediaError(path, f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS}")
             if image.format == "TIFF":
                 image.info.pop("xmp", None)  # Pillow would rotate the pixels by it, but not the size
             yield image

@@ -15,7 +15,6 @@ from sat_ext.data.decode.rgb import as_displayed
 from sat_ext.data.decode.stills import read_animated_webp, read_picture
 from sat_ext.errors import MediaError
 from sat_ext.media import is_webp
-from sat_ext.types import MAX_PIXELS
 
 # PyAV by default: decord cannot read AV1, fails on VP9, and does not notice damage that FFmpeg conceals.
 DECODERS: dict[str, Callable[[str, Sequence[float], Shape], np.ndarray]] = {
@@ -37,22 +36,19 @@ class FrameFit(Protocol):
 
 
 @overload
-def read_still(path: str, *, fit: None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray: ...
+def read_still(path: str, *, fit: None = None) -> np.ndarray: ...
 @overload
-def read_still(path: str, *, fit: FrameFit, max_pixels: int = MAX_PIXELS) -> torch.Tensor: ...
-def read_still(
-    path: str, *, fit: FrameFit | None = None, max_pixels: int = MAX_PIXELS
-) -> np.ndarray | torch.Tensor:
+def read_still(path: str, *, fit: FrameFit) -> torch.Tensor: ...
+def read_still(path: str, *, fit: FrameFit | None = None) -> np.ndarray | torch.Tensor:
     """An image in sRGB, upright by its EXIF data, flattened on white, as uint8 (1, H, W, 3).
 
     With `fit` a tensor, uint8 (1, 3, height, width); a JPEG is then decoded no larger than needed. Of an
     animation, the first frame. Raises `MediaError` for a file that is missing, damaged, of no known format, larger
-    than `max_pixels`, or outside of which `fit` would crop.
+    than `MAX_PIXELS`, or outside of which `fit` would crop.
     """
     if fit is None:
-        return read_picture(path, lambda pixels, _: np.array(pixels), least=None, max_pixels=max_pixels)
-    picture = read_picture(path, _shaped(path, fit), least=fit.least, max_pixels=max_pixels)
-    return torch.from_numpy(picture)
+        return read_picture(path, lambda pixels, _: np.array(pixels), least=None)
+    return torch.from_numpy(read_picture(path, _shaped(path, fit), least=fit.least))
 
 
 @overload

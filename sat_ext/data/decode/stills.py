@@ -30,9 +30,9 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def read_picture(path: str, shape: Shape, *, least: Least | None, max_pixels: int) -> np.ndarray:
+def read_picture(path: str, shape: Shape, *, least: Least | None) -> np.ndarray:
     """See `read_still`; the picture after `shape`, with a first dimension of 1."""
-    with open_image(path, max_pixels=max_pixels) as image:
+    with open_image(path) as image:
         # Read before the pixels, as `probe` does: a PNG may have other EXIF data after them.
         orientation = orientation_of(image)
         shown = None

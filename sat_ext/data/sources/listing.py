@@ -30,8 +30,8 @@ class Notes:
     source may be opened; `unread` counts, by suffix, files that may be media and are not read.
     """
 
-    def __init__(self, *, captions_required: bool = True, reach: Reach | None = None) -> None:
-        self.captions_required, self.reach = captions_required, reach or Reach()
+    def __init__(self, *, captions_required: bool, reach: Reach) -> None:
+        self.captions_required, self.reach = captions_required, reach
         self.unread: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._names: dict[str, list[str]] = {}  # the first few
