@@ -159,6 +159,14 @@ def open_image(path: str) -> Iterator[Image.Image]:
         raise MediaError(path, f"not a readable image: {str(error) or type(error).__name__}") from error
 
 
+def frames_of(image: Image.Image) -> Iterator[Image.Image]:
+    """The frames of an open animation, decoded one after another into `image` itself."""
+    for number in range(getattr(image, "n_frames", 1)):
+        image.seek(number)
+        image.load()
+        yield image
+
+
 def is_webp(path: str) -> bool:
     """Whether a picture is WebP, whatever its suffix. Raises `MediaError` if it is missing."""
     if suffix_of(path) not in IMAGE_EXTENSIONS:

@@ -32,7 +32,7 @@ from sat_ext.data.sources import check_roots, read_source
 from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files import suffix_of
-from sat_ext.media import is_webp, open_image, open_video
+from sat_ext.media import frames_of, is_webp, open_image, open_video
 from sat_ext.recipe import Recipe, read_recipe
 from sat_ext.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Item, MediaInfo
 
@@ -172,9 +172,8 @@ def look(path: str, *, full: bool) -> MediaInfo:
 def _decode_all(path: str) -> None:
     if is_webp(path):  # FFmpeg does not read animated ones
         with open_image(path) as image:
-            for number in range(getattr(image, "n_frames", 1)):
-                image.seek(number)
-                image.load()
+            for _ in frames_of(image):
+                pass
         return
     with open_video(path) as (container, stream):
         for frame in container.decode(stream):

@@ -21,6 +21,7 @@ from sat_ext.media import (
     UNTIMED_FORMATS,
     decoder_of,
     displayed_size,
+    frames_of,
     open_image,
     open_video,
     orientation_of,
@@ -72,13 +73,9 @@ def _refuse_endless(path: str, width: int, height: int, frames: int) -> None:
 
 def _probe_animated_webp(image: Image.Image) -> MediaInfo:
     """FFmpeg does not read animated WebP; Pillow gives a frame's duration only after decoding it."""
-    milliseconds = 0
-    frames: int = image.n_frames  # type: ignore[attr-defined]
-    for number in range(frames):
-        image.seek(number)
-        image.load()
-        milliseconds += image.info["duration"]
-    return _clip(*image.size, frames=frames, duration=Fraction(milliseconds, 1000), codec="webp")
+    milliseconds = [frame.info["duration"] for frame in frames_of(image)]
+    duration = Fraction(sum(milliseconds), 1000)
+    return _clip(*image.size, frames=len(milliseconds), duration=duration, codec="webp")
 
 
 def _probe_video(path: str) -> MediaInfo:

@@ -213,7 +213,7 @@ def test_the_size_nearest_in_shape_is_chosen(width, height, expected):
     assert str(assign(media(width, height), made, available=1, still=True, short="drop")) == f"1x{expected}"
 
 
-def test_sizes_of_one_shape_are_told_apart_by_area():
+def test_sizes_of_one_shape_are_distinguished_by_area():
     made = make_buckets(BucketConfig(frames=(1,), sizes=((64, 96), (192, 288), (480, 720))), VIDEO_SIZE, 49)
     small = assign(media(300, 200), made, available=1, still=True, short="drop")
     large = assign(media(3000, 2000), made, available=1, still=True, short="drop")

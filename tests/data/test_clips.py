@@ -415,7 +415,7 @@ def test_a_number_of_records_that_cannot_be_is_refused(name, count):
         records_of(name, media(80, 8.0), frames=9, fps=8)
 
 
-def test_a_number_of_records_that_cannot_be_told_is_the_samplers_fault(name):
+def test_a_number_of_records_that_is_no_number_is_the_samplers_fault(name):
     register_sampler(name, records=lambda window, frames, fps: 1 // 0)(lambda window, frames, fps, rng: [0.0])
     with pytest.raises(ConfigError, match="'ours' failed with ZeroDivisionError: "):
         records_of(name, media(80, 8.0), frames=9, fps=8)

@@ -168,7 +168,7 @@ def test_of_several_video_streams_the_default_one_is_probed_and_read(tmp_path, s
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts", "nut"])
-def test_a_thumbnail_is_told_by_its_packets_where_headers_count_no_frames(tmp_path, suffix):
+def test_a_thumbnail_is_recognised_by_its_packets_where_headers_count_no_frames(tmp_path, suffix):
     streams = [("libx264", 2, (48, 64), 0), ("libx264", 30, (96, 128), 0)]
     path = two_streams(tmp_path / f"a.{suffix}", *streams)
     info = probe(path)

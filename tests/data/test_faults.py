@@ -76,7 +76,7 @@ def test_a_budget_of_none_ends_at_the_first_file_and_later_ones_find_no_room() -
             found.add(number, bad(number))
 
 
-def test_too_many_in_a_row_end_the_run_and_a_readable_file_starts_anew() -> None:
+def test_too_many_in_a_row_end_the_run_and_a_readable_file_resets_the_count() -> None:
     found = faults(consecutive=2)
     for number in range(4):
         found.add(number, bad(number))

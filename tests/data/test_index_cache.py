@@ -206,7 +206,7 @@ def test_a_flipped_bit_anywhere_is_found(folder: Path, caplog: pytest.LogCapture
     assert cached(folder).equals(expected)
 
 
-def test_another_prober_begins_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_prober_starts_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(folder)
     monkeypatch.setattr(probe_cache, "PROBER_VERSION", probe_cache.PROBER_VERSION + 1)
     assert build(folder)[1] == 9

@@ -86,7 +86,7 @@ def test_an_mp4_lasts_as_long_as_its_frames_whatever_its_headers_say(tmp_path, s
 
 
 @pytest.mark.parametrize("seconds", [0, 1, None])
-def test_a_variable_rate_is_told_by_the_frames_too(tmp_path, seconds):
+def test_a_variable_rate_is_measured_from_the_frames_too(tmp_path, seconds):
     path = write_clip(tmp_path / "a.mp4", len(VFR_STARTS), starts=VFR_STARTS)
     value = 0xFFFFFFFF if seconds is None else seconds * 12800
     info = probe(str(overwrite(path, b"mdhd", 20, value.to_bytes(4, "big"))))

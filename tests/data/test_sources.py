@@ -100,7 +100,7 @@ def test_a_folder_without_media_is_an_error_that_lists_what_is_known(tmp_path):
         read_source(str(tmp_path))
 
 
-def test_a_caption_that_is_not_utf8_is_mended_and_named(tmp_path, caplog):
+def test_a_caption_that_is_not_utf8_is_repaired_and_named(tmp_path, caplog):
     pair(tmp_path, "b.mp4")
     put(tmp_path / "a.mp4")
     (tmp_path / "a.txt").write_bytes("a café".encode("latin-1"))

@@ -64,10 +64,10 @@ def check_same(folder: Path, url: str, kind: str) -> None:
     """The items are those of the local folder, and their files can be read."""
     local, items = read_source(f"{folder}/{kind}"), read_source(f"{url}/{kind}")
 
-    def told(item: Item) -> tuple[str, tuple[str, ...]]:
+    def seen(item: Item) -> tuple[str, tuple[str, ...]]:
         return item.key.replace("%20", " "), item.captions
 
-    assert [told(i) for i in items] == [told(i) for i in local]
+    assert [seen(i) for i in items] == [seen(i) for i in local]
     for here, there in zip(local, items, strict=True):
         assert there.path.startswith(url) and probe(there.path) == probe(here.path)
 
@@ -182,7 +182,7 @@ def test_dots_in_a_table_behind_a_url_mean_folders(base, file, found):
     assert resolve(base, file, "line 1", Reach()) == found
 
 
-def test_a_server_that_is_not_there_is_told_from_an_empty_folder():
+def test_a_server_that_is_not_there_is_distinguished_from_an_empty_folder():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/data"

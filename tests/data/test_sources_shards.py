@@ -233,7 +233,7 @@ def test_a_tar_is_read_up_to_a_header_that_makes_no_sense(tmp_path, caplog, what
         read_source(str(tmp_path / "1.tar"))
 
 
-def test_why_a_tar_has_no_samples_is_told_before_the_error(tmp_path, caplog):
+def test_why_a_tar_has_no_samples_is_logged_before_the_error(tmp_path, caplog):
     path = Path(write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("a.txt", "x")]))
     path.write_bytes(path.read_bytes()[:520])
     with pytest.raises(DataError, match="no image or video with a caption"):

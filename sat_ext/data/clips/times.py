@@ -153,7 +153,7 @@ def _whole(info: MediaInfo) -> Window:
     assert info.frames >= 1
     if info.frames == 1 or info.duration <= 0:
         return Window(start=0.0, period=0.0, frames=1)
-    # the mean period, where the rate varies
+    # the mean period if the rate varies
     return Window(start=0.0, period=info.duration / info.frames, frames=info.frames)
 
 

@@ -11,7 +11,7 @@ from sat_ext.errors import MediaError
 from sat_ext.types import TIME_TOLERANCE
 
 # Turns one decoded frame, uint8 (H, W, 3), into what is kept of it, of one shape for every frame of a clip. The
-# second argument is the frame's (width, height) as displayed, where that is not (W, H).
+# second argument is the frame's (width, height) as displayed, if that is not (W, H).
 Shape = Callable[[np.ndarray, "tuple[int, int] | None"], np.ndarray]
 
 

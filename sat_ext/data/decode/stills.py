@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import simplejpeg
@@ -12,7 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from sat_ext.data.decode.pick import Shape, pick
 from sat_ext.data.decode.srgb import is_srgb, to_rgb
 from sat_ext.errors import MediaError
-from sat_ext.media import SIDEWAYS, open_image, orientation_of
+from sat_ext.media import SIDEWAYS, frames_of, open_image, orientation_of
 
 _END = b"\xff\xd9"  # of a JPEG
 
@@ -111,15 +111,10 @@ def _is_padding(data: bytes, reason: str) -> bool:
 def read_animated_webp(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
     """See `read_frames`."""
 
-    def frames(image: Image.Image) -> Iterator[tuple[float, Image.Image]]:
-        for number in range(getattr(image, "n_frames", 1)):
-            image.seek(number)
-            image.load()
-            yield image.info.get("timestamp", 0) / 1000, image.copy()
-
     def convert(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.asarray(to_rgb(image))
         return pixels, shape(pixels, None)
 
     with open_image(path) as image:
-        return pick(path, frames(image), times, convert)
+        frames = ((frame.info.get("timestamp", 0) / 1000, frame.copy()) for frame in frames_of(image))
+        return pick(path, frames, times, convert)

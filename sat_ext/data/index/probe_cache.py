@@ -66,7 +66,7 @@ def load(source: str) -> list[pa.Table]:
 
 
 def find(table: pa.Table, source: str, paths: pa.Array, fingerprints: pa.Array) -> np.ndarray:
-    """The row (int64) of `table` for each of `paths` as it is now, -1 where there is none."""
+    """The row (int64) of `table` for each of `paths` as it is now, -1 if there is none."""
     rows = pc.index_in(_relative(paths, source), value_set=table["path"].combine_chunks())
     same = pc.equal(table["fingerprint"].combine_chunks().take(rows), fingerprints)
     return pc.if_else(pc.fill_null(same, False), rows.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)

@@ -166,7 +166,7 @@ def _members(tar: str, notes: Notes) -> Iterator[tuple[str, int, int, bytes | No
             if file.read(6).startswith(_COMPRESSED):
                 raise DataError(
                     f"{tar}: it is compressed, so that members cannot be read one by one; decompress it (media is "
-                    "compressed in itself)."
+                    "compressed already)."
                 )
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
@@ -251,7 +251,7 @@ def _kind(member: tarfile.TarInfo, tar: str, notes: Notes) -> str | None:
 
 
 def _meta_rows(tar: str, notes: Notes) -> dict[str, dict[str, Any]]:
-    """The rows of SAT's `.meta.jsonl` beside a tar, by key; none where there is none."""
+    """The rows of SAT's `.meta.jsonl` beside a tar, by key, if there are any."""
     path = next((p for p in _meta_paths(tar) if _exists(p)), None)
     if path is None:
         return {}
