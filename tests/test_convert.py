@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sat_ext.convert import files
 from sat_ext.convert.convert import convert
-from sat_ext.convert.parts import Options
+from sat_ext.convert.parts import ConvertOptions as Options
 from sat_ext.errors import ConfigError
 from tests.sat_layout import AUTOENCODER, FAMILIES, SIZE, sat_autoencoder, sat_transformer, write_sat
 
@@ -262,5 +262,5 @@ def test_a_config_json_that_leaves_out_what_came_later_converts(tmp_path: Path) 
 def test_a_scale_of_nothing_is_not_taken_for_no_scale(tmp_path: Path) -> None:
     torch.save({"state_dict": sat_autoencoder()}, tmp_path / "3d-vae.pt")
     options = Options(base=BASE, scale_factor=0.0)
-    with pytest.raises(ConfigError, match=r"3d-vae.pt: scaling_factor is 0.0, of which no model can be made"):
+    with pytest.raises(ConfigError, match=r"3d-vae.pt: scaling_factor is 0.0, which no model can have"):
         convert(tmp_path, tmp_path / "out", "diffusers", ("vae",), options, untold)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from sat_ext.convert.convert import convert, export
-from sat_ext.convert.parts import Options
+from sat_ext.convert.parts import ConvertOptions as Options
 from tests.sat_layout import SIZE, sat_transformer, write_base, write_sat
 from tests.test_convert import assert_same, sat_file, untold
 from tests.test_convert_lora import LORA_FILE, PREFIX, as_upstream, sat_lora, write_run

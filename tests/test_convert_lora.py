@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sat_ext.convert.convert import convert, export
 from sat_ext.convert.files import read_metadata
-from sat_ext.convert.parts import Options
+from sat_ext.convert.parts import ConvertOptions as Options
 from sat_ext.errors import ConfigError
 from sat_ext.models.engine import VideoDiffusionEngine
 from tests.sat_layout import AUTOENCODER, FAMILIES, HIDDEN, LAYERS, SIZE, sat_transformer, write_sat

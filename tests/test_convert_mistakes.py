@@ -16,7 +16,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from sat_ext.convert.convert import convert, export
-from sat_ext.convert.parts import Options
+from sat_ext.convert.parts import ConvertOptions as Options
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 from tests.sat_layout import FAMILIES, sat_autoencoder, sat_transformer, write_sat
@@ -208,12 +208,12 @@ def test_an_index_of_shards_that_is_none_is_one_sentence(index: str, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": "two"}, "num_layers is 'two', of which no model can be made; mend that value."),
-        ({"num_layers": 2.5}, "num_layers is 2.5, of which no model can be made; mend that value."),
-        ({"attention_head_dim": 0}, "attention_head_dim is 0, of which no model can be made; mend that value."),
-        ({"sample_frames": None}, "sample_frames is None, of which no model can be made; mend that value."),
-        ({"patch_size_t": "a"}, "patch_size_t is 'a', of which no model can be made; mend that value."),
-        ({"timestep_activation_fn": None}, "no model can be made of its values ("),
+        ({"num_layers": "two"}, "num_layers is 'two', which no model can have; fix that value."),
+        ({"num_layers": 2.5}, "num_layers is 2.5, which no model can have; fix that value."),
+        ({"attention_head_dim": 0}, "attention_head_dim is 0, which no model can have; fix that value."),
+        ({"sample_frames": None}, "sample_frames is None, which no model can have; fix that value."),
+        ({"patch_size_t": "a"}, "patch_size_t is 'a', which no model can have; fix that value."),
+        ({"timestep_activation_fn": None}, "no model can be made from its values ("),
         ({"_class_name": "UNet2DModel"}, "sat: holds no transformer of CogVideoX;"),
     ],
 )

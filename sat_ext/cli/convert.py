@@ -19,7 +19,7 @@ from sat_ext.types import Bucket
 
 if TYPE_CHECKING:
     from sat_ext.convert.convert import Converted
-    from sat_ext.convert.parts import Options
+    from sat_ext.convert.parts import ConvertOptions
 
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="the folder to write into")]
 YamlOption = Annotated[
@@ -83,14 +83,14 @@ def make_options(
     scale_factor: float | None = None,
     alpha: float | None = None,
     base_weights: Path | None = None,
-) -> Options:
+) -> ConvertOptions:
     """The options as the conversions take them. Raises `ConfigError` for a size or a number that is none."""
-    from sat_ext.convert.parts import Options
+    from sat_ext.convert.parts import ConvertOptions
 
     for name, value in (("--alpha", alpha), ("--scale-factor", scale_factor)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name}: {value:g} is no scale; give a number over 0.")
-    return Options(
+    return ConvertOptions(
         base=read_yaml(base) if base else None,
         size=None if size is None else _size(size),
         scale_factor=scale_factor,

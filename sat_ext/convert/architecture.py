@@ -1,7 +1,6 @@
-"""What a model is, in the words of diffusers' config.json.
+"""diffusers' config.json of a model, from the shapes of SAT's tensors and from CogVideo's YAML where it is given.
 
-That follows from the shapes of SAT's tensors, and from CogVideo's YAML where it is given. Shapes show everything
-but the size of the video that a model is for, and the autoencoder's scale.
+Shapes show everything but the size of the video that a model is for and the autoencoder's scale.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from sat_ext.models.config import AutoencoderConfig, TransformerConfig
 from sat_ext.types import Bucket
 
 Model = Any  # one of the two classes, which have no types
+TRANSFORMER, AUTOENCODER = "CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX"
 # Native sizes of the published models (configs/cogvideox_*.yaml at tag v1.0, configs/cogvideox1.5_*.yaml on main).
 NATIVE = {"1.0": Bucket(frames=49, height=480, width=720), "1.5": Bucket(frames=81, height=2400, width=2400)}
 YAML = "YAML (of --base, or training_config.yaml beside the checkpoint)"
@@ -35,7 +35,7 @@ SECTION = f"{YAML}: model"
 def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
     """The model that a config.json describes, without memory for its weights.
 
-    `ConfigError`, which begins with `where`, for another class, and for values that no model can be made of.
+    `ConfigError`, which begins with `where`, for another class and for invalid values.
     """
     classes = {c.__name__: c for c in (CogVideoXTransformer3DModel, AutoencoderKLCogVideoX)}
     name = config.get("_class_name")
@@ -44,13 +44,13 @@ def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
     for key, parameter in inspect.signature(classes[name].__init__).parameters.items():
         value = config.get(key, parameter.default)
         if value != parameter.default and not _can_be(value, parameter):
-            raise ConfigError(f"{where}: {key} is {value!r}, of which no model can be made; mend that value.")
+            raise ConfigError(f"{where}: {key} is {value!r}, which no model can have; fix that value.")
     try:
         with torch.device("meta"):
             model: Model = classes[name].from_config(dict(config))
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"{where}: no model can be made of its values ({reason}); mend them.") from error
+        raise ConfigError(f"{where}: no model can be made from its values ({reason}); fix them.") from error
     return model
 
 
@@ -95,7 +95,7 @@ def transformer_config(
     native = size or (None if base else NATIVE["1.0" if one else "1.5"])
     values = {"max_text_seq_length": TEXT_TOKENS, **seen, **given, **(_size(native) if native else {})}
     config = asdict(load(TransformerConfig, values, "the transformer's sizes"))
-    return config_of(empty_model({"_class_name": "CogVideoXTransformer3DModel", **config}, where))
+    return config_of(empty_model({"_class_name": TRANSFORMER, **config}, where))
 
 
 def _seen(weights: Mapping[str, Tensor], patch_t: int | None, patch: int, where: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def autoencoder_config(
         invert_scale_latents=has_network and read_network(given, SECTION).ofs_embed_dim is not None,
     )
     kinds = {f"{k}_block_types": [f"CogVideoX{k.title()}Block3D"] * levels for k in ("down", "up")}
-    return config_of(empty_model({"_class_name": "AutoencoderKLCogVideoX", **asdict(config), **kinds}, where))
+    return config_of(empty_model({"_class_name": AUTOENCODER, **asdict(config), **kinds}, where))
 
 
 def count(names: Mapping[str, Any], pattern: str) -> int:

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Literal
 
 from sat_ext.convert.lora import Lora
-from sat_ext.convert.parts import Options
+from sat_ext.convert.parts import ConvertOptions
 from sat_ext.convert.read import read_autoencoder, read_transformer
 from sat_ext.convert.write import Tracking, write_diffusers, write_sat_autoencoder, write_sat_transformer
 from sat_ext.errors import ConfigError
 
-TARGETS = ("diffusers", "sat")
-PARTS = ("transformer", "vae")
+WRITE_SAT = {"transformer": write_sat_transformer, "vae": write_sat_autoencoder}
+PARTS = tuple(WRITE_SAT)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written, and what the user has to know of it."""
+    """What was written, its LoRA, and what else the source held."""
 
     written: list[Path]
     lora: Lora | None
@@ -31,13 +31,13 @@ def convert(
     target: Path,
     to: Literal["diffusers", "sat"],
     parts: Collection[str],
-    options: Options,
+    options: ConvertOptions,
     tracking: Tracking,
 ) -> Converted:
-    """Those of `parts` that `source` holds, written into `target` as `transformer/`, `vae/` and the LoRA's file.
+    """Write those of `parts` that `source` holds into `target`, as `transformer/`, `vae/` and the LoRA's file.
 
-    Raises `ConfigError` where there is none, where they are in the layout `to` already, where `target` lies inside
-    one, and for all that cannot be converted exactly; then nothing of that part is left in `target`.
+    Raises `ConfigError` where `source` holds none or has the layout `to` already, where `target` lies inside a
+    part, and for what cannot be converted exactly; then nothing of that part is left in `target`.
     """
     _reject_inside(target, source)
     options = replace(options, to=to)
@@ -51,18 +51,14 @@ def convert(
         )
     written = []
     for part in held:
-        if part.config is None or part.config["_class_name"] == "CogVideoXTransformer3DModel":
-            write = write_diffusers if to == "diffusers" else write_sat_transformer
-            written += write(part, target / "transformer", tracking)
-        else:
-            write = write_diffusers if to == "diffusers" else write_sat_autoencoder
-            written += write(part, target / "vae", tracking)
+        write = write_diffusers if to == "diffusers" else WRITE_SAT[part.name]
+        written += write(part, target / part.name, tracking)
     loras = [part.lora for part in held if part.lora is not None]
     left_out = tuple(name for part in held for name in part.left_out)
     return Converted(written, loras[0] if loras else None, left_out)
 
 
-def export(source: Path, target: Path, options: Options, tracking: Tracking) -> Converted:
+def export(source: Path, target: Path, options: ConvertOptions, tracking: Tracking) -> Converted:
     """A run's LoRA as the file that diffusers loads; of one that trained all weights, the transformer's folder."""
     _reject_inside(target, source)
     part = read_transformer(source, replace(options, with_base=False))
@@ -72,7 +68,7 @@ def export(source: Path, target: Path, options: Options, tracking: Tracking) -> 
 
 
 def _reject_inside(target: Path, source: Path) -> None:
-    """A `transformer/` inside a part would be read in its place from then on."""
+    """A `transformer/` inside a part would from then on be read in its place."""
     parts = [source / name for name in PARTS if (source / name).is_dir()]
     own = source.parent.parent if source.is_file() else source
     inside = [part for part in parts if target.resolve().is_relative_to(part.resolve())]

@@ -12,9 +12,10 @@ from typing import Any
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
-from sat_ext.config import convert
+from sat_ext.cogvideo.network import read_network
 from sat_ext.convert.files import read_metadata, read_tensors, write_tensors
 from sat_ext.convert.names import LayerNames
+from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
 
 FILE = LORA_WEIGHT_NAME_SAFE
@@ -26,8 +27,8 @@ _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 class Lora:
     """Adapters: each layer's output gains `alpha` / rank * B @ A @ input.
 
-    `pairs` gives A (rank, in) and B (out, rank) by diffusers' name of the layer. `alpha` is None where neither the
-    file says it nor anything beside.
+    `pairs` gives A (rank, in) and B (out, rank) by diffusers' name of the layer. `alpha` is None where it is not
+    known: SAT keeps it in the YAML.
     """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
@@ -78,7 +79,7 @@ def from_peft(weights: Mapping[str, Tensor], alpha: float | None, where: str) ->
     for name, tensor in weights.items():
         if not (match := _PAIR.fullmatch(name)):
             raise ConfigError(
-                f"{where}: {name} is no LoRA matrix of a linear layer; only lora_A and lora_B convert."
+                f"{where}: {name} is not a LoRA matrix of a linear layer; only lora_A and lora_B can be converted."
             )
         halves.setdefault(match.group(1), {})[match.group(2)] = tensor
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -98,7 +99,7 @@ def read(file: Path, alpha: float | None) -> Lora:
     metadata = _metadata(file)
     if metadata.get(f"{_PREFIX}use_rslora") or metadata.get(f"{_PREFIX}alpha_pattern"):
         raise ConfigError(
-            f"{file}: its layers scale by rules of their own, which SAT's LoRA has none of; use another."
+            f"{file}: its layers have scales of their own, which SAT's LoRA does not support; use another."
         )
     own = metadata.get(f"{_PREFIX}lora_alpha", lora.rank)
     if isinstance(own, bool) or not isinstance(own, int | float):
@@ -152,13 +153,12 @@ def yaml_section(lora: Lora) -> dict[str, Any]:
 
 
 def alpha_of(base: Mapping[str, Any]) -> float | None:
-    """SAT's `lora_alpha` in CogVideo's YAML: 1 where its LoRA section names none, as in lora2 itself."""
-    node: Any = base
-    for key in ("model", "network_config", "params", "modules", "lora_config"):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    if not isinstance(node, Mapping):
+    """SAT's `lora_alpha` in CogVideo's YAML; None where that has no LoRA."""
+    model = base.get("model")
+    if engine_of(model).name != COGVIDEO:
         return None
-    return float(convert(float, (node.get("params") or {}).get("lora_alpha", 1), "lora_config.params.lora_alpha"))
+    network = read_network(model or {})
+    return None if network.lora_rank is None else float(network.lora_alpha)
 
 
 def _pair(

@@ -39,7 +39,7 @@ def same(sat: str, diffusers: str) -> LayerNames:
 
 
 def transformer_rows(layers: int) -> list[LayerNames]:
-    """The table of a transformer of so many layers, with what only some models have."""
+    """The table of a transformer with `layers` layers, including what only some models have."""
     rows = [
         same("time_embed.0", "time_embedding.linear_1"),
         same("time_embed.2", "time_embedding.linear_2"),
@@ -84,7 +84,7 @@ def adapter_rows(layers: int) -> list[LayerNames]:
 
 
 def autoencoder_rows(levels: int, resnets: int) -> list[LayerNames]:
-    """The table of an autoencoder with so many resolutions and `resnets` blocks in each (one more to decode).
+    """The table of an autoencoder of `levels` resolutions with `resnets` blocks each (the decoder has one more).
 
     SAT counts the decoder's levels from the finest, diffusers from the coarsest.
     """

@@ -15,10 +15,17 @@ from sat_ext.checkpoint.manifest import read_base
 from sat_ext.checkpoint.reading import read_file
 from sat_ext.config import load, read_yaml
 from sat_ext.convert import lora as adapters
-from sat_ext.convert.architecture import autoencoder_config, completed, count, transformer_config
+from sat_ext.convert.architecture import (
+    AUTOENCODER,
+    TRANSFORMER,
+    autoencoder_config,
+    completed,
+    count,
+    transformer_config,
+)
 from sat_ext.convert.files import read_safetensors, read_tensors
 from sat_ext.convert.names import adapter_rows, to_diffusers, transformer_rows
-from sat_ext.convert.parts import Options, Part, checked, from_sat_names, take_sat_only
+from sat_ext.convert.parts import ConvertOptions, Part, checked, from_sat_names, take_sat_only
 from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, TransformerConfig
@@ -30,12 +37,12 @@ LORA_YAML = "lora.yaml"
 _ENGINE, _FIRST_STAGE = "network.", "first_stage_model."
 
 
-def read_transformer(path: Path, options: Options) -> Part | None:
+def read_transformer(path: Path, options: ConvertOptions) -> Part | None:
     """The transformer in `path`, or a LoRA of one; None where there is neither.
 
-    `path` is a folder of SAT's (with `latest`), one of diffusers', a run's, the folder above one called
-    `transformer`, or a file. Where it holds a LoRA alone, the weights are those of `options.base_weights`, or of
-    the base that the checkpoint names, unless `options.with_base` is false; empty where there are none. Raises
+    `path` is a folder of SAT's (with `latest`), of diffusers', of a run, the parent of one called `transformer`,
+    or a file. With a LoRA alone, and unless `options.with_base` is false, the weights are those of
+    `options.base_weights` or of the base that the checkpoint names; empty where there is none. Raises
     `ConfigError`.
     """
     if path.is_file():
@@ -56,22 +63,21 @@ def read_transformer(path: Path, options: Options) -> Part | None:
     return _with_base(part, path, options)
 
 
-def _transformer_folder(folder: Path, options: Options) -> Part | None:
+def _transformer_folder(folder: Path, options: ConvertOptions) -> Part | None:
     if (folder / WEIGHTS_NAME).is_file():
         return _checkpoint(folder / WEIGHTS_NAME, options)
     if (folder / "latest").is_file():
         return _checkpoint(find_weights(folder), options)
-    if _class_of(folder) == "CogVideoXTransformer3DModel":
-        return _diffusers(folder, options)
-    return None
+    config = _config_of(folder, TRANSFORMER)
+    return None if config is None else _diffusers(folder, config, options)
 
 
-def _runs(path: Path, options: Options) -> Part | None:
+def _runs(path: Path, options: ConvertOptions) -> Part | None:
     """The newest run in `path`, where it is the folder of several."""
     return _checkpoint(find_weights(find_run(path)), options) if any(path.glob("*/latest")) else None
 
 
-def read_autoencoder(path: Path, options: Options) -> Part | None:
+def read_autoencoder(path: Path, options: ConvertOptions) -> Part | None:
     """The autoencoder in `path`: a folder of SAT's or of diffusers', the one above, or a file; None where there is
     none. Raises `ConfigError`."""
     if path.is_file():
@@ -79,17 +85,13 @@ def read_autoencoder(path: Path, options: Options) -> Part | None:
     for folder in (path / "vae", path):
         if (folder / AUTOENCODER_FILE).is_file():
             return _first_stage(folder / AUTOENCODER_FILE, options)
-        if _class_of(folder) == "AutoencoderKLCogVideoX":
-            return _diffusers(folder, options)
+        if (config := _config_of(folder, AUTOENCODER)) is not None:
+            return _diffusers(folder, config, options)
     return None
 
 
-def _class_of(folder: Path) -> str | None:
-    config = _config_json(folder)
-    return None if config is None else str(config.get("_class_name"))
-
-
-def _config_json(folder: Path) -> dict[str, Any] | None:
+def _config_of(folder: Path, name: str) -> dict[str, Any] | None:
+    """Its config.json with all defaults; None where there is none of the class `name`."""
     file = folder / "config.json"
     if not file.is_file():
         return None
@@ -97,21 +99,13 @@ def _config_json(folder: Path) -> dict[str, Any] | None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON ({error}); copy or download it again.") from error
-    return config if isinstance(config, dict) else None
-
-
-def _config_of(folder: Path, name: str) -> dict[str, Any] | None:
-    """Its config.json, all of it, where that is of the class `name`."""
-    config = _config_json(folder)
-    if config is None or config.get("_class_name") != name:
+    if not isinstance(config, dict) or config.get("_class_name") != name:
         return None
-    return completed(config, str(folder / "config.json"))
+    return completed(config, str(file))
 
 
-def _diffusers(folder: Path, options: Options) -> Part:
+def _diffusers(folder: Path, config: dict[str, Any], options: ConvertOptions) -> Part:
     options.reject_layout("diffusers", str(folder))
-    config = _config_of(folder, str(_class_of(folder)))
-    assert config is not None
     extra = folder / SAT_ONLY_FILE
     return Part(
         where=str(folder),
@@ -122,7 +116,7 @@ def _diffusers(folder: Path, options: Options) -> Part:
     )
 
 
-def _lora_file(file: Path, options: Options) -> Part:
+def _lora_file(file: Path, options: ConvertOptions) -> Part:
     options.reject_layout("diffusers", str(file))
     lora = adapters.read(file, options.alpha)
     return Part(where=str(file), layout="diffusers", weights={}, config=None, lora=lora)
@@ -140,7 +134,7 @@ def _section(file: Path) -> dict[str, Tensor]:
     return {str(name): t for name, t in state.items() if isinstance(t, Tensor)}
 
 
-def _checkpoint(file: Path, options: Options) -> Part | None:
+def _checkpoint(file: Path, options: ConvertOptions) -> Part | None:
     if file.with_name("mp_rank_01_model_states.pt").exists():
         raise ConfigError(
             f"{file.parent}: the weights are split over several model-parallel ranks; merge them with "
@@ -160,7 +154,7 @@ def _checkpoint(file: Path, options: Options) -> Part | None:
     )
 
 
-def _sat(file: Path, own: Mapping[str, Tensor], options: Options) -> Part:
+def _sat(file: Path, own: Mapping[str, Tensor], options: ConvertOptions) -> Part:
     """CogVideo's transformer, by the names under `PREFIX`."""
     where, folder = str(file), file.parent.parent
     plain, matrices = adapters.split_sat(own)
@@ -176,12 +170,9 @@ def _sat(file: Path, own: Mapping[str, Tensor], options: Options) -> Part:
         if not options.with_base:
             plain = {}
         if "time_embed.0.weight" not in plain:  # nothing but what was trained
-            rows = transformer_rows(count(plain, r"transformer\.layers\.(\d+)\."))
-            weights = to_diffusers(rows, plain)
+            weights = to_diffusers(transformer_rows(count(plain, r"transformer\.layers\.(\d+)\.")), plain)
             return Part(where=where, layout="sat", weights=weights, config=None, lora=lora)
-    config = _config_of(folder, "CogVideoXTransformer3DModel") or transformer_config(
-        plain, base, options.size, where
-    )
+    config = _config_of(folder, TRANSFORMER) or transformer_config(plain, base, options.size, where)
     sat_only = take_sat_only(plain, config, where)
     weights = from_sat_names(plain, config, where)
     return Part(where=where, layout="sat", weights=weights, config=config, lora=lora, sat_only=sat_only)
@@ -192,13 +183,11 @@ def _yaml_beside(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
     return read_yaml([str(folder / name)]) if (folder / name).is_file() else {}
 
 
-def _engine(file: Path, weights: Mapping[str, Tensor], options: Options) -> Part:
+def _engine(file: Path, weights: Mapping[str, Tensor], options: ConvertOptions) -> Part:
     """The built-in engine's transformer: diffusers' names under `_ENGINE`, with peft's for a LoRA."""
     where, section = str(file), _yaml_beside(file.parent.parent).get("model")
     if not section:
-        raise ConfigError(
-            f"{file.parent.parent}: there is no {CONFIG_NAME} that tells the run's model; name a run."
-        )
+        raise ConfigError(f"{file.parent.parent}: there is no {CONFIG_NAME} with the run's model; name a run.")
     model = load(ModelConfig, section, f"{CONFIG_NAME}: model")
     names = {n.removeprefix(_ENGINE).replace(".base_layer.", "."): t for n, t in weights.items()}
     matrices = {n: names.pop(n) for n in list(names) if ".lora_" in n}
@@ -206,15 +195,14 @@ def _engine(file: Path, weights: Mapping[str, Tensor], options: Options) -> Part
     lora = adapters.from_peft(matrices, alpha, where) if matrices else None
     if not names:
         return Part(where=where, layout="engine", weights={}, config=None, lora=lora)
-    name = "CogVideoXTransformer3DModel"
-    config = _config_of(Path(model.pretrained) / "transformer", name) if model.pretrained else None
+    config = _config_of(Path(model.pretrained) / "transformer", TRANSFORMER) if model.pretrained else None
     if config is None:
         sizes = asdict(model.transformer or TransformerConfig())
-        config = completed({"_class_name": name, **sizes}, f"{CONFIG_NAME}: model.transformer")
+        config = completed({"_class_name": TRANSFORMER, **sizes}, f"{CONFIG_NAME}: model.transformer")
     return Part(where=where, layout="engine", weights=checked(names, config, where), config=config, lora=lora)
 
 
-def _with_base(part: Part, path: Path, options: Options) -> Part:
+def _with_base(part: Part, path: Path, options: ConvertOptions) -> Part:
     """A LoRA with the weights that it belongs to, where they are known."""
     place = options.base_weights or _named_base(Path(part.where))
     if place is None:
@@ -238,7 +226,7 @@ def _named_base(file: Path) -> Path | None:
     return Path(pretrained) if pretrained else None
 
 
-def _first_stage(file: Path, options: Options) -> Part | None:
+def _first_stage(file: Path, options: ConvertOptions) -> Part | None:
     weights = _section(file)
     if any(n.startswith(_FIRST_STAGE) for n in weights):
         weights = {n.removeprefix(_FIRST_STAGE): t for n, t in weights.items() if n.startswith(_FIRST_STAGE)}
@@ -246,8 +234,8 @@ def _first_stage(file: Path, options: Options) -> Part | None:
     if not any(n.startswith("encoder.") for n in weights):
         return None
     options.reject_layout("sat", str(file))
-    config = _config_of(file.parent, "AutoencoderKLCogVideoX")
     base = options.base or _yaml_beside(file.parent.parent)
+    config = _config_of(file.parent, AUTOENCODER)
     config = config or autoencoder_config(weights, base, options.scale_factor, str(file))
     found = from_sat_names(weights, config, str(file))
     return Part(where=str(file), layout="sat", weights=found, config=config, sat_only=sat_only)

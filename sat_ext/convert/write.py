@@ -19,13 +19,11 @@ from sat_ext.convert.positions import computed
 from sat_ext.convert.read import AUTOENCODER_FILE, LORA_YAML, PREFIX, SAT_ONLY_FILE
 from sat_ext.errors import ConfigError
 
-Tracking = Callable[
-    [str, int], Advance
-]  # a file's name and size in bytes -> what is called with the bytes written
+Tracking = Callable[[str, int], Advance]  # a file's name and size in bytes -> a bar of progress
 
 
 def write_diffusers(part: Part, folder: Path, tracking: Tracking) -> list[Path]:
-    """The model's folder `folder`, and its LoRA's file beside; which of them were written.
+    """Write the model's folder `folder` and its LoRA's file beside it; return which of them there were.
 
     What diffusers has no place for is kept in the folder, so that the way back gives the same file.
     """

@@ -19,10 +19,10 @@ from sat_ext.models.side_stream import SideStream, Transfer, host_memory, page_l
 ALIGNMENT = 256  # bytes, as CUDA aligns what it allocates
 
 
-def swap_blocks(blocks: nn.ModuleList, count: int) -> Window:
+def swap_blocks(blocks: nn.ModuleList, count: int) -> SwapWindow:
     """Keep the frozen weights of `count` of the blocks, evenly spread, in CPU memory from now on."""
     stream = SideStream()
-    return Window([SwappedBlock(blocks[i * len(blocks) // count], stream) for i in range(count)])
+    return SwapWindow([SwappedBlock(blocks[i * len(blocks) // count], stream) for i in range(count)])
 
 
 class SwappedBlock:
@@ -108,7 +108,7 @@ def _room(tensor: Tensor) -> int:
     return -(-prod(tensor.shape) * tensor.element_size() // ALIGNMENT) * ALIGNMENT
 
 
-class Window:
+class SwapWindow:
     """The swapped blocks, of which two at most are fetched: the one that computes, and the next that will."""
 
     def __init__(self, blocks: list[SwappedBlock]) -> None:

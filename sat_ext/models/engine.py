@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from sat_ext.cogvideox import OFS
+from sat_ext.config import plain
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import (
     condition_latents,
@@ -47,15 +47,14 @@ KINDS = ("image", "video")
 class VideoDiffusionEngine(nn.Module):
     """First stage, text encoder, transformer and noise schedule of a CogVideoX model.
 
-    `args.model_config` is the YAML's `model:` section. SAT's `get_model` constructs it, and
-    `disable_untrainable_params` is SAT's name for the method that marks what trains. The state dict holds
-    what the YAML cannot give back: first stage and text encoder are never in it, and neither are the
-    base weights of a pretrained folder under LoRA.
+    SAT's `get_model` constructs it. `args.model_config` is the YAML's `model:` section; with `args.cache_folder`,
+    where latents and embeddings are cached, no encoder is loaded. The state dict holds what the YAML cannot give
+    back: never the first stage and the text encoder, and under LoRA not the base weights of a pretrained folder.
     """
 
     def __init__(self, args: Any, params_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        config = load_model_config(_as_mapping(args.model_config))
+        config = load_model_config(plain(args.model_config))
         if config.pretrained is not None:
             found = folder_config(config.pretrained, "scheduler", "scheduler_config.json")
             schedule = read_schedule(found, f"{config.pretrained}/scheduler/scheduler_config.json")
@@ -65,7 +64,7 @@ class VideoDiffusionEngine(nn.Module):
         self.config = config
         # not called "transformer": SAT would take it for one of its own when it saves
         self.network = build_transformer(config, params_dtype)
-        cache = _cache_of(args)
+        cache = getattr(args, "cache_folder", None)
         if cache is not None and config.sampling.number:
             raise ConfigError(
                 f"model.sampling.number: {config.sampling.number} samples at an evaluation need the first stage, "
@@ -80,7 +79,7 @@ class VideoDiffusionEngine(nn.Module):
         self.register_load_state_dict_post_hook(_forgive_fixed)
 
     def disable_untrainable_params(self) -> None:
-        """Mark what trains: the transformer, or under LoRA its adapters alone."""
+        """Mark what trains, under the name that SAT calls: the transformer, or under LoRA its adapters alone."""
         lora = self.config.train.mode == "lora"
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("network.") and (not lora or "lora_" in name))
@@ -132,12 +131,7 @@ class VideoDiffusionEngine(nn.Module):
         count = len(batch["txt"])
         generator = self._train_generator(batch, self.network.device)
         captions = drop_captions(batch["txt"], drop_mask(count, self.config.caption_dropout, generator))
-        latents, first = self._latents(batch, generator)
-        condition = None
-        if first is not None:
-            dropped = drop_mask(count, self.config.condition_dropout, generator)
-            condition = self._condition(first, latents, dropped, batch)
-        latents, condition, padding = self._padded(latents, condition)
+        latents, condition, padding = self._inputs(batch, generator)
         timesteps = uniform_timesteps(count, generator, timestep_interval(*rank_and_world()))
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         text = self.text.encode(captions, latents.device, self.network.dtype)
@@ -149,13 +143,9 @@ class VideoDiffusionEngine(nn.Module):
     def _evaluation_losses(self, batch: Mapping[str, Any]) -> Tensor:
         """(B,) losses, a function of each sample's source and key and of the weights alone.
 
-        Each sample is looked at with `EVALUATED_TIMESTEPS` noise levels, one from each equal part of the range.
+        Each sample has `EVALUATED_TIMESTEPS` noise levels, one from each equal part of the range.
         """
-        latents, first = self._latents(batch, None)
-        condition = None
-        if first is not None:
-            condition = self._condition(first, latents, torch.zeros(len(first), dtype=torch.bool), batch)
-        latents, condition, padding = self._padded(latents, condition)
+        latents, condition, padding = self._inputs(batch, None)
         text = self.text.encode(batch["txt"], latents.device, self.network.dtype)
         generators = [torch.Generator(latents.device).manual_seed(seed) for seed in sample_seeds(batch)]
         offsets = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
@@ -167,6 +157,24 @@ class VideoDiffusionEngine(nn.Module):
             prediction = self.predict(noisy, text, timesteps, condition)
             losses.append(self.schedule.losses(prediction, latents, noise, timesteps, padding))
         return torch.stack(losses).mean(dim=0)
+
+    def _inputs(
+        self, batch: Mapping[str, Any], generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Latents (B, t, C, h, w), the I2V condition of that shape or None, and 1.5's frames of padding.
+
+        Without a generator no condition is dropped but that of stills, which would be the answer.
+        """
+        latents, first = self._latents(batch, generator)
+        padding = padding_frames(latents.shape[1], transformer_of(self.config).patch_size_t)
+        condition = None
+        if first is not None:
+            dropped = stills(batch["kind"], batch["mp4"].shape[1])
+            if generator is not None:
+                drawn = drop_mask(len(first), self.config.condition_dropout, generator)
+                dropped = dropped.to(drawn.device) | drawn
+            condition = pad_condition(condition_latents(first, latents.shape[1], dropped), padding)
+        return pad_front(latents, padding), condition, padding
 
     def _latents(
         self, batch: Mapping[str, Any], generator: torch.Generator | None
@@ -193,45 +201,15 @@ class VideoDiffusionEngine(nn.Module):
         assert pixels.ndim == 5 and pixels.shape[0] == len(batch["txt"]) == len(batch["kind"])
         return pixels
 
-    def _condition(self, first: Tensor, latents: Tensor, dropped: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """The I2V condition; zero for stills, always, and for `dropped` samples."""
-        leaks = stills(batch["kind"], batch["mp4"].shape[1])
-        return condition_latents(first, latents.shape[1], leaks.to(dropped.device) | dropped)
-
-    def _padded(self, latents: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-        """Latents and condition with 1.5's padding, and how many frames it is."""
-        padding = padding_frames(latents.shape[1], transformer_of(self.config).patch_size_t)
-        if condition is not None:
-            condition = pad_condition(condition, padding)
-        return pad_front(latents, padding), condition, padding
-
     def _train_generator(self, batch: Mapping[str, Any], device: torch.device) -> torch.Generator:
-        """Where a training step's draws come from: the batch's `seed`, or a stream of this rank's own.
-
-        SAT gives every rank the same global seed, which would give every rank the same noise.
-        """
+        """The generator of a training step: of the batch's `seed`, or one of this rank."""
         if "seed" in batch:
             return torch.Generator(device).manual_seed(int(batch["seed"]))
         if self._generator is None:
+            # SAT seeds all ranks alike, which would give them all the same noise
             rank, _ = rank_and_world()
             self._generator = torch.Generator(device).manual_seed(self._seed * 1_000_003 + rank)
         return self._generator
-
-
-def _cache_of(args: Any) -> str | None:
-    """The folder of `data.params.cache`, where the run has one."""
-    data = getattr(args, "data_config", None) or {}
-    cache = (data.get("params") or {}).get("cache")
-    return None if cache is None else str(cache["folder"])
-
-
-def _as_mapping(model_config: Any) -> Mapping[str, Any]:
-    if isinstance(model_config, DictConfig):
-        plain = OmegaConf.to_container(model_config, resolve=True)
-        assert isinstance(plain, dict)
-        return {str(key): value for key, value in plain.items()}
-    assert isinstance(model_config, Mapping)
-    return model_config
 
 
 def _leave_out_fixed(engine: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

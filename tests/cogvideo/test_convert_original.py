@@ -87,7 +87,7 @@ def converted(sat: Path, name: str) -> Path:
     """diffusers' folder of a model, both parts."""
     from sat_ext.config import read_yaml
     from sat_ext.convert.convert import convert
-    from sat_ext.convert.parts import Options
+    from sat_ext.convert.parts import ConvertOptions as Options
 
     _, folder = network(sat, name)
     _, file = autoencoder(sat)
@@ -162,7 +162,7 @@ def check_round_trips_of_real_checkpoints_are_bit_equal(sat: Path) -> None:
     import torch
 
     from sat_ext.convert.convert import convert
-    from sat_ext.convert.parts import Options
+    from sat_ext.convert.parts import ConvertOptions as Options
 
     for name in tiny.model_names(sat):
         folder = converted(sat, name)
@@ -230,7 +230,7 @@ def check_cogvideos_network_loads_what_is_written(sat: Path) -> None:
     from sgm.util import instantiate_from_config
 
     from sat_ext.convert.convert import convert
-    from sat_ext.convert.parts import Options
+    from sat_ext.convert.parts import ConvertOptions as Options
 
     for name in tiny.model_names(sat):
         folder = converted(sat, name)
