@@ -17,7 +17,7 @@ from sat_ext.cogvideo.network import (
     SAMPLER,
     SINUSOIDAL,
     Network,
-    is_conditioned,
+    params_of,
     read_network,
     target_of,
 )
@@ -34,44 +34,42 @@ _FRAMES = "data.params.buckets.frames"
 
 def doubt_of_condition_scale(model: Mapping[str, Any]) -> str | None:
     """What is doubtful about the scale of the condition, in a sentence; None where nothing is."""
-    if not is_conditioned(model) or read_network(model).generation != "1.5":
-        return None
-    loss = model.get("loss_fn_config") or {}
-    if target_of(loss) != LOSS or (loss.get("params") or {}).get("condition_scale") is not None:
+    network, is_joint = read_network(model), target_of(model.get("loss_fn_config")) == LOSS
+    scale = params_of(model, "loss_fn_config").get("condition_scale")
+    if not (network.is_conditioned and network.generation == "1.5" and is_joint and scale is None):
         return None
     return (
-        "model.loss_fn_config.params.condition_scale: missing, so the condition trains at scale_factor (0.7), "
-        "which no sampler of CogVideoX 1.5 uses; append configs/cogvideo/1.5.yaml (1.0, for sample_video.py)."
+        f"model.loss_fn_config.params.condition_scale: missing, so the condition trains at scale_factor "
+        f"({SCALE_FACTOR}), which no sampler of CogVideoX 1.5 uses; append configs/cogvideo/1.5.yaml (1.0, for "
+        "sample_video.py)."
     )
 
 
 def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
     """Raise `ConfigError` where CogVideo's engine, as the YAML's `model` section builds it, cannot train on
-    samples of these shapes, or would learn something else than what they show."""
+    samples of these shapes, or would learn something else than they show."""
     _check_targets(model, "model")
-    network = read_network(model)
+    network, joint = read_network(model), target_of(model.get("loss_fn_config")) == LOSS
     _check_overlays(model, network)
     _check_text(model, network)
-    loss = model.get("loss_fn_config") or {}
-    joint = target_of(loss) == LOSS
     if model.get("latent_input"):
         raise ConfigError(
-            "model.latent_input: true says that clips come encoded, and ours come as pixels; set it to false "
+            "model.latent_input: true expects encoded clips, and ours are pixels; set it to false "
             "(configs/cogvideo/1.5.yaml does)."
         )
-    if is_conditioned(model) and not joint and any(b.frames == 1 for b in buckets):
+    if network.is_conditioned and not joint and any(b.frames == 1 for b in buckets):
         raise ConfigError(
             f"{_FRAMES}: CogVideo's own loss would show a still of an image-to-video model its target as the "
             f"condition; name {LOSS} in model.loss_fn_config.target, or leave 1 out of the list."
         )
-    if not is_conditioned(model) and (loss.get("params") or {}).get("condition_dropout"):
+    if not network.is_conditioned and params_of(model, "loss_fn_config").get("condition_dropout"):
         raise ConfigError(
             "model.loss_fn_config.params.condition_dropout: this model has no image condition to drop "
             "(noised_image_input is not set); leave configs/cogvideo/i2v.yaml out."
         )
     if network.ofs_embed_dim is not None and not joint:
         raise ConfigError(
-            "model.loss_fn_config.target: CogVideo's own loss does not pass 'ofs', which this network asks for "
+            "model.loss_fn_config.target: CogVideo's own loss does not pass 'ofs', which this network needs "
             f"(ofs_embed_dim); name {LOSS}."
         )
     _check_options(model, network, joint)
@@ -81,17 +79,17 @@ def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
 
 
 def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
-    """Raise `ConfigError` where the run would fail in the checkout that is being run: for what `check_model` looks
-    for, a model of the other generation, and an evaluation that cannot show its stills."""
+    """`check_model`, and raise `ConfigError` where the run would fail in the checkout that is running: for a model
+    of the other generation, and for an evaluation that cannot show its stills."""
     check_model(model, buckets)
     network = read_network(model)
     if not args.save:
         raise ConfigError("args.save: missing, and CogVideo's script writes its YAML there; name a folder.")
-    ranks = network.model_parallel_size
-    if ranks != args.model_parallel_size:
+    if network.model_parallel_size != args.model_parallel_size:
         raise ConfigError(
-            f"args.model_parallel_size: {args.model_parallel_size}, and the network is for {ranks} "
-            "(transformer_args in model.network_config.params); write the same number in both."
+            f"args.model_parallel_size: {args.model_parallel_size}, and the network is for "
+            f"{network.model_parallel_size} (transformer_args in model.network_config.params); write the same "
+            "number in both."
         )
     checkout = _generation_of_checkout(network)
     if checkout and network.generation and checkout != network.generation:
@@ -128,42 +126,39 @@ def _check_evaluation(
 
 def _check_noise_levels(model: Mapping[str, Any], checkout: str | None) -> None:
     """The main branch asserts while it builds its own loss that its groups of noise levels divide the ranks."""
-    loss = model.get("loss_fn_config") or {}
-    params = ((loss.get("params") or {}).get("sigma_sampler_config") or {}).get("params") or {}
+    params = params_of(params_of(model, "loss_fn_config"), "sigma_sampler_config")
     groups, ranks = params.get("group_num", 0), rank_and_world()[1]
     uniform = checkout == "1.5" and params.get("uniform_sampling") and ranks > 8
-    if uniform and target_of(loss) != LOSS and (not groups or ranks % groups):
+    if uniform and target_of(model.get("loss_fn_config")) != LOSS and (not groups or ranks % groups):
         raise ConfigError(
             f"model.loss_fn_config.params.sigma_sampler_config.params.group_num: {groups} does not divide {ranks} "
-            f"ranks, which CogVideo's loss insists on; name {LOSS} in model.loss_fn_config.target, which takes "
+            f"ranks, as CogVideo's loss requires; name {LOSS} in model.loss_fn_config.target, which takes "
             "groups that do, or set uniform_sampling: false."
         )
 
 
 def _check_options(model: Mapping[str, Any], network: Network, joint: bool) -> None:
-    """Options of our loss and sampler that have no effect, or one that nobody means."""
-    loss = (model.get("loss_fn_config") or {}).get("params") or {}
+    """Options of our loss and sampler that have no effect, or not the one that is meant."""
+    loss = params_of(model, "loss_fn_config")
     if not joint and (ours := [o for o in LOSS_OPTIONS if o in loss]):
         raise ConfigError(
             f"model.loss_fn_config.params.{ours[0]}: an option of {LOSS}, and the target is another; append "
             "configs/cogvideo/joint.yaml."
         )
     own, given = float(model.get("scale_factor", 1.0)), loss.get("scale_factor", SCALE_FACTOR)
-    if loss.get("condition_scale") is not None and is_conditioned(model) and given != own:
+    if loss.get("condition_scale") is not None and network.is_conditioned and given != own:
         raise ConfigError(
             f"model.loss_fn_config.params.scale_factor: {given}, but model.scale_factor is {own}, so the "
             "condition would not be at condition_scale; write the same number in both."
         )
-    sampler = model.get("sampler_config") or {}
-    shown = (sampler.get("params") or {}).get("condition_scale")
-    if is_conditioned(model) and target_of(sampler) == SAMPLER and shown != loss.get("condition_scale"):
+    sampler, shown = model.get("sampler_config"), params_of(model, "sampler_config").get("condition_scale")
+    if network.is_conditioned and target_of(sampler) == SAMPLER and shown != loss.get("condition_scale"):
         raise ConfigError(
             f"model.sampler_config.params.condition_scale: {shown}, but the loss trains at "
-            f"{loss.get('condition_scale')} (model.loss_fn_config.params), so evaluations would show another "
-            "model than the trained one; write the same number in both."
+            f"{loss.get('condition_scale')} (model.loss_fn_config.params), so evaluations would not show the "
+            "model that trains; write the same number in both."
         )
-    prefixes = model.get("not_trainable_prefixes") or []
-    if "all" in prefixes and network.lora_rank is None:
+    if "all" in (model.get("not_trainable_prefixes") or []) and network.lora_rank is None:
         raise ConfigError(
             "model.not_trainable_prefixes: 'all' leaves only LoRA to train, and the network has none "
             "(lora_config); append configs/cogvideo/lora.yaml, or name CogVideo's YAML with LoRA."
@@ -171,7 +166,7 @@ def _check_options(model: Mapping[str, Any], network: Network, joint: bool) -> N
 
 
 def _check_targets(section: Any, place: str) -> None:
-    """Names of ours that are not there, wherever they stand: CogVideo finds out when it builds that part."""
+    """Misspelt names of our targets, anywhere in the section: CogVideo would fail when it builds that part."""
     for key, value in section.items() if isinstance(section, Mapping) else ():
         name = str(value).removeprefix(OURS)
         if key == "target" and name != value and name not in TARGETS:
@@ -183,7 +178,7 @@ def _check_targets(section: Any, place: str) -> None:
 
 
 def _check_overlays(model: Mapping[str, Any], network: Network) -> None:
-    """Files of configs/cogvideo/ that are made for another model than the one they are appended to."""
+    """Files of configs/cogvideo/ that are appended to a model that they are not made for."""
     made_for = model.get(OVERLAY)
     if made_for is not None and network.generation and str(made_for) != network.generation:
         raise ConfigError(
@@ -202,8 +197,7 @@ def _check_overlays(model: Mapping[str, Any], network: Network) -> None:
 def _check_text(model: Mapping[str, Any], network: Network) -> None:
     """An entry of `emb_models` replaces CogVideo's whole, its length of captions too."""
     length = network.text_length
-    models = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
-    for i, embedder in enumerate(models):
+    for i, embedder in enumerate(params_of(model, "conditioner_config").get("emb_models") or []):
         own = (embedder.get("params") or {}).get("max_length")
         if embedder.get("input_key", "txt") == "txt" and None not in (own, length) and own != length:
             raise ConfigError(
@@ -214,22 +208,21 @@ def _check_text(model: Mapping[str, Any], network: Network) -> None:
 
 def _check_length(bucket: Bucket, network: Network, joint: bool) -> None:
     latents, step = latent_frames(bucket.frames), network.patch[0]
+    found = f"{_FRAMES}: {bucket.frames} frames are {latents} latent frames, and this model"
     if latents % step and not joint:
         below = latents // step * step
         lengths = [pixel_frames(n) for n in (below, below + step) if n]
         raise ConfigError(
-            f"{_FRAMES}: {bucket.frames} frames are {latents} latent frames, and this model takes multiples of "
-            f"{step}; name {LOSS} in model.loss_fn_config.target, which pads them, or use "
-            f"{' or '.join(map(str, lengths))}."
+            f"{found} takes multiples of {step}; name {LOSS} in model.loss_fn_config.target, which pads them, or "
+            f"use {' or '.join(map(str, lengths))}."
         )
     if network.num_frames is None or (network.position.startswith(OURS) and not network.is_learned):
         return  # ours count on
     most = latent_frames(network.num_frames) * step
     if latents > most:
-        longest = pixel_frames(most)
         raise ConfigError(
-            f"{_FRAMES}: {bucket.frames} frames are {latents} latent frames, and this model has positions for "
-            f"{most} (num_frames in model.network_config.params); use {longest} or less."
+            f"{found} has positions for {most} (num_frames in model.network_config.params); use "
+            f"{pixel_frames(most)} or less."
         )
 
 
@@ -239,9 +232,8 @@ def _check_size(bucket: Bucket, network: Network) -> None:
     rows, columns = bucket.height // LATENT_SIDE, bucket.width // LATENT_SIDE
     known = f"{network.latent_height * LATENT_SIDE}x{network.latent_width * LATENT_SIDE}"
     if network.generation == "1.5":
-        if network.position.startswith(OURS):
-            return
-        if rows > network.latent_height or columns > network.latent_width:
+        larger = rows > network.latent_height or columns > network.latent_width
+        if larger and not network.position.startswith(OURS):
             raise ConfigError(
                 f"bucket {bucket}: this model has positions for {known} pixels (latent_height and latent_width in "
                 "model.network_config.params); use a smaller size."
@@ -251,7 +243,7 @@ def _check_size(bucket: Bucket, network: Network) -> None:
     if fixed and (rows, columns) != (network.latent_height, network.latent_width):
         raise ConfigError(
             f"bucket {bucket}: {fixed[0] or 'this network'} is right at {known} pixels only; use that size, or "
-            "append configs/cogvideo/sizes-2b.yaml or sizes-5b.yaml, whichever the model is."
+            "append configs/cogvideo/sizes-2b.yaml or sizes-5b.yaml, according to the model."
         )
 
 
@@ -262,7 +254,7 @@ def _generation_of_checkout(network: Network) -> str | None:
     module, _, name = TRANSFORMER.rpartition(".")
     try:
         built = getattr(import_module(module), name)
-    except ImportError:  # its own script will say what is missing
+    except ImportError:  # its own script reports what is missing
         return None
-    # what 1.5 brought, and 1.0 would take for an argument of SAT's
+    # new in 1.5; 1.0 would pass it on to SAT
     return "1.5" if "ofs_embed_dim" in inspect.signature(built.__init__).parameters else "1.0"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, LOSS, is_conditioned, read_network, target_of
+from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, LOSS, read_network, target_of
 from sat_ext.cogvideo.target import import_class
 from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
 from sat_ext.errors import ConfigError
@@ -147,7 +147,7 @@ def check_cache(args: argparse.Namespace, model: Mapping[str, Any], *, is_cached
             f"{CACHED_FIRST_STAGE}, and the YAML has {first_stage}; append configs/cogvideo/cached.yaml."
         )
     loss = target_of(model.get("loss_fn_config"))
-    if is_conditioned(model) and loss != LOSS:
+    if read_network(model).is_conditioned and loss != LOSS:
         raise ConfigError(
             f"data.params.cache: the cached condition goes through model.loss_fn_config.target: {LOSS}, and the "
             f"YAML has {loss}; append configs/cogvideo/joint.yaml."

@@ -25,33 +25,33 @@ PARAMS = "model.loss_fn_config.params"
 
 
 class JointDiffusionLoss(Target, nn.Module):
-    """A target for `model.loss_fn_config`: the class `parent`, told apart by kind and safe for stills.
+    """A target for `model.loss_fn_config`: the class `parent`, with losses by kind and safe for stills.
 
-    Called by CogVideo's engine like the parent, with latents (B, T, C, h, w), and gives (B,) losses, of which the
-    engine takes the mean. In a batch of clips that need no padding, without options and weights, they are the
-    parent's numbers to the bit, and as many random numbers are drawn. Beyond that:
+    CogVideo's engine calls it like the parent, with latents (B, T, C, h, w), and takes the mean of the (B,) losses
+    that it returns. For a batch of clips that need no padding, without options and weights, these are the parent's
+    bit for bit, and as many random numbers are drawn. Beyond that:
 
-    - Stills (`kind` "image"; a batch without `kind` tells them by `num_frames` 1, and one latent frame is always
-      one) train with `concat_images` zeroed: their condition frame is their target.
+    - Stills train with `concat_images` zeroed, as their condition frame is their target. A still has `kind`
+      "image" or, in a batch without `kind`, `num_frames` 1; a single latent frame always is one.
     - `condition_dropout` is the probability that a sample trains without its condition, drawn per sample and
       rank. It comes on top of `model.noised_image_dropout`, with which CogVideo drops the conditions of a whole
-      micro-batch: of the rates p and q, 1 - (1 - p)(1 - q) of the samples go without. Set that one to 0 to have
-      this one instead. Evaluations (the network not in training mode) drop none.
+      micro-batch: of the rates p and q, 1 - (1 - p)(1 - q) of the samples go without. Set that one to 0 to use
+      this one alone. Evaluations (the network not in training mode) drop none.
     - `loss_weights` are factors by kind, in training and evaluation. The batch's `loss_weight` (B,)
-      (`Schedule.loss_weight`, samples count alike) is another in training. The built-in engine does the same.
+      (`Schedule.loss_weight`, which makes samples count alike) is another in training. As in the built-in engine.
     - Where the network's patches span several latent frames (2 in 1.5), copies of the first latent frame are put
       in front until the patches fit, as CogVideo's diffusers trainers do. Its sampler drops that frame when it
       decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch), and has the condition's frame
-      in front of all; so it is here. The loss is a mean over the other frames.
-    - `condition_latents` (B, 1, C, h, w), of a batch from a cache, are taken in place of `concat_images`.
-    - `condition_scale` is what the first stage's latent of the condition frame is multiplied by, a cached one too.
-      Without it that is `scale_factor`, as in CogVideo's engine, whose `model.scale_factor` it must equal. A model
-      without condition ignores it. A 1.5 model needs it: CogVideo trains with 0.7 (`shared_step` in
-      sat/diffusion_video.py of the main branch), and no sampler uses that (docs/cogvideo.md).
+      in front of all, as here. The loss is a mean over the other frames.
+    - `condition_latents` (B, 1, C, h, w), of a batch from a cache, replace `concat_images`.
+    - `condition_scale` multiplies the first stage's latent of the condition frame, a cached one too. Without it
+      that is `scale_factor`, as in CogVideo's engine, whose `model.scale_factor` it must equal. A model without
+      condition ignores it. A 1.5 model needs it: CogVideo trains with 0.7 (`shared_step` in
+      sat/diffusion_video.py of the main branch), which no sampler uses (docs/cogvideo.md).
     - `sigma_sampler_config` with `uniform_sampling` gives each group of ranks an interval of noise levels. Where
       its `group_num` (40 in 1.5) does not divide the ranks, which fails in CogVideo's main branch, there are as
-      many groups as divide both ranks and levels, which is the rule of its tag v1.0.
-    - `ofs` (B,) is given to a network that embeds it, and that fails without: 2.0, or the batch's own.
+      many groups as divide both ranks and levels, the rule of its tag v1.0.
+    - A network that embeds `ofs` (B,) is given it, and would fail without: 2.0, or the batch's own.
 
     `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown, out of its
     range, or without a use (`condition_dropout` of a model without condition, at the first step).
@@ -112,7 +112,7 @@ class JointDiffusionLoss(Target, nn.Module):
         elif self.condition_dropout:
             raise ConfigError(
                 f"{PARAMS}.condition_dropout: {self.condition_dropout}, but the model has no image condition "
-                "to drop (model.noised_image_input is not set); take it out."
+                "to drop (model.noised_image_input is not set); remove it."
             )
         if getattr(transformer, "ofs_embed_dim", None) is not None:
             batch.setdefault("ofs", torch.full((len(input),), OFS, device=input.device))
@@ -137,8 +137,10 @@ class JointDiffusionLoss(Target, nn.Module):
     def _per_sample(
         self, batch: Mapping[str, Any], latents: Tensor, training: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each sample, (B,): whether it is a still, whether its condition is dropped (both on the CPU, so that
-        no GPU waits), and the factor of its loss."""
+        """Of each sample, (B,): whether it is a still, whether its condition is dropped, and its loss's factor.
+
+        The first two are on the CPU, so that no GPU waits.
+        """
         still = stills(kinds(batch, len(latents)), latents.shape[1])
         factors = torch.where(still, self.kind_weights.image, self.kind_weights.video).to(latents.device)
         if training and "loss_weight" in batch:
@@ -151,9 +153,9 @@ class JointDiffusionLoss(Target, nn.Module):
         return self._agreed(still, dropped, factors)
 
     def _agreed(self, still: Tensor, dropped: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the first of the ranks that share a model has, on all of them, as the parent does with its noise.
+        """The values of the first of the ranks that share a model, on all of them, as with the parent's noise.
 
-        CogVideo gives the others neither `kind` nor `loss_weight` (`broad_cast_batch` in its train_video.py).
+        CogVideo sends the others neither `kind` nor `loss_weight` (`broad_cast_batch` in its train_video.py).
         """
         if not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
             return still, dropped, factors
@@ -164,8 +166,10 @@ class JointDiffusionLoss(Target, nn.Module):
 
 
 def condition_factor(condition_scale: float | None, scale_factor: float, where: str) -> float:
-    """What the condition that CogVideo's engine makes, at `scale_factor`, is multiplied by to be at
-    `condition_scale`. Raises `ConfigError`; `where` is the place in the YAML."""
+    """The factor that brings the condition, which CogVideo's engine makes at `scale_factor`, to `condition_scale`.
+
+    Raises `ConfigError` for a scale that is not above 0; `where` is the place in the YAML.
+    """
     scales = {
         "scale_factor": convert(float, scale_factor, f"{where}.scale_factor"),
         "condition_scale": convert(float | None, condition_scale, f"{where}.condition_scale"),
@@ -178,7 +182,7 @@ def condition_factor(condition_scale: float | None, scale_factor: float, where: 
 
 
 def scaled(latents: Tensor, factor: float) -> Tensor:
-    """`latents` times `factor`, computed in float32; themselves where it is 1."""
+    """`latents` times `factor`, computed in float32; unchanged where it is 1."""
     return latents if factor == 1.0 else (latents.float() * factor).to(latents)
 
 
@@ -198,7 +202,7 @@ def fitting_groups(sigma_sampler: Any) -> Any:
 
 
 def kinds(batch: Mapping[str, Any], count: int) -> list[str]:
-    """The kind of each sample, as far as the batch says: a data class beside ours says `num_frames` at most."""
+    """The kind of each sample. A data class other than ours has `num_frames` at most."""
     if "kind" in batch:
         return list(batch["kind"])
     if "num_frames" in batch:

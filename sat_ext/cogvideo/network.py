@@ -1,4 +1,4 @@
-"""What CogVideo's `model` section says, read once: its network, and the whole in the words of our own `model:`.
+"""The one reader of CogVideo's `model` section: its network, and the whole as a `ModelConfig` of ours.
 
 CogVideo has two generations, which the network's `patch_size` tells apart: a number in CogVideoX 1.0 (tag v1.0 of
 the repository), three numbers in 1.5 (its main branch).
@@ -7,11 +7,11 @@ the repository), three numbers in 1.5 (its main branch).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sat_ext.cogvideox import LATENT_SIDE, TEXT_TOKENS, SequenceShape
-from sat_ext.config import convert, load
+from sat_ext.config import load
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import FirstStageConfig, ModelConfig, TextConfig, TrainConfig, TransformerConfig
 
@@ -24,33 +24,42 @@ CACHED_TEXT, OFFLOADED_TEXT = OURS + "CachedTextEmbedder", OURS + "OffloadedText
 PRETRAINED = "CogVideo"  # stands in `pretrained` for its own checkpoints, whose sizes are the published models'
 
 
+# Sizes that stand in `params` of the network by these names, as whole numbers above 0.
+_SIZES = (
+    "num_layers", "num_attention_heads", "hidden_size", "in_channels", "out_channels", "time_embed_dim",
+    "ofs_embed_dim", "num_frames", "latent_height", "latent_width",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """`network_config` of CogVideo's `model` section; None where the YAML does not say.
+    """The network of CogVideo's `model` section; None where the YAML leaves a value out.
 
     `patch` is (frames, rows, columns) in latents. `num_frames` (of pixels), `latent_height` and `latent_width` are
-    the size that the network is built for. `lora_rank` is 0 where a `lora_config` leaves it out.
+    the size that the network is built for. `lora_rank` is 0 where `lora_config` leaves it out. `is_conditioned`:
+    the model is image-to-video. From a cache its engine makes no condition, but its network takes one.
     """
 
     target: str
     generation: str | None
     patch: tuple[int, int, int]
-    num_layers: int | None
-    num_attention_heads: int | None
-    hidden_size: int | None
-    in_channels: int | None
-    out_channels: int | None
-    time_embed_dim: int | None
-    ofs_embed_dim: int | None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    hidden_size: int | None = None
+    in_channels: int | None = None
+    out_channels: int | None = None
+    time_embed_dim: int | None = None
+    ofs_embed_dim: int | None = None
+    num_frames: int | None = None
+    latent_height: int | None = None
+    latent_width: int | None = None
     text_hidden_size: int | None
-    num_frames: int | None
-    latent_height: int | None
-    latent_width: int | None
-    position: str
     text_length: int | None
+    position: str
     height_interpolation: float
     is_rotary: bool
     is_learned: bool
+    is_conditioned: bool
     final_layer: str
     lora_rank: int | None
     lora_alpha: float
@@ -61,59 +70,51 @@ class Network:
 def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
     """The network of CogVideo's `model` section, which stands at `where`.
 
-    Raises `ConfigError` where there is none, for a number that is none or below 1, and for a `patch_size` of
-    neither generation.
+    Raises `ConfigError` where there is none, for a size that is not a whole number above 0, and for a `patch_size`
+    of neither generation.
     """
     if "network_config" not in (model or {}):
-        raise ConfigError(f"{where}.network_config: missing; use CogVideo's YAML of the model as it is.")
+        raise ConfigError(f"{where}.network_config: missing; use CogVideo's own YAML of the model.")
     where = f"{where}.network_config.params"
     config = model["network_config"] or {}
     params = config.get("params") or {}
     modules = params.get("modules") or {}
-    position, lora = _params(modules, "pos_embed_config"), _params(modules, "lora_config")
+    position, lora = params_of(modules, "pos_embed_config"), params_of(modules, "lora_config")
     transformer = params.get("transformer_args") or {}
-
-    def size(name: str, values: Mapping[str, Any] = params) -> int | None:
-        value: int | None = convert(int | None, values.get(name), f"{where}.{name}")
-        if value is not None and value < 1:
-            raise ConfigError(f"{where}.{name}: {value}; use a number above 0.")
-        return value
-
     patch = params.get("patch_size", 2)
     three = list(patch) if isinstance(patch, Sequence) and not isinstance(patch, str) else [1, patch, patch]
     if len(three) != 3 or not all(isinstance(p, int) and p > 0 for p in three):
         raise ConfigError(
             f"{where}.patch_size: {patch!r} is neither a number (CogVideoX 1.0) nor three (1.5); use CogVideo's "
-            "YAML of the model as it is."
+            "own YAML of the model."
         )
-    return Network(
-        target=target_of(config),
-        generation=None if "patch_size" not in params else "1.0" if isinstance(patch, int) else "1.5",
-        patch=(three[0], three[1], three[2]),
-        num_layers=size("num_layers"),
-        num_attention_heads=size("num_attention_heads"),
-        hidden_size=size("hidden_size"),
-        in_channels=size("in_channels"),
-        out_channels=size("out_channels"),
-        time_embed_dim=size("time_embed_dim"),
-        ofs_embed_dim=size("ofs_embed_dim"),
-        text_hidden_size=size("text_hidden_size", _params(modules, "patch_embed_config")),
-        num_frames=size("num_frames"),
-        latent_height=size("latent_height"),
-        latent_width=size("latent_width"),
-        position=target_of(modules.get("pos_embed_config")),
-        text_length=size("text_length", position),
-        height_interpolation=convert(
-            float, position.get("height_interpolation", 1.0), f"{where}.height_interpolation"
-        ),
-        is_rotary="hidden_size_head" in position,
-        is_learned=bool(position.get("learnable_pos_embed")),
-        final_layer=target_of(modules.get("final_layer_config")),
-        lora_rank=lora.get("r", 0) if "lora_config" in modules else None,
-        lora_alpha=lora.get("lora_alpha", 1),
-        model_parallel_size=transformer.get("model_parallel_size", 1),
-        recomputes=bool(transformer.get("checkpoint_activations")),
-    )
+    sizes = {
+        **{name: params[name] for name in _SIZES if name in params},
+        "text_hidden_size": params_of(modules, "patch_embed_config").get("text_hidden_size"),
+        "text_length": position.get("text_length"),
+    }
+    values = {
+        "target": target_of(config),
+        "generation": None if "patch_size" not in params else "1.0" if isinstance(patch, int) else "1.5",
+        "patch": three,
+        "position": target_of(modules.get("pos_embed_config")),
+        "height_interpolation": position.get("height_interpolation", 1.0),
+        "is_rotary": "hidden_size_head" in position,
+        "is_learned": bool(position.get("learnable_pos_embed")),
+        "is_conditioned": bool(model.get("noised_image_input")),
+        "final_layer": target_of(modules.get("final_layer_config")),
+        "lora_rank": lora.get("r", 0) if "lora_config" in modules else None,
+        "lora_alpha": lora.get("lora_alpha", 1),
+        "model_parallel_size": transformer.get("model_parallel_size", 1),
+        "recomputes": bool(transformer.get("checkpoint_activations")),
+    }
+    network = load(Network, {**values, **sizes}, where)
+    for name in sizes:
+        size = getattr(network, name)
+        if size is not None and size < 1:
+            raise ConfigError(f"{where}.{name}: {size}; use a number above 0.")
+    twice = network.out_channels is not None and network.in_channels == 2 * network.out_channels
+    return replace(network, is_conditioned=network.is_conditioned or twice)
 
 
 def target_of(config: Any) -> str:
@@ -121,16 +122,10 @@ def target_of(config: Any) -> str:
     return str((config or {}).get("target", ""))
 
 
-def _params(parts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def params_of(parts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The `params` of the part of this name; empty where there are none."""
     found: Mapping[str, Any] = (parts.get(name) or {}).get("params") or {}
     return found
-
-
-def is_conditioned(model: Mapping[str, Any]) -> bool:
-    """Whether the model is image-to-video. From a cache its engine makes no condition, its network takes one."""
-    network = read_network(model)
-    twice = network.out_channels is not None and network.in_channels == 2 * network.out_channels
-    return bool(model.get("noised_image_input")) or twice
 
 
 def sequence_shape(network: Network) -> SequenceShape:
@@ -145,7 +140,7 @@ def sequence_shape(network: Network) -> SequenceShape:
 
 
 def transformer_values(network: Network, where: str = "model") -> dict[str, Any]:
-    """What the YAML says of the transformer, in the words of diffusers' config.json.
+    """The transformer's architecture by the names of diffusers' config.json.
 
     Raises `ConfigError` where it is incomplete; `where` is the place of the `model` section.
     """
@@ -191,12 +186,12 @@ def _missing(name: str, where: str) -> str:
 
 def text_embedder(model: Mapping[str, Any]) -> Mapping[str, Any]:
     """The entry of `emb_models` that embeds captions; empty where there is none."""
-    models: Sequence[Any] = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    models: Sequence[Any] = params_of(model, "conditioner_config").get("emb_models") or []
     return next((m for m in models if m.get("input_key", "txt") == "txt"), {})
 
 
 def model_config(model: Mapping[str, Any]) -> ModelConfig:
-    """CogVideo's `model` section in the words of ours: the same architecture, and the levers that are set."""
+    """CogVideo's `model` section as ours: the same architecture, and the levers that are set."""
     network = read_network(model)
     stage, text = model.get("first_stage_config") or {}, text_embedder(model)
     first = stage.get("params") or {}

@@ -20,16 +20,15 @@ class PaddedSampler(Target):
 
     CogVideo's evaluations (`log_video` in sat/diffusion_video.py of its main branch) sample as many latent frames
     as the batch has, which fails for an odd number, and pass no `ofs`, which fails for image-to-video models. Here
-    both come as in training (`JointDiffusionLoss`): a frame of padding in front, and 2.0 as `ofs`. The condition,
+    both are as in training (`JointDiffusionLoss`): a frame of padding in front, and 2.0 as `ofs`. The condition,
     which comes at `scale_factor`, is brought to `condition_scale` as in that loss.
 
-    The engine drops the first of the frames that it decodes (`decode_first_stage`), as one of padding. So the
-    padding stays in the result, and where none was needed a copy of the first frame goes in front. With an `ofs`
-    given, as by sample_video.py for image-to-video models, it does what the parent does: frames and condition come
-    as that script makes them.
+    The engine drops the first frame that it decodes, as padding (`decode_first_stage`). So the padding stays in
+    the result, and where none was needed a copy of the first frame goes in front. With an `ofs` given, as by
+    sample_video.py for image-to-video models, the parent samples alone: that script pads by itself.
 
     `parent` and its parameters stay in `params`. Raises `ConfigError` where the parent cannot be imported, and for
-    a scale that is none.
+    a scale that is not above 0.
     """
 
     PARENT = "sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSampler"
@@ -56,7 +55,7 @@ class PaddedSampler(Target):
         ofs: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Latents from noise `x` (B, T, C, h, w), with one frame in front more than T unless `ofs` is given.
+        """Latents from noise `x` (B, T, C, h, w), with one frame more than T, in front, unless `ofs` is given.
 
         `cond` and `uc` may hold the image as `concat`.
         """

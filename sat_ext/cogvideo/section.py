@@ -14,8 +14,8 @@ from sat_ext.cogvideo.network import (
     CACHED_TEXT,
     CHUNKED_FIRST_STAGE,
     LOSS,
-    is_conditioned,
     model_config,
+    params_of,
     read_network,
     sequence_shape,
     target_of,
@@ -44,12 +44,12 @@ class CogVideo:
     @property
     def is_conditioned(self) -> bool:
         """See `Engine`."""
-        return is_conditioned(self.model)
+        return read_network(self.model).is_conditioned
 
     @property
     def condition_dropout(self) -> float:
         """CogVideo's, of whole batches, and that of our loss together."""
-        loss = (self.model.get("loss_fn_config") or {}).get("params") or {}
+        loss = params_of(self.model, "loss_fn_config")
         rates = self.model.get("noised_image_dropout", 0.0), loss.get("condition_dropout", 0.0)
         return 1 - (1 - float(rates[0])) * (1 - float(rates[1]))
 
@@ -63,7 +63,7 @@ class CogVideo:
         """See `Engine`."""
         network = read_network(self.model)
         alpha, rank = network.lora_alpha, network.lora_rank
-        return (alpha / rank, f"{alpha}/{rank}") if rank else None
+        return (alpha / rank, f"{alpha:g}/{rank}") if rank else None
 
     @property
     def is_2b(self) -> bool:

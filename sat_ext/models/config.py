@@ -71,16 +71,16 @@ class FirstStageConfig:
     """Pixels to latents: the video autoencoder, or the tiny models' cosine transform, which has no weights.
 
     Levers on the autoencoder's memory, in the order in which to pull them:
-    - `slicing`: encode one sample at a time, which is the default: batches take as many times the memory, and fail
-      in diffusers from nine stills of 480x720 on.
-    - `tiling`: encode in overlapping tiles of half the native height and width, which are blended; a quarter of
-      the memory, for some 40 % more time. Latents differ a little from those of the whole frame.
-    - `frames`: pixel frames that are encoded at a time, a multiple of 4. The published models saw latents of 8,
-      which other values differ from.
+    - `slicing`: encode one sample at a time, the default. A batch takes as many times the memory, and diffusers
+      fails from nine stills of 480x720 on.
+    - `tiling`: encode in overlapping, blended tiles of half the native height and width; a quarter of the memory
+      for some 40 % more time. Latents differ a little from those of the whole frame.
+    - `frames`: pixel frames that are encoded at a time, a multiple of 4. The published models saw latents of 8;
+      other values give slightly different ones.
     Samples are always decoded one at a time and in tiles.
 
     `condition_scale` multiplies the latents of the I2V condition frame, in training and in `sat-ext sample`. Null
-    does as diffusers' pipeline: `scaling_factor`, or its inverse where the folder's vae/config.json says
+    is as in diffusers' pipeline: `scaling_factor`, or its inverse where the folder's vae/config.json has
     `invert_scale_latents`.
     """
 
@@ -94,11 +94,11 @@ class FirstStageConfig:
     def __post_init__(self) -> None:
         if self.frames < 4 or self.frames % TEMPORAL_COMPRESSION:
             near = max(1, round(self.frames / TEMPORAL_COMPRESSION)) * TEMPORAL_COMPRESSION
-            raise ConfigError(f"model.first_stage.frames: {self.frames} is no multiple of 4; write {near}.")
+            raise ConfigError(f"model.first_stage.frames: {self.frames} is not a multiple of 4; use {near}.")
         if self.condition_scale is not None and (self.kind == "cosine" or not 0 < self.condition_scale < math.inf):
             raise ConfigError(
                 f"model.first_stage.condition_scale: {self.condition_scale} is not a scale of an autoencoder's "
-                "latents; give a number above 0, or null for the one of diffusers' pipeline."
+                "latents; use a number above 0, or null for that of diffusers' pipeline."
             )
 
 
@@ -108,10 +108,10 @@ class TextConfig:
     models without a folder.
 
     - `device`: "cpu" encodes on the CPU, which takes seconds a caption for a T5-XXL. "on_off" copies the encoder
-      to the GPU for each call, before the transformer's activations are there; the copy is of 9.5 GB in bf16. Both
+      to the GPU for each call, before the transformer's activations are there; the copy takes 9.5 GB in bf16. Both
       keep it in the CPU memory of each rank.
     - `quantization` of a `t5` that stays on the GPU, by bitsandbytes: "int8" and "nf4" take 1 and 0.56 bytes a
-      weight of the linear layers, but for `wo`, which transformers keeps as it is: 5.9 and 4.3 GB of a T5-XXL. The
+      weight of the linear layers except `wo`, which transformers leaves alone: 5.9 and 4.3 GB for a T5-XXL. The
       embeddings differ a little from those that the model was trained on.
 
     With cached embeddings (`sat-ext cache`) no step needs the encoder.
@@ -136,9 +136,9 @@ class TrainConfig:
     """What trains. Rank, alpha and targets default to those of CogVideo's diffusers trainer
     (finetune/schemas/args.py).
 
-    `quantization` is of the frozen weights below a LoRA, those of the linear layers in the blocks: "fp8" takes 1
-    byte each, with an error of some 3 % of a weight, "nf4" 0.53 bytes with some 9 %; bf16 takes 2. Each use makes
-    them whole again, which takes time.
+    `quantization` applies to the frozen weights below a LoRA, in the blocks' linear layers: "fp8" takes 1 byte
+    each, with an error of some 3 % of a weight, "nf4" 0.53 bytes with some 9 %; bf16 takes 2. They are dequantised
+    at each use, which takes time.
     """
 
     mode: Literal["full", "lora"] = "full"
@@ -191,10 +191,10 @@ class ModelConfig:
     `transformer:` section is what the folder is expected to hold. Dropout rates default to CogVideo's
     `ucg_rate` and `noised_image_dropout` (sat/configs/cogvideox_5b_i2v_lora.yaml at tag v1.0).
 
-    `gradient_checkpointing` is true for every block, or `GradientCheckpointing`. `block_swap` is how many blocks'
-    frozen weights wait in page-locked CPU memory (that of each rank), fetched while the block before computes: all
-    but two of them leave the GPU. It costs no time as long as a block computes longer than its weights take over
-    PCIe (5B: 264 MB of bf16, some 10 ms), which small stills do not.
+    `gradient_checkpointing` is true for every block, or `GradientCheckpointing`. `block_swap` is the number of
+    blocks whose frozen weights wait in the page-locked CPU memory of each rank, and are fetched while the block
+    before computes: all but two of them leave the GPU. It costs no time as long as a block computes longer than
+    its weights take over PCIe (5B: 264 MB of bf16, some 10 ms), which small stills do not.
     """
 
     pretrained: str | None = None
@@ -214,7 +214,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("caption_dropout", "condition_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"model.{name}: {getattr(self, name)} is not a share; use 0.0 to 1.0.")
+                raise ConfigError(
+                    f"model.{name}: {getattr(self, name)} is not a probability; use a value from 0 to 1."
+                )
         if self.pretrained is None and self.text.kind == "t5":
             raise ConfigError("model.text.kind: t5 needs a folder; set model.pretrained, or kind: byt5.")
 

@@ -71,7 +71,7 @@ def test_stills_and_clips_of_the_models_own_size_are_taken(generation: str, long
             r"buckets\.frames: CogVideo's own loss would show a still .* its target as the condition; name "
             r"sat_ext\.cogvideo\.JointDiffusionLoss in model\.loss_fn_config\.target, or leave 1 out of the list",
         ),
-        (model(latent_input=True), r"model\.latent_input: true says that clips come encoded.*set it to false"),
+        (model(latent_input=True), r"model\.latent_input: true expects encoded clips.*set it to false"),
         (
             model(loss_fn_config={**JOINT, "params": {"condition_dropout": 0.1}}),
             r"condition_dropout: this model has no image condition to drop.*leave configs/cogvideo/i2v\.yaml out",
@@ -142,7 +142,7 @@ def test_odd_latent_frames_of_a_1_5_model_need_our_loss() -> None:
 def test_a_network_that_asks_for_ofs_needs_our_loss() -> None:
     made = model("1.5", loss_fn_config=THEIRS)
     made["network_config"]["params"]["ofs_embed_dim"] = 512
-    with pytest.raises(ConfigError, match="CogVideo's own loss does not pass 'ofs', which this network asks for"):
+    with pytest.raises(ConfigError, match="CogVideo's own loss does not pass 'ofs', which this network needs"):
         check_model(made, [bucket(13)])
 
 

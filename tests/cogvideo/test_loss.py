@@ -206,7 +206,7 @@ def test_dropout_without_a_condition_is_refused() -> None:
         losses(joint(condition_dropout=0.1), Network(Transformer()), 3, batch_of(["video"], 3))
     assert str(error.value) == (
         f"{PARAMS}.condition_dropout: 0.1, but the model has no image condition to drop "
-        "(model.noised_image_input is not set); take it out."
+        "(model.noised_image_input is not set); remove it."
     )
 
 

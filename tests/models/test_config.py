@@ -36,7 +36,7 @@ def test_unknown_key_names_place_and_nearest() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"caption_dropout": 1.5}, r"model\.caption_dropout: 1\.5 is not a share; use 0\.0 to 1\.0"),
+        ({"caption_dropout": 1.5}, r"model\.caption_dropout: 1\.5 is not a probability; use a value"),
         ({"text": {"kind": "t5"}}, r"model\.text\.kind: t5 needs a folder; set model\.pretrained"),
         ({"conditioning": "i2v"}, r"in_channels 16 .* do not fit conditioning 'i2v' .* it takes 32 and 16"),
     ],

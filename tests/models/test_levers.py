@@ -27,8 +27,8 @@ SWAP = {"transformer": SIX, "block_swap": 4, "train": LORA, "gradient_checkpoint
         ({**SWAP, "block_swap": 2}, "give 3 to 6, or 0 for none"),
         ({**SWAP, "block_swap": -1}, "give 3 to 6, or 0 for none"),
         ({"text": {"kind": "byt5", "quantization": "nf4"}}, "text.quantization: nf4 is for a folder's T5"),
-        ({"first_stage": {"frames": 6}}, "first_stage.frames: 6 is no multiple of 4; write 8"),
-        ({"first_stage": {"frames": 0}}, "first_stage.frames: 0 is no multiple of 4; write 4"),
+        ({"first_stage": {"frames": 6}}, "first_stage.frames: 6 is not a multiple of 4; use 8"),
+        ({"first_stage": {"frames": 0}}, "first_stage.frames: 0 is not a multiple of 4; use 4"),
     ],
 )  # fmt: skip
 def test_levers_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
