@@ -153,7 +153,7 @@ def weights_of(args: Mapping[str, Any], paths: Sequence[str]) -> list[float] | N
     if weights and len(weights) != len(paths):
         raise ConfigError(
             f"args.train_data_weights: {len(weights)} weights for {len(paths)} entries of args.train_data; "
-            "give one for each."
+            "write one for each."
         )
     return weights or None
 

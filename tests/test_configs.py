@@ -124,12 +124,12 @@ def test_a_misspelt_deepspeed_key_and_a_missing_target_are_named(tmp_path: Path)
         ("args: {train_iters: many}", "args.train_iters: expected int, got 'many'"),
         ("args: {lr_decay_style: cosin}", "args.lr_decay_style: 'cosin' is not one of constant, linear"),
         ("args: {iterable_dataset: true}", "write 'iterable_dataset: custom'"),
-        ("args: {seed: 0}", "args.seed: 0; give 1 or more"),
+        ("args: {seed: 0}", "args.seed: 0; use 1 or more"),
         ("args: {strict_eval: true}", "args.strict_eval: a stream has no last batch"),
         ("args: {valid_data: null}", "args.eval_interval: there is nothing to evaluate on"),
         ("args: {train_data: [a, b], train_data_weights: [1]}", "1 weights for 2 entries"),
         ("args: {save: /proc/nowhere}", "args.save: /proc/nowhere cannot be made"),
-        ("deepspeed: {train_micro_batch_size_per_gpu: 0}", "args.batch_size: 0; give 1 or more"),
+        ("deepspeed: {train_micro_batch_size_per_gpu: 0}", "args.batch_size: 0; use 1 or more"),
     ],
 )
 def test_values_that_sat_would_stumble_over_are_named(tmp_path: Path, text: str, message: str) -> None:

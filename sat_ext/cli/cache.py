@@ -172,7 +172,7 @@ def _write(
                 progress=_progress("encoding", console),
             )  # fmt: skip
     for error in errors:
-        print(f"left out, mend or remove it: {error}", file=sys.stderr)
+        print(f"left out, fix or remove it: {error}", file=sys.stderr)
 
 
 def _progress(description: str, console: Console) -> Progress:
@@ -207,7 +207,7 @@ def _facts(
     if len(bad) > limit:
         raise DataError(
             f"{folder}: {len(bad)} samples cannot be read, more than data.params.on_bad_sample.skip ({limit}) "
-            f"allows: {', '.join(bad[:3])} ...; mend or remove them, or raise the limit."
+            f"allows: {', '.join(bad[:3])} ...; fix or remove them, or raise the limit."
         )
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {

@@ -44,13 +44,13 @@ _MOST_ROWS = 12  # of a table
 # What to do, by what a reason says; the first that fits.
 _REMEDIES = (
     (("truncated", "damaged", "empty", "missing", "not whole"), "copy or download it again"),
-    (("no such file", "does not exist", "not a regular file"), "mend its path in the table, or take it out"),
+    (("no such file", "does not exist", "not a regular file"), "correct its path in the table, or remove it"),
     (("over the limit",), "make it smaller"),
-    (("longer than",), "convert it with ffmpeg, raise --timeout, or take it out"),
+    (("longer than",), "convert it with ffmpeg, raise --timeout, or remove it"),
     (("permission",), "make it readable"),
-    (("no video stream",), "take it out: it has no pictures"),
+    (("no video stream",), "remove it: it has no pictures"),
 )
-_OTHERWISE = "copy it again, convert it, or take it out"
+_OTHERWISE = "copy it again, convert it, or remove it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +138,7 @@ def _sources(paths: Sequence[str], run: Recipe | None, allow: Sequence[str]) -> 
         paths = [s.path for s in (*run.sources, *run.held_out)]
     elif not paths:
         raise ConfigError(
-            "check: nothing to check; give a folder, a table or a file, or --base with the run's YAML."
+            "check: nothing to check; name a folder, a table or a file, or --base with the run's YAML."
         )
     return {source: _read(source, allow) for source in dict.fromkeys(paths)}
 

@@ -89,7 +89,7 @@ def make_options(
 
     for name, value in (("--alpha", alpha), ("--scale-factor", scale_factor)):
         if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{name}: {value:g} is no scale; give a number over 0.")
+            raise ConfigError(f"{name}: {value:g} is not a scale; use a number above 0.")
     return ConvertOptions(
         base=read_yaml(base) if base else None,
         size=None if size is None else _size(size),

@@ -18,7 +18,7 @@ from sat_ext.memory.table import as_data, configurations, of_buckets, of_cache, 
 from sat_ext.recipe import read_recipe
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-WIDTH = 150  # columns, where the output is no terminal
+WIDTH = 150  # columns, where the output is not a terminal
 
 
 def plan(
@@ -65,6 +65,6 @@ def size_of(text: str, where: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
     if found is None:
-        raise ConfigError(f"{where}: {text!r} is no size; write 24GB or 24GiB.")
+        raise ConfigError(f"{where}: {text!r} is not a size; write 24GB or 24GiB.")
     unit = (found[2] or "").capitalize()
     return int(float(found[1]) * UNITS[unit])

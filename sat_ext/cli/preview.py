@@ -27,7 +27,7 @@ def preview(
     output: Annotated[Path, typer.Option("-o", "--output", help="the page (HTML)")] = Path("report.html"),
     gpus: Annotated[int, typer.Option(min=1, help="data-parallel ranks of the run")] = 1,
 ) -> None:
-    """Write a page that shows what the model will see: samples of each bucket, shares, sizes, and what to mend."""
+    """Write a page that shows what the model will see: samples of each bucket, shares, sizes, and what to fix."""
     yaml = [*base, *(more or [])]
     run = read_recipe(yaml).checked()
     console = Console(stderr=True)

@@ -16,10 +16,12 @@ from sat import arguments as sat_arguments
 
 from sat_ext.config import convert, read_yaml, reject_unknown_keys
 from sat_ext.errors import ConfigError
+from sat_ext.recipe import weights_of
 from sat_ext.sat import peers
 from sat_ext.sat.lists import fill_in
 from sat_ext.sat.section import TWICE, check_keys, check_section
 from sat_ext.sat.settings import settings_of
+from sat_ext.zero import precision
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -114,16 +116,12 @@ def _check(args: argparse.Namespace) -> None:
     settings_of(args)
     for name in ("seed", "batch_size", "gradient_accumulation_steps", "log_interval"):
         if getattr(args, name) < 1:
-            raise ConfigError(f"args.{name}: {getattr(args, name)}; give 1 or more.")
+            raise ConfigError(f"args.{name}: {getattr(args, name)}; use 1 or more.")
     if args.strict_eval:
         raise ConfigError("args.strict_eval: a stream has no last batch; leave it out, eval_iters says how many.")
     if args.eval_interval and not args.valid_data:
         raise ConfigError("args.eval_interval: there is nothing to evaluate on; name folders in args.valid_data.")
-    if args.train_data_weights and len(args.train_data_weights) != len(args.train_data):
-        raise ConfigError(
-            f"args.train_data_weights: {len(args.train_data_weights)} weights for {len(args.train_data)} entries "
-            "of args.train_data; give one for each."
-        )
+    weights_of(vars(args), args.train_data)
     if args.save:
         try:
             Path(args.save).mkdir(parents=True, exist_ok=True)
@@ -151,8 +149,7 @@ def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
     args.deepspeed, args.deepspeed_activation_checkpointing = True, False
 
     ds = args.deepspeed_config
-    args.fp16 = bool((ds.get("fp16") or {}).get("enabled"))
-    args.bf16 = bool((ds.get("bf16") or {}).get("enabled"))
+    args.fp16, args.bf16 = precision(ds)
     optimizer = ds["optimizer"] = {"type": "AdamW", **(ds.get("optimizer") or {})}
     optimizer["params"] = optimizer.get("params") or {}
     for name, (*place, key) in TWICE.items():

@@ -29,7 +29,6 @@ from sat_ext.sat import hooks
 from sat_ext.sat.broadcast import require_everywhere, share_from_first_rank
 from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.data_state import first_step, samples_used
-from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.run import recipe_in, run_of
 from sat_ext.sat.settings import settings_of
 from sat_ext.sat.shared_memory import check_shared_memory
@@ -46,7 +45,7 @@ class SharedStream(DataPipeline):
         self.rank = mpu.get_data_parallel_rank()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The list's one iterator; made anew when every entry has asked for it once."""
+        """The list's one iterator; a new one when every entry has asked for it once."""
         if not self._shared or self in self._shared[1]:
             self._shared[:] = [self._batches(), []]
         self._shared[1].append(self)
@@ -91,7 +90,6 @@ class _Entry:
         return MethodType(self.method, owner)
 
 
-@dataset_registry.register
 class JointImageVideoDataset:
     """YAML target `sat_ext.JointImageVideoDataset`: stills, clips and first frames in one training run."""
 
@@ -115,7 +113,6 @@ class JointImageVideoDataset:
         return SharedStream(entries[0], args, entries[1])
 
 
-@dataset_registry.register
 class FirstFrameDataset(JointImageVideoDataset):
     """YAML target `sat_ext.FirstFrameDataset`: the first frame of every clip, and stills as they are."""
 

@@ -38,7 +38,7 @@ def check_keys(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """What the YAML says, as it stands: the `deepspeed` section, and `args`. Raises `ConfigError`."""
     if "scheduler" in config:
         raise ConfigError(
-            "deepspeed.scheduler: SAT sets the learning rate itself, and two schedules make it 0; take it out, "
+            "deepspeed.scheduler: SAT sets the learning rate itself, and two schedules make it 0; remove it, "
             "and use args.warmup, lr_decay_style and lr_decay_ratio."
         )
     reject_unknown_keys(config, (*DEEPSPEED_KEYS, *UNREAD), "deepspeed")
@@ -93,12 +93,10 @@ def check_section(config: Mapping[str, Any], ranks: int, *, checkpoints_activati
         )
     stage = (config.get("zero_optimization") or {}).get("stage", 0)
     if stage and config.get("prescale_gradients"):
-        raise ConfigError(
-            f"deepspeed.prescale_gradients: true does not work with ZeRO stage {stage}; take it out."
-        )
+        raise ConfigError(f"deepspeed.prescale_gradients: true does not work with ZeRO stage {stage}; remove it.")
     if stage > 1 and (factor := config.get("gradient_predivide_factor") or 1.0) != 1.0:
         raise ConfigError(
-            f"deepspeed.gradient_predivide_factor: {factor} does not work with ZeRO stage {stage}; take it out."
+            f"deepspeed.gradient_predivide_factor: {factor} does not work with ZeRO stage {stage}; remove it."
         )
     section = {k: v for k, v in deepcopy(dict(config)).items() if k not in ("train_batch_size", *UNREAD)}
     try:
@@ -140,7 +138,7 @@ def _check_precision(config: Mapping[str, Any]) -> None:
     if named.get("param_dtype", model) != model:
         raise ConfigError(
             f"deepspeed.data_types.param_dtype: {named['param_dtype']}, and the run trains in {model} ("
-            "fp16.enabled and bf16.enabled); take it out."
+            "fp16.enabled and bf16.enabled); remove it."
         )
     if not stage and named.get("grad_accum_dtype", model) != model:
         raise ConfigError(

@@ -34,12 +34,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.keep_last is not None and self.keep_last < 1:
-            raise ConfigError(f"args.keep_last: {self.keep_last}; give 1 or more, or leave it out to keep all.")
+            raise ConfigError(f"args.keep_last: {self.keep_last}; use 1 or more, or leave it out to keep all.")
         if self.stop_after_bad_steps < 1:
-            raise ConfigError(f"args.stop_after_bad_steps: {self.stop_after_bad_steps}; give 1 or more.")
+            raise ConfigError(f"args.stop_after_bad_steps: {self.stop_after_bad_steps}; use 1 or more.")
         if not MINUTES[0] <= self.timeout_minutes <= MINUTES[1]:
             raise ConfigError(
-                f"args.timeout_minutes: {self.timeout_minutes}; give {MINUTES[0]} to {MINUTES[1]} (a week)."
+                f"args.timeout_minutes: {self.timeout_minutes}; use {MINUTES[0]} to {MINUTES[1]} (a week)."
             )
 
 
@@ -58,7 +58,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def _from_yaml(args: argparse.Namespace) -> Mapping[str, Any]:
-    """Ours of the section `args`. CogVideo passes over keys that it does not know: a misspelt one is told here."""
+    """Ours of the section `args`. CogVideo ignores keys that it does not know: a misspelt one is an error here."""
     paths = getattr(args, "base", None)
     section = (read_yaml(paths).get("args") or {}) if paths else {}
     for key in section:

@@ -184,7 +184,7 @@ def test_a_single_file_and_a_table_can_be_checked(run: Run, data: Path, tmp_path
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "check: nothing to check; give a folder, a table or a file, or --base with the run's YAML."),
+        ([], "check: nothing to check; name a folder, a table or a file, or --base with the run's YAML."),
         (["nowhere"], "nowhere: no such file or folder"),
         (["--base", "nowhere.yaml"], "--base: there is no file nowhere.yaml"),
     ],
@@ -243,5 +243,5 @@ def test_stills_are_decoded_to_their_end(tmp_path: Path) -> None:
 def test_every_reason_has_a_remedy() -> None:
     assert remedy("reading it took longer than 60 s (--timeout)").startswith("convert it with ffmpeg, raise")
     assert remedy("1x1 pixels, over the limit of 3") == "make it smaller"
-    assert remedy("whatever") == "copy it again, convert it, or take it out"
+    assert remedy("whatever") == "copy it again, convert it, or remove it"
     assert _printable("a\tb\udcff") == "a\\tb\\udcff"

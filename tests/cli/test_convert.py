@@ -66,7 +66,7 @@ def test_convert_takes_several_yaml_files_after_one_base(tmp_path: Path) -> None
     [
         (["--base", "a.yaml", "b.yaml", "sat"], "b.yaml: is taken for the source; name the source before --base."),
         (["sat", "other"], "other: only one source is taken at a time; YAML files go after --base."),
-        (["sat", "--scale-factor", "0"], "--scale-factor: 0 is no scale; give a number over 0."),
+        (["sat", "--scale-factor", "0"], "--scale-factor: 0 is not a scale; use a number above 0."),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:

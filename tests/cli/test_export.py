@@ -36,7 +36,7 @@ def test_an_alpha_that_is_not_over_0_is_one_sentence(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: --alpha: {alpha} is no scale; give a number over 0.\n"
+    assert capsys.readouterr().err == f"error: --alpha: {alpha} is not a scale; use a number above 0.\n"
 
 
 def test_export_takes_several_yaml_files_after_one_base(tmp_path: Path) -> None:

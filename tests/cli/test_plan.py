@@ -64,5 +64,5 @@ def test_sizes(text: str, size: float) -> None:
 
 
 def test_what_is_no_size_is_told() -> None:
-    with pytest.raises(ConfigError, match="--gpu-memory: 'much' is no size; write 24GB or 24GiB"):
+    with pytest.raises(ConfigError, match="--gpu-memory: 'much' is not a size; write 24GB or 24GiB"):
         size_of("much", "--gpu-memory")

@@ -267,7 +267,7 @@ def test_a_lora_begins_from_a_full_run_and_its_resume_names_a_base_that_is_not_i
     ("given", "message"),
     [
         ({"checkpoint": "ful"}, r"args.checkpoint: 'ful' is not one of weights, full \(did you mean 'full'\?\)"),
-        ({"checkpoint": "full", "keep_last": 0}, "args.keep_last: 0; give 1 or more, or leave it out to keep all"),
+        ({"checkpoint": "full", "keep_last": 0}, "args.keep_last: 0; use 1 or more, or leave it out to keep all"),
     ],
 )
 def test_settings_are_read_from_the_yaml_that_cogvideos_script_names(

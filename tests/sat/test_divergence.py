@@ -192,7 +192,7 @@ def test_the_search_for_fp16s_loss_scale_is_no_divergence() -> None:
 
 
 def test_the_number_of_bad_steps_is_checked() -> None:
-    with pytest.raises(ConfigError, match=r"args.stop_after_bad_steps: 0; give 1 or more"):
+    with pytest.raises(ConfigError, match=r"args.stop_after_bad_steps: 0; use 1 or more"):
         Settings(stop_after_bad_steps=0)
 
 
