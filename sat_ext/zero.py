@@ -143,6 +143,18 @@ def training_dtype(fp16: bool, bf16: bool) -> torch.dtype:
     return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
 
 
+def zero_of(args: Any) -> Mapping[str, Any]:
+    """`deepspeed.zero_optimization` of SAT's `args`; empty where there is none."""
+    found: Mapping[str, Any] = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
+    return found
+
+
+def offloads_optimizer(zero: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's states are in the memory of the CPU or on a disk."""
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    return bool(zero.get("cpu_offload")) or device != "none"
+
+
 def _refuse_auto(section: Mapping[str, Any], where: str) -> None:
     for key, value in section.items():
         if value == AUTO:

@@ -40,6 +40,7 @@ from sat_ext.models.levers import check_zero
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.pixels import to_model_range
 from sat_ext.ranks import rank_and_world
+from sat_ext.zero import zero_of
 
 KINDS = ("image", "video")
 
@@ -59,8 +60,7 @@ class VideoDiffusionEngine(nn.Module):
             found = folder_config(config.pretrained, "scheduler", "scheduler_config.json")
             schedule = read_schedule(found, f"{config.pretrained}/scheduler/scheduler_config.json")
             config = replace(config, schedule=schedule)
-        zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
-        check_zero(config, int(zero.get("stage", 0)))
+        check_zero(config, int(zero_of(args).get("stage", 0)))
         self.config = config
         # not called "transformer": SAT would take it for one of its own when it saves
         self.network = build_transformer(config, params_dtype)

@@ -150,7 +150,7 @@ _done: set[str] = set()  # of `enter` and `install`, what this process has done
 def enter() -> None:
     """Put `ENTRY` in place: from SAT's `make_loaders` on, `begin` is called. Safe to call again."""
     if "enter" not in _done:
-        _put(ENTRY)
+        put(ENTRY)
         _done.add("enter")
 
 
@@ -170,7 +170,7 @@ def install(args: argparse.Namespace) -> None:
         if name not in left_out and fix(args):
             made.append(name)
             print_rank0(f"repaired '{name}' (args.without_fixes leaves it out). Without it: {_symptom(name)}")
-    _put(hook for hook in HOOKS if hook not in ENTRY and (hook.fix is None or hook.fix in made))
+    put(hook for hook in HOOKS if hook not in ENTRY and (hook.fix is None or hook.fix in made))
     _done.add("install")
 
 
@@ -185,15 +185,8 @@ def begin(args: argparse.Namespace) -> None:
     steps.report_of(args)
 
 
-def repair(name: str, args: argparse.Namespace) -> bool:
-    """Make one repair, where it is needed; whether it is."""
-    needed = FIXES[name](args)
-    if needed:
-        _put(hook for hook in HOOKS if hook.fix == name)
-    return needed
-
-
-def _put(hooks: Iterable[Hook]) -> None:
+def put(hooks: Iterable[Hook]) -> None:
+    """Put hooks in place, those around one function all at once."""
     for target, around in groupby(hooks, lambda hook: hook.target):
         module, _, path = target.partition(":")
         parent, _, name = path.rpartition(".")

@@ -23,6 +23,7 @@ from sat_ext.sat.checkpoint.epoch import Epoch
 from sat_ext.sat.memory_report import MemoryReport
 from sat_ext.sat.section import TWICE, check_keys, check_section
 from sat_ext.sat.settings import Settings, settings_of
+from sat_ext.zero import zero_of
 
 
 @dataclass(kw_only=True)
@@ -103,8 +104,7 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
         raise ConfigError(
             f"args.checkpoint: 'full' is for model_parallel_size 1, not {args.model_parallel_size}; use 'weights'."
         )
-    zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+    if (zero_of(args).get("offload_optimizer") or {}).get("device") == "nvme":
         raise ConfigError(
             "args.checkpoint: 'full' cannot save an optimizer that is offloaded to NVMe; use "
             "deepspeed.zero_optimization.offload_optimizer.device: cpu, or 'checkpoint: weights'."

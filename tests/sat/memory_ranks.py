@@ -29,8 +29,8 @@ from sat_ext.memory.run import Run
 from sat_ext.memory.states import persistent, states
 from sat_ext.models.config import ModelConfig, TextConfig, TrainConfig, TransformerConfig
 from sat_ext.models.transformer import build_transformer
-from sat_ext.sat.hooks import repair
 from tests.sat.ranks import free_port
+from tests.sat.repairs import repair
 
 WORLD = 2
 # odd widths, so that groups and parameters need padding

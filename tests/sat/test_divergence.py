@@ -20,10 +20,10 @@ from deepspeed.accelerator import get_accelerator
 
 from sat_ext.errors import ConfigError, TrainingError
 from sat_ext.sat import divergence
-from sat_ext.sat.hooks import repair
 from sat_ext.sat.run import RunState, run_of
 from sat_ext.sat.settings import NAMES, Settings
 from tests.sat.ranks import Server, finish, folder_of
+from tests.sat.repairs import repair
 from tests.sat.runs import QUICK
 
 Configure = Callable[..., list[str]]

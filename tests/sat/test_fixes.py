@@ -26,6 +26,7 @@ from sat_ext.sat.fixes import memory, optimizer, sizes
 from sat_ext.sat.fixes.memory import COLLECT_EVERY
 from sat_ext.sat.run import RunState
 from sat_ext.sat.settings import NAMES, Settings
+from tests.sat.repairs import repair
 
 MODULES = ("learning_rates", "model_io", "utils", "deepspeed_training")
 
@@ -103,13 +104,13 @@ def rates(training: Any, steps: int, *, iteration: int = 0, saved: Any = None, *
 def test_a_resumed_run_has_the_rates_that_it_would_have_had(sat_training: Any) -> None:
     whole = rates(sat_training, 200)
     assert rates(sat_training, 100, iteration=100) != whole[100:]  # 100 steps of warming up again
-    hooks.repair("lr_schedule", make_args())
+    repair("lr_schedule", make_args())
     assert rates(sat_training, 200) == whole
     assert rates(sat_training, 100, iteration=100) == whole[100:]
 
 
 def test_a_fine_tuning_run_stopped_in_its_first_steps_warms_up_to_their_end(sat_training: Any) -> None:
-    hooks.repair("lr_schedule", make_args())
+    repair("lr_schedule", make_args())
     whole = rates(sat_training, 200, mode="finetune")
     assert whole[50] == whole[99] == 0.05 < whole[100]
     rates(sat_training, 60, mode="finetune")
@@ -121,14 +122,14 @@ def test_a_fine_tuning_run_stopped_in_its_first_steps_warms_up_to_their_end(sat_
 
 def test_no_rate_is_below_zero(sat_training: Any) -> None:
     assert min(rates(sat_training, 202, warmup=0.0)) < 0
-    hooks.repair("lr_schedule", make_args())
+    repair("lr_schedule", make_args())
     assert min(rates(sat_training, 202, warmup=0.0)) == 0
 
 
 def test_no_warm_up_is_no_division_by_zero(sat_training: Any) -> None:
     with pytest.raises(ZeroDivisionError):
         rates(sat_training, 2, warmup=0.0, mode="finetune")
-    hooks.repair("lr_schedule", make_args())
+    repair("lr_schedule", make_args())
     assert rates(sat_training, 2, warmup=0.0, mode="finetune") == [0.05, 0.05]
 
 
@@ -152,9 +153,9 @@ def load_into(training: Any, module: nn.Module, folder: Path, **changes: Any) ->
 
 @pytest.fixture
 def loading(sat_training: Any, process_group: None) -> Any:
-    hooks.repair("cpu_training", make_args())
-    hooks.repair("resume", make_args())
-    hooks.repair("load", make_args())
+    repair("cpu_training", make_args())
+    repair("resume", make_args())
+    repair("load", make_args())
     return sat_training
 
 
@@ -165,7 +166,7 @@ def test_a_checkpoint_with_numpys_generator_is_resumed(
     torch.serialization.clear_safe_globals()
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         load_into(sat_training, nn.Linear(2, 2), folder)
-    hooks.repair("resume", make_args())
+    repair("resume", make_args())
     assert load_into(sat_training, nn.Linear(2, 2), folder) == 3
 
 
@@ -271,7 +272,7 @@ def test_the_cache_is_emptied_where_memory_runs_out_alone(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
     engine_module.step()
     assert calls == {"gc": 1, "cache": 1}
-    assert hooks.repair("empty_cache", make_args())
+    assert repair("empty_cache", make_args())
     calls.update(gc=0, cache=0)
     for _ in range(COLLECT_EVERY):
         engine_module.step()
@@ -283,7 +284,7 @@ def test_the_cache_is_emptied_where_memory_runs_out_alone(
 
 def test_other_engines_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "diffusion_video", raising=False)
-    assert not hooks.repair("empty_cache", make_args())
+    assert not repair("empty_cache", make_args())
 
 
 # FusedEmaAdam

@@ -10,7 +10,7 @@ import pytest
 from sat import mpu
 from sat.training import deepspeed_training
 
-from sat_ext.sat.hooks import repair
+from tests.sat.repairs import repair
 
 
 def arguments(stage: int = 3, **changes: Any) -> Namespace:

@@ -32,7 +32,7 @@ def test_the_later_hook_is_around_the_earlier(monkeypatch: pytest.MonkeyPatch) -
     around = [
         hooks.Hook("theirs:step", lambda step, name=name: lambda: [name, *step()], "a test") for name in ("a", "b")
     ]
-    hooks._put(around)
+    hooks.put(around)
     assert theirs.step() == ["b", "a", "theirs"]
 
 

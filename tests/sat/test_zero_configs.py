@@ -17,9 +17,9 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint.load import place_steps
-from sat_ext.sat.hooks import repair
 from sat_ext.zero import ZERO_NAMES, fill_in_auto, zero_section
 from tests.sat.ranks import Running, Server, finish, folder_of
+from tests.sat.repairs import repair
 from tests.sat.runs import QUICK
 
 Configure = Callable[..., list[str]]

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from sat_ext.sat.arguments import initialize, parse_args
 from sat_ext.sat.checkpoint.partitions import gather_weights, gathered_loading
-from sat_ext.sat.hooks import repair
+from tests.sat.repairs import repair
 
 WIDTH, LAYERS = 16, 2
 NETWORK = Namespace(

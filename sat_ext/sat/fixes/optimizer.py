@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from sat_ext.errors import ConfigError
+from sat_ext.zero import offloads_optimizer, zero_of
 
 
 def ema_optimizer(args: argparse.Namespace) -> bool:
@@ -18,9 +19,7 @@ def ema_optimizer(args: argparse.Namespace) -> bool:
     config = getattr(args, "deepspeed_config", None) or {}
     if (config.get("optimizer") or {}).get("type") != "sat.ops.FusedEmaAdam":
         return False
-    zero = config.get("zero_optimization") or {}
-    stage, device = zero.get("stage", 0), (zero.get("offload_optimizer") or {}).get("device", "none")
-    offloaded = zero.get("cpu_offload") or device != "none"
+    stage, offloaded = zero_of(args).get("stage", 0), offloads_optimizer(zero_of(args))
     if stage not in (1, 2):
         missing = f"needs ZeRO stage 1 or 2, where SAT finds its average of the weights, and the YAML has {stage}"
     elif offloaded:

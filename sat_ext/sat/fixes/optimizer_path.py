@@ -13,6 +13,7 @@ import torch
 
 from sat_ext.errors import ConfigError
 from sat_ext.sat.standin import StandIn, replaced
+from sat_ext.zero import offloads_optimizer, zero_of
 
 WHERE = "deepspeed.optimizer"
 FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that say which of DeepSpeed's Adams
@@ -35,7 +36,7 @@ def optimizer_path(args: argparse.Namespace) -> bool:
             section["params"] = _own(name, params)
         return False
     _optimizer(name, params)
-    _check_place(name, config.get("zero_optimization") or {})
+    _check_place(name, offloaded=offloads_optimizer(zero_of(args)))
     config["zero_force_ds_cpu_optimizer"] = False  # by which DeepSpeed would refuse any but its own under offload
     return True
 
@@ -108,8 +109,7 @@ def check_sizes(name: str, optimizer: Any) -> None:
         )
 
 
-def _check_place(name: str, zero: dict[str, Any]) -> None:
-    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none" or zero.get("cpu_offload")
+def _check_place(name: str, *, offloaded: bool) -> None:
     if name.startswith("bitsandbytes.") and offloaded:
         raise ConfigError(
             f"{WHERE}.type: '{name}' updates on the GPU, and zero_optimization.offload_optimizer keeps its states "

@@ -10,6 +10,7 @@ from typing import Any
 
 from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.sat.standin import replaced
+from sat_ext.zero import zero_of
 
 
 def zero3_sampling(args: argparse.Namespace) -> bool:
@@ -20,9 +21,8 @@ def zero3_sampling(args: argparse.Namespace) -> bool:
     rank that it is, between taking the batch and the loss, and gets the first's number there. The captions of
     the others, which it would write into the same file, are not written.
     """
-    zero = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
     is_cogvideo = engine_of(getattr(args, "model_config", None)).name == COGVIDEO
-    return int(zero.get("stage", 0)) == 3 and is_cogvideo and getattr(args, "model_parallel_size", 1) == 1
+    return zero_of(args).get("stage") == 3 and is_cogvideo and getattr(args, "model_parallel_size", 1) == 1
 
 
 def as_first_rank(evaluate: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import torch
 
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.zero import AUTO, fill_in_auto
+from sat_ext.zero import AUTO, fill_in_auto, zero_of
 
 
 def auto_sizes(args: argparse.Namespace) -> bool:
@@ -22,7 +22,7 @@ def auto_sizes(args: argparse.Namespace) -> bool:
     Raises `ConfigError` for one that nothing follows from, and where offload to NVMe cannot work here.
     """
     config = getattr(args, "deepspeed_config", None)
-    zero = (config or {}).get("zero_optimization") or {}
+    zero = zero_of(args)
     _check_nvme(zero)
     if not config or not (_has_auto(config) or {"cpu_offload", "offload_optimizer"} <= zero.keys()):
         return False

@@ -14,6 +14,7 @@ from torch import nn
 
 from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.sat.standin import replaced
+from sat_ext.zero import zero_of
 
 
 def parallel_layers(args: argparse.Namespace) -> bool:
@@ -22,7 +23,7 @@ def parallel_layers(args: argparse.Namespace) -> bool:
     DeepSpeed wraps the constructor of every layer in `wrapper(module, *args, **kwargs)`, and SAT hands its layers
     an argument of that very name. Their arguments are given by position instead.
     """
-    return _is_zero3(args)
+    return zero_of(args).get("stage") == 3
 
 
 def arguments_by_position(patch: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -56,7 +57,7 @@ def zero3_build(args: argparse.Namespace) -> bool:
     A network of SAT's layers is split up layer by layer while it is built, everything else as soon as it is
     whole: no rank ever holds a network's every weight, in its own memory or on its GPU.
     """
-    return _is_zero3(args)
+    return zero_of(args).get("stage") == 3
 
 
 def split_while_built(get_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -155,11 +156,6 @@ def _layer_by_layer(args: argparse.Namespace, partition: Partition) -> Iterator[
         replaced(lora2, "replace_linear_with_lora", replace),
     ):
         yield
-
-
-def _is_zero3(args: argparse.Namespace) -> bool:
-    config = getattr(args, "deepspeed_config", None) or {}
-    return int((config.get("zero_optimization") or {}).get("stage", 0)) >= 3
 
 
 def _deepspeed_zero() -> Any:
