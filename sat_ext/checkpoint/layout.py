@@ -29,6 +29,8 @@ CONFIG_NAME = "training_config.yaml"
 WEIGHTS_NAME = "mp_rank_00_model_states.pt"
 MANIFEST_NAME = "sat_ext.json"
 OPTIMIZER_NAME = "optimizer.pt"
+DATA_NAME = "data.pt"
+LOCK_NAME = ".lock"
 PARTIAL = ".partial"
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from sat_ext.checkpoint.layout import LOCK_NAME
 from sat_ext.errors import ConfigError
 from sat_ext.ranks import gather
 from sat_ext.sat.broadcast import share_from_first_rank
 
-LOCK_NAME = ".lock"
 LOOK_SECONDS = 3.0  # other machines may see a new name on a network file system only after a while
 
 

@@ -6,13 +6,14 @@ import argparse
 
 from sat.helpers import print_rank0
 
+from sat_ext.checkpoint.layout import DATA_NAME
 from sat_ext.checkpoint.manifest import CellState
 from sat_ext.checkpoint.reading import read_file
 from sat_ext.data.index import Index
 from sat_ext.data.schedule import Cell, Schedule
 from sat_ext.data.stream import JointStream
 from sat_ext.ranks import rank_and_world
-from sat_ext.sat.checkpoint.epoch import DATA_NAME, Epoch, changes, epoch_of
+from sat_ext.sat.checkpoint.epoch import Epoch, changes, epoch_of
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
@@ -37,11 +38,8 @@ def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int]
         print_rank0(f"resume: data.params.seed was {resumed.seed} and is {seed}; the epoch's order changes.")
     cells = {(c.source, c.bucket): c for c in resumed.cells}
     there = {g.source for g in index.groups}
-    known, records = dict.fromkeys(there, 0), dict.fromkeys(there, 0)
-    for cell in resumed.cells:
-        if cell.source in there:
-            known[cell.source] += cell.used
-            records[cell.source] += cell.records
+    known = {s: sum(c.used for c in resumed.cells if c.source == s) for s in there}
+    records = {s: sum(c.records for c in resumed.cells if c.source == s) for s in there}
     for source in dict.fromkeys(c.source for c in resumed.cells if c.source not in there):
         print_rank0(f"resume: source '{source}' is not in the data any more.")
     if not any(records.values()):

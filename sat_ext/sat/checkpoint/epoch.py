@@ -22,7 +22,6 @@ from sat_ext.checkpoint.manifest import CellState
 from sat_ext.data.index import Group, Index
 from sat_ext.data.schedule import Schedule
 
-DATA_NAME = "data.pt"
 SAMPLED = 1 << 17
 PARTS = ("keys", "captions", "files")
 _WINDOW = np.uint64(0x9E3779B97F4A7C15)
