@@ -21,7 +21,7 @@ demo: .venv/.installed
 	@cat $(RUN)/result.json
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -61,6 +61,7 @@ setup(
             "pillow-heif",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "s3fs>=2026.7",
             "scikit-image",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -14,6 +15,14 @@ from tests.sat.ranks import Server
 hypothesis.settings.register_profile("default", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False, max_examples=3000)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[Any]:
+    """What a test printed or logged may name files in bytes that are no UTF-8; pytest-xdist sends nothing else."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True, scope="session")
