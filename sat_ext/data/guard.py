@@ -224,10 +224,8 @@ def _prepare(parent: int | None, memory: int) -> None:
     warnings.simplefilter("ignore")  # Pillow's, about what it makes of broken files
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides when we end
         signal.signal(number, signal.SIG_IGN)
-    for number in (
-        *_FATAL,
-        signal.SIGALRM,
-    ):  # the alarm of `_serve` must end this process, whatever the parent set
+    # Back to ending this process, whatever the parent set; SIGALRM is `_serve`'s.
+    for number in (*_FATAL, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     if parent is not None:  # from the main thread only: the signal comes when the forking *thread* ends
         with suppress(OSError, AttributeError):

@@ -179,8 +179,9 @@ def test_arrays_outlive_the_process_and_the_guard() -> None:
 
 
 def test_a_process_that_died_between_calls_is_nobodys_fault(guard: Guard[Any]) -> None:
-    os.kill(guard("a", "pid"), signal.SIGKILL)
-    time.sleep(0.05)
+    pid = guard("a", "pid")
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert guard("b") == "b"
 
 
