@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, LOSS, read_network, target_of
+from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, CACHED_TEXT, LOSS, read_network, target_of
 from sat_ext.cogvideo.target import import_class
 from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
 from sat_ext.errors import ConfigError
@@ -172,7 +172,7 @@ def _embedder(model: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _require_encoder(model: Mapping[str, Any]) -> None:
     targets = (model["first_stage_config"].get("target"), _embedder(model).get("target"))
-    if any(str(t).startswith("sat_ext.cogvideo.Cached") for t in targets):
+    if CACHED_FIRST_STAGE in targets or CACHED_TEXT in targets:
         raise ConfigError(
             "model: the YAML files train from a cache, and to write one the encoders are needed; leave "
             "configs/cogvideo/cached.yaml out, and name the folder with -o."

@@ -102,7 +102,7 @@ class CogVideo:
     @property
     def recompute(self) -> str:
         """See `Engine`."""
-        params = (self.model.get("first_stage_config") or {}).get("params") or {}
+        params = params_of(self.model, "first_stage_config")
         return str(params.get("recompute", "block"))
 
     def check(self, buckets: Sequence[Bucket]) -> None:

@@ -27,6 +27,7 @@ class Target:
 
     def __new__(cls, *, parent: str | None = None, **params: Any) -> Any:
         """An object of a class made of this one and the parent."""
+        # Here and not at import: only now is the YAML's `parent` known, and CogVideo's code sure to be importable.
         if not cls.is_extended:
             cls = cls._over(parent or cls.PARENT)
             reject_unknown_keys(params, accepted(cls), cls.WHERE)
@@ -59,7 +60,7 @@ def import_class(name: str, where: str, kind: type = nn.Module) -> Any:
         ) from error
     if not (isinstance(found, type) and issubclass(found, kind)):
         sort = "module class" if kind is nn.Module else "class"
-        raise ConfigError(f"{where}: {name} is no {sort}; name the one that CogVideo's own YAML has there.")
+        raise ConfigError(f"{where}: {name} is not a {sort}; name the one that CogVideo's own YAML has there.")
     return found
 
 

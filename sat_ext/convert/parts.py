@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sat_ext.cogvideox import LATENT_SIDE
 from sat_ext.convert.architecture import AUTOENCODER, TRANSFORMER, count, empty_model
 from sat_ext.convert.lora import Lora
 from sat_ext.convert.names import LayerNames, autoencoder_rows, sat_names, to_diffusers, transformer_rows
@@ -141,8 +142,8 @@ def take_sat_only(plain: dict[str, Tensor], config: Mapping[str, Any], where: st
         if own is not None and name != UNUSED and (own.shape != tensor.shape or _distance(own, tensor) > 0.02):
             raise ConfigError(
                 f"{where}: {name} {list(tensor.shape)} is not the one for videos of {config['sample_frames']}x"
-                f"{config['sample_height'] * 8}x{config['sample_width'] * 8}; give the YAML of these weights with "
-                "--base, or --size."
+                f"{config['sample_height'] * LATENT_SIDE}x{config['sample_width'] * LATENT_SIDE}; give the YAML "
+                "of these weights with --base, or --size."
             )
         kept[name] = tensor
     return kept

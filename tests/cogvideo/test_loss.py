@@ -385,7 +385,7 @@ def test_it_is_the_parents_class_with_its_weights() -> None:
         ),
         (
             {"parent": f"{__name__}.denoiser"},
-            f"{PARAMS}.parent: {__name__}.denoiser is no module class; name the one {OF_THE_YAML}",
+            f"{PARAMS}.parent: {__name__}.denoiser is not a module class; name the one {OF_THE_YAML}",
         ),
         (
             {"parent": "nowhere.at.All"},
