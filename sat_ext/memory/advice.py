@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sat_ext.cogvideo.network import PRETRAINED
+from sat_ext.cogvideox import tokens
 from sat_ext.memory.counts import count
 from sat_ext.memory.options import read_options
 from sat_ext.memory.plan import Plan, make_plan
-from sat_ext.memory.run import Run, sizes
+from sat_ext.memory.run import Run
 from sat_ext.models.config import GradientCheckpointing, transformer_of
 from sat_ext.zero import ZERO_NAMES, zero_section
 
@@ -105,11 +106,12 @@ def slowdown(run: Run, gpus: int) -> float:
     transformer, counts = transformer_of(run.model), count(run)
     options = read_options(run.deepspeed, transformer.num_attention_heads * transformer.attention_head_dim)
     width = transformer.num_attention_heads * transformer.attention_head_dim
-    size = max((sizes(run, bucket) for bucket in run.batches), key=lambda s: s.tokens * (s.video + s.text))
+    length, samples = max(
+        ((tokens(b, run.shape), n) for b, n in run.batches.items()), key=lambda s: s[1] * s[0] ** 2
+    )
     everything = sum(p.numel for p in counts.network)
     training = sum(map(sum, counts.groups))
-    length = size.video + size.text
-    forward = 2 * everything * size.tokens + 4 * transformer.num_layers * size.tokens * length * width
+    forward = samples * length * (2 * everything + 4 * transformer.num_layers * length * width)
     passes = 1 + (1 if run.lora else 2) + (run.checkpointing is not None)
     computing = run.accumulation * passes * forward / COMPUTE
     sent = 2 * training * run.itemsize / LINK * (gpus > 1)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from sat_ext.cogvideo.network import PRETRAINED
 from sat_ext.memory.counts import count
-from sat_ext.memory.encoders import encode_peak, text_peak
 from sat_ext.memory.host import PROCESS, workers_bytes
+from sat_ext.memory.measured import embedding, encoding
 from sat_ext.memory.plan import CONTEXT, FRAGMENTATION
 from sat_ext.memory.run import Run, with_levers
 from sat_ext.memory.weights import text_bytes
@@ -40,14 +40,14 @@ def plan_cache(run: Run, per_node: int) -> CachePlan:
     counts = count(run)
     weights = text_bytes(run, counts)
     together = CAPTIONS if run.model.pretrained == PRETRAINED or run.model.text.device == "gpu" else 1
-    captions = max(text_peak(replace(run, batches={b: together}), b) for b in run.batches)
+    captions = max(embedding(replace(run, batches={b: together}), b) for b in run.batches)
     autoencoder = sum(p.numel for p in counts.first_stage) * run.itemsize
-    encoding = max(encode_peak(run, bucket) for bucket in run.batches)
+    pixels = max(encoding(run, bucket) for bucket in run.batches)
     on_gpu = run.model.text.device != "cpu"
     rank = PROCESS + max(weights, autoencoder + workers_bytes(run))
     return CachePlan(
         text=on_gpu * (CONTEXT + weights + int((1 + FRAGMENTATION) * captions)),
-        first_stage=CONTEXT + autoencoder + int((1 + FRAGMENTATION) * encoding),
+        first_stage=CONTEXT + autoencoder + int((1 + FRAGMENTATION) * pixels),
         host=per_node * rank,
     )
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from sat_ext.cogvideo.network import PRETRAINED
+from sat_ext.memory.results import remembered
 from sat_ext.memory.run import Run
-from sat_ext.models.config import AutoencoderConfig, ModelConfig, TransformerConfig, transformer_of
+from sat_ext.models.config import (
+    AutoencoderConfig,
+    FirstStageConfig,
+    ModelConfig,
+    TextConfig,
+    TrainConfig,
+    TransformerConfig,
+    transformer_of,
+)
 from sat_ext.models.folder import folder_config
 
 # https://huggingface.co/google/t5-v1_1-xxl, config.json: the text encoder of every published CogVideoX model.
@@ -41,6 +51,14 @@ class Parameter:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """The parameters of one module, in the order of its modules, and numbers in its buffers."""
+
+    parameters: tuple[Parameter, ...]
+    buffers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     """The parameters of each part, in the order of its modules, and numbers in the transformer's buffers."""
 
@@ -63,60 +81,64 @@ class Counts:
 def count(run: Run) -> Counts:
     """Count the parameters of `run`. What the data cache replaces has none: it is not built."""
     model = run.model
-    network, buffers = _network(transformer_of(model), replace(model.train, quantization="none"))
-    autoencoder = model.first_stage.kind == "autoencoder" and not run.cached
-    first = _first_stage(model.first_stage.autoencoder) if autoencoder else ()
-    return Counts(
-        network=network, first_stage=first, text=() if run.cached_text else _text(model), buffers=buffers
-    )
+    network = _network(transformer_of(model), replace(model.train, quantization="none"))
+    first = text = ()
+    if model.first_stage.kind == "autoencoder" and not run.cached:
+        first = _first_stage(model.first_stage.autoencoder).parameters
+    if not run.cached_text:
+        text = _t5(t5_shape(model)).parameters
+    return Counts(network=network.parameters, first_stage=first, text=text, buffers=network.buffers)
 
 
-@lru_cache(maxsize=8)
-def _network(transformer: TransformerConfig, train: object) -> tuple[tuple[Parameter, ...], int]:
-    from sat_ext.models.config import FirstStageConfig, TextConfig, TrainConfig
+@remembered
+def _network(transformer: TransformerConfig, train: TrainConfig) -> Part:
     from sat_ext.models.transformer import build_transformer
 
-    assert isinstance(train, TrainConfig)
-    config = ModelConfig(
-        transformer=transformer, train=train, text=TextConfig(kind="byt5"), first_stage=FirstStageConfig()
-    )
+    config = ModelConfig(transformer=transformer, train=train, text=TextConfig(kind="byt5"))
     with torch.device("meta"):
         network = build_transformer(config, torch.float32)
     lora = train.mode == "lora"
-    parameters = tuple(_parameters(network, lambda name: not lora or "lora_" in name))
-    return parameters, sum(b.numel() for b in network.buffers())
+    return Part(
+        parameters=tuple(_parameters(network, lambda name: not lora or "lora_" in name)),
+        buffers=sum(b.numel() for b in network.buffers()),
+    )
 
 
-@lru_cache(maxsize=8)
-def _first_stage(config: AutoencoderConfig) -> tuple[Parameter, ...]:
-    from sat_ext.convert.architecture import empty_model
+@remembered
+def _first_stage(config: AutoencoderConfig) -> Part:
+    from sat_ext.models.first_stage import build_first_stage
 
-    kinds = {
-        f"{k}_block_types": [f"CogVideoX{k.title()}Block3D"] * len(config.block_out_channels)
-        for k in ("down", "up")
-    }
-    return tuple(_parameters(empty_model({"_class_name": "AutoencoderKLCogVideoX", **asdict(config), **kinds})))
+    first = FirstStageConfig(autoencoder=config)
+    with torch.device("meta"):
+        stage = build_first_stage(ModelConfig(first_stage=first, text=TextConfig(kind="byt5")), torch.float32)
+    return Part(parameters=tuple(_parameters(stage)))
 
 
-def _text(model: ModelConfig) -> tuple[Parameter, ...]:
+@remembered
+def _t5(shape: dict[str, Any] | int) -> Part:
+    return Part(parameters=tuple(_parameters(empty_t5(shape))))
+
+
+def t5_shape(model: ModelConfig) -> dict[str, Any] | int:
+    """The text encoder's config; T5 v1.1 XXL's where the model's folder is not on this machine. Of the small one over
+    bytes, its width."""
     if model.text.kind == "byt5":
-        from sat_ext.models.t5 import small_byt5
+        return transformer_of(model).text_embed_dim
+    if model.pretrained in (None, PRETRAINED) or not Path(str(model.pretrained)).is_dir():
+        return T5_XXL
+    return folder_config(str(model.pretrained), "text_encoder")
 
-        return tuple(_parameters(small_byt5(transformer_of(model).text_embed_dim)))
-    return _t5(model.pretrained or PRETRAINED)
 
-
-@lru_cache(maxsize=8)
-def _t5(pretrained: str) -> tuple[Parameter, ...]:
-    """The folder's encoder, or where it is not on this machine T5 v1.1 XXL."""
-    from pathlib import Path
-
+def empty_t5(shape: dict[str, Any] | int, **changes: Any) -> Any:
+    """The encoder of what `t5_shape` gave and, of a config, `changes` to it, without memory for its weights."""
     from transformers import T5Config, T5EncoderModel
 
-    shape = folder_config(pretrained, "text_encoder") if Path(pretrained).is_dir() else T5_XXL
+    from sat_ext.models.t5 import small_byt5
+
+    if isinstance(shape, int):
+        return small_byt5(shape).to("meta").eval()
     with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config(**shape))
-    return tuple(_parameters(encoder))
+        return T5EncoderModel(T5Config(**{**shape, **changes})).eval()
 
 
 def _parameters(module: nn.Module, trains: object = None) -> Iterator[Parameter]:

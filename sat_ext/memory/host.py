@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from sat_ext.memory.activations import activations
 from sat_ext.memory.counts import Counts
 from sat_ext.memory.options import Options
-from sat_ext.memory.run import Run, sizes
+from sat_ext.memory.run import Run
 from sat_ext.memory.states import States
 from sat_ext.memory.weights import bytes_of, text_bytes
-from sat_ext.models.config import transformer_of
 from sat_ext.models.embedding_cache import REMEMBERED
 
 PROCESS = 3_000_000_000  # a rank with PyTorch, SAT, DeepSpeed and CUDA's libraries, before it holds anything
@@ -66,17 +66,9 @@ def checkpoint_memory(run: Run) -> list[int]:
     PyTorch rounds each up to a power of two, and keeps it for a later one of that size: so each size has as many
     as the bucket that needs most of them.
     """
-    checkpointing, transformer = run.checkpointing, transformer_of(run.model)
-    if checkpointing is None or not checkpointing.offload:
-        return []
-    blocks = -(-transformer.num_layers // checkpointing.every)
-    width = transformer.num_attention_heads * transformer.attention_head_dim * run.itemsize
     most: Counter[int] = Counter()
     for bucket in run.batches:
-        size, found = sizes(run, bucket), Counter[int]()
-        for tokens in (size.video, size.text):  # a block's two inputs
-            found[power_of_two(size.samples * tokens * width)] += blocks
-        most |= found
+        most |= Counter(map(power_of_two, activations(run, bucket).on_host))
     return [allocation * count for allocation, count in most.items()]
 
 

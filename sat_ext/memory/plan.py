@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from sat_ext.memory.activations import activations
 from sat_ext.memory.counts import Counts, count
-from sat_ext.memory.encoders import decode_peak, encode_peak, text_peak
 from sat_ext.memory.host import host_parts
+from sat_ext.memory.measured import decoding, embedding, encoding
 from sat_ext.memory.options import Options, read_options
-from sat_ext.memory.run import Run, sizes
+from sat_ext.memory.run import Run
 from sat_ext.memory.states import States, persistent, states
 from sat_ext.memory.weights import bytes_of, text_bytes
 from sat_ext.models.config import transformer_of
@@ -117,7 +117,7 @@ def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str
         BucketPeak(
             bucket=bucket,
             samples=run.batches[bucket],
-            activations=activations(run, sizes(run, bucket)).on_gpu,
+            activations=activations(run, bucket).on_gpu,
             peak=max(found.values()),
         )
         for bucket, found in zip(run.batches, per_bucket, strict=True)
@@ -157,20 +157,16 @@ def _phases(
     run: Run, counts: Counts, options: Options, own: States, static: _Static, gpus: int, bucket: Bucket
 ) -> dict[str, int]:
     """Bytes on the GPU in each phase of a micro-step of `bucket`."""
-    size = sizes(run, bucket)
-    live = activations(run, size)
+    live = activations(run, bucket)
     kept = own.gradients if run.accumulation > 1 else 0  # of the micro-steps before
-    before, after = own.gradients, own.gradients
-    if options.stage < 2:  # they come block by block; in the last block, all but its last layers' are there
-        block = sum(p.numel for p in counts.of_block() if p.trains) * run.itemsize
-        before, after = kept, max(kept, own.gradients - 2 * block // 3)
+    before = own.gradients if options.stage >= 2 else kept  # without ZeRO and in ZeRO-1 they come block by block
     buffers = own.buffers * (options.stage < 3)
     visiting = text_bytes(run, counts) if run.model.text.device == "on_off" else 0
     return {
-        "encode": static.total + kept + encode_peak(run, bucket),
-        "text": static.total + kept + visiting + text_peak(run, bucket),
-        "backward": static.total + buffers + max(live.on_gpu + before, live.at_end + after),
+        "encode": static.total + kept + encoding(run, bucket),
+        "text": static.total + kept + visiting + embedding(run, bucket),
+        "backward": static.total + buffers + max(live.on_gpu + before, live.at_end + own.gradients),
         "reduce": static.total + buffers + own.gradients + own.late,
         "step": static.total + own.gradients + own.step,
-        "sample": static.total + decode_peak(run, bucket) * (run.model.sampling.number > 0),
+        "sample": static.total + decoding(run, bucket),
     }

@@ -6,16 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sat_ext.cogvideox import latent_frames
+from sat_ext.cogvideox import SequenceShape
 from sat_ext.engines import COGVIDEO
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import (
-    GradientCheckpointing,
-    ModelConfig,
-    spatial_compression,
-    text_length,
-    transformer_of,
-)
+from sat_ext.models.config import GradientCheckpointing, ModelConfig
 from sat_ext.recipe import TARGETS, Recipe
 from sat_ext.types import Bucket
 
@@ -25,16 +19,16 @@ class Run:
     """A run, before anything of it is built.
 
     `batches` are samples per rank and micro-step by bucket; `deepspeed` is the YAML's section. `itemsize` is the
-    bytes of one number in the training dtype. `cached`: latents come from disk, and
-    `cached_text`: embeddings. `whole_clips`: the
-    first stage holds an activation of the whole clip at full resolution, as CogVideo's do; `recompute` is that of
-    `ChunkedFirstStage`.
+    bytes of one number in the training dtype; `shape` is what the length of a sequence follows from. `cached`:
+    latents come from disk, and `cached_text`: embeddings. `whole_clips`: the first stage holds an activation of a
+    clip at full resolution, as CogVideo's do; `recompute` is that of `ChunkedFirstStage`.
     """
 
     model: ModelConfig
     batches: Mapping[Bucket, int]
     deepspeed: Mapping[str, Any]
     itemsize: int
+    shape: SequenceShape = SequenceShape()
     accumulation: int = 1
     workers: int = 1
     cached: bool = False
@@ -54,36 +48,6 @@ class Run:
         return (GradientCheckpointing() if given else None) if isinstance(given, bool) else given
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """A micro-batch of one bucket as the transformer sees it: `video` and `text` tokens of a sample."""
-
-    samples: int
-    video: int
-    text: int
-    latents: int  # numbers of a sample in latent space, without the condition
-
-    @property
-    def tokens(self) -> int:
-        """Of all samples."""
-        return self.samples * (self.video + self.text)
-
-
-def sizes(run: Run, bucket: Bucket) -> Sizes:
-    """The micro-batch of `bucket`; 1.5's padding latents are counted."""
-    transformer = transformer_of(run.model)
-    patch_t, pixels = transformer.patch_size_t or 1, spatial_compression(run.model)
-    rows, columns = bucket.height // pixels, bucket.width // pixels
-    groups = -(-latent_frames(bucket.frames) // patch_t)
-    patches = (rows // transformer.patch_size) * (columns // transformer.patch_size)
-    return Sizes(
-        samples=run.batches[bucket],
-        video=groups * patches,
-        text=text_length(run.model),
-        latents=groups * patch_t * transformer.out_channels * rows * columns,
-    )
-
-
 def run_from(recipe: Recipe) -> Run:
     """The run of a recipe. Raises `ConfigError` where it names no model, or one that does not take its data."""
     engine = recipe.engine
@@ -97,6 +61,7 @@ def run_from(recipe: Recipe) -> Run:
         batches=recipe.batch_sizes,
         deepspeed=recipe.deepspeed,
         itemsize=recipe.dtype.itemsize,
+        shape=recipe.shape,
         accumulation=recipe.accumulation,
         workers=recipe.num_workers,
         cached=cached,

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from sat_ext.data.index.columns import INFO_COLUMNS
 from sat_ext.files import is_url
 from sat_ext.files.atomic import written_aside
+from sat_ext.files.folders import cache_folder
 from sat_ext.media import image_formats
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,7 @@ def libraries() -> str:
 def places(source: str) -> tuple[Path, ...]:
     """Where the cache of `source`, a `SourceConfig`'s path or URL, may be, best first."""
     name = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
-    folder = Path(os.environ.get("SAT_EXT_CACHE") or Path("~/.cache/sat_ext").expanduser())
-    own = folder / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.arrow"
+    own = cache_folder() / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.arrow"
     beside = Path(name, ".sat_ext")
     # a link could lead anywhere, and a data set's content is not trusted
     return (beside / "index.arrow", own) if os.path.isdir(name) and not beside.is_symlink() else (own,)

@@ -1,0 +1,217 @@
+"""What a micro-batch takes, measured on the real modules at their real sizes, on tensors without memory.
+
+These are diffusers' transformer and autoencoder and transformers' T5 with our levers, for CogVideo's engine too,
+as its modules have the same widths and blocks. What cuDNN takes as a workspace for a convolution is not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sat_ext.cogvideo.network import PRETRAINED
+from sat_ext.cogvideox import LATENT_SIDE, OFS, latent_frames
+from sat_ext.memory.counts import empty_t5, t5_shape
+from sat_ext.memory.meter import metering, metering_meta
+from sat_ext.memory.results import remembered
+from sat_ext.memory.run import Run
+from sat_ext.models.config import (
+    FirstStageConfig,
+    ModelConfig,
+    TextConfig,
+    latent_channels,
+    text_length,
+    transformer_of,
+)
+from sat_ext.types import Bucket
+
+if TYPE_CHECKING:
+    from sat_ext.models.first_stage import FirstStage
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of a number; fp16 takes what bf16 does
+BLOCKS = 2  # of the transformer that is measured: the others are like its last
+TOKENS = 3  # dimensions (B, N, D) of hidden states
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """Bytes of a micro-step that a transformer of one block, with what is around it, holds beside its weights.
+
+    `peak`: the most in the backward pass, without the gradients of weights; each block more holds `saved` until
+    its turn. `at_end` and the gradients of all weights are what the last block holds at most, if all are kept.
+    `inputs` are of the hidden states of video and text that a block is given.
+    """
+
+    peak: int
+    at_end: int
+    saved: int
+    inputs: tuple[int, ...]
+
+
+def training_step(run: Run, bucket: Bucket) -> TrainingStep:
+    """Of one micro-batch of `bucket` from latents on, with no block recomputed."""
+    model = run.model
+    config = ModelConfig(  # of what has a bearing on it, so that other levers leave it remembered
+        transformer=replace(transformer_of(model), num_layers=BLOCKS),
+        train=model.train,
+        text=TextConfig(kind="byt5", max_length=text_length(model)),
+    )
+    return _training_step(config, run.itemsize, bucket, run.batches[bucket])
+
+
+@remembered
+def _training_step(config: ModelConfig, itemsize: int, bucket: Bucket, samples: int) -> TrainingStep:
+    from sat_ext.models.transformer import build_transformer
+
+    dtype, lora = DTYPES[itemsize], config.train.mode == "lora"
+    with torch.device("meta"):
+        network = build_transformer(config, dtype).train()
+    nn.Module.to(network, dtype)  # as SAT casts the model; diffusers' own method warns
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not lora or "lora_" in name)
+    held: list[int] = []  # before and after the last block's forward pass
+    inputs: list[int] = []
+    peaks: list[int] = []
+
+    with metering(network) as meter:
+
+        def enter(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            states = [t for t in (*given, *named.values()) if isinstance(t, Tensor) and t.ndim == TOKENS]
+            inputs.extend(t.nbytes for t in states)
+            held.append(meter.now)
+            states[0].register_hook(leave)
+
+        def leave(_: Tensor) -> None:  # the backward pass is through with the last block
+            peaks.append(meter.least_peak)
+            meter.mark()
+
+        def set_aside(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            meter.aside += parameter.grad.nbytes
+
+        last = network.transformer_blocks[-1]
+        last.register_forward_pre_hook(enter, with_kwargs=True)
+        last.register_forward_hook(lambda *_: held.append(meter.now))
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(set_aside)
+        before = meter.mark()
+        _loss(network, config, bucket, samples, dtype).backward()
+        saved = held[1] - held[0]
+        return TrainingStep(
+            peak=max(*peaks, meter.least_peak) - before - (BLOCKS - 1) * saved,
+            at_end=meter.peak - before - meter.aside,
+            saved=saved,
+            inputs=tuple(inputs),
+        )
+
+
+def _loss(network: Any, config: ModelConfig, bucket: Bucket, samples: int, dtype: torch.dtype) -> Tensor:
+    """As the engine goes from latents to its loss."""
+    from sat_ext.models.conditioning import padding_frames
+    from sat_ext.models.diffusion import NoiseSchedule
+    from sat_ext.models.transformer import rotary_embedding
+
+    transformer, schedule = transformer_of(config), NoiseSchedule.make(1.0)
+    frames = latent_frames(bucket.frames)
+    frames += padding_frames(frames, transformer.patch_size_t)
+    height, width = bucket.height // LATENT_SIDE, bucket.width // LATENT_SIDE
+    latents = torch.empty(samples, frames, transformer.out_channels, height, width, dtype=dtype)
+    noise = torch.empty(latents.shape)
+    timesteps = torch.zeros(samples, dtype=torch.long)
+    inputs = schedule.add_noise(latents, noise, timesteps)
+    if transformer.in_channels > transformer.out_channels:  # image-to-video
+        inputs = torch.cat([inputs, torch.empty_like(latents).float()], dim=2)
+    (prediction,) = network(
+        hidden_states=inputs.to(dtype),
+        encoder_hidden_states=torch.empty(samples, text_length(config), transformer.text_embed_dim, dtype=dtype),
+        timestep=timesteps,
+        ofs=None if transformer.ofs_embed_dim is None else inputs.new_full((1,), OFS),
+        image_rotary_emb=rotary_embedding(config, frames, height, width, inputs.device),
+        return_dict=False,
+    )
+    return schedule.losses(prediction, latents, noise, timesteps).mean()
+
+
+def encoding(run: Run, bucket: Bucket) -> int:
+    """Bytes on top of all weights while the pixels of a micro-batch become latents, pixels included."""
+    first, samples = run.model.first_stage, run.batches[bucket]
+    if run.cached:
+        return 0
+    pixels = samples * bucket.frames * 3 * bucket.height * bucket.width
+    given = pixels * (1 + run.itemsize)  # as they come (uint8), and in the training dtype
+    together = 1 if first.slicing and first.kind == "autoencoder" else samples
+    whole = 0
+    if run.whole_clips:  # CogVideo's own encoder has no chunks
+        first = replace(first, frames=max(4, bucket.frames - bucket.frames % 4))
+    elif run.model.pretrained == PRETRAINED and run.recompute == "block":
+        # ChunkedFirstStage, whose code is not on every machine, holds an activation of the clip at full resolution
+        whole = first.autoencoder.block_out_channels[0] * together * bucket.frames * bucket.height * bucket.width
+    return given + _encoding(first, run.itemsize, bucket, together) + whole * run.itemsize
+
+
+@remembered
+def _encoding(first: FirstStageConfig, itemsize: int, bucket: Bucket, samples: int) -> int:
+    with metering_meta() as meter:
+        stage = _first_stage(first, DTYPES[itemsize])
+        height, width = _piece(stage, bucket, tiled=first.tiling)
+        pixels = torch.empty(samples, bucket.frames, 3, height, width, dtype=DTYPES[itemsize])
+        before = meter.mark()
+        stage.encode(pixels)
+        return meter.peak - before
+
+
+def decoding(run: Run, bucket: Bucket) -> int:
+    """Bytes on top of all weights while one sample's latents become pixels; 0 where a run makes no samples."""
+    if not run.model.sampling.number:
+        return 0
+    pixels = bucket.frames * 3 * bucket.height * bucket.width
+    return pixels * run.itemsize + _decoding(run.model.first_stage, run.itemsize, bucket)
+
+
+@remembered
+def _decoding(first: FirstStageConfig, itemsize: int, bucket: Bucket) -> int:
+    with metering_meta() as meter:
+        stage = _first_stage(first, DTYPES[itemsize])
+        height, width = _piece(stage, bucket, tiled=True)
+        channels = latent_channels(ModelConfig(first_stage=first, text=TextConfig(kind="byt5")))
+        shape = (latent_frames(bucket.frames), channels, height // LATENT_SIDE, width // LATENT_SIDE)
+        latents = torch.empty(1, *shape, dtype=DTYPES[itemsize])
+        before = meter.mark()
+        stage.decode(latents)
+        return meter.peak - before
+
+
+def _first_stage(first: FirstStageConfig, dtype: torch.dtype) -> FirstStage:
+    from sat_ext.models.first_stage import build_first_stage
+
+    return build_first_stage(ModelConfig(first_stage=first, text=TextConfig(kind="byt5")), dtype).to(dtype)
+
+
+def _piece(stage: Any, bucket: Bucket, *, tiled: bool) -> tuple[int, int]:
+    """Height and width of what the first stage works on at a time: one tile, which takes what every other does."""
+    if not tiled or not hasattr(stage, "vae"):
+        return bucket.height, bucket.width
+    vae = stage.vae
+    return min(bucket.height, vae.tile_sample_min_height), min(bucket.width, vae.tile_sample_min_width)
+
+
+def embedding(run: Run, bucket: Bucket) -> int:
+    """Bytes on top of the weights while captions become embeddings, on the GPU."""
+    model = run.model
+    if run.cached_text or model.text.device == "cpu":
+        return 0
+    return _embedding(t5_shape(model), run.itemsize, text_length(model), run.batches[bucket])
+
+
+@remembered
+def _embedding(shape: dict[str, Any] | int, itemsize: int, length: int, samples: int) -> int:
+    # layers that never train hold nothing, so two of them take what all do
+    encoder = empty_t5(shape, num_layers=2).to(DTYPES[itemsize])
+    with metering(encoder) as meter, torch.no_grad():
+        before = meter.mark()
+        encoder(torch.zeros(samples, length, dtype=torch.long))
+        return meter.peak - before
