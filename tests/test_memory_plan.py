@@ -13,6 +13,7 @@ from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
 from sat_ext.memory.counts import Parameter, count
 from sat_ext.memory.host import checkpoint_memory, power_of_two, rounding
+from sat_ext.memory.measured import encoding
 from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import Run, run_from
 from sat_ext.memory.weights import bytes_of
@@ -153,11 +154,14 @@ def test_a_quantized_layer_takes_what_is_predicted(kind: str) -> None:
 
 
 def test_slicing_matters_to_batches_of_stills() -> None:
+    stills = Bucket(frames=1, height=480, width=720)
     sliced = run_of()
     run = with_model(sliced, first_stage=replace(sliced.model.first_stage, slicing=False))
-    assert run.batches[Bucket(frames=1, height=480, width=720)] == 11
-    gpu, _ = difference(sliced, run)
-    assert gpu["first_stage"] > 10e9
+    assert run.batches[stills] == 11
+    with pytest.raises(ConfigError, match="cannot encode 11 samples of 1x480x720 at once; set slicing: true"):
+        make_plan(run)
+    four = [encoding(replace(r, batches={stills: 4}), stills) for r in (sliced, run)]
+    assert four[1] > 3.5 * four[0]
 
 
 def test_an_eight_bit_optimizer_keeps_two_bytes() -> None:

@@ -82,7 +82,8 @@ def count(run: Run) -> Counts:
     """Count the parameters of `run`. What the data cache replaces has none: it is not built."""
     model = run.model
     network = _network(transformer_of(model), replace(model.train, quantization="none"))
-    first = text = ()
+    first: tuple[Parameter, ...] = ()
+    text: tuple[Parameter, ...] = ()
     if model.first_stage.kind == "autoencoder" and not run.cached:
         first = _first_stage(model.first_stage.autoencoder).parameters
     if not run.cached_text:
@@ -120,8 +121,8 @@ def _t5(shape: dict[str, Any] | int) -> Part:
 
 
 def t5_shape(model: ModelConfig) -> dict[str, Any] | int:
-    """The text encoder's config; T5 v1.1 XXL's where the model's folder is not on this machine. Of the small one over
-    bytes, its width."""
+    """The text encoder's config; T5 v1.1 XXL's where the model's folder is not on this machine. Of the small one
+    over bytes, its width."""
     if model.text.kind == "byt5":
         return transformer_of(model).text_embed_dim
     if model.pretrained in (None, PRETRAINED) or not Path(str(model.pretrained)).is_dir():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sat_ext.cogvideo.network import PRETRAINED
 from sat_ext.cogvideox import LATENT_SIDE, OFS, latent_frames
+from sat_ext.errors import ConfigError
 from sat_ext.memory.counts import empty_t5, t5_shape
 from sat_ext.memory.meter import metering, metering_meta
 from sat_ext.memory.results import remembered
@@ -160,7 +161,13 @@ def _encoding(first: FirstStageConfig, itemsize: int, bucket: Bucket, samples: i
         height, width = _piece(stage, bucket, tiled=first.tiling)
         pixels = torch.empty(samples, bucket.frames, 3, height, width, dtype=DTYPES[itemsize])
         before = meter.mark()
-        stage.encode(pixels)
+        try:
+            stage.encode(pixels)
+        except RuntimeError as error:  # diffusers splits a large convolution in time, at times below its kernel
+            raise ConfigError(
+                f"model.first_stage: the autoencoder cannot encode {samples} samples of {bucket} at once; set "
+                "slicing: true (of CogVideo's engine, model.en_and_decode_n_samples_a_time: 1)."
+            ) from error
         return meter.peak - before
 
 

@@ -63,10 +63,12 @@ def metering(module: nn.Module) -> Iterator[Meter]:
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         for part in module.modules():
-            for own in (part._parameters, part._buffers):
-                for name, tensor in own.items():
-                    if tensor is not None:
-                        own[name] = _fake(tensor)
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(_fake(parameter), parameter.requires_grad)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = _fake(buffer)
         yield meter
 
 
@@ -79,5 +81,4 @@ def metering_meta() -> Iterator[Meter]:
 
 
 def _fake(tensor: Tensor) -> Tensor:
-    made = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
