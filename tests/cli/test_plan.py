@@ -35,9 +35,9 @@ def test_the_table_shows_parts_buckets_and_what_to_use() -> None:
 
 
 def test_where_nothing_fits_the_levers_are_named_and_the_status_is_1() -> None:
-    shown = plan("--gpu-memory", "7GB", "--host-memory", "32GB")
+    shown = plan("--gpu-memory", "6GB", "--host-memory", "32GB")
     assert shown.exit_code == 1
-    assert "Nothing fits 7.0 GB a GPU and 32.0 GB a host." in shown.output
+    assert "Nothing fits 6.0 GB a GPU and 32.0 GB a host." in shown.output
     assert "model.train.quantization: nf4" in shown.output
 
 
