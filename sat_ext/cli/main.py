@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from sat_ext.cli.bench import bench
-from sat_ext.cli.cache import cache
-from sat_ext.cli.check import check
-from sat_ext.cli.convert import convert
-from sat_ext.cli.demo import demo
-from sat_ext.cli.export import export
-from sat_ext.cli.plan import plan
-from sat_ext.cli.preview import preview
-from sat_ext.cli.sample import sample
 from sat_ext.errors import SatExtError
 
-app = typer.Typer(
-    help="Train video diffusion models on images and videos together.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-app.command()(bench)
-app.command()(cache)
-app.command()(check)
-app.command()(convert)
-app.command()(demo)
-app.command()(export)
-app.command()(plan)
-app.command()(preview)
-app.command()(sample)
+COMMANDS = ("bench", "cache", "check", "convert", "demo", "export", "plan", "preview", "sample")
+
+
+class Commands(TyperGroup):
+    """Subcommands, each imported when it is asked for: SAT and diffusers take seconds, which most do without."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Their names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
+        """The one of this name, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        alone = typer.Typer(pretty_exceptions_enable=False)
+        alone.command()(getattr(import_module(f"sat_ext.cli.{cmd_name}"), cmd_name))
+        return typer.main.get_command(alone)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def about() -> None:
+    """Train video diffusion models on images and videos together."""
 
 
 def main() -> None:

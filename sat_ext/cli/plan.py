@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.errors import ConfigError
 from sat_ext.memory.advice import Room, advise
 from sat_ext.memory.cache import cache_that_fits
+from sat_ext.memory.measured import measurements
 from sat_ext.memory.run import run_from
 from sat_ext.memory.table import as_data, configurations, of_buckets, of_cache, of_one, sentences
 from sat_ext.recipe import read_recipe
@@ -40,7 +42,12 @@ def plan(
         gpu_memory=size_of(gpu_memory, "--gpu-memory"),
         host_memory=size_of(host_memory, "--host-memory"),
     )
-    advice, cache = advise(run, room), cache_that_fits(run, room.per_node, room.gpu_memory)
+    progress = Console(stderr=True)
+    steps = track(measurements(run), "measuring the modules", console=progress, transient=True)
+    for measure in steps:
+        measure()
+    with progress.status("comparing configurations"):
+        advice, cache = advise(run, room), cache_that_fits(run, room.per_node, room.gpu_memory)
     if as_json:
         print(json.dumps(as_data(advice, cache, room)))
     else:

@@ -6,7 +6,9 @@ as its modules have the same widths and blocks. What cuDNN takes as a workspace 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +52,12 @@ class TrainingStep:
     at_end: int
     saved: int
     inputs: tuple[int, ...]
+
+
+def measurements(run: Run) -> list[Callable[[], object]]:
+    """What a plan of `run` measures, one after the other, for those who show how far it is."""
+    kinds = (training_step, encoding, decoding, embedding)
+    return [partial(measure, run, bucket) for measure in kinds for bucket in run.batches]
 
 
 def training_step(run: Run, bucket: Bucket) -> TrainingStep:
