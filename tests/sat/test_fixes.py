@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_model_is_named(loading: Any, tmp_path: Path, fo
 
 def test_a_checkpoint_that_lacks_weights_is_named(loading: Any, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, {"weight": torch.ones(2, 2)})
-    message = r"lacks weights of the YAML's model \(\['bias'\]\); name .* by 'force_train: true'"
+    message = r"lacks weights of the YAML's model \(\['bias'\]\); name .* with 'force_train: true'"
     with pytest.raises(ConfigError, match=message):
         load_into(loading, nn.Linear(2, 2), folder)
 
