@@ -13,6 +13,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from torch import Tensor
 
 from sat_ext.cogvideo.network import read_network
+from sat_ext.config import convert
 from sat_ext.convert.files import read_metadata, read_tensors, write_tensors
 from sat_ext.convert.names import LayerNames
 from sat_ext.engines import COGVIDEO, engine_of
@@ -125,18 +126,11 @@ def _metadata(file: Path) -> dict[str, Any]:
     return metadata
 
 
-def write(file: Path, lora: Lora, layers: int) -> None:
-    """`file` as diffusers' `load_lora_weights` takes it, with rank and alpha, for so many layers."""
+def write(file: Path, lora: Lora) -> None:
+    """`file` as diffusers' `load_lora_weights` takes it, with rank and alpha."""
     assert lora.alpha is not None
-    kinds = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in lora.pairs})
-    everywhere = [f"transformer_blocks.{i}.{kind}" for i in range(layers) for kind in kinds]
-    # peft matches the end of a name, so the short ones do where every layer is adapted
-    short = sorted({kind.removeprefix("attn1.") for kind in kinds})
-    config = {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": short if set(everywhere) == set(lora.pairs) else sorted(lora.pairs),
-    }
+    # the whole names, as peft would find a shorter one in layers that have no adapter
+    config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.pairs)}
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in config.items()})}
     weights = {
         f"{_PREFIX}{name}.lora_{letter}.weight": tensor
@@ -158,7 +152,9 @@ def alpha_of(base: Mapping[str, Any]) -> float | None:
     if engine_of(model).name != COGVIDEO:
         return None
     network = read_network(model or {})
-    return None if network.lora_rank is None else float(network.lora_alpha)
+    if network.lora_rank is None:
+        return None
+    return float(convert(float, network.lora_alpha, "lora_config.params.lora_alpha"))
 
 
 def _pair(

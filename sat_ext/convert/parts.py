@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sat_ext.cogvideox import LATENT_SIDE
-from sat_ext.convert.architecture import AUTOENCODER, TRANSFORMER, count, empty_model
+from sat_ext.convert.architecture import AUTOENCODER, TRANSFORMER, empty_model
 from sat_ext.convert.lora import Lora
 from sat_ext.convert.names import LayerNames, autoencoder_rows, sat_names, to_diffusers, transformer_rows
 from sat_ext.convert.positions import UNUSED, computed
@@ -76,11 +76,6 @@ def rows_of(config: Mapping[str, Any]) -> list[LayerNames]:
     if config["_class_name"] == TRANSFORMER:
         return transformer_rows(config["num_layers"])
     return autoencoder_rows(len(config["block_out_channels"]), config["layers_per_block"])
-
-
-def adapted_layers(lora: Lora) -> int:
-    """How many layers a transformer has at least, to have these adapters."""
-    return count(lora.pairs, r"transformer_blocks\.(\d+)\.")
 
 
 def from_sat_names(weights: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from sat_ext.checkpoint.layout import WEIGHTS_NAME
 from sat_ext.convert import lora as adapters
 from sat_ext.convert.files import Advance, aside, write_checkpoint, write_safetensors, write_tensors
 from sat_ext.convert.names import adapter_rows, to_sat
-from sat_ext.convert.parts import Part, adapted_layers, rows_of
+from sat_ext.convert.parts import Part, rows_of
 from sat_ext.convert.positions import computed
 from sat_ext.convert.read import AUTOENCODER_FILE, LORA_YAML, PREFIX, SAT_ONLY_FILE
 from sat_ext.errors import ConfigError
@@ -42,9 +42,8 @@ def write_diffusers(part: Part, folder: Path, tracking: Tracking) -> list[Path]:
                 f"{part.where}: SAT keeps the scale of a LoRA in the YAML; give CogVideo's YAML of the run with "
                 "--base, or its lora_alpha with --alpha."
             )
-        layers = part.config["num_layers"] if part.config else adapted_layers(part.lora)
         with aside(folder.parent / adapters.FILE) as draft:
-            adapters.write(draft, part.lora, layers)
+            adapters.write(draft, part.lora)
         written.append(folder.parent / adapters.FILE)
     return written
 

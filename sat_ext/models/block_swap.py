@@ -1,8 +1,7 @@
 """Frozen weights of some of the transformer's blocks in CPU memory, each fetched just before its block computes.
 
-In the backward pass a block computes again (gradient checkpointing), and is fetched again. What autograd saves of
-its weights then are those of the recomputation, whose memory lasts until the block's gradients are there. Trained
-weights, a LoRA's, stay where they are.
+Gradient checkpointing computes a block again in the backward pass, which fetches it again; autograd keeps that
+copy until the block's gradients are computed. Trained weights, a LoRA's, stay where they are.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ ALIGNMENT = 256  # bytes, as CUDA aligns what it allocates
 
 
 def swap_blocks(blocks: nn.ModuleList, count: int) -> SwapWindow:
-    """Keep the frozen weights of `count` of the blocks, evenly spread, in CPU memory from now on."""
+    """Move the frozen weights of `count` of the blocks, evenly spread, to CPU memory."""
     stream = SideStream()
     return SwapWindow([SwappedBlock(blocks[i * len(blocks) // count], stream) for i in range(count)])
 
 
 class SwappedBlock:
-    """A block whose frozen weights are in one piece of CPU memory, and for a while also where the block computes.
+    """A block whose frozen weights are in one piece of CPU memory, and while they are needed also on its device.
 
-    Else its parameters are empty, so that what moves, casts or broadcasts the model finds nothing to do; their
-    device and dtype say where the block computes, and `whole_shape` what they stand for. State dicts hold the
-    weights, and loading one fills them.
+    Otherwise its parameters are empty, so that what moves, casts or broadcasts the model does not touch the
+    weights; their device and dtype are the block's, and `whole_shape` is the weight's. State dicts save and load
+    the weights.
     """
 
     def __init__(self, block: nn.Module, stream: SideStream) -> None:
@@ -66,22 +65,22 @@ class SwappedBlock:
             return
         tensors = self.tensors
         dtypes = [tensor.dtype for tensor in tensors]
-        if [tensor.dtype for tensor in self.home] != dtypes:  # the model was cast
+        if [tensor.dtype for tensor in self.home] != dtypes:  # the model was cast since
             self._pack([tensor.to(dtype) for tensor, dtype in zip(self.home, dtypes)])
         device = tensors[0].device
-        if device.type == "cuda" and not self.locked:
+        if device.type == "cuda" and not self.locked:  # not when it is built, as the device is known only now
             page_lock(self.host)
             self.locked = True
         self.fetched = self.stream.copy(self.host, torch.empty_like(self.host, device=device))
 
     def arrive(self) -> None:
-        """Have the weights where the block computes."""
+        """Put the weights on the block's device."""
         self.fetch()
         assert self.fetched is not None
         self._show(self._views(self.fetched.finish(), self.home))
 
     def release(self) -> None:
-        """Let go of the copy; autograd may still hold it for the block's gradients."""
+        """Drop the copy; autograd may still hold it for the block's gradients."""
         self.fetched = None
         self._show([torch.empty(0, dtype=t.dtype, device=t.device) for t in self.tensors])
 
@@ -109,7 +108,7 @@ def _room(tensor: Tensor) -> int:
 
 
 class SwapWindow:
-    """The swapped blocks, of which two at most are fetched: the one that computes, and the next that will."""
+    """The swapped blocks, of which at most two are fetched: the one that computes, and the one after it."""
 
     def __init__(self, blocks: list[SwappedBlock]) -> None:
         self.blocks = blocks
@@ -118,8 +117,9 @@ class SwapWindow:
             swapped.block.register_forward_pre_hook(partial(self._enter, index))
 
     def _enter(self, index: int, _block: nn.Module, _inputs: Any) -> None:
-        """The block of this index is about to compute, forwards or again in the backward pass."""
+        """The block of this index is about to compute, in the forward pass or again in the backward pass."""
         following = self._following(index)
+        # before anything is fetched, so that the copies take the memory of those that are dropped
         for other, swapped in enumerate(self.blocks):
             if other not in (index, following):
                 swapped.release()
@@ -128,7 +128,7 @@ class SwapWindow:
         self._last = index
 
     def _following(self, index: int) -> int:
-        """Which block computes after this one, as far as can be told."""
+        """The block that probably computes next. A wrong guess only costs time, as `arrive` fetches."""
         if index == 0:
             return 1  # after it in a forward pass; and the next pass's second where it ends a backward pass
         if torch.is_grad_enabled():

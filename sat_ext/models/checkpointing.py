@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the transformer's blocks, with the inputs that are kept on the GPU or off it."""
+"""Gradient checkpointing of the transformer's blocks, whose inputs are kept on the GPU or in CPU memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def checkpoint_blocks(network: CogVideoXTransformer3DModel, lever: GradientCheck
 
 
 class Checkpointing:
-    """What diffusers' transformer calls in place of each block while gradients are on."""
+    """What diffusers' transformer calls instead of each block while gradients are enabled."""
 
     def __init__(self, blocks: nn.ModuleList, lever: GradientCheckpointing) -> None:
-        # the last ones' activations are the first to be let go of, so it is they that are kept
+        # of every group the first, as the backward pass frees the activations of the last blocks first
         self.recomputed = set(list(blocks)[:: lever.every])
         self.inputs = OffloadedInputs() if lever.offload else None
 
@@ -42,8 +42,9 @@ class Checkpointing:
 class OffloadedInputs:
     """Inputs of checkpointed blocks in page-locked CPU memory, copied while the GPU computes.
 
-    An input leaves while its block computes, and its memory is free when the next block begins. In the backward
-    pass a block's inputs are fetched while the block after it computes.
+    An input is copied out while its block computes, and its GPU memory is free when the next block starts. In the
+    backward pass a block's inputs are copied back while the block after it computes. torch's `save_on_cpu` copies
+    when the tensor is saved and used, and the GPU waits for it.
     """
 
     def __init__(self) -> None:
@@ -52,22 +53,23 @@ class OffloadedInputs:
         self._last: weakref.ref[_Inputs] | None = None
 
     def of_next_block(self) -> saved_tensors_hooks:
-        """Inside, what `checkpoint` saves of its arguments is offloaded. Weights and activations, which are saved
-        under its own hooks, are not."""
+        """Inside, what `checkpoint` saves of its arguments is offloaded; weights and activations, which it saves
+        under hooks of its own, are not."""
+        # not earlier, as the copies should run beside the block; not later, as its memory should serve this block
         self.settle()
         inputs = _Inputs(self, self._last)
         self._last = weakref.ref(inputs)
         return saved_tensors_hooks(inputs.pack, inputs.unpack)
 
     def settle(self) -> None:
-        """Have what is computed from here on come after the copies of the last block's inputs."""
+        """Make the computation from here on wait for the copies of the last block's inputs."""
         for transfer in self.leaving:
             transfer.finish()
         self.leaving.clear()
 
 
 class _Inputs:
-    """Those of one block. The graph alone keeps them, so that they go with it."""
+    """Those of one block. Only the graph holds a reference, so that they are freed with it."""
 
     def __init__(self, owner: OffloadedInputs, before: weakref.ref[_Inputs] | None) -> None:
         self.owner, self.before = owner, before
@@ -92,7 +94,7 @@ class _Inputs:
 
 
 class _Saved:
-    """One tensor that is offloaded."""
+    """One offloaded tensor."""
 
     def __init__(self, owner: OffloadedInputs, tensor: Tensor) -> None:
         self.device, self.stream = tensor.device, owner.back
@@ -101,12 +103,12 @@ class _Saved:
         self.coming: Transfer | None = None
 
     def fetch(self) -> None:
-        """Begin to copy it back, unless that has begun."""
+        """Start to copy it back, once."""
         if self.coming is None:
             self.coming = self.stream.copy(self.host, torch.empty_like(self.host, device=self.device))
 
     def take(self) -> Tensor:
-        """The tensor; the copy lasts as long as whoever takes it keeps it."""
+        """The tensor. The copy is freed with the caller's reference."""
         assert self.coming is not None
         tensor, self.coming = self.coming.finish(), None
         return tensor

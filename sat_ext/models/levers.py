@@ -1,4 +1,4 @@
-"""The levers on memory in the YAML's `model:`, and the combinations of them that make no sense."""
+"""Checks of the levers on memory in the YAML's `model:` that do not work together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BLOCKS_FETCHED = 2  # of those that are swapped, on the GPU at a time
 
 
 def check_levers(config: ModelConfig, layers: int) -> None:
-    """Raise `ConfigError` for levers that make no sense together, in a transformer of so many `layers`."""
+    """Raise `ConfigError` for levers that do not work together in a transformer of `layers` layers."""
     lora, swap = config.train.mode == "lora", config.block_swap
     if config.train.quantization != "none" and not lora:
         raise ConfigError(
@@ -35,18 +35,18 @@ def check_levers(config: ModelConfig, layers: int) -> None:
     if config.text.quantization != "none" and (config.text.kind != "t5" or config.text.device != "gpu"):
         found = f"kind: {config.text.kind}" if config.text.kind != "t5" else f"device: {config.text.device}"
         raise ConfigError(
-            f"model.text.quantization: {config.text.quantization} is for a folder's T5 that stays on the GPU, and "
+            f"model.text.quantization: {config.text.quantization} is for a folder's T5 that stays on the GPU, but "
             f"the YAML has {found}; use kind: t5 with device: gpu, or quantization: none."
         )
 
 
 def check_zero(config: ModelConfig, stage: int) -> None:
-    """Raise `ConfigError` for levers that ZeRO's `stage` does not go with."""
+    """Raise `ConfigError` for levers that do not work with this ZeRO stage."""
     quantization, swap = config.train.quantization, config.block_swap
     if stage < 3 or (quantization == "none" and not swap):
         return
     lever = f"model.block_swap: {swap}" if swap else f"model.train.quantization: {quantization}"
     raise ConfigError(
-        f"{lever}, but ZeRO-3 splits up all weights and brings them itself; use stage 2, or without the lever "
+        f"{lever}, but ZeRO-3 shards all weights and gathers them itself; use stage 2, or without the lever "
         "configs/zero/zero3-offload.yaml."
     )

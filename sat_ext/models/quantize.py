@@ -1,4 +1,4 @@
-"""Frozen weights of the transformer's linear layers in 4 or 8 bits, made whole again where they are used."""
+"""Frozen weights of the transformer's linear layers in 4 or 8 bits, dequantized where they are used."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 @dataclass(frozen=True)
 class Code:
-    """A way to write a matrix of weights (rows, columns) as bytes and scales, and to read it.
+    """A code for matrices of weights (rows, columns).
 
-    `quantize(weight)` gives the bytes, uint8, and the scales, in an integer type: no cast of the model changes
-    either. `dequantize(codes, scales, shape, dtype)` gives the matrix, which quantizes to the same codes and
-    scales again.
+    `quantize(weight)` gives bytes (uint8) and scales, integers so that no cast of the model changes them.
+    `dequantize(codes, scales, shape, dtype)` gives the matrix, which quantizes to the same codes and scales.
     """
 
     quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -84,8 +83,8 @@ CODES = {"fp8": Code(to_fp8, from_fp8), "nf4": Code(to_nf4, from_nf4)}
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose `weight` is bytes, with `scales` beside it; for PEFT it is a linear layer.
 
-    `in_state_dict`: state dicts hold its weight, whole and in float32, in CPU memory. Loading a weight quantizes
-    it, and one from its own state dict comes back to the last bit.
+    With `in_state_dict` state dicts hold its weight, dequantized to float32 in CPU memory. Loading a weight
+    quantizes it, and one from its own state dict gives the same codes.
     """
 
     scales: Tensor
@@ -106,7 +105,7 @@ class QuantizedLinear(nn.Linear):
         return output
 
     def read(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight (out_features, in_features) that `codes` and `scales` stand for."""
+        """The weight (out_features, in_features) of `codes` and `scales`."""
         shape = torch.Size((self.out_features, self.in_features))
         return self.code.dequantize(codes, scales, shape, dtype)
 
@@ -129,8 +128,8 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer that keeps its quantized weight for the backward pass, as what autograd saves: checkpointing
-    and block swap then reach it. (bitsandbytes' own keeps it out of their reach.)"""
+    """A linear layer that saves its quantized weight for the backward pass through autograd, where checkpointing
+    and block swap reach it; bitsandbytes' own keeps it elsewhere."""
 
     @staticmethod
     def forward(
@@ -150,8 +149,8 @@ class _Linear(torch.autograd.Function):
 def quantize_blocks(blocks: nn.ModuleList, quantization: Quantization, *, in_state_dict: bool) -> None:
     """Quantize the weights of all linear layers in the transformer's blocks; biases and norms stay as they are.
 
-    Under NF4 the layers that make the modulation of the time step are FP8: an error of theirs is not averaged over
-    many inputs, but scales a channel of every token. Each weight is quantized on the GPU where there is one.
+    Under NF4 the layers that compute the timestep's modulation are FP8, because their errors scale a channel of
+    every token and do not average out. Each weight is quantized on the GPU where there is one.
     """
     # here, as the planner reads this module's numbers where diffusers need not import
     from diffusers.models.normalization import CogVideoXLayerNormZero

@@ -1,8 +1,8 @@
-"""Copies between a GPU and the CPU's memory that run beside the computation. On a CPU they are plain copies.
+"""Copies between GPU and CPU memory that run beside the computation. Between CPU tensors they are plain copies.
 
-GPU memory of either side belongs to the stream that computes, and `Transfer.finish` puts its next use after the
-copy there. PyTorch's other way, `record_stream`, gives memory free only when the GPU has got that far: the CPU,
-which is whole blocks ahead, would ask for more in the meantime, and nothing would be saved.
+GPU memory on either side belongs to the computing stream, and `Transfer.finish` makes its next use there wait for
+the copy. We do not use `record_stream`: it frees memory only when the GPU has got that far, and the CPU, which is
+whole blocks ahead, would allocate more in the meantime.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class SideStream:
-    """One direction's copies, one after another, on a CUDA stream of their own."""
+    """The copies in one direction, in order, on a CUDA stream of their own."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, source: Tensor, target: Tensor) -> Transfer:
-        """Begin to copy what the computation has made of `source` so far. Asynchronous where the side in the CPU's
-        memory is page-locked."""
+        """Start to copy `source` as it is at this point of the computation; asynchronous where the CPU side is
+        page-locked."""
         device = next((t.device for t in (source, target) if t.is_cuda), None)
         if device is None:
             target.copy_(source)
@@ -37,14 +37,15 @@ class SideStream:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         stream = self._streams[device]
-        stream.wait_stream(torch.cuda.current_stream(device))  # what used the memory of `target` before is done
+        # `source` must be computed, and whatever used the memory of `target` before must be done
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
         return Transfer(target, source, stream)
 
 
 class Transfer:
-    """A copy that has begun; it keeps both sides until it is finished."""
+    """A copy under way, which keeps both sides until `finish`."""
 
     def __init__(
         self, target: Tensor, source: Tensor | None = None, stream: torch.cuda.Stream | None = None
@@ -54,14 +55,14 @@ class Transfer:
         self._copied = None if stream is None else stream.record_event()
 
     def finish(self) -> Tensor:
-        """The target, for what is computed from here on."""
+        """The target, for the computation from here on."""
         if self._stream is not None and self._copied is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
         self._source = self._copied = self._stream = None
         return self.target
 
     def __del__(self) -> None:
-        if self._stream is not None:  # never finished, by a graph that was thrown away
+        if self._stream is not None:  # never finished, as its graph was dropped: the copy may still run
             for tensor in (self.target, self._source):
                 if tensor is not None and tensor.is_cuda:
                     tensor.record_stream(self._stream)
@@ -70,17 +71,17 @@ class Transfer:
 def host_memory(size: int) -> Tensor:
     """CPU memory of `size` bytes (uint8), to be page-locked.
 
-    It is shared with forked processes. Of private memory that a GPU may write to, Linux copies every page at each
-    fork (`copy_present_page` in mm/memory.c): data workers would each take as much again.
+    It is shared with forked processes. Linux copies every page of private memory that a GPU may write to at each
+    fork (`copy_present_page` in mm/memory.c), so each data worker would take as much again.
     """
     return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
 
 
 def page_lock(memory: Tensor) -> bool:
-    """Page-lock `memory` of `host_memory`, so that copies to a GPU are asynchronous; undone when it is let go of.
+    """Page-lock `memory` of `host_memory`, so that copies to a GPU are asynchronous; unlocked when it is freed.
 
-    `Tensor.pin_memory` would copy it, into an allocation that is rounded up to a power of two
-    (aten/src/ATen/core/CachingHostAllocator.h). Memory that the system does not lock is used as it is; then False.
+    `Tensor.pin_memory` would copy it into an allocation that is rounded up to a power of two
+    (aten/src/ATen/core/CachingHostAllocator.h). False where the system refuses; the memory is then used unlocked.
     """
     cudart, address = torch.cuda.cudart(), memory.data_ptr()
     status = int(cudart.cudaHostRegister(address, memory.nbytes, 0))
@@ -98,8 +99,8 @@ def page_lock(memory: Tensor) -> bool:
 
 
 def lock_weights(tensors: Iterable[Tensor]) -> None:
-    """Move the tensors' data into page-locked memory, those that are not there yet. Where one cannot be locked,
-    the others stay as they are, and it is not tried again."""
+    """Move the tensors' data into page-locked memory, if it is not there yet. After one that cannot be locked the
+    others are left as they are, and none is tried again."""
     failed = False
     for tensor in tensors:
         if getattr(tensor, "locked_at", None) == tensor.data_ptr():
@@ -116,8 +117,8 @@ def lock_weights(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules' weights are copies on `device`; after it, the very tensors from before, which are
-    page-locked from the first time on: copies of pageable memory take several times as long."""
+    """Inside, the modules' weights are copies on `device`; afterwards the same tensors as before. These are
+    page-locked at the first time, as copies from pageable memory take several times as long."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     if device.type == "cuda":
         lock_weights(tensors)
@@ -137,7 +138,7 @@ def _unlock(cudart: Any, address: int, process: int) -> None:
 
 
 def _take_error() -> None:
-    """CUDA keeps the error of a failed call until someone asks for it, and PyTorch asks after each kernel: the
-    next one would die of it. PyTorch offers no cudaGetLastError, so we launch a kernel that nothing depends on."""
+    """Clear the error of a failed call, which PyTorch would otherwise raise after its next kernel. PyTorch has no
+    cudaGetLastError, so we launch a kernel that nothing depends on."""
     with suppress(RuntimeError):
         torch.zeros(1, device="cuda").add_(1)

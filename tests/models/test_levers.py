@@ -48,8 +48,8 @@ def test_a_quantized_text_encoder_stays_on_the_gpu(pretrained: Any, device: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (SWAP, "block_swap: 4, but ZeRO-3 splits up all weights and brings them itself; use stage 2"),
-        ({"train": {**LORA, "quantization": "fp8"}}, "train.quantization: fp8, but ZeRO-3 splits up"),
+        (SWAP, "block_swap: 4, but ZeRO-3 shards all weights and gathers them itself; use stage 2"),
+        ({"train": {**LORA, "quantization": "fp8"}}, "train.quantization: fp8, but ZeRO-3 shards"),
     ],
 )
 def test_zero_3_takes_neither_swapped_nor_quantized_weights(changes: dict[str, Any], message: str) -> None:
