@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from sat_ext.data.guard import Guard
+from sat_ext.data.media_reader import read_pixels
 from sat_ext.data.probe import probe
-from sat_ext.data.stream import read_pixels
 from sat_ext.data.transform import Fit
 from sat_ext.files import fingerprint
 

@@ -66,10 +66,6 @@ class Engine(Protocol):
     def batch_dtype(self, training: torch.dtype, *, model_parallel: int = 1) -> torch.dtype:
         """What the pixels of a batch are handed over in, where the run trains in `training`."""
 
-    @property
-    def takes_latents_as_pixels(self) -> bool:
-        """Whether cached latents come in `mp4`, in place of pixels."""
-
     def sequence_shape(self) -> SequenceShape:
         """What the cost of a batch follows from."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -102,9 +101,8 @@ class Bucket:
 class Sample:
     """One training sample.
 
-    `pixels` is uint8 (T, C, H, W). `num_frames` counts the frames without repeats, `fps` is what they play at.
-    `encoded` holds latents in place of pixels, of which there is then one a frame: `latents` (t, C, h, w) and, for
-    an image-to-video model, `condition_latents` (1, C, h, w).
+    `pixels` is uint8 (T, C, H, W), or latents (t, C, h, w) from a cache; then `condition` (1, C, h, w) is that of
+    an image-to-video model. `num_frames` counts the frames without repeats, `fps` is what they play at.
     """
 
     pixels: torch.Tensor
@@ -114,4 +112,4 @@ class Sample:
     kind: Kind
     source: str
     key: str
-    encoded: Mapping[str, torch.Tensor] | None = None
+    condition: torch.Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Annotated, Any
@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.data.index import Index, build_index
-from sat_ext.data.stream import JointStream, read_pixels
+from sat_ext.data.media_reader import MediaReader, read_pixels
+from sat_ext.data.stream import JointStream
 from sat_ext.data.transform import Fit
 from sat_ext.recipe import Recipe, read_recipe
 
@@ -79,9 +80,8 @@ class _TimedRead:
     def __init__(self) -> None:
         self.decoding = self.fitting = 0.0
 
-    def __call__(
-        self, path: str, times: Sequence[float] | None, decoder: str, fit: Fit, seen: tuple[str, float]
-    ) -> np.ndarray:
+    def __call__(self, path: str, *args: Any) -> np.ndarray:
+        times, decoder, fit, seen = args
         start, before = time.perf_counter(), self.fitting
         pixels = read_pixels(path, times, decoder, _TimedFit(fit, self), seen)  # type: ignore[arg-type]
         self.decoding += time.perf_counter() - start - (self.fitting - before)
@@ -104,8 +104,8 @@ class _TimedFit:
 
 def _by_stage(index: Index, run: Recipe, steps: int, console: Console) -> list[BucketTimes]:
     """The first steps' batches, made here and without a guard."""
-    stream, read = _stream(index, run), _TimedRead()
-    stream._read = read  # type: ignore[assignment]
+    read = _TimedRead()
+    stream = _stream(index, run, MediaReader(index, run.data, read))
     torch.set_num_threads(1)  # as PyTorch sets it in data workers
     found: dict[str, BucketTimes] = {}
     for step in track(islice(stream.schedule.steps(0), steps), "by stage", total=steps, console=console):
@@ -146,9 +146,9 @@ def _through_a_worker(index: Index, run: Recipe, steps: int, console: Console) -
     return (end - start) / steps
 
 
-def _stream(index: Index, run: Recipe) -> JointStream:
+def _stream(index: Index, run: Recipe, reader: MediaReader | None = None) -> JointStream:
     dtype = run.engine.batch_dtype(run.dtype)
-    return JointStream(index, run.data, batch_sizes=run.batch_sizes, world=1, dtype=dtype)
+    return JointStream(index, run.data, batch_sizes=run.batch_sizes, world=1, dtype=dtype, reader=reader)
 
 
 def _advice(seconds: float, run: Recipe, step_time: float | None) -> dict[str, float]:

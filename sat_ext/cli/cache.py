@@ -21,9 +21,10 @@ from rich.progress import track
 from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.params import DataConfig
+from sat_ext.data.visits import Visit
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents.encoders import Encoders, Fingerprints, Part
-from sat_ext.latents.reader import Cached, Shown, media_codes
+from sat_ext.latents.reader import Entries, captions_of, media_codes
 from sat_ext.latents.store import CacheConfig, Entry, LatentStore
 from sat_ext.latents.text import write_text_embeddings
 from sat_ext.latents.writer import Progress, Work, missing_work, require_room, write_samples
@@ -128,19 +129,16 @@ def _index(data: DataConfig, sources: Any, console: Console) -> Index:
 
 def _wanted(
     data: DataConfig, lists: list[Index], settings: CacheConfig, prints: Fingerprints
-) -> Iterator[tuple[Shown, Entry]]:
-    store = LatentStore(Path(settings.folder))
+) -> Iterator[tuple[Visit, Entry]]:
     for index in lists:
-        cached = Cached(
-            store=store, config=settings, media=media_codes(index), encoder=prints.first_stage, draws=True,
-            conditions=False,
-        )  # fmt: skip
-        yield from cached.wanted(index, data)
+        yield from Entries(
+            index=index, config=data, encoder=prints.first_stage, clips=settings.clips, media=media_codes(index)
+        )
 
 
 def _work(data: DataConfig, lists: list[Index], settings: CacheConfig, prints: Fingerprints) -> Work:
-    captions = (c for index in lists for of_row in index.table["captions"].to_pylist() for c in of_row)
-    wanted = {entry.key: (shown, entry) for shown, entry in _wanted(data, lists, settings, prints)}
+    captions = [c for index in lists for c in captions_of(index)]
+    wanted = {entry.key: (visit, entry) for visit, entry in _wanted(data, lists, settings, prints)}
     return missing_work(Path(settings.folder), wanted.values(), captions)
 
 

@@ -36,7 +36,6 @@ class CogVideo:
 
     name = "CogVideo"
     lora_remedy = "append configs/cogvideo/lora-rate.yaml"
-    takes_latents_as_pixels = True
 
     def __init__(self, model: Mapping[str, Any]) -> None:
         self.model = model

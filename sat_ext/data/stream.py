@@ -1,55 +1,47 @@
-"""The composer: schedule -> clip -> decode -> transform -> collate. One batch a step, of one bucket."""
+"""The composer: schedule -> reader -> collate. One batch a step, of one bucket."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import count, islice
-from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from sat_ext.data.collate import collate
-from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.faults import Faults
 from sat_ext.data.guard import Guard
 from sat_ext.data.index import Group, Index
+from sat_ext.data.media_reader import MediaReader, read_pixels, sample_capacity
 from sat_ext.data.params import DataConfig
 from sat_ext.data.schedule import Cell, Schedule, Step
-from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
-from sat_ext.files import require_unchanged
-from sat_ext.latents.reader import Cached, show
-from sat_ext.types import Bucket, Item, Sample
+from sat_ext.types import Bucket, Sample
 
 log = logging.getLogger(__name__)
 
 _LISTED = 5  # cells of a warning
-_SLACK = 64  # bytes between the samples of a batch in shared memory
 
 
-def read_pixels(
-    path: str, times: Sequence[float] | None, decoder: str, fit: Fit, seen: tuple[str, float]
-) -> np.ndarray:
-    """The pixels of one sample, uint8 (T, 3, height, width): the frames at `times`, or a still where that is None.
+class Reader(Protocol):
+    """Makes samples of records: from media files (`MediaReader`), or from a cache (`sat_ext.latents.reader`)."""
 
-    Runs in the guard's process. Raises `MediaError`, also for a file that is another one than was `seen`.
-    """
-    require_unchanged(path, *seen)
-    pixels = read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
-    return pixels.numpy()
+    def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:
+        """Visit `number` of a record, counted over the run. Raises `MediaError`: another takes its place."""
+
+    def release(self) -> None:
+        """Reuse the memory of the samples read so far."""
 
 
 class JointStream:
-    """Batches of an index in the order of its schedule. One object serves any rank, worker and start.
+    """Batches of an index in the order of its schedule, for any rank and data worker, from any step on.
 
     `batch_sizes` gives samples per rank by bucket. Where a bucket of a source has few records, its batch is
     smaller, so that no step holds a record twice. `used` (samples of each group of the index that were trained on)
-    goes on with an earlier run. With `cached`, no media are read. Files are read in a process of the stream's own
-    (see `guard`), in each data worker or, without workers, beside the training process.
+    continues an earlier run. Without a `reader` samples come from their files, read in a process of their own
+    (see `guard`) in each data worker or, without workers, beside the training process.
     """
 
     def __init__(
@@ -61,9 +53,9 @@ class JointStream:
         world: int,
         dtype: torch.dtype,
         used: Sequence[int] | None = None,
-        cached: Cached | None = None,
+        reader: Reader | None = None,
     ) -> None:
-        self.index, self.config, self.dtype, self.cached = index, config, dtype, cached
+        self.index, self.config, self.dtype = index, config, dtype
         cells = [
             Cell(
                 source=g.source,
@@ -86,10 +78,10 @@ class JointStream:
             skip=budget.skip, consecutive=budget.consecutive, rows=sum(c.records for c in self.schedule.cells)
         )
         # room for all samples of the largest batch
-        capacity = max(
-            c.batch * (_SLACK + 3 * prod((c.bucket.frames, c.bucket.height, c.bucket.width))) for c in cells
+        capacity = max(c.batch * sample_capacity(c.bucket) for c in cells)
+        self.reader = reader or MediaReader(
+            index, config, Guard(read_pixels, timeout=budget.timeout, capacity=capacity)
         )
-        self._read = Guard(read_pixels, timeout=budget.timeout, capacity=capacity)
 
     def batches(self, *, start: int, rank: int, worker: int = 0, workers: int = 1) -> Iterator[dict[str, Any]]:
         """Endless batches of `rank` from step `start` on; worker w of n makes every n-th, from the w-th."""
@@ -104,17 +96,13 @@ class JointStream:
 
     def collated(self, cell: int, positions: np.ndarray) -> dict[str, Any]:
         """The samples at `positions` of a cell's stream as a batch, without `loss_weight`. Raises as `batch`."""
-        self._read.release()  # the samples of the last batch were copied into it
-        samples = [self.sample(cell, int(p)) for p in positions]
-        batch = collate(samples, torch.uint8 if self.cached else self.dtype)
-        if self.cached is not None and self.cached.as_pixels:
-            batch["mp4"] = batch.pop("latents").to(self.dtype)
-        return batch
+        self.reader.release()  # the samples of the last batch were copied into it
+        return collate([self.sample(cell, int(p)) for p in positions], self.dtype)
 
     def sample(self, cell: int, position: int) -> Sample:
         """The sample at `position` of a cell's stream; a bad file gives way to another of the same cell.
 
-        Its pixels hold until the next `batch`.
+        Its pixels are overwritten by the next `batch`; copy to keep.
         """
         group = self.index.groups[cell]
         record = int(self.schedule.records(cell, np.array([position]))[0])
@@ -127,34 +115,9 @@ class JointStream:
                 self._faults.require_another(group.rows, group.source, group.bucket)
                 continue
             try:
-                visit = position // len(group.rows)
-                sample = self._load(group, record, rng, visit)
+                sample = self.reader.read(group, record, position // len(group.rows), rng)
                 self._faults.clear_run()
                 return sample
             except MediaError as error:
                 self._faults.add(row, error)
         raise AssertionError("the budget of faults ends the loop")
-
-    def _load(self, group: Group, record: int, rng: np.random.Generator, visit: int) -> Sample:
-        if self.cached is not None:
-            return self._take(self.cached, group, record, rng, visit)
-        shown = show(self.index, self.config, group, record, rng)
-        caption = _draw_caption(shown.item, rng)
-        fit = Fit(group.bucket.height, group.bucket.width, shown.item.crop)
-        pixels = self._read(shown.item.path, shown.times, self.config.decoder, fit, shown.seen)
-        return shown.sample(torch.from_numpy(pixels), caption)
-
-    def _take(self, cached: Cached, group: Group, record: int, rng: np.random.Generator, visit: int) -> Sample:
-        """From the cache, with the caption that `_load` has too where its sampler does not draw."""
-        shown, entry = cached.find(self.index, self.config, group, record, visit)
-        caption = _draw_caption(shown.item, rng)
-        pixels = torch.zeros(group.bucket.frames, 3, 1, 1, dtype=torch.uint8)
-        return replace(shown.sample(pixels, caption), encoded=cached.read(entry, visit, rng))
-
-
-def _draw_caption(item: Item, rng: np.random.Generator) -> str:
-    """One of the item's captions. A single one is not drawn for, so that it changes no other random number."""
-    if len(item.captions) == 1:
-        return item.captions[0]
-    weights = np.array(item.caption_weights or (1.0,) * len(item.captions))
-    return item.captions[int(rng.choice(len(weights), p=weights / weights.sum()))]

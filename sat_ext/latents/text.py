@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -67,6 +67,15 @@ class TextEmbeddings:
                     f"{self.folder}: these text embeddings are of {name} {self.fingerprint[name]}, and {value} is "
                     f"asked for; {remedy}."
                 )
+
+    def require_captions(self, captions: Sequence[str], command: str) -> None:
+        """Raise `DataError` unless there is an embedding of each; `command` is what writes them."""
+        missing = [c for c in captions if caption_key(c) not in self.files]
+        if missing:
+            raise DataError(
+                f"{self.folder}: {len(missing)} of {len(captions)} captions are not in this cache (first: "
+                f"{missing[0][:80]!r}); run {command}."
+            )
 
 
 def encoder_fingerprint(

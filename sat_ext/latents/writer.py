@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from sat_ext.cogvideox import latent_frames
 from sat_ext.data.guard import Guard
-from sat_ext.data.stream import read_pixels
-from sat_ext.data.transform import Fit
+from sat_ext.data.media_reader import pixels_of, read_pixels, sample_capacity
+from sat_ext.data.visits import Visit
 from sat_ext.errors import DataError, MediaError
 from sat_ext.latents.encoders import Encoders, LatentShape
-from sat_ext.latents.reader import Shown
 from sat_ext.latents.store import Entry, LatentStore, bytes_of, write_latents
 from sat_ext.latents.text import TextEmbeddings, caption_key
 from sat_ext.types import Bucket
@@ -35,7 +33,7 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 class Work:
     """What a cache lacks: samples, and captions."""
 
-    samples: tuple[tuple[Shown, Entry], ...]
+    samples: tuple[tuple[Visit, Entry], ...]
     captions: tuple[str, ...]
 
     def of_rank(self, rank: int, world: int) -> Work:
@@ -60,12 +58,12 @@ def sample_bytes(bucket: Bucket, shape: LatentShape, conditions: int) -> int:
     return frame * (frames * (2 if shape.deviates else 1) + firsts)
 
 
-def missing_work(folder: Path, wanted: Iterable[tuple[Shown, Entry]], captions: Iterable[str]) -> Work:
+def missing_work(folder: Path, wanted: Iterable[tuple[Visit, Entry]], captions: Iterable[str]) -> Work:
     """What of `wanted` and `captions` (the empty one always) the folder does not hold."""
     store = LatentStore(folder)
     held = TextEmbeddings(folder).files if any(folder.glob("text-*.safetensors")) else {}
     return Work(
-        samples=tuple((shown, entry) for shown, entry in wanted if entry.key not in store),
+        samples=tuple((visit, entry) for visit, entry in wanted if entry.key not in store),
         captions=tuple(c for c in dict.fromkeys(("", *captions)) if caption_key(c) not in held),
     )
 
@@ -83,28 +81,26 @@ def require_room(folder: Path, needed: int) -> None:
 class _Pixels(Dataset[Any]):
     """Pixels (T, 3, H, W) of each sample, or the error of a file that cannot be read."""
 
-    def __init__(self, samples: Sequence[tuple[Shown, Entry]], decoder: str, timeout: float) -> None:
+    def __init__(self, samples: Sequence[tuple[Visit, Entry]], decoder: str, timeout: float) -> None:
         self.samples, self.decoder = samples, decoder
-        largest = max(3 * prod((s.bucket.frames, s.bucket.height, s.bucket.width)) for s, _ in samples)
-        self._read = Guard(read_pixels, timeout=timeout, capacity=largest + 64)
+        largest = max(sample_capacity(visit.bucket) for visit, _ in samples)
+        self._read = Guard(read_pixels, timeout=timeout, capacity=largest)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, number: int) -> tuple[int, Tensor | MediaError]:
-        shown, _ = self.samples[number]
+        visit, _ = self.samples[number]
         self._read.release()
         try:
-            fit = Fit(shown.bucket.height, shown.bucket.width, shown.item.crop)
-            pixels = self._read(shown.item.path, shown.times, self.decoder, fit, shown.seen)
+            return number, pixels_of(visit, self.decoder, self._read).clone()
         except MediaError as error:
             return number, error
-        return number, torch.from_numpy(pixels).clone()
 
 
 def write_samples(
     folder: Path,
-    samples: Sequence[tuple[Shown, Entry]],
+    samples: Sequence[tuple[Visit, Entry]],
     encoders: Encoders,
     *,
     conditions: int,
@@ -124,12 +120,12 @@ def write_samples(
     errors: list[MediaError] = []
     since, size = time.monotonic(), 0
     for number, given in progress(pixels, len(samples)):
-        shown, entry = samples[number]
+        visit, entry = samples[number]
         if isinstance(given, MediaError):
             errors.append(given)
             waiting.append((replace(entry, bad=given.reason), {}))
         else:
-            parts = encode_sample(encoders, given[None], entry, conditions if shown.bucket.frames > 1 else 0)
+            parts = encode_sample(encoders, given[None], entry, conditions if visit.bucket.frames > 1 else 0)
             waiting.append((entry, parts))
             size += bytes_of([parts])
         if size >= FILE_BYTES or time.monotonic() - since > FILE_SECONDS:

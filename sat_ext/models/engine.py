@@ -181,12 +181,12 @@ class VideoDiffusionEngine(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Latents (B, t, C, h, w) and, of an image-to-video model, the first frames' (B, 1, C, h, w).
 
-        Without a generator nothing is drawn. A cached batch brings both.
+        Without a generator nothing is drawn. A batch from a cache brings both.
         """
         conditioned = self.config.conditioning == "i2v"
-        if "latents" in batch:
+        if self.first_stage is None:  # from a cache
             device, dtype = self.network.device, self.network.dtype
-            latents = batch["latents"].to(device, dtype)
+            latents = batch["mp4"].to(device, dtype)
             return latents, batch["condition_latents"].to(device, dtype) if conditioned else None
         pixels = self._pixels(batch)
         latents = self.first_stage.encode(pixels, generator)

@@ -99,18 +99,8 @@ class CachedText(nn.Module):
         return torch.stack([self.embeddings[caption] for caption in captions]).to(device, dtype)
 
 
-class CachedFirstStage(nn.Module):
-    """In the place of a first stage: batches bring their latents."""
-
-    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """There is none."""
-        raise AssertionError("a batch without latents in a run from a cache")
-
-    decode = encode_condition = encode
-
-
 def build_encoders(config: ModelConfig, dtype: torch.dtype, folder: str | None) -> tuple[Any, Any]:
-    """First stage and text encoder of an engine; with the `folder` of a cache neither is loaded."""
+    """First stage and text encoder of an engine. With the `folder` of a cache there is no first stage."""
     if folder is not None:
-        return CachedFirstStage(), CachedText(Path(folder))
+        return None, CachedText(Path(folder))
     return build_first_stage(config, dtype), build_text(config, dtype)

@@ -32,7 +32,6 @@ class BuiltIn:
     name = "built-in"
     lora_remedy = "use configs/train/lora.yaml"
     weighs_losses = True
-    takes_latents_as_pixels = False
     caches_text = encodes_whole_clips = False
     recompute = "block"
 

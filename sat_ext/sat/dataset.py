@@ -24,10 +24,10 @@ from sat_ext.data.held_out import HeldOut
 from sat_ext.data.index import build_index, clip_lengths, longest_is_rare
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
+from sat_ext.latents.reader import open_reader
 from sat_ext.recipe import LISTS, Recipe
 from sat_ext.sat import hooks
 from sat_ext.sat.broadcast import require_everywhere, share_from_first_rank
-from sat_ext.sat.cache import open_cache
 from sat_ext.sat.checkpoint.data_state import first_step, samples_used
 from sat_ext.sat.run import recipe_in, run_of
 from sat_ext.sat.settings import settings_of
@@ -138,6 +138,7 @@ def _stream(
     """The stream of one list; of its `entry` alone, sample by sample, for SAT's own batching."""
     engine, data, trains = recipe.engine, recipe.data, split == "train_data"
     engine.check_run(args, recipe.buckets)
+    engine.check_cache(args, is_cached=data.cache is not None)
     for sentence in recipe.doubts if trains else ():
         print_rank0(f"warning: {sentence}", level="WARNING")
     sources = recipe.lists[split]
@@ -153,15 +154,22 @@ def _stream(
     sizes = data.batch_sizes(recipe.buckets, largest=largest, shape=recipe.shape)
     if entry is not None:
         sizes = dict.fromkeys(sizes, 1)
+    reader = None
+    if data.cache is not None:
+        reader = open_reader(
+            data, index, engine.fingerprints(recipe.dtype), draws=trains, conditions=engine.is_conditioned,
+            share=share_from_first_rank,
+        )  # fmt: skip
     stream = JointStream(
         index, data, batch_sizes=sizes, world=world,
         dtype=engine.batch_dtype(recipe.dtype, model_parallel=mpu.get_model_parallel_world_size()),
         used=samples_used(args, index, data.seed) if trains else None,
-        cached=open_cache(args, recipe, index, split),
+        reader=reader,
     )  # fmt: skip
     batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
     print_rank0(f"{split}: samples per rank and step: {batches}")
-    check_shared_memory(args, stream)
+    if reader is None:  # latents take a fiftieth of their pixels
+        check_shared_memory(args, stream)
     return stream
 
 

@@ -116,8 +116,7 @@ class MemoryReport:
 
 def bucket_of(batch: Mapping[str, Any]) -> Bucket:
     """The shape of a batch's pixels, or of those that its latents were made of."""
-    pixels = batch.get("latents", batch["mp4"])
-    _, frames, channels, height, width = pixels.shape
+    _, frames, channels, height, width = batch["mp4"].shape
     if channels != 3:
         return Bucket(frames=pixel_frames(frames), height=height * LATENT_SIDE, width=width * LATENT_SIDE)
     return Bucket(frames=frames, height=height, width=width)

@@ -25,7 +25,7 @@ def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
     PyTorch would end in a traceback, or wait forever for the batch that a worker could not hand over. Counted are
     the largest batches, as many as the workers of all ranks of a machine may have ready at once.
     """
-    if not args.num_workers or stream.cached is not None:  # latents are some fiftieth of their pixels
+    if not args.num_workers:
         return
     size = stream.dtype.itemsize
     largest = max(size * c.batch * 3 * prod((c.bucket.frames, c.bucket.height, c.bucket.width))

@@ -225,8 +225,8 @@ def test_memory_does_not_grow_from_sample_to_sample(demo: Path, tmp_path: Path) 
 
 def resident_memory(stream: JointStream) -> int:
     """Bytes of this process and of its reader."""
-    assert stream._read.pid is not None
-    pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in (os.getpid(), stream._read.pid)]
+    pid = stream.reader.pixels.pid  # type: ignore[attr-defined]
+    pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in (os.getpid(), pid)]
     return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -33,8 +33,8 @@ from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents import text, writer
 from sat_ext.latents.checksummed import _tell_unsigned
 from sat_ext.latents.encoders import Part
-from sat_ext.latents.reader import Cached, media_codes
-from sat_ext.latents.store import CacheConfig, LatentStore, write_latents
+from sat_ext.latents.reader import Entries, LatentReader, captions_of, media_codes
+from sat_ext.latents.store import LatentStore, write_latents
 from sat_ext.latents.text import TextEmbeddings, caption_key, write_text_embeddings
 from sat_ext.models import engine_encoders
 from sat_ext.models.engine import VideoDiffusionEngine
@@ -180,15 +180,9 @@ def write_small_cache(data: Path, cache: Path) -> tuple[JointStream, list[str]]:
     config = load(DataConfig, {"video_size": [32, 32], "max_num_frames": 5}, "data.params")
     index = build_index([SourceConfig(path=str(data / "train"))], config)
     cache.mkdir()
-    captions = ["", *dict.fromkeys(c for of_row in index.table["captions"].to_pylist() for c in of_row)]
+    captions = captions_of(index)
     write_text_embeddings(cache, captions, lambda texts: torch.randn(len(texts), 4, 8), {"max_length": "4"})
-    settings = CacheConfig(folder=str(cache))
-
-    def cached() -> Cached:
-        return Cached(
-            store=LatentStore(cache), config=settings, media=media_codes(index), encoder="e", draws=True,
-            conditions=True,
-        )  # fmt: skip
+    entries = Entries(index=index, config=config, encoder="e", clips=1, media=media_codes(index))
 
     def made_up(frames: int) -> dict[str, torch.Tensor]:
         return {
@@ -196,10 +190,10 @@ def write_small_cache(data: Path, cache: Path) -> tuple[JointStream, list[str]]:
             "first": torch.randn(1, 2, 4, 4), "noisy": torch.randn(2, 1, 2, 4, 4),
         }  # fmt: skip
 
-    entries = [(entry, made_up(1 + shown.bucket.frames // 4)) for shown, entry in cached().wanted(index, config)]
-    write_latents(cache, entries)
+    write_latents(cache, [(entry, made_up(1 + visit.bucket.frames // 4)) for visit, entry in entries])
+    reader = LatentReader(entries=entries, store=LatentStore(cache), draws=True, conditions=True)
     sizes = dict.fromkeys(config.make_buckets(), 1)
-    return JointStream(index, config, batch_sizes=sizes, world=1, dtype=torch.uint8, cached=cached()), captions
+    return JointStream(index, config, batch_sizes=sizes, world=1, dtype=torch.uint8, reader=reader), captions
 
 
 def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_replaced(
