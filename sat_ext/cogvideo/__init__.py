@@ -11,10 +11,10 @@ _TARGETS = {
     "SinusoidalPositionEmbedding": "sat_ext.cogvideo.position",
     "FinalLayer": "sat_ext.cogvideo.position",
     "PaddedSampler": "sat_ext.cogvideo.sampler",
-    "CachedFirstStage": "sat_ext.cogvideo.cogvideo_encoders",
+    "CachedFirstStage": "sat_ext.cogvideo.cached",
     "ChunkedFirstStage": "sat_ext.cogvideo.chunked_first_stage",
     "OffloadedTextEmbedder": "sat_ext.cogvideo.text_embedders",
-    "CachedTextEmbedder": "sat_ext.cogvideo.text_embedders",
+    "CachedTextEmbedder": "sat_ext.cogvideo.cached",
 }
 __all__ = list(_TARGETS)
 

@@ -118,7 +118,7 @@ class CogVideo:
 
     def check_cache(self, args: argparse.Namespace, *, is_cached: bool) -> None:
         """See `Engine`."""
-        from sat_ext.cogvideo.cogvideo_encoders import check_cache
+        from sat_ext.cogvideo.cached import check_cache
 
         check_cache(args, self.model, is_cached=is_cached)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 
 from sat_ext.cogvideo.target import Target
 from sat_ext.config import convert
-from sat_ext.errors import ConfigError, DataError
-from sat_ext.latents.text import TextEmbeddings, encoder_fingerprint
+from sat_ext.errors import ConfigError
 from sat_ext.models.cpu import encoder_dtype, own_cores
 from sat_ext.models.embedding_cache import Remembered
 from sat_ext.models.side_stream import on_device
@@ -114,46 +112,3 @@ class OffloadedTextEmbedder(FrozenEmbedder):
                 return [parent([caption])[0].to("cpu", self.like.dtype) for caption in missing]
 
         return self.remembered.embeddings(text, encode).to(self.like)
-
-
-class CachedTextEmbedder(FrozenEmbedder):
-    """A target for an entry of `emb_models` that reads embeddings; there is no text encoder.
-
-    - `folder`: what `sat-ext cache` wrote. Captions that are not in it raise `DataError`.
-    - `model_dir`, `max_length`: those of the encoder it stands for; where given, a folder of another's embeddings
-      raises `ConfigError`.
-
-    A tensor (B, L, D) in place of captions, as a batch's `text_embeddings` with that as the `input_key`, is used
-    as it is; then no `folder` is needed. Embeddings come in the training dtype and where the engine is. `parent`
-    is the class that CogVideo's `GeneralConditioner` asks for.
-    """
-
-    PARENT = "sgm.modules.encoders.modules.AbstractEmbModel"
-
-    def __init__(
-        self,
-        *,
-        folder: str | None = None,
-        model_dir: str | None = None,
-        max_length: int | None = None,
-        **params: Any,
-    ) -> None:
-        super().__init__(**params)
-        self.embeddings: TextEmbeddings | None = None
-        if folder is not None:
-            self.embeddings = TextEmbeddings(Path(folder))
-            expected = encoder_fingerprint(model_dir, max_length)
-            self.embeddings.require(expected, "name the folder of this encoder's, or write them anew")
-
-    def forward(self, text: Sequence[str] | Tensor) -> Tensor:
-        """Embeddings (B, L, D) of captions, or those given."""
-        if isinstance(text, Tensor):
-            if text.dim() != 3:
-                raise DataError(f"text_embeddings: (B, L, D) is expected, got a tensor {tuple(text.shape)}.")
-            return text.to(self.like)
-        if self.embeddings is None:
-            raise ConfigError(
-                f"{PARAMS}.folder: 'folder' is missing, and the batch brings captions; name the folder of their "
-                "embeddings, or set input_key: text_embeddings where the batch carries them."
-            )
-        return torch.stack([self.embeddings[caption] for caption in text]).to(self.like)

@@ -1,15 +1,19 @@
-"""What `sat-ext cache` asks of a run's encoders, the built-in engine's or CogVideo's."""
+"""A run's first stage and text encoder as `sat-ext cache` uses them: the base of each engine's class."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from sat_ext.models.conditioning import noisy_first_frames
+from sat_ext.pixels import to_model_range
 
 Part = Literal["text", "first_stage"]
 
@@ -24,7 +28,7 @@ class Fingerprints:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentShape:
-    """For the room that they take: `channels` of a latent, its `side` in pixels, bytes of a number, whether a
+    """What a cache's size follows from: `channels` of a latent, its `side` in pixels, bytes of a number, whether a
     deviation is kept beside the mean, whether clips have a condition, and (tokens, width) of a caption.
     """
 
@@ -36,34 +40,59 @@ class LatentShape:
     text: tuple[int, int]
 
 
-class Encoders(Protocol):
+class Encoders(ABC):
     """Pixels are (B, T, 3, H, W) in uint8, latents (B, t, C, h, w) in the training dtype, on the CPU.
 
-    Nothing is loaded outside `holding`, and inside it one part alone: the GPUs that need a cache cannot hold both.
+    Outside `holding` nothing is loaded, and inside it only one part, as a small GPU cannot hold both.
     """
 
-    shape: LatentShape
+    def __init__(self, dtype: torch.dtype, device: torch.device, shape: LatentShape) -> None:
+        self.dtype, self.device, self.shape = dtype, device, shape
+        self.text: Any = None
+        self.first_stage: Any = None
 
-    def holding(self, part: Part) -> AbstractContextManager[None]:
+    @contextmanager
+    def holding(self, part: Part) -> Iterator[None]:
         """Inside, this part is loaded: "text" for `embed`, "first_stage" for the others."""
+        setattr(self, part, self.build(part).to(self.device))
+        try:
+            yield
+        finally:
+            setattr(self, part, None)
+            gc.collect()  # modules refer to themselves: their memory would not be free for the next part
+            torch.cuda.empty_cache()
 
+    @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and deviation of the posterior, as the engine takes them; None where nothing is drawn."""
+        mean, deviation = self.posterior(self._in_range(pixels))
+        return mean.cpu(), None if deviation is None else deviation.cpu()
 
+    @torch.no_grad()
     def condition(self, pixels: Tensor, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Of the first frames: the clean latent (B, 1, C, h, w), and `count` noisy ones (B, count, 1, C, h, w)."""
+        """Of the first frames: the clean latent (B, 1, C, h, w), and `count` noisy ones (B, count, 1, C, h, w).
 
+        They are as in a training step: noise on the frame, and a draw from its posterior.
+        """
+        frames = self._in_range(pixels[:, :1])
+        noisy = [self.encode_condition(noisy_first_frames(frames, generator), generator) for _ in range(count)]
+        return self.encode_condition(frames).cpu(), torch.stack(noisy, dim=1).cpu()
+
+    @abstractmethod
+    def build(self, part: Part) -> Any:
+        """The module of this part, with its weights."""
+
+    @abstractmethod
     def embed(self, captions: list[str]) -> Tensor:
-        """(B, tokens, width)."""
+        """(B, tokens, width), by the text encoder that is loaded."""
 
+    @abstractmethod
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and deviation of pixels in [-1, 1]."""
 
-@contextmanager
-def loaded(owner: Any, part: Part, build: Callable[[], Any]) -> Iterator[None]:
-    """Inside, `owner` has what `build` gives as its attribute `part`; after it, None, and its memory is free."""
-    setattr(owner, part, build())
-    try:
-        yield
-    finally:
-        setattr(owner, part, None)
-        gc.collect()  # modules refer to themselves: without it their memory would still be there for the next part
-        torch.cuda.empty_cache()
+    @abstractmethod
+    def encode_condition(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The latent of condition frames in [-1, 1]: drawn with a generator, the posterior's mode without."""
+
+    def _in_range(self, pixels: Tensor) -> Tensor:
+        return to_model_range(pixels.to(self.device), self.dtype)

@@ -1,9 +1,8 @@
-"""The built-in engine's first stage and text encoder without its transformer, and their stand-ins for a cache."""
+"""The built-in engine's encoders: for `sat-ext cache`, for training, and for training from a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from sat_ext.latents.checksummed import files_fingerprint
-from sat_ext.latents.encoders import Fingerprints, LatentShape, Part, loaded
+from sat_ext.latents.encoders import Encoders, Fingerprints, LatentShape, Part
 from sat_ext.latents.store import fingerprint_of
 from sat_ext.latents.text import TextEmbeddings, encoder_fingerprint
-from sat_ext.models.conditioning import noisy_first_frames
 from sat_ext.models.config import ModelConfig, latent_channels, spatial_compression, text_length, transformer_of
-from sat_ext.models.first_stage import FirstStage, build_first_stage
+from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.folder import load_model_config
-from sat_ext.models.t5 import T5Text, build_text
-from sat_ext.pixels import to_model_range
+from sat_ext.models.t5 import build_text
 
 
-class EngineEncoders:
-    """`sat_ext.latents.encoders.Encoders` of a `model:` section."""
+class EngineEncoders(Encoders):
+    """Those of a `model:` section."""
 
     def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-        config = load_model_config(model)
-        self.dtype, self.device = dtype, device
-        self.config = config
-        self.first_stage: FirstStage | None = None
-        self.text: T5Text | None = None
-        self.shape = LatentShape(
+        self.config = config = load_model_config(model)
+        shape = LatentShape(
             channels=latent_channels(config),
             side=spatial_compression(config),
             item=dtype.itemsize,
@@ -40,33 +33,26 @@ class EngineEncoders:
             conditions=config.conditioning == "i2v",
             text=(text_length(config), transformer_of(config).text_embed_dim),
         )
+        super().__init__(dtype, device, shape)
 
-    def holding(self, part: Part) -> AbstractContextManager[None]:
+    def build(self, part: Part) -> nn.Module:
         """See `Encoders`."""
-        build: Any = {"text": build_text, "first_stage": build_first_stage}[part]
-        return loaded(self, part, lambda: build(self.config, self.dtype).to(self.device))
-
-    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Encoders`."""
-        assert self.first_stage is not None
-        mean, deviation = self.first_stage.moments(to_model_range(pixels.to(self.device), self.dtype))
-        return mean.cpu(), None if deviation is None else deviation.cpu()
-
-    def condition(self, pixels: Tensor, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """See `Encoders`. The noise is that of a training step."""
-        assert self.first_stage is not None
-        frames = to_model_range(pixels[:, :1].to(self.device), self.dtype)
-        clean = self.first_stage.encode_condition(frames)
-        noisy = [
-            self.first_stage.encode_condition(noisy_first_frames(frames, generator), generator)
-            for _ in range(count)
-        ]
-        return clean.cpu(), torch.stack(noisy, dim=1).cpu()
+        return (build_text if part == "text" else build_first_stage)(self.config, self.dtype)
 
     def embed(self, captions: list[str]) -> Tensor:
         """See `Encoders`."""
-        assert self.text is not None
-        return self.text.encode(captions, self.device, self.dtype)
+        embedded: Tensor = self.text.encode(captions, self.device, self.dtype)
+        return embedded
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `Encoders`."""
+        moments: tuple[Tensor, Tensor | None] = self.first_stage.moments(pixels)
+        return moments
+
+    def encode_condition(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See `Encoders`."""
+        latents: Tensor = self.first_stage.encode_condition(frames, generator)
+        return latents
 
 
 def fingerprints(model: Mapping[str, Any], dtype: torch.dtype) -> Fingerprints:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.text_embedders import CachedTextEmbedder, OffloadedTextEmbedder
+from sat_ext.cogvideo.cached import CachedTextEmbedder
+from sat_ext.cogvideo.text_embedders import OffloadedTextEmbedder
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.latents import checksummed
 from sat_ext.latents.text import encoder_fingerprint, write_text_embeddings

@@ -30,7 +30,7 @@ from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError, DataError, MediaError
-from sat_ext.latents import text, writer
+from sat_ext.latents import job, text, writer
 from sat_ext.latents.checksummed import _tell_unsigned
 from sat_ext.latents.encoders import Part
 from sat_ext.latents.reader import Entries, LatentReader, captions_of, media_codes
@@ -290,7 +290,7 @@ def test_mistakes_are_told_in_a_sentence(server: Server, data: Path, tmp_path: P
     assert run.wait() == [2]
     assert run.log() == "error: -o: name a folder for the cache, or set data.params.cache.folder.\n"
     with pytest.raises(DataError, match=r"the cache will take about 1000000000.0 GB, and .* are free; make"):
-        writer.require_room(tmp_path, 10**18)
+        job.require_room(tmp_path, 10**18)
     model = {**MODEL, "sampling": {"number": 1}}
     args = Namespace(model_config=model, cache_folder=str(tmp_path))
     with pytest.raises(ConfigError, match="model.sampling.number: 1 samples at an evaluation need the first"):
@@ -356,17 +356,18 @@ def test_what_a_gpu_cannot_hold_is_told_with_the_remedy_and_text_is_kept(
     def full(*_: Any, **__: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB.")
 
-    monkeypatch.setattr(command, "write_samples", full)
-    work: Any = SimpleNamespace(captions=("a cat",), samples=("x",))
+    monkeypatch.setattr(writer, "write_samples", full)
+    missing: Any = SimpleNamespace(captions=("a cat",), samples=("x",))
+    job: Any = SimpleNamespace(folder=tmp_path, prints=SimpleNamespace(text={}))
+    made: Any = Encoders()
     for section, remedy in (
         ({}, "set model.first_stage.tiling: true"),
         ({"network_config": {}}, "frames: 4, recompute: level"),
     ):
-        run: Any = SimpleNamespace(engine=engine_of(section), num_workers=0)
-        run.data = SimpleNamespace(decoder="auto", on_bad_sample=SimpleNamespace(timeout=1))
-        settings: Any = SimpleNamespace(folder=str(tmp_path), conditions=1)
         with pytest.raises(ConfigError, match=f"too small for the first stage .*{remedy}.*is kept"):
-            command._write(work, Encoders(), run, settings, SimpleNamespace(text={}), command.Console())
+            writer.encode_missing(
+                job, missing, made, engine_of(section), workers=0, progress=lambda name, items, total: items
+            )
     assert order == ["text", "first_stage"] * 2
     assert torch.equal(text.TextEmbeddings(tmp_path)["a cat"], torch.zeros(2, 3))
 
@@ -383,11 +384,11 @@ def test_each_rank_encodes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch.cuda, name, value)
     for rank in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        command._use_own_gpu()
+        command._own_device()
     assert chosen == [0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="LOCAL_RANK: 2, but this machine has 2 GPUs; start one process per GPU"):
-        command._use_own_gpu()
+        command._own_device()
 
 
 def test_a_kill_costs_a_minute_of_captions_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
