@@ -19,14 +19,14 @@ from sat_ext.latents.text import TextEmbeddings, encoder_fingerprint
 class CachedFirstStage(nn.Module):
     """A target for `model.first_stage_config`: there is no first stage, and batches bring latents in `mp4`.
 
-    The parameters of the class that it stands for may stay in `params`; only `sat-ext cache` needs them.
+    The parameters of the class that it replaces may stay in `params`; only `sat-ext cache` needs them.
     """
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
     def encode(self, latents: Tensor) -> Tensor:
-        """What it is given, (B, C, t, h, w). Raises `ConfigError` for pixels."""
+        """Returns its argument, (B, C, t, h, w). Raises `ConfigError` for pixels."""
         if latents.shape[1] == 3:
             raise ConfigError(
                 f"model.first_stage_config.target: {CACHED_FIRST_STAGE} takes latents, and the batch brings "
@@ -46,7 +46,7 @@ class CachedTextEmbedder(FrozenEmbedder):
     """A target for an entry of `emb_models` that reads embeddings; there is no text encoder.
 
     - `folder`: what `sat-ext cache` wrote. Captions that are not in it raise `DataError`.
-    - `model_dir`, `max_length`: those of the encoder it stands for; where given, a folder of another's embeddings
+    - `model_dir`, `max_length`: those of the encoder it replaces; where set, a folder of another's embeddings
       raises `ConfigError`.
 
     A tensor (B, L, D) in place of captions, as a batch's `text_embeddings` with that as the `input_key`, is used
@@ -69,10 +69,10 @@ class CachedTextEmbedder(FrozenEmbedder):
         if folder is not None:
             self.embeddings = TextEmbeddings(Path(folder))
             expected = encoder_fingerprint(model_dir, max_length)
-            self.embeddings.require(expected, "name the folder of this encoder's, or write them anew")
+            self.embeddings.require(expected, "name the folder of this encoder's, or write them again")
 
     def forward(self, text: Sequence[str] | Tensor) -> Tensor:
-        """Embeddings (B, L, D) of captions, or those given."""
+        """Embeddings (B, L, D) of captions; embeddings stay as they are."""
         if isinstance(text, Tensor):
             if text.dim() != 3:
                 raise DataError(f"text_embeddings: (B, L, D) is expected, got a tensor {tuple(text.shape)}.")

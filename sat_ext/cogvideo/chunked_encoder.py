@@ -2,7 +2,7 @@
 
 Its convolutions are causal in time: a chunk of frames needs the last ones of the chunk before it, and nothing
 after it. Its group norms are not: their statistics are taken over every frame of the clip, so chunks that are
-normed on their own (as with diffusers' `num_sample_frames_batch_size`) give other latents. Here each norm is
+normed on their own (as with diffusers' `num_sample_frames_batch_size`) produce other latents. Here each norm is
 measured first, in a pass over all chunks that ends at it, and a last pass applies them all. What a pass needs is
 computed again, so that never more than one activation of the whole clip is held.
 
@@ -23,7 +23,7 @@ Recompute = Literal["block", "level"]
 
 
 def encode_clip(encoder: Any, pixels: Tensor, frames: int, recompute: Recompute) -> Tensor:
-    """What `encoder(pixels)` gives for (B, 3, T, H, W), from `frames` frames at a time, and one more at first."""
+    """`encoder(pixels)` for (B, 3, T, H, W), computed `frames` frames at a time, and one more at first."""
     stream = list(pixels.tensor_split(tuple(range(frames + 1, pixels.shape[2], frames)), dim=2))
     for segment in segments(encoder, recompute):
         for norm in (n for layer in segment for n in layer.norms):

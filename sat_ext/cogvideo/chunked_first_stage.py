@@ -16,7 +16,7 @@ PARAMS = "model.first_stage_config.params"
 
 
 class ChunkedFirstStage(Target, nn.Module):
-    """A target for `model.first_stage_config`: the class `parent`, with an `encode` of a small peak of memory.
+    """A target for `model.first_stage_config`: the class `parent`, with an `encode` of low peak memory.
 
     - `frames`: pixel frames that are encoded at a time, a multiple of the temporal compression (4); the first
       chunk has one more.
@@ -27,7 +27,7 @@ class ChunkedFirstStage(Target, nn.Module):
     The latents are the parent's within rounding, and the posterior is sampled once for the whole batch, from the
     same random numbers. `decode` is the parent's. `parent` and its parameters stay in `params`. There is no
     gradient, and dropout in the encoder (0 in CogVideo's YAMLs) is left out: the first stage never trains.
-    Raises `ConfigError` for an option out of its range, and for an encoder that is built otherwise than
+    Raises `ConfigError` for an option out of its range, and for an encoder that is not built like
     `ContextParallelEncoder3D`.
     """
 
@@ -56,8 +56,8 @@ class ChunkedFirstStage(Target, nn.Module):
         self.frames: int = convert(int, frames, f"{PARAMS}.frames")
         if self.frames < 1 or self.frames % self.compression:
             raise ConfigError(
-                f"{PARAMS}.frames: {frames} is no multiple of {self.compression}, the frames of one latent frame; "
-                f"give {max(1, round(self.frames / self.compression)) * self.compression}."
+                f"{PARAMS}.frames: {frames} is not a multiple of {self.compression}, the frames of one latent "
+                f"frame; use {max(1, round(self.frames / self.compression)) * self.compression}."
             )
         self.clips: int = convert(int, clips, f"{PARAMS}.clips")
         if self.clips < 1:
@@ -71,15 +71,15 @@ class ChunkedFirstStage(Target, nn.Module):
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """Unscaled latents (B, C, (T - 1) / 4 + 1, H / 8, W / 8) of pixels `x` (B, 3, T, H, W) in [-1, 1].
 
-        With `return_reg_log` the regularizer's log beside them; `unregularized` gives the posterior's parameters.
-        The parent's other arguments are about several GPUs, and mean nothing here. Raises `DataError` unless T is
+        `return_reg_log` adds the regularizer's log; `unregularized` returns the posterior's parameters. The
+        parent's other arguments are about several GPUs and are ignored. Raises `DataError` unless T is
         1 or 4k + 1.
         """
         if (x.shape[2] - 1) % self.compression:
             fit = (x.shape[2] - 1) // self.compression * self.compression + 1
             raise DataError(
                 f"A clip of {x.shape[2]} frames cannot be encoded in chunks: the first becomes one latent frame "
-                f"and each {self.compression} after it another; give {fit} or {fit + self.compression} frames."
+                f"and each {self.compression} after it another; use {fit} or {fit + self.compression} frames."
             )
         moments = torch.cat(
             [encode_clip(self.encoder, c, self.frames, self.recompute) for c in x.split(self.clips)]
@@ -97,7 +97,7 @@ def require_known_encoder(encoder: Any, parent: str) -> None:
         len(level.attn) for level in encoder.down
     ):
         raise ConfigError(
-            f"{PARAMS}.encoder_config: {type(encoder).__name__} of {parent} is built otherwise than CogVideo's "
+            f"{PARAMS}.encoder_config: {type(encoder).__name__} of {parent} is not built like CogVideo's "
             "ContextParallelEncoder3D without attention, which is all that chunks go through; take the target "
             "sat_ext.cogvideo.ChunkedFirstStage out."
         )

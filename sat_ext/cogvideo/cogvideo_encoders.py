@@ -25,7 +25,7 @@ T5_XXL_WIDTH = 4096
 class CogVideoEncoders(Encoders):
     """Those of CogVideo's `model` section; its code must be importable.
 
-    Latents of clips are as the first stage gives them, which the engine scales. Conditions are at `scale_factor`,
+    Latents of clips are the first stage's own, which the engine scales. Conditions are at `scale_factor`,
     as the engine makes them; the fingerprint holds that scale, and `JointDiffusionLoss` brings them to its
     `condition_scale`, so that one cache serves every value of it.
     """

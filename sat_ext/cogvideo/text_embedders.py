@@ -1,9 +1,8 @@
-"""CogVideo's text encoder off the GPU: on the CPU, on the GPU for a call only, or replaced by what it once gave.
+"""CogVideo's text encoder off the GPU: on the CPU, or on the GPU for a call only.
 
-T5-XXL's encoder has 4.8 billion parameters, which never train. Both targets keep it out of the engine's module
-tree: what moves, casts, saves or partitions the engine does not see it. Checkpoints then hold no text encoder. Of
-one that does (saved by CogVideo's engine without these targets), SAT lists those keys as unexpected, and the copy
-is not used.
+T5-XXL's encoder has 4.8 billion parameters, which never train. It stays out of the engine's module tree, where
+nothing moves, casts, saves or partitions it, and out of checkpoints. When a checkpoint of CogVideo's own has one,
+SAT lists those keys as unexpected, and they are not used.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ log = logging.getLogger(__name__)
 
 
 class FrozenEmbedder(Target, nn.Module):
-    """What both embedders are: without registered weights, and never trained."""
+    """An embedder without registered weights that never trains."""
 
     WHERE = PARAMS
     like: Tensor
 
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
-        # Moved and cast with the engine, it says where to and as what embeddings are wanted. In no state_dict.
+        # Moved and cast with the engine, so it has the embeddings' device and dtype. In no state_dict.
         self.register_buffer("like", torch.zeros(0), persistent=False)
 
     @property
@@ -82,7 +81,7 @@ class OffloadedTextEmbedder(FrozenEmbedder):
         super().__init__(device="cpu", **params)
         self.moves = moves
         self.encoder_dtype = None if dtype is None else DTYPES[dtype]
-        self.told = False
+        self.warned = False
         self.remembered = Remembered()
         self.held: list[nn.Module] = []
         for name in list(self._modules):
@@ -95,9 +94,9 @@ class OffloadedTextEmbedder(FrozenEmbedder):
     def forward(self, text: Sequence[str]) -> Tensor:
         """Embeddings of the captions, (B, max_length, D)."""
         on_gpu = self.moves and self.like.device.type != "cpu"
-        if self.moves and not on_gpu and not self.told:
+        if self.moves and not on_gpu and not self.warned:
             log.warning("%s.device: on_off, but the model is on the CPU; the text encoder stays there.", PARAMS)
-            self.told = True
+            self.warned = True
         dtype = self.encoder_dtype
         if dtype is None:
             dtype = self.like.dtype if on_gpu else encoder_dtype(self.like.dtype)

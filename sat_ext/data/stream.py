@@ -100,7 +100,7 @@ class JointStream:
         return collate([self.sample(cell, int(p)) for p in positions], self.dtype)
 
     def sample(self, cell: int, position: int) -> Sample:
-        """The sample at `position` of a cell's stream; a bad file gives way to another of the same cell.
+        """The sample at `position` of a cell's stream; a bad file is replaced by another of the same cell.
 
         Its pixels are overwritten by the next `batch`; copy to keep.
         """

@@ -1,1 +1,1 @@
-"""What encoders once gave, kept on disk: latents and text embeddings in safetensors."""
+"""The cache: latents and text embeddings on disk, so that training loads no first stage and no text encoder."""

@@ -1,7 +1,7 @@
-"""Safetensors files that are there whole or not at all, and whose every byte has a checksum.
+"""Safetensors files that appear whole or not at all, with a checksum of every byte.
 
-In the metadata, `crc32` has that of each tensor, which is compared where the tensor is read, and `header_crc32`
-that of all that stands before the tensors, itself taken as zeros. Files of earlier versions have neither.
+In the metadata, `crc32` is that of each tensor, which is compared when the tensor is read, and `header_crc32` that
+of all bytes before the tensors, itself counted as zeros. Files of earlier versions have neither.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def checksum_of(value: Tensor) -> int:
     return zlib.crc32(flat.view(uint8).numpy().data) if flat.numel() else 0
 
 
-def write_aside(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write `file` so that it is there whole or not at all. Raises `DataError`."""
+def write_checksummed(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write `file` with its checksums. Raises `DataError`."""
     sums = json.dumps({name: checksum_of(tensor) for name, tensor in tensors.items()})
     try:
         with written_aside(file, shared=True) as draft:
             draft.touch()
-            mode = draft.stat().st_mode  # as the umask says; safetensors writes files for their owner alone
+            mode = draft.stat().st_mode  # from the umask: safetensors writes files that only their owner can read
             save_file(tensors, draft, {**metadata, _TENSORS: sums, _HEADER: _NONE})
             _sign(draft)
             draft.chmod(mode)
@@ -75,7 +75,7 @@ def files_fingerprint(path: Path) -> str:
 
 
 def read_tensors(file: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """Those of `names` that `file` has, memory-mapped. Raises `MediaError` where one is not what was written."""
+    """Those of `names` that `file` has, memory-mapped. Raises `MediaError` where one is damaged."""
     try:
         with opened(file) as shard:
             sums = json.loads(shard.metadata().get(_TENSORS, "{}")) if shard.metadata() else {}
@@ -96,7 +96,7 @@ def opened(file: Path) -> Iterator[Any]:
             header = _header(stream)
         signature = _SIGNATURE.search(header)
         if signature is None:
-            _tell_unsigned(file.parent)
+            _warn_of_unsigned(file.parent)
         if signature and signature[1] != _checksum(header, signature.start(1)):
             raise DataError(f"{file}: damaged: its header is not what was written; {REMEDY}.")
         with safe_open(file, framework="pt") as shard:
@@ -106,12 +106,12 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 @lru_cache
-def _tell_unsigned(folder: Path) -> None:
+def _warn_of_unsigned(folder: Path) -> None:
     log.warning("%s: holds files of an earlier version, without checksums; damage in them goes unnoticed.", folder)
 
 
 def _header(stream: Any) -> bytes:
-    """What stands before the tensors: the header's length, and the header."""
+    """The bytes before the tensors: the header's length, and the header."""
     length: bytes = stream.read(8)
     if len(length) < 8 or (size := struct.unpack("<Q", length)[0]) > _LONGEST_HEADER:
         raise SafetensorError("not a safetensors file")

@@ -20,7 +20,7 @@ Part = Literal["text", "first_stage"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprints:
-    """What tells a run's latents and its text embeddings (`encoder_fingerprint`) from those of other encoders."""
+    """Hashes that change with the encoders: of latents, and of text embeddings (`encoder_fingerprint`)."""
 
     first_stage: str
     text: Mapping[str, str]

@@ -32,7 +32,7 @@ class CacheJob:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """Where it is written."""
         return Path(self.settings.folder)
 
     @cached_property

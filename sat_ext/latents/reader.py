@@ -24,7 +24,7 @@ COMMAND = "'sat-ext cache --base ...' with the YAML files of this run"
 class Entries:
     """The entries of an index's records, `clips` of each that a random sampler draws from.
 
-    `encoder` is the first stage's fingerprint, `media` what `media_codes` gives for the index.
+    `encoder` is the first stage's fingerprint, `media` the index's `media_codes`.
     """
 
     index: Index
@@ -115,7 +115,7 @@ def open_reader(
 ) -> LatentReader:
     """The reader of the cache that `data.params.cache` names, which holds all that a run on `index` asks for.
 
-    `share` calls its argument on the first rank and gives every rank the result. Raises `DataError` where the
+    `share` calls its argument on the first rank and returns the result on every rank. Raises `DataError` where the
     cache lacks something, and `ConfigError` where its captions are another encoder's.
     """
     assert config.cache is not None

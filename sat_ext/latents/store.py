@@ -4,8 +4,8 @@
 <folder>/text-*.safetensors      embeddings of captions (`sat_ext.latents.text`)
 
 A sample's key is a hash of all that its latents follow from: the file's size and time, the moments shown, the
-crop, the bucket and the encoder. What changes has another key, is not found, and is encoded again; nothing that is
-stale is ever read.
+crop, the bucket and the encoder. A sample that changes gets another key, is not found, and is encoded again: stale
+latents are never read.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 
 from sat_ext.errors import ConfigError, DataError, MediaError
-from sat_ext.latents.checksummed import opened, read_tensors, write_aside
+from sat_ext.latents.checksummed import opened, read_tensors, write_checksummed
 
 ENTRIES = "entries"  # the key in a file's metadata
-VERSION = 1  # raise it when latents are made otherwise than before: all are then made anew
+VERSION = 1  # raise it when latents are computed differently: every sample is then encoded again
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """`data.params.cache`: train from what `sat-ext cache` wrote, without first stage and text encoder.
 
-    `folder` holds it. `clips`: of a sampler that draws, so many draws of each record are kept; visit v of a
-    record uses draw v modulo `clips`. `conditions`: of an image-to-video model, so many noisy versions of each
-    clip's first frame, which is drawn anew at every visit where nothing is cached.
+    `clips`: how many draws of each record a random sampler gets; visit v of a record uses draw v modulo `clips`.
+    `conditions`: how many noisy versions of each clip's first frame an image-to-video model gets; without a cache
+    every visit draws its own.
     """
 
     folder: str
@@ -43,12 +43,12 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for name in ("clips", "conditions"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"data.params.cache.{name}: {getattr(self, name)}; give 1 or more.")
+                raise ConfigError(f"data.params.cache.{name}: {getattr(self, name)}; use 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the latents of one sample follow from, in parts, so that it can be told which part has changed.
+    """What the latents of one sample follow from, in parts, so that an error can name the one that changed.
 
     `name` is source and file; `media`, `clip` and `encoder` are fingerprints; `bad` says why the file could not be
     read, where it could not.
@@ -67,7 +67,7 @@ class Entry:
         return fingerprint_of(VERSION, self.name, self.media, self.clip, self.size, self.encoder)
 
 
-CHANGES = {  # parts of an `Entry`, and how their change is told, the likeliest first
+CHANGES = {  # parts of an `Entry` and their names in an error, the likeliest first
     "media": "the file itself",
     "encoder": "the first stage",
     "size": "the size or length of its bucket",
@@ -106,8 +106,7 @@ class LatentStore:
     def read(self, key: str) -> dict[str, Tensor]:
         """`mean`, and, where the sample has them, `std`, `first` and `noisy`, memory-mapped.
 
-        Raises `MediaError` for a file that could not be read when it was to be encoded, and for latents that are
-        not what was written.
+        Raises `MediaError` for a file that could not be read when it was encoded, and for damaged latents.
         """
         if key in self._bad:
             raise MediaError(*self._bad[key])
@@ -116,7 +115,7 @@ class LatentStore:
         return {names[name]: tensor for name, tensor in found.items()}
 
     def require(self, wanted: Sequence[Entry], command: str) -> None:
-        """Raise `DataError` unless all of `wanted` are here: what has changed, and the `command` that mends it."""
+        """Raise `DataError` unless all of `wanted` are here: what changed, and the `command` that adds it."""
         missing = [entry for entry in wanted if entry.key not in self]
         if not missing:
             return
@@ -128,7 +127,7 @@ class LatentStore:
         reason = "it was never encoded"
         if near := kept.get(first.name):
             nearest = max(near, key=lambda e: sum(getattr(e, p) == getattr(first, p) for p in CHANGES))
-            changed = [told for part, told in CHANGES.items() if getattr(nearest, part) != getattr(first, part)]
+            changed = [name for part, name in CHANGES.items() if getattr(nearest, part) != getattr(first, part)]
             reason = f"since it was encoded, {' and '.join(changed)} changed"
         raise DataError(
             f"{self.folder}: {len(missing)} of {len(wanted)} samples are not in this cache (first: {first.name}, "
@@ -155,9 +154,6 @@ def write_latents(folder: Path, samples: Sequence[tuple[Entry, Mapping[str, Tens
     name = fingerprint_of([entry.key for entry, _ in samples])[:16]
     listed = json.dumps([asdict(entry) for entry, _ in samples])
     # a file of bad entries alone has no tensors, which safetensors does not take
-    write_aside(folder / f"latents-{name}.safetensors", tensors or {"none": torch.zeros(1)}, {ENTRIES: listed})
-
-
-def bytes_of(samples: Sequence[Mapping[str, Tensor]]) -> int:
-    """What their tensors take."""
-    return sum(t.numel() * t.element_size() for parts in samples for t in parts.values())
+    write_checksummed(
+        folder / f"latents-{name}.safetensors", tensors or {"none": torch.zeros(1)}, {ENTRIES: listed}
+    )

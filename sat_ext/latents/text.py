@@ -1,4 +1,4 @@
-"""A folder of text embeddings: written once, then read by caption. A file holds those of many captions."""
+"""A folder of text embeddings, found by caption. A file holds those of many captions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from sat_ext.errors import ConfigError, DataError, MediaError
-from sat_ext.latents.checksummed import files_fingerprint, opened, read_tensors, write_aside
+from sat_ext.latents.checksummed import files_fingerprint, opened, read_tensors, write_checksummed
 
 WRITER = "sat-ext cache"
 FINGERPRINT = "fingerprint"  # the key in a file's metadata
-FILE_SECONDS = 60.0  # at most that much work is lost by a kill, and what one batch takes
+FILE_SECONDS = 60.0  # a kill loses at most this much work, and one batch
 
 
 class TextEmbeddings:
@@ -81,8 +81,8 @@ class TextEmbeddings:
 def encoder_fingerprint(
     model_dir: str | None = None, max_length: int | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, str]:
-    """What tells an encoder's embeddings from another's: of `model_dir` its name and, where it is a folder, hashes
-    of its configuration and its weights; the tokens of a caption; the dtype."""
+    """What an encoder's embeddings follow from: its name and, where `model_dir` is a folder, hashes of its
+    configuration and weights; the tokens of a caption; the dtype."""
     found: dict[str, str] = {}
     if model_dir is not None:
         found["encoder"] = Path(model_dir).name
@@ -108,11 +108,10 @@ def write_text_embeddings(
     per_file: int = 512,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> int:
-    """Write the embeddings of the captions that `folder` lacks, and of the empty one; how many were written.
+    """Write the embeddings of the captions that `folder` lacks, and of the empty one; returns how many.
 
-    `embed` is given at most `batch` captions and gives (B, L, D). `fingerprint` is an `encoder_fingerprint`. Each
-    file is written aside and renamed; several processes may write different captions into one folder. With
-    CogVideo's own encoder, in its `sat` folder:
+    `embed` maps at most `batch` captions to (B, L, D). `fingerprint` is an `encoder_fingerprint`. Several
+    processes may write different captions into one folder. With CogVideo's own encoder, in its `sat` folder:
 
         embed = FrozenT5Embedder(model_dir="t5-v1_1-xxl", max_length=226).bfloat16().cuda()
         write_text_embeddings(Path("text"), captions, embed,
@@ -130,15 +129,16 @@ def write_text_embeddings(
     since = time.monotonic()
 
     def write() -> None:
-        # one name for these captions, in any process
         name = blake2b("".join(tensors).encode(), digest_size=8).hexdigest()
-        write_aside(folder / f"text-{name}.safetensors", tensors, {FINGERPRINT: json.dumps(dict(fingerprint))})
+        write_checksummed(
+            folder / f"text-{name}.safetensors", tensors, {FINGERPRINT: json.dumps(dict(fingerprint))}
+        )
 
     shown = iter(progress(wanted.items(), len(wanted)))
     while part := dict(islice(shown, min(batch, per_file - len(tensors)))):
         with torch.no_grad():
             embedded = embed(list(part.values())).cpu()
-        # a tensor of its own for each: a file holds no views
+        # cloned: safetensors does not write views of one tensor
         tensors |= {key: one.clone() for key, one in zip(part, embedded)}
         if len(tensors) >= per_file or time.monotonic() - since > FILE_SECONDS:
             write()

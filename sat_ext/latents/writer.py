@@ -20,7 +20,7 @@ from sat_ext.engines import Engine
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.latents.encoders import Encoders, Part
 from sat_ext.latents.job import CacheJob, Missing
-from sat_ext.latents.store import Entry, bytes_of, write_latents
+from sat_ext.latents.store import Entry, write_latents
 from sat_ext.latents.text import write_text_embeddings
 
 FILE_BYTES = 256 << 20  # of one file of latents
@@ -64,16 +64,16 @@ def write_samples(
     waiting: list[tuple[Entry, dict[str, Tensor]]] = []
     errors: list[MediaError] = []
     since, size = time.monotonic(), 0
-    for number, given in progress("encoding", pixels, len(samples)):
+    for number, found in progress("encoding", pixels, len(samples)):
         visit, entry = samples[number]
-        if isinstance(given, MediaError):
-            errors.append(given)
-            waiting.append((replace(entry, bad=given.reason), {}))
+        if isinstance(found, MediaError):
+            errors.append(found)
+            waiting.append((replace(entry, bad=found.reason), {}))
         else:
             conditions = job.settings.conditions if visit.bucket.frames > 1 else 0
-            parts = encode_sample(encoders, given[None], entry, conditions)
+            parts = encode_sample(encoders, found[None], entry, conditions)
             waiting.append((entry, parts))
-            size += bytes_of([parts])
+            size += sum(part.nbytes for part in parts.values())
         if size >= FILE_BYTES or time.monotonic() - since > FILE_SECONDS:
             write_latents(job.folder, waiting)
             waiting, since, size = [], time.monotonic(), 0

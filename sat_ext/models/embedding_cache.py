@@ -1,4 +1,4 @@
-"""Embeddings of the captions that came lately, for encoders that take seconds a caption."""
+"""Embeddings of recent captions, for encoders that take seconds a caption."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Remembered:
         self._size = 0
 
     def embeddings(self, captions: Sequence[str], encode: Callable[[list[str]], list[Tensor]]) -> Tensor:
-        """(B, L, D), on the CPU. `encode` is given each caption that is not remembered, once; it gives
-        (L, D) each.
+        """(B, L, D), on the CPU. `encode` gets each caption that is not remembered, once, and returns
+        (L, D) for each.
 
         It should encode them one by one, so that an embedding does not depend, to the last bit, on what else was
         missing: a resumed run remembers nothing.

@@ -1,7 +1,7 @@
 """The first stage: pixels to latents and back. It never trains.
 
 Everything here is (B, T, C, H, W): pixels in [-1, 1] with T = 1 or 4k+1, latents with (T - 1) / 4 + 1 frames.
-The first latent frame stands for one pixel frame, each other for four.
+The first latent frame holds one pixel frame, each other four.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def build_text(config: ModelConfig, dtype: torch.dtype) -> T5Text:
 
 
 def _quantization(lever: TextConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is told to quantize by; it quantizes where the encoder then stays."""
+    """`from_pretrained`'s arguments for quantization, which happens on the device where the encoder stays."""
     if lever.quantization == "none":
         return {}
     if find_spec("bitsandbytes") is None:
@@ -128,8 +128,8 @@ def _quantization(lever: TextConfig, dtype: torch.dtype) -> dict[str, Any]:
 def small_byt5(width: int) -> nn.Module:
     """A T5 encoder of one layer over bytes, for tiny models: random, and the same on every machine.
 
-    Head h looks at the byte h places before, so that an embedding tells the last few letters. With plain random
-    weights every head would average over the caption, and words would hardly differ.
+    Head h looks at the byte h places before, so that an embedding depends on the last few letters. With plain
+    random weights every head would average over the caption, and words would hardly differ.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(BYT5_SEED)

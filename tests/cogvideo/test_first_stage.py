@@ -265,8 +265,8 @@ def test_weights_decoder_and_class_are_the_parent_s() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 6}, r"params\.frames: 6 is no multiple of 4, the frames of one latent frame; give 8\.$"),
-        ({"frames": 0}, r"params\.frames: 0 is no multiple of 4, the frames of one latent frame; give 4\.$"),
+        ({"frames": 6}, r"params\.frames: 6 is not a multiple of 4, the frames of one latent frame; use 8\.$"),
+        ({"frames": 0}, r"params\.frames: 0 is not a multiple of 4, the frames of one latent frame; use 4\.$"),
         ({"clips": 0}, r"params\.clips: 0 is below 1; 1 encodes the batch sample by sample\.$"),
         (
             {"recompute": "blok"},
@@ -285,5 +285,5 @@ def test_a_value_that_cannot_be_used_is_named(options: dict[str, Any], message: 
 
 def test_a_clip_that_does_not_divide_is_named() -> None:
     _, chunked = pair()
-    with pytest.raises(DataError, match=r"^A clip of 8 frames cannot .* another; give 5 or 9 frames\.$"):
+    with pytest.raises(DataError, match=r"^A clip of 8 frames cannot .* another; use 5 or 9 frames\.$"):
         chunked.encode(clip(8))

@@ -22,7 +22,7 @@ from sat_ext.data.index import Index, build_index, probe_cache, probing
 from sat_ext.data.params import DataConfig
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import SourceConfig
-from sat_ext.latents.checksummed import write_aside
+from sat_ext.latents.checksummed import write_checksummed
 from tests.media import write_clip
 from tests.servers import http_server
 
@@ -409,7 +409,7 @@ def test_files_that_are_written_aside_have_the_mode_that_the_umask_says(tmp_path
     """Or others of a group could not read a cache that was made for them."""
     before = os.umask(umask)
     try:
-        write_aside(tmp_path / "latents-0.safetensors", {"a": torch.zeros(1)}, {})
+        write_checksummed(tmp_path / "latents-0.safetensors", {"a": torch.zeros(1)}, {})
         probe_cache.save(str(tmp_path), probe_cache.ENTRIES.empty_table())
     finally:
         os.umask(before)

@@ -31,7 +31,7 @@ from sat_ext.data.stream import JointStream
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents import job, text, writer
-from sat_ext.latents.checksummed import _tell_unsigned
+from sat_ext.latents.checksummed import _warn_of_unsigned
 from sat_ext.latents.encoders import Part
 from sat_ext.latents.reader import Entries, LatentReader, captions_of, media_codes
 from sat_ext.latents.store import LatentStore, write_latents
@@ -220,7 +220,7 @@ def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_repl
         file.write_bytes(content)
     assert damaged > 200
     caplog.clear()
-    _tell_unsigned.cache_clear()  # told where the bit was in the name of the checksum
+    _warn_of_unsigned.cache_clear()  # it warned where the bit was in the name of the checksum
     before = [b["key"] for b in islice(stream.batches(start=0, rank=0), 20)]
     (latents,) = cache.glob("latents-*")
     content = bytearray(latents.read_bytes())
