@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from sat_ext.config import load
 from sat_ext.contact_sheet import SheetRow, write_clip, write_sheet
 from sat_ext.data.decode import read_still
 from sat_ext.data.index import build_index
-from sat_ext.data.params import DataConfig
-from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError
 from sat_ext.pixels import to_uint8
+from sat_ext.recipe import Recipe, recipe_of
 from sat_ext.types import Bucket
 
 if TYPE_CHECKING:
@@ -41,14 +39,13 @@ def sample(
     clip: Annotated[Path, typer.Option(help="clips side by side (MP4)")] = Path("samples.mp4"),
 ) -> None:
     """Generate stills and clips from captions, and show them beside what was asked for."""
-    # here, because diffusers and transformers take seconds to import, which the other subcommands shall not
+    # here, because diffusers and transformers take seconds to import, which the other subcommands do without
     from sat_ext.checkpoint.layout import find_run, read_run_config
     from sat_ext.models.checkpoint import load_engine
 
     folder = find_run(run)
-    config = read_run_config(folder)
+    recipe = recipe_of(read_run_config(folder))
     engine, iteration = load_engine(folder)
-    data = load(DataConfig, config["data"].get("params") or {}, "data.params")
     sampling = engine.config.sampling
     options = {
         "steps": sampling.steps if steps is None else steps,
@@ -56,24 +53,24 @@ def sample(
     }
     generator = torch.Generator().manual_seed(seed)
     if prompt:
-        bucket = _bucket(data, frames)
+        bucket = _bucket(recipe, frames)
         rows = [_from_prompt(engine, p, bucket, image, generator, options) for p in prompt]
     else:
-        rows = _held_out(engine, config, data, number, generator, options)
+        rows = _held_out(engine, recipe, number, generator, options)
     write_sheet(rows, sheet)
     print(f"checkpoint of step {iteration} in {folder}: {len(rows)} samples in {sheet}")
     if any(len(s) > 1 for row in rows for s in row.strips.values()):
-        write_clip(rows, clip, data.fps)
+        write_clip(rows, clip, recipe.data.fps)
         print(f"clips in {clip}")
 
 
-def _bucket(data: DataConfig, frames: int | None) -> Bucket:
-    buckets = data.make_buckets()
-    wanted = max(b.frames for b in buckets) if frames is None else frames
-    fitting = [b for b in buckets if b.frames == wanted]
+def _bucket(recipe: Recipe, frames: int | None) -> Bucket:
+    buckets = recipe.buckets
+    length = max(b.frames for b in buckets) if frames is None else frames
+    fitting = [b for b in buckets if b.frames == length]
     if not fitting:
         raise ConfigError(
-            f"--frames: the model was not trained on {wanted} frames; use one of "
+            f"--frames: the model was not trained on {length} frames; use one of "
             f"{', '.join(str(f) for f in sorted({b.frames for b in buckets}))}."
         )
     return fitting[0]
@@ -106,8 +103,7 @@ def _from_prompt(
 
 def _held_out(
     engine: VideoDiffusionEngine,
-    config: dict[str, Any],
-    data: DataConfig,
+    recipe: Recipe,
     number: int,
     generator: torch.Generator,
     options: dict[str, Any],
@@ -115,11 +111,11 @@ def _held_out(
     """Captions of `args.valid_data`, `number` of each kind."""
     from sat_ext.models.generate import sample_rows
 
-    paths = (config.get("args") or {}).get("valid_data") or []
-    if not paths:
+    sources, data = recipe.lists["valid_data"], recipe.data
+    if not sources:
         raise ConfigError("--prompt: missing, and the run has no args.valid_data to take captions from.")
-    index = build_index([SourceConfig(path=p) for p in paths], data)
-    sizes = dict.fromkeys(data.make_buckets(), number)
+    index = build_index(sources, data)
+    sizes = dict.fromkeys(recipe.buckets, number)
     stream = JointStream(index, data, batch_sizes=sizes, world=1, dtype=torch.float32)
     rows = []
     for kind in ("image", "video"):
