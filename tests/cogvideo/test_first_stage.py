@@ -274,8 +274,8 @@ def test_weights_decoder_and_class_are_the_parent_s() -> None:
         ),
         ({"cp_size": 2}, r"params\.cp_size: 2 splits a clip over GPUs, and chunks do not; set 1\.$"),
         ({"frame": 8}, r"first_stage_config\.params: unknown key 'frame'; did you mean 'frames'\?$"),
-        ({"attention": True}, r"encoder_config: Encoder of .*Autoencoder is built otherwise .* out\.$"),
-        ({"plain": True}, r"encoder_config: Conv3d of .*Autoencoder is built otherwise .* out\.$"),
+        ({"attention": True}, r"encoder_config: Encoder of .*Autoencoder is not built like .* out\.$"),
+        ({"plain": True}, r"encoder_config: Conv3d of .*Autoencoder is not built like .* out\.$"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(options: dict[str, Any], message: str) -> None:
