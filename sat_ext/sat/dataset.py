@@ -29,6 +29,7 @@ from sat_ext.recipe import LISTS, Recipe
 from sat_ext.sat import hooks
 from sat_ext.sat.broadcast import require_everywhere, share_from_first_rank
 from sat_ext.sat.checkpoint.data_state import first_step, samples_used
+from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.run import recipe_in, run_of
 from sat_ext.sat.settings import settings_of
 from sat_ext.sat.shared_memory import check_shared_memory
@@ -90,6 +91,7 @@ class _Entry:
         return MethodType(self.method, owner)
 
 
+@dataset_registry.register
 class JointImageVideoDataset:
     """YAML target `sat_ext.JointImageVideoDataset`: stills, clips and first frames in one training run."""
 
@@ -113,6 +115,7 @@ class JointImageVideoDataset:
         return SharedStream(entries[0], args, entries[1])
 
 
+@dataset_registry.register
 class FirstFrameDataset(JointImageVideoDataset):
     """YAML target `sat_ext.FirstFrameDataset`: the first frame of every clip, and stills as they are."""
 

@@ -23,6 +23,7 @@ from sat_ext.contact_sheet import write_sheet
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ABSENT
 from sat_ext.models.generate import sample_rows
+from sat_ext.sat.registry import get_dataset
 from sat_ext.sat.run import micro_steps, run_of
 from sat_ext.sat.side_files import side_file
 from sat_ext.sat.steps import mean_metrics
@@ -31,7 +32,10 @@ PROGRESS_SECONDS = 5.0
 
 
 def get_target(name: str) -> Any:
-    """The data class of a YAML `target`, a dotted path. Raises `ConfigError`."""
+    """The object of a YAML `target`: a dotted path, or a name in the data set registry. Raises `ConfigError`."""
+    if "." not in name:
+        import_module("sat_ext.sat.dataset")  # registers ours
+        return get_dataset(name)
     module, _, attribute = name.rpartition(".")
     try:
         target = getattr(import_module(module), attribute)
