@@ -43,7 +43,7 @@ TIMES = [k / FPS for k in range(FRAMES)]
 
 
 class Described(Dataset[Tensor]):
-    """CogVideo's data set class, written anew from its description.
+    """CogVideo's data set class, reimplemented from its description.
 
     It opens the whole file, fetches every frame from start to end, picks some of them by an integer stride,
     resizes these in float32 (bicubic, antialiased) until they cover the target, cuts out the centre and

@@ -43,7 +43,7 @@ class Run:
 
     @property
     def checkpointing(self) -> GradientCheckpointing | None:
-        """Which blocks are computed anew in the backward pass; None where all keep what they need."""
+        """Which blocks are recomputed in the backward pass; None if none are."""
         given = self.model.gradient_checkpointing
         return (GradientCheckpointing() if given else None) if isinstance(given, bool) else given
 

@@ -29,8 +29,8 @@ def bytes_of(parameters: Iterable[Parameter], run: Run, split: int = 1) -> int:
 
 
 def text_bytes(run: Run, counts: Counts, split: int = 1) -> int:
-    """Bytes of the text encoder's weights. On the CPU they are fp32 unless it computes in bf16; this machine's CPU
-    stands for the run's."""
+    """Bytes of the text encoder's weights. On the CPU they are fp32 unless it computes in bf16; the run's CPU
+    is assumed to be like this machine's."""
     kind, item = run.model.text.quantization, run.itemsize
     if run.model.text.device == "cpu" and not computes_in_bf16():
         item = 4

@@ -73,7 +73,7 @@ def _unreadable(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             level="problem",
             text=f"{_files(len(bad))} cannot be read.",
-            remedy=f"Mend or remove them; sat-ext check lists them all. {consequence}",
+            remedy=f"Fix or remove them; sat-ext check lists them all. {consequence}",
             examples=tuple(f"{path}: {reason}" for path, reason in bad[:_LISTED]),
         )
 
@@ -137,7 +137,7 @@ def _dropped(facts: Facts) -> Iterator[Finding]:
     groups = Counter(reason_group(reason) for _, reason in facts.index.dropped)
     for reason, number in groups.most_common():
         if reason.startswith("too short"):
-            continue  # told with the short clips
+            continue  # `_short` covers them
         yield Finding(
             level="warning",
             text=f"{_files(number)} are left out: {reason}.",

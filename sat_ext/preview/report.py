@@ -123,7 +123,7 @@ class Report:
         problems, warnings = (sum(f.level == level for f in self.findings) for level in ("problem", "warning"))
         looks = f"{warnings}\u00a0thing{'' if warnings == 1 else 's'} worth a look" if warnings else ""
         if problems:
-            first = f"{problems}\u00a0problem{'' if problems == 1 else 's'} to mend first"
+            first = f"{problems}\u00a0problem{'' if problems == 1 else 's'} to fix first"
             return f"{first}, and {looks}." if looks else f"{first}."
         return f"Ready to train, with {looks}." if looks else "Ready to train."
 

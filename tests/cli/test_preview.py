@@ -172,7 +172,7 @@ def test_it_says_that_cogvideos_own_loss_does_not_weigh(tmp_path: Path) -> None:
 
 def test_it_warns_in_plain_words(page: Path) -> None:
     text = Reader(page).text
-    assert "1 problem to mend first, and" in text
+    assert "1 problem to fix first, and" in text
     assert "1 file cannot be read." in text
     assert (
         "33 % of your clips (2) are shorter than the frame bucket that they need (9 frames, 1 s at 8 fps): "
