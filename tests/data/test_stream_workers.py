@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sat_ext.config import load
-from sat_ext.data import stream as stream_module
+from sat_ext.data import media_reader
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
@@ -170,14 +170,14 @@ def test_a_file_that_crashes_its_reader_stops_no_worker(demo: Path, monkeypatch:
 
 
 def slow_for(monkeypatch: pytest.MonkeyPatch, key: str, happens: Any) -> None:
-    real = stream_module.read_frames
+    real = media_reader.read_frames
 
     def read(path: str, *args: Any, **options: Any) -> Any:
         if path.endswith(key):
             happens()
         return real(path, *args, **options)
 
-    monkeypatch.setattr(stream_module, "read_frames", read)
+    monkeypatch.setattr(media_reader, "read_frames", read)
 
 
 def test_a_file_that_vanishes_or_changes_during_the_run_is_replaced(demo: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_the_time_limit_reaches_every_group(process_group: None) -> None:
         assert limits == [timedelta(minutes=90)] * 4
     finally:
         distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout = before
-    with pytest.raises(ConfigError, match=r"args\.timeout_minutes: 0\.0; give 0\.2 to 10080"):
+    with pytest.raises(ConfigError, match=r"args\.timeout_minutes: 0\.0; use 0\.2 to 10080"):
         Settings(timeout_minutes=0.0)
 
 
