@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from sat_ext.errors import ConfigError
+from sat_ext.files.atomic import PARTIAL
 
 CONFIG_NAME = "training_config.yaml"
 WEIGHTS_NAME = "mp_rank_00_model_states.pt"
@@ -31,7 +32,6 @@ MANIFEST_NAME = "sat_ext.json"
 OPTIMIZER_NAME = "optimizer.pt"
 DATA_NAME = "data.pt"
 LOCK_NAME = ".lock"
-PARTIAL = ".partial"
 
 
 def find_run(path: Path) -> Path:

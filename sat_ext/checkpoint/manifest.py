@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, full_checkpoints
+from sat_ext.checkpoint.layout import MANIFEST_NAME, aside_of, full_checkpoints
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
+from sat_ext.files.atomic import PARTIAL
 
 CHECKSUM = "checksum"  # the key in it
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+PARTIAL = ".partial"  # ends the names of drafts
+
 
 @contextmanager
 def written_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
@@ -17,7 +19,7 @@ def written_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
     After an error nothing of the draft is left. With `shared` its name is unique, because other processes may be
     writing to the same `path`; otherwise it replaces the draft of a process that was killed. Raises `OSError`.
     """
-    draft = path.with_name(f"{path.name}.{uuid4().hex}.partial" if shared else f"{path.name}.partial")
+    draft = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL}" if shared else path.name + PARTIAL)
     _remove(draft)
     try:
         yield draft

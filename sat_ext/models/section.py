@@ -91,9 +91,10 @@ class BuiltIn:
 
     def check(self, buckets: Sequence[Bucket]) -> None:
         """See `Engine`."""
-        config = expected_config(self.model) if self.model else None
-        for bucket in buckets if config else ():
-            assert config is not None
+        if not self.model:
+            return
+        config = expected_config(self.model)
+        for bucket in buckets:
             check_bucket(config, bucket)
 
     def check_run(self, args: argparse.Namespace, buckets: Sequence[Bucket]) -> None:

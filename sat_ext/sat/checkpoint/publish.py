@@ -11,9 +11,9 @@ from typing import Any
 
 from sat.helpers import print_rank0
 
-from sat_ext.checkpoint.layout import MANIFEST_NAME, PARTIAL, aside_of, full_checkpoints
+from sat_ext.checkpoint.layout import MANIFEST_NAME, aside_of, full_checkpoints
 from sat_ext.checkpoint.manifest import Manifest, size_of, write_manifest
-from sat_ext.files.atomic import written_aside
+from sat_ext.files.atomic import PARTIAL, written_aside
 from sat_ext.sat.checkpoint.writer import Writer
 
 

@@ -17,8 +17,9 @@ from sat.helpers import print_rank0
 from sat.training import model_io
 
 import sat_ext
-from sat_ext.checkpoint.layout import DATA_NAME, MANIFEST_NAME, PARTIAL, WEIGHTS_NAME, aside_of, full_checkpoints
+from sat_ext.checkpoint.layout import DATA_NAME, MANIFEST_NAME, WEIGHTS_NAME, aside_of, full_checkpoints
 from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound
+from sat_ext.files.atomic import PARTIAL
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.data_state import cells_of, data_of, stream_of
 from sat_ext.sat.checkpoint.load import round_robin
