@@ -1,7 +1,5 @@
 """Train video diffusion models on images and videos together, on the SAT backend of CogVideoX."""
 
-from __future__ import annotations
-
 from typing import Any
 
 __version__ = "0.1.0"

@@ -4,8 +4,6 @@ Sources: Yang et al. 2024, "CogVideoX", section 2, and the model YAMLs of CogVid
 the main branch). They hold for every published model.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Diffuse white becomes sRGB's white: 203 cd/m2 of PQ and 75 % of HLG (ITU-R BT.24
 outside sRGB's gamut, are clipped, so that what sRGB can show keeps its colour.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """YAML files, and strict loading of their values into frozen dataclasses: an unknown key is an error."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import types

@@ -1,7 +1,5 @@
 """Generated samples as a picture and as a clip, beside what was asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction

@@ -5,8 +5,6 @@ files are as mixed as a user's own: H.264 clips of several sizes, lengths and fr
 stills, and videos of a single frame.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

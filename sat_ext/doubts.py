@@ -1,7 +1,5 @@
 """What trains without an error, but hardly as it is meant: for `sat-ext check --base` and the start of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

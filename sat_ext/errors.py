@@ -1,7 +1,5 @@
 """What a user can do wrong, each as one sentence: what, where, the value, the remedy."""
 
-from __future__ import annotations
-
 
 class SatExtError(ValueError):
     """Base of every error that a user can cause and fix. `str(error)` is one clear sentence."""
@@ -27,5 +25,5 @@ class MediaError(SatExtError):
         self.path = path
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:
+    def __reduce__(self) -> "tuple[type[MediaError], tuple[str, str]]":
         return type(self), (self.path, self.reason)  # crosses the data workers' process boundary

@@ -1,7 +1,5 @@
 """Opens media files for the stages of the data path, with `MediaError` for whatever fails."""
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Pixels as models see them: uint8 to [-1, 1] and back."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

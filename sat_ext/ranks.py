@@ -1,7 +1,5 @@
 """This process among the ranks of a run, and what all of them must agree on."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast

@@ -3,8 +3,6 @@
 The data class of a training run, the subcommands and the planner start from it, with the same defaults and errors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -77,7 +75,7 @@ class Recipe:
         """What the run is evaluated on."""
         return self.lists["valid_data"] + self.lists["test_data"]
 
-    def checked(self) -> Recipe:
+    def checked(self) -> "Recipe":
         """This recipe, if its data can be read and its model takes them. Raises `ConfigError`."""
         if self.target not in TARGETS:
             raise ConfigError(

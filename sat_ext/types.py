@@ -1,7 +1,5 @@
 """The values that pass between stages. Frozen: a stage makes a new one and never changes its input."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

@@ -20,8 +20,6 @@ times: forward, its recomputation under gradient checkpointing, backward; the la
 [4] Wang et al. 2023, "ZeRO++: Extremely Efficient Collective Communication for Giant Model Training", hpZ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any

@@ -2,8 +2,6 @@
 which PyTorch itself does not check.
 """
 
-from __future__ import annotations
-
 import struct
 import zipfile
 import zlib

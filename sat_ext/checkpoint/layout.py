@@ -16,8 +16,6 @@ and of full checkpoints:
 <run>/.lock                                    held by the run that saves here
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What `sat_ext.json` says of a full checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

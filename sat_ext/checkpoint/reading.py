@@ -1,7 +1,5 @@
 """A checkpoint's files -> its weights. No code in a checkpoint is run."""
 
-from __future__ import annotations
-
 import codecs
 import pickle
 import re

@@ -1,7 +1,5 @@
 """The option that names a run, of every subcommand that reads one."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`sat-ext bench`: how fast a data worker makes batches of the user's own data, and where its time goes."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """`sat-ext cache`: latents and text embeddings of a run's whole data set, on disk."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """`sat-ext check`: what there is in a data set, what is broken, why, and what to do about it."""
 
-from __future__ import annotations
-
 import json as json_text
 import os
 import sys

@@ -1,7 +1,5 @@
 """`sat-ext demo`: a small real data set to try things on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`sat-ext export`: what a run trained, for diffusers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

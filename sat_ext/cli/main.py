@@ -1,7 +1,5 @@
 """`sat-ext`: one file per subcommand."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from importlib import import_module

@@ -1,7 +1,5 @@
 """`sat-ext plan`: what a run takes of a GPU's and a host's memory, and the ZeRO configuration to use."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`sat-ext preview`: one page that shows what the model will see of the data."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

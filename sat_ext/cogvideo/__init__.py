@@ -1,7 +1,5 @@
 """YAML targets for CogVideo's own engine. Nothing of CogVideo is imported before a target is called."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training CogVideo's engine from a cache: what takes the place of its first stage and its text encoder."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path

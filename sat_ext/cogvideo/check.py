@@ -1,7 +1,5 @@
 """What CogVideo's engine would fail on, or train wrongly on, reported before it loads its weights."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import inspect

@@ -9,8 +9,6 @@ computed again, so that never more than one activation of the whole clip is held
 Whatever has weights is called as the module that it is, so that ZeRO-3's hooks bring them first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -34,14 +32,14 @@ def encode_clip(encoder: Any, pixels: Tensor, frames: int, recompute: Recompute)
     return torch.cat(stream, dim=2)
 
 
-def measure(norm: Norm, segment: list[Layer], stream: list[Tensor]) -> None:
+def measure(norm: "Norm", segment: "list[Layer]", stream: list[Tensor]) -> None:
     """Take the statistics of `norm`, the first of the segment's that has none, over all chunks."""
     for index, chunk in enumerate(stream):
         through(segment, chunk, first=index == 0)
     norm.take()
 
 
-def through(segment: list[Layer], chunk: Tensor, *, first: bool) -> Tensor | None:
+def through(segment: "list[Layer]", chunk: Tensor, *, first: bool) -> Tensor | None:
     """The chunk after the segment's layers; None where it ended at a norm that is still being measured."""
     result: Tensor | None = chunk
     for layer in segment:
@@ -50,7 +48,7 @@ def through(segment: list[Layer], chunk: Tensor, *, first: bool) -> Tensor | Non
     return result
 
 
-def segments(encoder: Any, recompute: Recompute) -> Iterator[list[Layer]]:
+def segments(encoder: Any, recompute: Recompute) -> "Iterator[list[Layer]]":
     """The encoder's layers in the order that they are gone through, cut where an activation is held whole."""
     head: list[Layer] = [Convolution(encoder.conv_in)]
     for number, level in enumerate(encoder.down):
@@ -74,7 +72,7 @@ class Convolution:
     Before the first chunk comes its first frame again, as in CogVideo's `_fake_cp_pass_from_previous_rank`.
     """
 
-    norms: tuple[Norm, ...] = ()
+    norms: "tuple[Norm, ...]" = ()
     last: Tensor
 
     def __init__(self, module: Any) -> None:

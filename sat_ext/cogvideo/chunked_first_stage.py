@@ -1,7 +1,5 @@
 """CogVideo's first stage, encoding one clip and a few frames at a time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """CogVideo's own first stage and text encoder, as its YAML names them, for `sat-ext cache`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

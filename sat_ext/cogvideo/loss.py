@@ -1,7 +1,5 @@
 """CogVideo's loss for stills and clips together."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict

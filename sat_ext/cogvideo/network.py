@@ -4,8 +4,6 @@ CogVideo has two generations, which the network's `patch_size` tells apart: a nu
 the repository), three numbers in 1.5 (its main branch).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

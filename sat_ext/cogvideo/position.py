@@ -6,8 +6,6 @@ These targets go by the input's own frames, rows and columns. At the configured 
 bit for bit; the weights and their names are the parent's.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from typing import Any, Literal

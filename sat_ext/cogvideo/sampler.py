@@ -1,7 +1,5 @@
 """CogVideo's sampler for CogVideoX 1.5, where an evaluation samples what it evaluates."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A CogVideo checkout's own train_video.py, run as it is."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """The base of our YAML targets: each extends a class of CogVideo's, found by name when the target is called."""
 
-from __future__ import annotations
-
 import inspect
 from importlib import import_module
 from typing import Any, ClassVar

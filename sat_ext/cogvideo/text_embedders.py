@@ -5,8 +5,6 @@ nothing moves, casts, saves or partitions it, and out of checkpoints. When a che
 SAT lists those keys as unexpected, and they are not used.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal

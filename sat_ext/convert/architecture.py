@@ -3,8 +3,6 @@
 Shapes show everything but the size of the video that a model is for and the autoencoder's scale.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

@@ -1,7 +1,5 @@
 """The conversions: what `sat-ext convert` and `sat-ext export` do."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights from the disk, mapped into memory, and to it. A file or folder gets its name when it is complete."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """LoRA: SAT's `matrix_A` and `matrix_B`, peft's `lora_A` and `lora_B`, and the file that diffusers loads."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

@@ -7,8 +7,6 @@ checkpoint. Sources: `DiffusionTransformer` in sat/dit_video_concat.py, `Context
 `CogVideoXTransformer3DModel` and `AutoencoderKLCogVideoX`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The parts of a model as both layouts see them: weights by diffusers' names, config.json, LoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

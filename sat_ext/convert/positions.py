@@ -3,8 +3,6 @@
 With them a file of SAT's can be made from a folder of diffusers', and a file's own compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

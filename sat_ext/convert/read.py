@@ -1,7 +1,5 @@
 """Folders and files of weights -> the parts that they hold."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace

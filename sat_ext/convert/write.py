@@ -1,7 +1,5 @@
 """Parts -> folders in either layout."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

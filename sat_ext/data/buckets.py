@@ -5,8 +5,6 @@ patches of 2 x 2 latents (Yang et al. 2024, "CogVideoX", section 2). So sizes ar
 4k+1 frames.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

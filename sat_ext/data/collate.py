@@ -1,7 +1,5 @@
 """Samples of one bucket to the batch that SAT and the engine take."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Counts unreadable files during a run, by reason and once per rank, until the budget is spent."""
 
-from __future__ import annotations
-
 import logging
 import mmap
 import re

@@ -17,8 +17,6 @@ A process and not a thread, because nothing can interrupt the C code of FFmpeg a
 because data workers are daemonic, and those may not have children.
 """
 
-from __future__ import annotations
-
 import ctypes
 import faulthandler
 import gc
@@ -58,7 +56,7 @@ _GRACE = 5.0  # seconds to wait for a process stuck in the kernel, and until an 
 _FATAL = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-_started: WeakSet[Guard[Any]] = WeakSet()
+_started: "WeakSet[Guard[Any]]" = WeakSet()
 _forking = threading.Lock()
 
 
@@ -114,7 +112,7 @@ class Guard(Generic[R]):
             self._used = places[-1][1]
         return pickle.loads(answer, buffers=[memoryview(self._shared)[a:b] for a, b in places])  # type: ignore[arg-type]
 
-    def __enter__(self) -> Guard[R]:
+    def __enter__(self) -> "Guard[R]":
         return self
 
     def __exit__(self, *_: object) -> None:

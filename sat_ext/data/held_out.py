@@ -6,8 +6,6 @@ last samples of a bucket are fewer than the ranks, the other ranks repeat the fi
 that it does not count.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count

@@ -1,7 +1,5 @@
 """Samples from media files: decode and transform, in a process that may hang or crash."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """`data.params` of the YAML as one frozen dataclass, with the checks that need more than one key."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The part of a file that an item names (start, end, crop, rate), described as a file itself. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

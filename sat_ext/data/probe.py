@@ -4,8 +4,6 @@ It reads headers, one frame for its rotation, and packets where headers do not g
 decoded, because only that shows how long its frames last.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 from itertools import islice, pairwise
 

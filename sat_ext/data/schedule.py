@@ -22,8 +22,6 @@ from p times all samples by at most ((1 - p) G + p * (sum of the other sources' 
 steps by at most twice that, which for two sources is one batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 import math
@@ -140,7 +138,7 @@ class Schedule:
         """
         return np.random.default_rng([int(self._keys[cell]), position, attempt])
 
-    def _walk_from(self, step: int) -> _Walk:
+    def _walk_from(self, step: int) -> "_Walk":
         """The schedule just before `step`: in closed form to a few steps a cell before it, then step by step.
 
         At global time T every source has done exactly the batches due by then. Their number grows like `rate` * T,

@@ -1,7 +1,5 @@
 """The composer: schedule -> reader -> collate. One batch a step, of one bucket."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import count, islice

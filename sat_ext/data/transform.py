@@ -1,7 +1,5 @@
 """Decoded frames to the size of their bucket."""
 
-from __future__ import annotations
-
 import math
 import threading
 from dataclasses import dataclass

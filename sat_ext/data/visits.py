@@ -1,7 +1,5 @@
 """What one visit of a record shows: which moments of its file, and which of its captions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -8,8 +8,6 @@
 Tars and Parquet files may be URLs, too.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import stat

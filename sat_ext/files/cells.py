@@ -1,7 +1,5 @@
 """Files that lie in the cells of Parquet tables, read one by one."""
 
-from __future__ import annotations
-
 import threading
 from bisect import bisect_right
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Where the program keeps what it need not find out twice."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Builds and parses the strings that say where bytes are. Pure."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

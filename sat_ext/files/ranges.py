@@ -1,7 +1,5 @@
 """Seekable files over bytes elsewhere: the base of remote files and of tar members."""
 
-from __future__ import annotations
-
 import io
 import os
 from typing import Any

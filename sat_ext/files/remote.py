@@ -3,8 +3,6 @@
 File systems are made in the process that uses them: fsspec's event loop does not survive a fork.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any

@@ -4,8 +4,6 @@ In the metadata, `crc32` is that of each tensor, which is compared when the tens
 of all bytes before the tensors, itself counted as zeros. Files of earlier versions have neither.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """A run's first stage and text encoder as `sat-ext cache` uses them: the base of each engine's class."""
 
-from __future__ import annotations
-
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a cache must hold, what of it is missing, and how much room that takes."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ class CacheJob:
         """All samples by their entries' keys."""
         return {entry.key: (visit, entry) for visit, entry in self._entries()}
 
-    def missing(self) -> Missing:
+    def missing(self) -> "Missing":
         """What the folder does not hold."""
         store = LatentStore(self.folder)
         held = TextEmbeddings(self.folder).files if any(self.folder.glob("text-*.safetensors")) else {}
@@ -50,7 +48,7 @@ class CacheJob:
             captions=tuple(caption for caption in captions if caption_key(caption) not in held),
         )
 
-    def facts(self, made: Missing) -> dict[str, Any]:
+    def facts(self, made: "Missing") -> dict[str, Any]:
         """Of the folder, now that what was missing is made.
 
         Raises `DataError` where a sample is still missing, and where more are bad than `on_bad_sample` allows.
@@ -86,7 +84,7 @@ class Missing:
     samples: tuple[tuple[Visit, Entry], ...]
     captions: tuple[str, ...]
 
-    def of_rank(self, rank: int, world: int) -> Missing:
+    def of_rank(self, rank: int, world: int) -> "Missing":
         """The part of one rank. It follows from the keys alone, so that ranks need not agree on anything."""
         return Missing(
             samples=tuple(s for s in self.samples if int(s[1].key[:8], 16) % world == rank),

@@ -1,7 +1,5 @@
 """Samples from a cache: the entries of an index's records, and their latents in place of media."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,8 +8,6 @@ crop, the bucket and the encoder. A sample that changes gets another key, is not
 latents are never read.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """A folder of text embeddings, found by caption. A file holds those of many captions."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

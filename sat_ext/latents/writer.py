@@ -1,7 +1,5 @@
 """Encodes what a cache lacks, file by file: after a kill the same command continues with what is not written."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

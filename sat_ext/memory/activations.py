@@ -1,8 +1,6 @@
 """What the transformer holds of a micro-batch while it trains, with the checkpointing of the YAML. Pure but for
 measuring one block, as all are alike."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from sat_ext.memory.measured import training_step

@@ -1,7 +1,5 @@
 """Which ZeRO configuration to use, what it costs, and which lever to pull where none fits. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What `sat-ext cache` takes: the text encoder, then the first stage, one sample at a time. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

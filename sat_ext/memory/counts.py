@@ -1,7 +1,5 @@
 """Parameters of a run, counted on the real classes, of which no weights are made (torch's meta device)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path

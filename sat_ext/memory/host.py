@@ -1,7 +1,5 @@
 """Bytes per part of a host's memory. Pure."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """What real modules take of memory, counted on tensors that have none."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What DeepSpeed's section says that memory follows from, with DeepSpeed's own defaults. Pure."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass

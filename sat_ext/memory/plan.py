@@ -6,8 +6,6 @@ what the backward pass holds, and a phase that needs more adds to its own part w
 up to the peak.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

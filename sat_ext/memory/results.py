@@ -1,7 +1,5 @@
 """Measurements that were made before, in this process or another: a plan is then a matter of arithmetic."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

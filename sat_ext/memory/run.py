@@ -1,7 +1,5 @@
 """What the YAML says of a run that its memory follows from: our engine's model or CogVideo's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any

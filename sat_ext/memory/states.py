@@ -14,8 +14,6 @@ With N numbers that train, P ranks, e bytes of the training dtype:
 Groups of ZeRO-1 and 2 are padded to 2 P numbers, and parameters of ZeRO-3, frozen ones too, to P.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate

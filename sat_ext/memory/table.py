@@ -1,7 +1,5 @@
 """Plans as tables for a terminal, and as plain data for a program."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any

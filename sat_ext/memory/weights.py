@@ -1,7 +1,5 @@
 """Bytes of weights that do not train, as they are kept. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from sat_ext.memory.counts import Counts, Parameter

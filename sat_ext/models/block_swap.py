@@ -4,8 +4,6 @@ Gradient checkpointing computes a block again in the backward pass, which fetche
 copy until the block's gradients are computed. Trained weights, a LoRA's, stay where they are.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,7 +16,7 @@ from sat_ext.models.side_stream import SideStream, Transfer, host_memory, page_l
 ALIGNMENT = 256  # bytes, as CUDA aligns what it allocates
 
 
-def swap_blocks(blocks: nn.ModuleList, count: int) -> SwapWindow:
+def swap_blocks(blocks: nn.ModuleList, count: int) -> "SwapWindow":
     """Move the frozen weights of `count` of the blocks, evenly spread, to CPU memory."""
     stream = SideStream()
     return SwapWindow([SwappedBlock(blocks[i * len(blocks) // count], stream) for i in range(count)])

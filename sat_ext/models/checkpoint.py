@@ -1,7 +1,5 @@
 """A run's folder -> the built-in engine with its weights."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 

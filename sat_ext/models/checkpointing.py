@@ -1,7 +1,5 @@
 """Gradient checkpointing of the transformer's blocks, whose inputs are kept on the GPU or in CPU memory."""
 
-from __future__ import annotations
-
 import weakref
 from contextlib import nullcontext
 from typing import Any
@@ -71,18 +69,18 @@ class OffloadedInputs:
 class _Inputs:
     """Those of one block. Only the graph holds a reference, so that they are freed with it."""
 
-    def __init__(self, owner: OffloadedInputs, before: weakref.ref[_Inputs] | None) -> None:
+    def __init__(self, owner: OffloadedInputs, before: "weakref.ref[_Inputs] | None") -> None:
         self.owner, self.before = owner, before
         self.saved: list[_Saved] = []
 
-    def pack(self, tensor: Tensor) -> Tensor | _Saved:
+    def pack(self, tensor: Tensor) -> "Tensor | _Saved":
         if tensor.dim() != TOKENS:
             return tensor
         saved = _Saved(self.owner, tensor)
         self.saved.append(saved)
         return saved
 
-    def unpack(self, packed: Tensor | _Saved) -> Tensor:
+    def unpack(self, packed: "Tensor | _Saved") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         self.owner.settle()

@@ -3,8 +3,6 @@
 Latents are (B, T, C, H, W).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Imports neither diffusers nor transformers, so that the data set and the command
 without loading one.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,7 +1,5 @@
 """A text encoder on the CPU: in which dtype, and on how many of the cores."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterator

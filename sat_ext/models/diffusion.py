@@ -6,8 +6,6 @@ CogVideo's sat/sgm/modules/diffusionmodules/discretizer.py, and the scheduler th
 tools/convert_weight_sat2hf.py writes beside the published weights.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ class NoiseSchedule:
     root_noise: Tensor
 
     @staticmethod
-    def make(snr_shift_scale: float) -> NoiseSchedule:
+    def make(snr_shift_scale: float) -> "NoiseSchedule":
         """CogVideoX's schedule; `snr_shift_scale` is 3.0 for 2B and 1.0 for the other published models."""
         signal = alphas_cumprod(snr_shift_scale)
         return NoiseSchedule(snr_shift_scale, signal.sqrt().float(), (1.0 - signal).sqrt().float())

@@ -1,7 +1,5 @@
 """Embeddings of recent captions, for encoders that take seconds a caption."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """The built-in engine: what SAT trains. Batch in, loss and per-kind losses out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

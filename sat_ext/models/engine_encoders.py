@@ -1,7 +1,5 @@
 """The built-in engine's encoders: for `sat-ext cache`, for training, and for training from a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -4,8 +4,6 @@ Everything here is (B, T, C, H, W): pixels in [-1, 1] with T = 1 or 4k+1, latent
 The first latent frame holds one pixel frame, each other four.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from functools import cache
@@ -113,7 +111,7 @@ class AutoencoderFirstStage(nn.Module):
         default = 1.0 / self.scale if inverted else self.scale
         self.condition_scale = default if condition_scale is None else condition_scale
 
-    def train(self, mode: bool = True) -> AutoencoderFirstStage:
+    def train(self, mode: bool = True) -> "AutoencoderFirstStage":
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
 

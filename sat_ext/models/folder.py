@@ -1,7 +1,5 @@
 """A `model:` section together with the pretrained folder that it names, whose architecture is the model's."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace

@@ -1,7 +1,5 @@
 """Sampling: captions, and for I2V a first frame, to pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

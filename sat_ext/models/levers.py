@@ -1,7 +1,5 @@
 """Checks of the levers on memory in the YAML's `model:` that do not work together."""
 
-from __future__ import annotations
-
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig
 

@@ -1,7 +1,5 @@
 """Frozen weights of the transformer's linear layers in 4 or 8 bits, dequantized where they are used."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

@@ -5,8 +5,6 @@ the copy. We do not use `record_stream`: it frees memory only when the GPU has g
 whole blocks ahead, would allocate more in the meantime.
 """
 
-from __future__ import annotations
-
 import logging
 import mmap
 import os
@@ -27,7 +25,7 @@ class SideStream:
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def copy(self, source: Tensor, target: Tensor) -> Transfer:
+    def copy(self, source: Tensor, target: Tensor) -> "Transfer":
         """Start to copy `source` as it is at this point of the computation; asynchronous where the CPU side is
         page-locked."""
         device = next((t.device for t in (source, target) if t.is_cuda), None)

@@ -1,7 +1,5 @@
 """Captions to embeddings. Nothing here trains, as in the published models."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 
@@ -54,7 +52,7 @@ class T5Text(nn.Module):
         self.length = length
         self.remembered = Remembered()
 
-    def train(self, mode: bool = True) -> T5Text:
+    def train(self, mode: bool = True) -> "T5Text":
         """Stay in evaluation mode, whatever is asked: T5 has dropout."""
         return super().train(False)
 

@@ -1,7 +1,5 @@
 """The diffusion transformer: diffusers' CogVideoX module, for any frame count and size, with LoRA."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import torch

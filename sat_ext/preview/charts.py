@@ -1,7 +1,5 @@
 """Histograms of the preview page, as numbers that its template draws: everything in percent of the chart."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What one should know of a data set before training on it, in plain words, the worst first."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence

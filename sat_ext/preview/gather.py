@@ -1,7 +1,5 @@
 """From a run's YAML and index to the preview page's contents."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import islice
 

@@ -1,7 +1,5 @@
 """Small pictures inside the page, as data: URIs."""
 
-from __future__ import annotations
-
 import base64
 import io
 from dataclasses import dataclass

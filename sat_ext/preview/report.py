@@ -1,7 +1,5 @@
 """The preview page's contents, ready to print: what the template needs and nothing of how it was found."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Samples of the real stream as pictures: what the model gets after decoding, crop and resize."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 

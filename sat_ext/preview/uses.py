@@ -1,7 +1,5 @@
 """Every use of a file by a bucket, as arrays: what the preview's histograms and findings count."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

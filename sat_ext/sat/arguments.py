@@ -1,7 +1,5 @@
 """SAT's arguments from `--base` YAML files, and the process group. A flag on the command line beats the YAML."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """One object on every rank: made by the first, and held once in the memory of each machine."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import pickle

@@ -5,8 +5,6 @@ draws among the entries of one list with a seed that differs from rank to rank. 
 entries of a list share one stream: whichever SAT draws, the next batch of the schedule comes.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count

@@ -1,7 +1,5 @@
 """A run that has diverged ends, and its weights replace no good checkpoint."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How an error that ends a run is shown: one sentence for what a user can fix, a traceback for the rest."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from types import TracebackType

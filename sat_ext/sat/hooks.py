@@ -9,8 +9,6 @@ comes through `begun`, which installs the rest. Our script calls `install` itsel
 variable and the limit of process groups are best set before there is a GPU in use or a group.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

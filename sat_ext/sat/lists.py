@@ -1,7 +1,5 @@
 """The lists of data in `args`, looked at before SAT builds any: it counts and divides by what is in them."""
 
-from __future__ import annotations
-
 import argparse
 
 from sat_ext.config import plain

@@ -4,8 +4,6 @@ Peaks are those of PyTorch's own count of what it allocated on the first rank's 
 micro-step to the beginning of the next: forward and backward pass, and the optimizer's step where there is one.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import statistics

@@ -4,8 +4,6 @@ Each rank increments its own counter in the process group's store, from a thread
 waits. The counter of a rank that hangs in the kernel, is stopped, has ended or is cut off stands still.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import re
@@ -25,7 +23,7 @@ _LOST = re.compile(
     r"Timed out waiting|timed out|timeout|Connection \w+ by peer|Broken pipe|Connection refused", re.I
 )
 
-_peers: _Peers | None = None
+_peers: "_Peers | None" = None
 _limit = timedelta()
 
 

@@ -8,8 +8,6 @@ A package adds a class by an entry point in the group `sat_ext.datasets`, whose 
 or with the decorator: `@dataset_registry.register`.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What has to be known of a run between SAT's calls: one object, `args.sat_ext`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping

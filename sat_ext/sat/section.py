@@ -1,7 +1,5 @@
 """What the `deepspeed` section may hold: refused is what DeepSpeed, or SAT's loop around it, does not survive."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any

@@ -1,7 +1,5 @@
 """The settings that `sat_ext` adds to SAT's own, in the section `args` of the YAML."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Whether the batches that wait in the data workers fit the memory in which they are handed over."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from math import prod

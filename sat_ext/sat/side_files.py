@@ -1,7 +1,5 @@
 """Files that a run writes beside its checkpoints. One that cannot be written does not end the run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """SIGTERM, which Slurm and launchers send before they kill: a request to save, on which all ranks agree."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Replace a module for one of its users, or a function for a while."""
 
-from __future__ import annotations
-
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager

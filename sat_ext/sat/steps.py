@@ -1,7 +1,5 @@
 """Around SAT's steps: resume the run, count its batches, stop on SIGTERM, log the losses of each kind."""
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import os

@@ -1,7 +1,5 @@
 """The functions that SAT's `training_main` calls back: one forward pass, one evaluation, their metrics."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

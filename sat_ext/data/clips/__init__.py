@@ -5,8 +5,6 @@ t + `TIME_TOLERANCE`. Unlike frame numbers, times keep the speed right at every 
 25 fps clip at 8 fps takes frames 0, 3, 6, 9, 12, 15, 18, 21, 25, and lasts as long as before.
 """
 
-from __future__ import annotations
-
 from sat_ext.data.clips.samplers import SAMPLERS, Window, find_sampler, is_still_sampler, register_sampler
 from sat_ext.data.clips.times import ClipTimes, available_frames, records_of, sample_times
 

@@ -7,8 +7,6 @@ point in the group `sat_ext.samplers`:
     ending = "my_package.samplers:ending"
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Sequence

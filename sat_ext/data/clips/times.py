@@ -1,7 +1,5 @@
 """From a clip's length and rate to the times to decode, repeating frames of short clips. Pure."""
 
-from __future__ import annotations
-
 import math
 import traceback
 from bisect import bisect_left

@@ -1,7 +1,5 @@
 """Media to uint8 RGB frames. Clips are read by time, so that every decoder and frame rate means the same."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Protocol, overload
 

@@ -7,8 +7,6 @@ with some that refer to the one before it (open GOPs, x265's default). PyAV also
 pixels, alpha, interlaced frames, and all but 8-bit 4:2:0 in sRGB's colours, which these convert less exactly.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence

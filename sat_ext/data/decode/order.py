@@ -1,7 +1,5 @@
 """Which packets, in decoding order, are needed, and which of their frames come out damaged. Only numbers."""
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 

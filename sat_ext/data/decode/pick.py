@@ -1,7 +1,5 @@
 """Selects the frames on display at given times, whatever the decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Clips by PyAV: FFmpeg, decoding no more than the wanted frames need."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Decoded frames to RGB: their colours, alpha and fields, upright and with square pixels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import av

@@ -1,7 +1,5 @@
 """A still's pixels as 8-bit sRGB: bit depth, colour profile and transparency."""
 
-from __future__ import annotations
-
 import io
 import re
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Stills, and the animations that FFmpeg does not read: JPEG by simplejpeg, the rest by Pillow."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

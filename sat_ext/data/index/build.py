@@ -1,7 +1,5 @@
 """The index of a run: what its sources have, by source and bucket."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

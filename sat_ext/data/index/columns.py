@@ -1,7 +1,5 @@
 """Items of sources to Arrow columns and back, because a million Python objects would take gigabytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from operator import attrgetter

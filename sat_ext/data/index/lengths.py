@@ -1,7 +1,5 @@
 """Whether enough clips fill the longest bucket: a model is poor at a length that it never trains at."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 

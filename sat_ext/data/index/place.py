@@ -1,7 +1,5 @@
 """Rows of a source to their buckets: which can be used, their windows, and their visits an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -7,8 +7,6 @@ fingerprint is the same. Paths are relative to the source, so a data set may be 
 A checksum follows the Arrow file, except in those of earlier versions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

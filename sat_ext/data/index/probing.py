@@ -1,7 +1,5 @@
 """What every file of a run holds: from the caches if it has not changed, else by probing it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

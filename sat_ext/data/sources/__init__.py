@@ -12,8 +12,6 @@
 Each may be a URL that fsspec reads.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """A folder of media with captions in text files, beside them or in CogVideo's `labels/`."""
 
-from __future__ import annotations
-
 import os
 from functools import cached_property
 
@@ -73,7 +71,7 @@ class _Captions:
             notes.reach.add(up or "/", self._outer_root.removeprefix(up + "/"))
 
     @cached_property
-    def _outer(self) -> _Texts:
+    def _outer(self) -> "_Texts":
         """The folder `labels/` outside, listed only when it is needed."""
         assert self._outer_root is not None
         self.folders.append(list_folder(self._outer_root, self._notes))

@@ -1,7 +1,5 @@
 """What a folder is: CogVideo's diffusers layout, a Hugging Face data set, shards, or media and captions."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

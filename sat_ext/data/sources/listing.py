@@ -1,7 +1,5 @@
 """What a folder holds, on a disk or behind a URL, and the captions in it."""
 
-from __future__ import annotations
-
 import codecs
 import logging
 import os

@@ -1,7 +1,5 @@
 """How far the names and links in a data set may lead: whoever made it must not choose what this machine reads."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from functools import lru_cache

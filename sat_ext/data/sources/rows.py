@@ -1,7 +1,5 @@
 """One row of a table, or one JSON object beside a file, to the fields of an `Item`. Pure."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal

@@ -1,7 +1,5 @@
 """JSONL, CSV and Parquet tables: a row names a file, or holds it, and says how to use it."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

@@ -1,7 +1,5 @@
 """The text of captions, tables and lists, and the comparison of names from different systems."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import json

@@ -1,7 +1,5 @@
 """Before the first step: all ranks see the same folder for checkpoints, and no other run saves there."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

@@ -1,7 +1,5 @@
 """Where a run is in its data: saved with a checkpoint, and restored from one."""
 
-from __future__ import annotations
-
 import argparse
 
 from sat.helpers import print_rank0

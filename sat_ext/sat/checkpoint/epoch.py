@@ -5,8 +5,6 @@ each cell's epoch, hashes of key, captions and file. Up to `SAMPLED` samples in 
 them, and the report is exact; beyond that it is an estimate.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Resumes a run: its weights before DeepSpeed starts, then optimizer, learning rate and random numbers."""
 
-from __future__ import annotations
-
 import argparse
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which weights of a model a checkpoint holds, and whether one is of this model."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Collection
 from pathlib import Path

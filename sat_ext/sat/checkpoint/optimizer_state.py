@@ -1,7 +1,5 @@
 """What an optimizer keeps of each weight: whether the saved state suits the running optimizer."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

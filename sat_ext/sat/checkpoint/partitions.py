@@ -1,7 +1,5 @@
 """Weights that ZeRO-3 has partitioned: gathered to be saved, and to be filled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """With all files on the disk: the checkpoint gets its name, `latest` names it, and old ones are removed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -8,8 +8,6 @@ pieces by name, whatever the order and the groups. Files are mapped: a rank read
 - ZeRO 3 cuts each parameter of n values into pieces of ceil(n / ranks); the last ones are shorter or empty.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

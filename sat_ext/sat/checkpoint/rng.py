@@ -1,7 +1,5 @@
 """The random number generators of this process: saved, restored, seeded."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Writes a full checkpoint aside, and renames it when every rank's files are on the disk."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

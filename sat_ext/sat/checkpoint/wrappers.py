@@ -1,7 +1,5 @@
 """What is put around SAT's functions for checkpoints (`hooks.py`), so that a run can be resumed."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Writes the files of a full checkpoint."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Callable

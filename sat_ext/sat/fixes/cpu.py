@@ -1,7 +1,5 @@
 """Training on a CPU: SAT takes a GPU for granted."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any

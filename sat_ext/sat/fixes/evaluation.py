@@ -1,7 +1,5 @@
 """Held-out losses: of the same samples on any number of ranks, and the mean of all wherever they are shown."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -86,7 +84,7 @@ class _Counting:
     def __init__(self, batches: Iterator[Any]) -> None:
         self.batches, self.counted = batches, 0  # 0 where another rank of the model takes the batches
 
-    def __iter__(self) -> _Counting:
+    def __iter__(self) -> "_Counting":
         return self
 
     def __next__(self) -> Any:

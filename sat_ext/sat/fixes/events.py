@@ -1,7 +1,5 @@
 """TensorBoard's files on a disk that fills up."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The end of a run whose launcher was ended."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

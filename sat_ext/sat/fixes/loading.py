@@ -1,7 +1,5 @@
 """Weights out of a checkpoint: without running its code, without a copy per rank, and into ZeRO-3's partitions."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

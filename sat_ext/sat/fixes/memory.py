@@ -1,7 +1,5 @@
 """What an engine does for the memory of its GPU in every step."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

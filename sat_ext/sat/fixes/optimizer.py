@@ -1,7 +1,5 @@
 """What SAT's own optimizer needs, checked before a model is built."""
 
-from __future__ import annotations
-
 import argparse
 
 import torch

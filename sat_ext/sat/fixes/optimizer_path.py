@@ -1,7 +1,5 @@
 """Optimizers of other libraries, by their dotted path."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Evaluations of CogVideo's under ZeRO-3: where one rank samples, all must."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Iterator

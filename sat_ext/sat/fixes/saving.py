@@ -1,7 +1,5 @@
 """One whole file of weights from all of ZeRO-3's partitions."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

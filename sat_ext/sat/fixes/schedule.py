@@ -1,7 +1,5 @@
 """SAT's learning rate over the steps of a run and of its continuation."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any

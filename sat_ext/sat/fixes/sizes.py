@@ -1,7 +1,5 @@
 """DeepSpeed's buckets in the model's size."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """How long a rank waits for another."""
 
-from __future__ import annotations
-
 import argparse
 from datetime import timedelta
 

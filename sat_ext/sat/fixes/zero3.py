@@ -1,7 +1,5 @@
 """ZeRO-3 from the first layer on: SAT's layers in `zero.Init`, and networks that are never whole on a rank."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
