@@ -29,7 +29,7 @@ from sat_ext.memory.measured import decoding, embedding, encoding, training_step
 from sat_ext.memory.meter import metering
 from sat_ext.memory.results import remembered
 from sat_ext.memory.run import Run, run_from
-from sat_ext.models.config import GradientCheckpointing, TextConfig, transformer_of
+from sat_ext.models.config import GradientCheckpointing, TextConfig
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.recipe import recipe_of
 from sat_ext.types import Bucket
@@ -67,7 +67,7 @@ def saved_bytes(module: nn.Module, seen: Callable[[int], None]) -> Iterator[None
 
 
 def network_of(run: Run, layers: int | None = None) -> Any:
-    transformer = transformer_of(run.model)
+    transformer = run.model.transformer
     model = replace(
         run.model,
         pretrained=None,
@@ -81,7 +81,7 @@ def network_of(run: Run, layers: int | None = None) -> Any:
 
 
 def inputs_of(run: Run) -> dict[str, Any]:
-    transformer, ((bucket, samples),) = transformer_of(run.model), run.batches.items()
+    transformer, ((bucket, samples),) = run.model.transformer, run.batches.items()
     patch = transformer.patch_size_t or 1
     frames = -(-((bucket.frames - 1) // 4 + 1) // patch) * patch
     shape = (frames, transformer.in_channels, bucket.height // 8, bucket.width // 8)

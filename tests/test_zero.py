@@ -11,7 +11,6 @@ from sat_ext.errors import ConfigError
 from sat_ext.memory.counts import count
 from sat_ext.memory.options import read_options
 from sat_ext.memory.run import run_from
-from sat_ext.models.config import transformer_of
 from sat_ext.recipe import read_recipe
 from sat_ext.zero import AUTO_SIZES, ZERO_NAMES, fill_in_auto, zero_section
 
@@ -48,7 +47,7 @@ def test_a_buffer_for_nvme_holds_the_largest_weight(model: str) -> None:
     """On one GPU a rank's part is the whole, and DeepSpeed asserts that it fits."""
     names = (f"model/{model}", "train/full", "data/joint", "zero/zero3-nvme")
     run = run_from(read_recipe([str(FOLDER.parent / f"{name}.yaml") for name in names]))
-    counts, hidden = count(run), 64 * transformer_of(run.model).num_attention_heads
+    counts, hidden = count(run), 64 * run.model.transformer.num_attention_heads
     largest = max(p.numel for p in (*counts.network, *counts.first_stage, *counts.text))
     assert largest == 131_596_288
     section = fill_in_auto(zero_section("zero3-nvme"), hidden)["zero_optimization"]

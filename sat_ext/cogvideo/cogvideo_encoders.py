@@ -52,7 +52,6 @@ class CogVideoEncoders(Encoders):
         super().__init__(dtype, device, shape)
 
     def build(self, part: Part) -> nn.Module:
-        """See `Encoders`."""
         config, where = self.sections[part]
         made = import_class(str(config["target"]), f"{where}.target")(**(config.get("params") or {}))
         module: nn.Module = made.to(dtype=self.dtype).eval()
@@ -60,7 +59,6 @@ class CogVideoEncoders(Encoders):
 
     @torch.no_grad()
     def embed(self, captions: list[str]) -> Tensor:
-        """See `Encoders`."""
         embedded: Tensor = self.text(captions)
         return embedded.to(self.dtype)
 
@@ -72,7 +70,6 @@ class CogVideoEncoders(Encoders):
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
     def encode_condition(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """See `Encoders`."""
         mean, deviation = self.posterior(frames)
         if generator is None:
             return self.scale * mean

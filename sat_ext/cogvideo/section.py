@@ -42,7 +42,6 @@ class CogVideo:
 
     @property
     def is_conditioned(self) -> bool:
-        """See `Engine`."""
         return read_network(self.model).is_conditioned
 
     @property
@@ -59,19 +58,16 @@ class CogVideo:
 
     @property
     def lora_scale(self) -> tuple[float, str] | None:
-        """See `Engine`."""
         network = read_network(self.model)
         alpha, rank = network.lora_alpha, network.lora_rank
         return (alpha / rank, f"{alpha:g}/{rank}") if rank else None
 
     @property
     def is_2b(self) -> bool:
-        """See `Engine`."""
         network = read_network(self.model)
         return network.text_length is not None and not network.is_rotary
 
     def doubt(self) -> str | None:
-        """See `Engine`."""
         from sat_ext.cogvideo.check import doubt_of_condition_scale
 
         return doubt_of_condition_scale(self.model)
@@ -81,31 +77,25 @@ class CogVideo:
         return training if model_parallel == 1 else torch.float32
 
     def sequence_shape(self) -> SequenceShape:
-        """See `Engine`."""
         return sequence_shape(read_network(self.model))
 
     def model_config(self) -> ModelConfig:
-        """See `Engine`."""
         return model_config(self.model)
 
     @property
     def caches_text(self) -> bool:
-        """See `Engine`."""
         return target_of(text_embedder(self.model)) == CACHED_TEXT
 
     @property
     def encodes_whole_clips(self) -> bool:
-        """See `Engine`."""
         return target_of(self.model.get("first_stage_config")) != CHUNKED_FIRST_STAGE
 
     @property
     def recompute(self) -> str:
-        """See `Engine`."""
         params = params_of(self.model, "first_stage_config")
         return str(params.get("recompute", "block"))
 
     def check(self, buckets: Sequence[Bucket]) -> None:
-        """See `Engine`."""
         from sat_ext.cogvideo.check import check_model
 
         check_model(self.model, buckets)
@@ -117,13 +107,11 @@ class CogVideo:
         check_run(args, self.model, buckets)
 
     def check_cache(self, args: argparse.Namespace, *, is_cached: bool) -> None:
-        """See `Engine`."""
         from sat_ext.cogvideo.cached import check_cache
 
         check_cache(args, self.model, is_cached=is_cached)
 
     def fingerprints(self, dtype: torch.dtype) -> Fingerprints:
-        """See `Engine`."""
         from sat_ext.cogvideo.cogvideo_encoders import fingerprints
 
         return fingerprints(self.model, dtype)
@@ -136,7 +124,6 @@ class CogVideo:
         return CogVideoEncoders(self.model, dtype, device)
 
     def too_large(self, part: Part) -> str:
-        """See `Engine`."""
         return {
             "text": "append configs/cogvideo/offload-text.yaml, which encodes on the CPU",
             "first_stage": "append configs/cogvideo/joint.yaml, and set model.first_stage_config.params: "
@@ -144,5 +131,4 @@ class CogVideo:
         }[part]
 
     def train_from(self, folder: str, clips: int) -> str:
-        """See `Engine`."""
         return f"append configs/cogvideo/cached.yaml with {folder} as its two folders."

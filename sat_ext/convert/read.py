@@ -26,7 +26,7 @@ from sat_ext.convert.names import adapter_rows, to_diffusers, transformer_rows
 from sat_ext.convert.parts import ConvertOptions, Part, checked, from_sat_names, take_sat_only
 from sat_ext.engines import COGVIDEO, engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import ModelConfig, TransformerConfig
+from sat_ext.models.config import ModelConfig
 
 PREFIX = "model.diffusion_model."  # of the transformer in a checkpoint of CogVideo's engine
 AUTOENCODER_FILE = "3d-vae.pt"
@@ -195,7 +195,7 @@ def _engine(file: Path, weights: Mapping[str, Tensor], options: ConvertOptions) 
         return Part(where=where, layout="engine", weights={}, config=None, lora=lora)
     config = _config_of(Path(model.pretrained) / "transformer", TRANSFORMER) if model.pretrained else None
     if config is None:
-        sizes = asdict(model.transformer or TransformerConfig())
+        sizes = asdict(model.transformer)
         config = completed({"_class_name": TRANSFORMER, **sizes}, f"{CONFIG_NAME}: model.transformer")
     return Part(where=where, layout="engine", weights=checked(names, config, where), config=config, lora=lora)
 

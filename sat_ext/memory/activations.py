@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from sat_ext.memory.measured import training_step
 from sat_ext.memory.run import Run
-from sat_ext.models.config import transformer_of
 from sat_ext.types import Bucket
 
 
@@ -31,7 +30,7 @@ def activations(run: Run, bucket: Bucket) -> Activations:
     """
     step, layers, checkpointing = (
         training_step(run, bucket),
-        transformer_of(run.model).num_layers,
+        run.model.transformer.num_layers,
         run.checkpointing,
     )
     if checkpointing is None:

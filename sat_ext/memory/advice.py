@@ -10,7 +10,7 @@ from sat_ext.memory.counts import count
 from sat_ext.memory.options import read_options
 from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import Run
-from sat_ext.models.config import GradientCheckpointing, transformer_of
+from sat_ext.models.config import GradientCheckpointing
 from sat_ext.zero import ZERO_NAMES, zero_section
 
 # The rule of thumb's rates, for one GPU. They decide between configurations; they promise no step time.
@@ -101,7 +101,7 @@ def slowdown(run: Run, gpus: int) -> float:
 
     A rule of thumb, see `RULE`: nothing that is moved is taken to overlap with computing.
     """
-    transformer, counts = transformer_of(run.model), count(run)
+    transformer, counts = run.model.transformer, count(run)
     options = read_options(run.deepspeed, transformer.num_attention_heads * transformer.attention_head_dim)
     width = transformer.num_attention_heads * transformer.attention_head_dim
     length, samples = max(
@@ -157,7 +157,7 @@ def _best(run: Run, pulled: Sequence[Lever], room: Room) -> Plan | None:
 
 def levers(run: Run) -> list[Lever]:
     """Those that can still be pulled, the cheapest in time first."""
-    blocks = transformer_of(run.model).num_layers
+    blocks = run.model.transformer.num_layers
     if run.model.pretrained == PRETRAINED:
         known = [
             Lever(yaml="configs/cogvideo/joint.yaml (ChunkedFirstStage)", pull=_chunks),

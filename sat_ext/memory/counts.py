@@ -18,7 +18,6 @@ from sat_ext.models.config import (
     TextConfig,
     TrainConfig,
     TransformerConfig,
-    transformer_of,
 )
 from sat_ext.models.folder import folder_config
 
@@ -79,7 +78,7 @@ class Counts:
 def count(run: Run) -> Counts:
     """Count the parameters of `run`. What the data cache replaces has none: it is not built."""
     model = run.model
-    network = _network(transformer_of(model), replace(model.train, quantization="none"))
+    network = _network(model.transformer, replace(model.train, quantization="none"))
     first: tuple[Parameter, ...] = ()
     text: tuple[Parameter, ...] = ()
     if model.first_stage.kind == "autoencoder" and not run.cached:
@@ -122,7 +121,7 @@ def t5_shape(model: ModelConfig) -> dict[str, Any] | int:
     """The text encoder's config; T5 v1.1 XXL's where the model's folder is not on this machine. Of the small one
     over bytes, its width."""
     if model.text.kind == "byt5":
-        return transformer_of(model).text_embed_dim
+        return model.transformer.text_embed_dim
     if model.pretrained in (None, PRETRAINED) or not Path(str(model.pretrained)).is_dir():
         return T5_XXL
     return folder_config(str(model.pretrained), "text_encoder")

@@ -15,20 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sat_ext.cogvideo.network import PRETRAINED
-from sat_ext.cogvideox import LATENT_SIDE, OFS, latent_frames
+from sat_ext.cogvideox import LATENT_SIDE, latent_frames
 from sat_ext.errors import ConfigError
 from sat_ext.memory.counts import empty_t5, t5_shape
 from sat_ext.memory.meter import metering, metering_meta
 from sat_ext.memory.results import remembered
 from sat_ext.memory.run import Run
-from sat_ext.models.config import (
-    FirstStageConfig,
-    ModelConfig,
-    TextConfig,
-    latent_channels,
-    text_length,
-    transformer_of,
-)
+from sat_ext.models.config import FirstStageConfig, ModelConfig, TextConfig
 from sat_ext.types import Bucket
 
 if TYPE_CHECKING:
@@ -64,9 +57,9 @@ def training_step(run: Run, bucket: Bucket) -> TrainingStep:
     """Of one micro-batch of `bucket` from latents on, with no block recomputed."""
     model = run.model
     config = ModelConfig(  # of what has a bearing on it, so that other levers leave it remembered
-        transformer=replace(transformer_of(model), num_layers=BLOCKS),
+        transformer=replace(model.transformer, num_layers=BLOCKS),
         train=model.train,
-        text=TextConfig(kind="byt5", max_length=text_length(model)),
+        text=TextConfig(kind="byt5", max_length=model.text_length),
     )
     return _training_step(config, run.itemsize, bucket, run.batches[bucket])
 
@@ -122,9 +115,9 @@ def _loss(network: Any, config: ModelConfig, bucket: Bucket, samples: int, dtype
     """As the engine goes from latents to its loss."""
     from sat_ext.models.conditioning import padding_frames
     from sat_ext.models.diffusion import NoiseSchedule
-    from sat_ext.models.transformer import rotary_embedding
+    from sat_ext.models.transformer import predict_velocity
 
-    transformer, schedule = transformer_of(config), NoiseSchedule.make(1.0)
+    transformer, schedule = config.transformer, NoiseSchedule.make(1.0)
     frames = latent_frames(bucket.frames)
     frames += padding_frames(frames, transformer.patch_size_t)
     height, width = bucket.height // LATENT_SIDE, bucket.width // LATENT_SIDE
@@ -134,14 +127,8 @@ def _loss(network: Any, config: ModelConfig, bucket: Bucket, samples: int, dtype
     inputs = schedule.add_noise(latents, noise, timesteps)
     if transformer.in_channels > transformer.out_channels:  # image-to-video
         inputs = torch.cat([inputs, torch.empty_like(latents).float()], dim=2)
-    (prediction,) = network(
-        hidden_states=inputs.to(dtype),
-        encoder_hidden_states=torch.empty(samples, text_length(config), transformer.text_embed_dim, dtype=dtype),
-        timestep=timesteps,
-        ofs=None if transformer.ofs_embed_dim is None else inputs.new_full((1,), OFS),
-        image_rotary_emb=rotary_embedding(config, frames, height, width, inputs.device),
-        return_dict=False,
-    )
+    text = torch.empty(samples, config.text_length, transformer.text_embed_dim, dtype=dtype)
+    prediction = predict_velocity(network, config, inputs, text, timesteps)
     return schedule.losses(prediction, latents, noise, timesteps).mean()
 
 
@@ -192,7 +179,7 @@ def _decoding(first: FirstStageConfig, itemsize: int, bucket: Bucket) -> int:
     with metering_meta() as meter:
         stage = _first_stage(first, DTYPES[itemsize])
         height, width = _piece(stage, bucket, tiled=True)
-        channels = latent_channels(ModelConfig(first_stage=first, text=TextConfig(kind="byt5")))
+        channels = ModelConfig(first_stage=first, text=TextConfig(kind="byt5")).latent_channels
         shape = (latent_frames(bucket.frames), channels, height // LATENT_SIDE, width // LATENT_SIDE)
         latents = torch.empty(1, *shape, dtype=DTYPES[itemsize])
         before = meter.mark()
@@ -219,7 +206,7 @@ def embedding(run: Run, bucket: Bucket) -> int:
     model = run.model
     if run.cached_text or model.text.device == "cpu":
         return 0
-    return _embedding(t5_shape(model), run.itemsize, text_length(model), run.batches[bucket])
+    return _embedding(t5_shape(model), run.itemsize, model.text_length, run.batches[bucket])
 
 
 @remembered

@@ -17,7 +17,6 @@ from sat_ext.memory.options import Options, read_options
 from sat_ext.memory.run import Run
 from sat_ext.memory.states import States, persistent, states
 from sat_ext.memory.weights import bytes_of, text_bytes
-from sat_ext.models.config import transformer_of
 from sat_ext.types import Bucket
 
 # Not in PyTorch's count of what it allocated: the CUDA context with the loaded kernels, and NCCL's buffers where
@@ -79,7 +78,7 @@ class _Static:
 
 def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str = "given") -> Plan:
     """Predict what `run` takes on `gpus` GPUs, `per_node` in each host (all where it is None)."""
-    transformer, per_node = transformer_of(run.model), min(per_node or gpus, gpus)
+    transformer, per_node = run.model.transformer, min(per_node or gpus, gpus)
     counts = count(run)
     options = read_options(run.deepspeed, transformer.num_attention_heads * transformer.attention_head_dim)
     # where ranks differ, it is by what reaches over the ends of their parts

@@ -197,7 +197,7 @@ class ModelConfig:
 
     pretrained: str | None = None
     conditioning: Literal["none", "i2v"] = "none"
-    transformer: TransformerConfig | None = None
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -224,42 +224,36 @@ class ModelConfig:
         given = self.gradient_checkpointing
         return (GradientCheckpointing() if given else None) if isinstance(given, bool) else given
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of one latent frame, without the condition's."""
+        first = self.first_stage
+        return LATENT_CHANNELS if first.kind == "cosine" else first.autoencoder.latent_channels
 
-def transformer_of(config: ModelConfig) -> TransformerConfig:
-    """The transformer's architecture. `config` must come from `folder.load_model_config`."""
-    assert config.transformer is not None, "use load_model_config"
-    return config.transformer
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent pixel, each way."""
+        first = self.first_stage
+        return LATENT_SIDE if first.kind == "cosine" else 2 ** (len(first.autoencoder.block_out_channels) - 1)
 
+    @property
+    def text_length(self) -> int:
+        """Tokens per caption."""
+        return self.text.max_length or self.transformer.max_text_seq_length
 
-def latent_channels(config: ModelConfig) -> int:
-    """Channels of one latent frame, without the condition's."""
-    first = config.first_stage
-    return LATENT_CHANNELS if first.kind == "cosine" else first.autoencoder.latent_channels
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths, in pixels, must be multiples of this: one patch of the transformer.
 
-
-def spatial_compression(config: ModelConfig) -> int:
-    """Pixels per latent pixel, each way."""
-    first = config.first_stage
-    return LATENT_SIDE if first.kind == "cosine" else 2 ** (len(first.autoencoder.block_out_channels) - 1)
-
-
-def text_length(config: ModelConfig) -> int:
-    """Tokens per caption."""
-    return config.text.max_length or transformer_of(config).max_text_seq_length
-
-
-def size_multiple(config: ModelConfig) -> int:
-    """Heights and widths, in pixels, must be multiples of this: one patch of the transformer.
-
-    >>> size_multiple(ModelConfig(transformer=TransformerConfig(), text=TextConfig(kind="byt5")))
-    16
-    """
-    return spatial_compression(config) * transformer_of(config).patch_size
+        >>> ModelConfig(text=TextConfig(kind="byt5")).size_multiple
+        16
+        """
+        return self.spatial_compression * self.transformer.patch_size
 
 
 def check_bucket(config: ModelConfig, bucket: Bucket) -> None:
     """Raise `ConfigError` unless the model takes samples of this shape."""
-    multiple = size_multiple(config)
+    multiple = config.size_multiple
     for name, size in (("height", bucket.height), ("width", bucket.width)):
         if size < multiple or size % multiple:
             near = max(multiple, round(size / multiple) * multiple)
@@ -270,7 +264,7 @@ def check_bucket(config: ModelConfig, bucket: Bucket) -> None:
     if bucket.frames < 1 or (bucket.frames - 1) % TEMPORAL_COMPRESSION:
         near = pixel_frames(max(0, round((bucket.frames - 1) / TEMPORAL_COMPRESSION)) + 1)
         raise ConfigError(f"bucket {bucket}: frames must be 1 or 4k+1; change {bucket.frames} to {near}.")
-    transformer = transformer_of(config)
+    transformer = config.transformer
     if transformer.use_learned_positional_embeddings and bucket.frames > transformer.sample_frames:
         raise ConfigError(
             f"bucket {bucket}: this model's position embedding was learned for {transformer.sample_frames} "

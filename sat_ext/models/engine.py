@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from sat_ext.cogvideox import OFS
 from sat_ext.config import plain
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import (
@@ -21,7 +20,6 @@ from sat_ext.models.conditioning import (
     padding_frames,
     stills,
 )
-from sat_ext.models.config import transformer_of
 from sat_ext.models.diffusion import (
     EVALUATED_TIMESTEPS,
     NoiseSchedule,
@@ -33,9 +31,8 @@ from sat_ext.models.diffusion import (
     uniform_timesteps,
 )
 from sat_ext.models.engine_encoders import build_encoders
-from sat_ext.models.folder import folder_config, load_model_config
-from sat_ext.models.levers import check_zero
-from sat_ext.models.transformer import build_transformer, rotary_embedding
+from sat_ext.models.folder import check_zero, folder_config, load_model_config
+from sat_ext.models.transformer import build_transformer, predict_velocity
 from sat_ext.pixels import to_model_range
 from sat_ext.ranks import rank_and_world
 from sat_ext.zero import zero_of
@@ -110,19 +107,8 @@ class VideoDiffusionEngine(nn.Module):
 
         `text` is (B, length, D), `timesteps` (B,), and `condition` is of the latents' shape, or None.
         """
-        dtype = self.network.dtype
         inputs = noisy if condition is None else torch.cat([noisy, condition.to(noisy.dtype)], dim=2)
-        frames, _, height, width = noisy.shape[1:]
-        ofs = None if transformer_of(self.config).ofs_embed_dim is None else inputs.new_full((1,), OFS)
-        prediction: Tensor = self.network(
-            hidden_states=inputs.to(dtype),
-            encoder_hidden_states=text.to(dtype),
-            timestep=timesteps,
-            ofs=ofs,
-            image_rotary_emb=rotary_embedding(self.config, frames, height, width, noisy.device),
-            return_dict=False,
-        )[0]
-        return prediction
+        return predict_velocity(self.network, self.config, inputs, text, timesteps)
 
     def _training_losses(self, batch: Mapping[str, Any]) -> Tensor:
         """(B,) losses with one random noise level a sample, condition noise and dropout."""
@@ -164,7 +150,7 @@ class VideoDiffusionEngine(nn.Module):
         Without a generator no condition is dropped but that of stills, which would be the answer.
         """
         latents, first = self._latents(batch, generator)
-        padding = padding_frames(latents.shape[1], transformer_of(self.config).patch_size_t)
+        padding = padding_frames(latents.shape[1], self.config.transformer.patch_size_t)
         condition = None
         if first is not None:
             dropped = stills(batch["kind"], batch["mp4"].shape[1])

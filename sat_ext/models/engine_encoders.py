@@ -12,7 +12,7 @@ from sat_ext.latents.checksummed import files_fingerprint
 from sat_ext.latents.encoders import Encoders, Fingerprints, LatentShape, Part
 from sat_ext.latents.store import fingerprint_of
 from sat_ext.latents.text import TextEmbeddings, encoder_fingerprint
-from sat_ext.models.config import ModelConfig, latent_channels, spatial_compression, text_length, transformer_of
+from sat_ext.models.config import ModelConfig
 from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.folder import load_model_config
 from sat_ext.models.t5 import build_text
@@ -24,31 +24,27 @@ class EngineEncoders(Encoders):
     def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         self.config = config = load_model_config(model)
         shape = LatentShape(
-            channels=latent_channels(config),
-            side=spatial_compression(config),
+            channels=config.latent_channels,
+            side=config.spatial_compression,
             item=dtype.itemsize,
             deviates=config.first_stage.kind == "autoencoder",
             conditions=config.conditioning == "i2v",
-            text=(text_length(config), transformer_of(config).text_embed_dim),
+            text=(config.text_length, config.transformer.text_embed_dim),
         )
         super().__init__(dtype, device, shape)
 
     def build(self, part: Part) -> nn.Module:
-        """See `Encoders`."""
         return (build_text if part == "text" else build_first_stage)(self.config, self.dtype)
 
     def embed(self, captions: list[str]) -> Tensor:
-        """See `Encoders`."""
         embedded: Tensor = self.text.encode(captions, self.device, self.dtype)
         return embedded
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Encoders`."""
         moments: tuple[Tensor, Tensor | None] = self.first_stage.moments(pixels)
         return moments
 
     def encode_condition(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """See `Encoders`."""
         latents: Tensor = self.first_stage.encode_condition(frames, generator)
         return latents
 
@@ -65,9 +61,9 @@ def fingerprints(model: Mapping[str, Any], dtype: torch.dtype) -> Fingerprints:
         options = (asdict(first.autoencoder), first.tiling, first.frames, first.condition_scale)
         stage = fingerprint_of("autoencoder", weights, options, name, config.conditioning)
     if config.text.kind == "byt5":
-        text = {"encoder": "byt5", "width": str(transformer_of(config).text_embed_dim), "dtype": name}
-        return Fingerprints(first_stage=stage, text={**text, "max_length": str(text_length(config))})
-    text = encoder_fingerprint(f"{config.pretrained}/text_encoder", text_length(config), dtype)
+        text = {"encoder": "byt5", "width": str(config.transformer.text_embed_dim), "dtype": name}
+        return Fingerprints(first_stage=stage, text={**text, "max_length": str(config.text_length)})
+    text = encoder_fingerprint(f"{config.pretrained}/text_encoder", config.text_length, dtype)
     return Fingerprints(first_stage=stage, text={**text, "quantization": config.text.quantization})
 
 

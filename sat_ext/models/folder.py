@@ -8,38 +8,31 @@ from typing import Any
 
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import (
-    AutoencoderConfig,
-    ModelConfig,
-    TransformerConfig,
-    latent_channels,
-    transformer_of,
-)
-from sat_ext.models.levers import check_levers
+from sat_ext.models.config import AutoencoderConfig, ModelConfig, TransformerConfig
+
+BLOCKS_FETCHED = 2  # swapped blocks on the GPU at a time
 
 
-def load_model_config(mapping: Mapping[str, Any], where: str = "model") -> ModelConfig:
-    """The `model:` mapping as a `ModelConfig` whose `transformer` is complete and agrees with the folder.
+def load_model_config(mapping: Mapping[str, Any]) -> ModelConfig:
+    """The `model:` mapping with the architecture of its folder, if it names one.
 
     Raises `ConfigError` for unknown keys, for a folder that is missing or incomplete, for a folder that holds
-    another architecture than the YAML says, and for channel counts that do not fit together.
+    another architecture than the YAML says, for channel counts that do not fit together, and for levers on memory
+    that do not work together.
     """
-    config = load(ModelConfig, mapping, where)
+    config = load(ModelConfig, mapping, "model")
     if config.pretrained is not None:
-        config = _with_folder(config, where)
-    elif config.transformer is None:
-        config = replace(config, transformer=TransformerConfig())
-    _check_channels(config, where)
-    check_levers(config, transformer_of(config).num_layers)
+        config = _with_folder(config, config.pretrained, expects="transformer" in mapping)
+    _check_channels(config)
+    _check_levers(config)
     return config
 
 
 def expected_config(model: Mapping[str, Any]) -> ModelConfig:
-    """The model's sizes; where its folder is not on this machine, those that the YAML expects of it."""
+    """`load_model_config`; without its folder on this machine, with the architecture that the YAML expects."""
     config = load(ModelConfig, model, "model")
-    if config.pretrained is None or Path(config.pretrained).is_dir():
-        return load_model_config(model)
-    return replace(config, transformer=config.transformer or TransformerConfig())
+    known = config.pretrained is None or Path(config.pretrained).is_dir()
+    return load_model_config(model) if known else config
 
 
 def folder_config(pretrained: str, subfolder: str, name: str = "config.json") -> dict[str, Any]:
@@ -57,22 +50,33 @@ def folder_config(pretrained: str, subfolder: str, name: str = "config.json") ->
     return loaded
 
 
-def _with_folder(config: ModelConfig, where: str) -> ModelConfig:
-    assert config.pretrained is not None
+def check_zero(config: ModelConfig, stage: int) -> None:
+    """Raise `ConfigError` for levers that do not work with this ZeRO stage."""
+    quantization, swap = config.train.quantization, config.block_swap
+    if stage < 3 or (quantization == "none" and not swap):
+        return
+    lever = f"model.block_swap: {swap}" if swap else f"model.train.quantization: {quantization}"
+    raise ConfigError(
+        f"{lever}, but ZeRO-3 shards all weights and gathers them itself; use stage 2, or without the lever "
+        "configs/zero/zero3-offload.yaml."
+    )
+
+
+def _with_folder(config: ModelConfig, folder: str, *, expects: bool) -> ModelConfig:
     if config.first_stage.kind != "autoencoder" or config.text.kind != "t5":
         raise ConfigError(
-            f"{where}.pretrained: the folder brings an autoencoder and a T5 encoder, but the YAML asks for "
+            "model.pretrained: the folder brings an autoencoder and a T5 encoder, but the YAML asks for "
             f"first_stage.kind '{config.first_stage.kind}' and text.kind '{config.text.kind}'; remove these."
         )
-    found = _architecture(TransformerConfig, folder_config(config.pretrained, "transformer"))
-    if config.transformer is not None:
-        for key, expected in asdict(config.transformer).items():
-            if not key.startswith("sample_") and getattr(found, key) != expected:
-                raise ConfigError(
-                    f"{where}.pretrained: {config.pretrained} has {key} {getattr(found, key)}, but "
-                    f"{where}.transformer.{key} is {expected}; use the YAML of the model in that folder."
-                )
-    autoencoder = _architecture(AutoencoderConfig, folder_config(config.pretrained, "vae"))
+    found = _architecture(TransformerConfig, folder_config(folder, "transformer"))
+    for key, expected in asdict(config.transformer).items() if expects else ():
+        # the sizes of samples that a model was trained on do not change its weights
+        if not key.startswith("sample_") and getattr(found, key) != expected:
+            raise ConfigError(
+                f"model.pretrained: {folder} has {key} {getattr(found, key)}, but model.transformer.{key} is "
+                f"{expected}; use the YAML of the model in that folder."
+            )
+    autoencoder = _architecture(AutoencoderConfig, folder_config(folder, "vae"))
     return replace(config, transformer=found, first_stage=replace(config.first_stage, autoencoder=autoencoder))
 
 
@@ -82,13 +86,43 @@ def _architecture(cls: type[Any], values: Mapping[str, Any]) -> Any:
     return load(cls, kept, "config.json")
 
 
-def _check_channels(config: ModelConfig, where: str) -> None:
-    transformer = transformer_of(config)
-    latent = latent_channels(config)
+def _check_channels(config: ModelConfig) -> None:
+    transformer, latent = config.transformer, config.latent_channels
     expected = latent * (2 if config.conditioning == "i2v" else 1)
     if (transformer.in_channels, transformer.out_channels) != (expected, latent):
         raise ConfigError(
-            f"{where}.transformer: in_channels {transformer.in_channels} and out_channels "
+            f"model.transformer: in_channels {transformer.in_channels} and out_channels "
             f"{transformer.out_channels} do not fit conditioning '{config.conditioning}' with {latent} "
             f"latent channels; it takes {expected} and {latent}."
+        )
+
+
+def _check_levers(config: ModelConfig) -> None:
+    lora, swap, layers = config.train.mode == "lora", config.block_swap, config.transformer.num_layers
+    if config.train.quantization != "none" and not lora:
+        raise ConfigError(
+            f"model.train.quantization: {config.train.quantization} is for frozen weights, and mode: full trains "
+            "them; use mode: lora, or quantization: none."
+        )
+    if swap and not lora:
+        raise ConfigError(
+            f"model.block_swap: {swap}, but swapped weights are never written back, and mode: full trains them; "
+            "use mode: lora, or an offloading YAML of configs/zero/."
+        )
+    lever = config.checkpointing
+    if swap and (lever is None or lever.every != 1):
+        raise ConfigError(
+            f"model.block_swap: {swap}, but a block's weights come back for the backward pass only when it is "
+            "recomputed; set model.gradient_checkpointing: true."
+        )
+    if swap and not BLOCKS_FETCHED < swap <= layers:
+        raise ConfigError(
+            f"model.block_swap: {swap}; two blocks are on the GPU at a time, and the model has {layers}; give "
+            f"{BLOCKS_FETCHED + 1} to {layers}, or 0 for none."
+        )
+    if config.text.quantization != "none" and (config.text.kind != "t5" or config.text.device != "gpu"):
+        found = f"kind: {config.text.kind}" if config.text.kind != "t5" else f"device: {config.text.device}"
+        raise ConfigError(
+            f"model.text.quantization: {config.text.quantization} is for a folder's T5 that stays on the GPU, but "
+            f"the YAML has {found}; use kind: t5 with device: gpu, or quantization: none."
         )

@@ -12,13 +12,7 @@ from sat_ext.cogvideox import latent_frames
 from sat_ext.contact_sheet import SheetRow
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import condition_latents, padding_frames
-from sat_ext.models.config import (
-    ScheduleConfig,
-    check_bucket,
-    latent_channels,
-    spatial_compression,
-    transformer_of,
-)
+from sat_ext.models.config import ScheduleConfig, check_bucket
 from sat_ext.models.diffusion import SCHEDULER_CONSTANTS
 from sat_ext.models.engine import VideoDiffusionEngine
 from sat_ext.pixels import to_model_range, to_uint8
@@ -63,10 +57,10 @@ def generate(
     check_bucket(config, Bucket(frames=frames, height=height, width=width))
     _check_first_frames(engine, first_frames, (len(captions), 3, height, width), frames)
     device, dtype = engine.network.device, engine.network.dtype
-    padding = padding_frames(latent_frames(frames), transformer_of(config).patch_size_t)
-    scale = spatial_compression(config)
+    padding = padding_frames(latent_frames(frames), config.transformer.patch_size_t)
+    scale = config.spatial_compression
     size = (height // scale, width // scale)
-    shape = (len(captions), padding + latent_frames(frames), latent_channels(config), *size)
+    shape = (len(captions), padding + latent_frames(frames), config.latent_channels, *size)
     source = device if generator is None else generator.device
     noise = torch.randn(shape, generator=generator, device=source).to(device)
     texts = engine.text.encode([*captions, ""], device, dtype)

@@ -11,14 +11,7 @@ import torch
 from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import (
-    ModelConfig,
-    TrainConfig,
-    check_bucket,
-    size_multiple,
-    text_length,
-    transformer_of,
-)
+from sat_ext.models.config import ModelConfig, TrainConfig, check_bucket
 from sat_ext.models.folder import expected_config
 from sat_ext.types import Bucket
 
@@ -40,30 +33,25 @@ class BuiltIn:
 
     @property
     def is_conditioned(self) -> bool:
-        """See `Engine`."""
         return self.model.get("conditioning") == "i2v"
 
     @property
     def condition_dropout(self) -> float:
-        """See `Engine`."""
         return load(ModelConfig, self.model, "model").condition_dropout if self.model else 0.0
 
     @property
     def lora_scale(self) -> tuple[float, str] | None:
-        """See `Engine`."""
         train = self.model.get("train") or {}
         alpha, rank = train.get("alpha", TrainConfig.alpha), train.get("rank", TrainConfig.rank)
         return (alpha / rank, f"{alpha}/{rank}") if train.get("mode") == "lora" and rank else None
 
     @property
     def is_2b(self) -> bool:
-        """See `Engine`."""
         transformer = self.model.get("transformer") or {}
         rotary = transformer.get("use_rotary_positional_embeddings", False)
         return bool(self.model.get("pretrained") and transformer and not rotary)
 
     def doubt(self) -> str | None:
-        """See `Engine`."""
         return None
 
     def batch_dtype(self, training: torch.dtype, *, model_parallel: int = 1) -> torch.dtype:
@@ -73,24 +61,21 @@ class BuiltIn:
         return training if model_parallel == 1 else torch.float32
 
     def sequence_shape(self) -> SequenceShape:
-        """See `Engine`."""
         if not self.model:
             return SequenceShape()
         config = expected_config(self.model)
-        transformer = transformer_of(config)
+        transformer = config.transformer
         return SequenceShape(
             hidden_size=transformer.num_attention_heads * transformer.attention_head_dim,
-            text_length=text_length(config),
-            pixels_per_token=size_multiple(config),
+            text_length=config.text_length,
+            pixels_per_token=config.size_multiple,
             latents_per_token=transformer.patch_size_t or 1,
         )
 
     def model_config(self) -> ModelConfig:
-        """See `Engine`."""
         return expected_config(self.model)
 
     def check(self, buckets: Sequence[Bucket]) -> None:
-        """See `Engine`."""
         if not self.model:
             return
         config = expected_config(self.model)
@@ -105,7 +90,6 @@ class BuiltIn:
         """See `Engine`. It goes with every cache whose fingerprints are its own."""
 
     def fingerprints(self, dtype: torch.dtype) -> Fingerprints:
-        """See `Engine`."""
         if not self.model:
             raise ConfigError("--base: no 'model' section to take encoders from; add a file of configs/model/.")
         from sat_ext.models.engine_encoders import fingerprints  # and diffusers
@@ -113,19 +97,16 @@ class BuiltIn:
         return fingerprints(self.model, dtype)
 
     def encoders(self, dtype: torch.dtype, device: torch.device) -> Encoders:
-        """See `Engine`."""
         from sat_ext.models.engine_encoders import EngineEncoders
 
         return EngineEncoders(self.model, dtype, device)
 
     def too_large(self, part: Part) -> str:
-        """See `Engine`."""
         return {
             "text": "set model.text.quantization: nf4, or model.text.device: cpu, which is slower",
             "first_stage": "set model.first_stage.tiling: true, for the training run too: latents change a little",
         }[part]
 
     def train_from(self, folder: str, clips: int) -> str:
-        """See `Engine`."""
         extra = f", clips: {clips}" if clips > 1 else ""
         return f"append a YAML: data: {{params: {{cache: {{folder: {folder}{extra}}}}}}}"

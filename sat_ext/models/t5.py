@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import ModelConfig, TextConfig, text_length, transformer_of
+from sat_ext.models.config import ModelConfig, TextConfig
 from sat_ext.models.cpu import encoder_dtype, own_cores
 from sat_ext.models.embedding_cache import Remembered
 from sat_ext.models.folder import folder_config
@@ -83,11 +83,11 @@ class T5Text(nn.Module):
 
 def build_text(config: ModelConfig, dtype: torch.dtype) -> T5Text:
     """The text encoder that `config` asks for. Raises `ConfigError` where its quantization cannot be had."""
-    length = text_length(config)
+    length = config.text_length
     if config.text.device == "cpu":
         dtype = encoder_dtype(dtype)
     if config.text.kind == "byt5":
-        small = small_byt5(transformer_of(config).text_embed_dim).to(dtype)
+        small = small_byt5(config.transformer.text_embed_dim).to(dtype)
         return T5Text(small, ByT5Tokenizer(), length, config.text)
     assert config.pretrained is not None, "ModelConfig checks it"
     folder_config(config.pretrained, "text_encoder")

@@ -9,11 +9,11 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 from peft import LoraConfig
 from torch import Tensor
 
-from sat_ext.cogvideox import Grid, latent_frames, learned_positions, rotary_table
+from sat_ext.cogvideox import OFS, Grid, latent_frames, learned_positions, rotary_table
 from sat_ext.errors import ConfigError
 from sat_ext.models.block_swap import swap_blocks
 from sat_ext.models.checkpointing import checkpoint_blocks
-from sat_ext.models.config import ModelConfig, TrainConfig, transformer_of
+from sat_ext.models.config import ModelConfig, TrainConfig
 from sat_ext.models.quantize import quantize_blocks
 
 
@@ -49,7 +49,7 @@ def rotary_embedding(
 ) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines for latents of this shape (padding included), or None where the model has no rotary
     embedding. 1.0 models stretch the native grid over the frame, 1.5 models count patches."""
-    transformer = transformer_of(config)
+    transformer = config.transformer
     if not transformer.use_rotary_positional_embeddings:
         return None
     patch, patch_t = transformer.patch_size, transformer.patch_size_t
@@ -57,6 +57,22 @@ def rotary_embedding(
     rows, columns = transformer.sample_height // patch, transformer.sample_width // patch
     native = Grid(latent_frames(transformer.sample_frames), rows, columns) if patch_t is None else None
     return rotary_table(grid, transformer.attention_head_dim, stretch_to=native, device=device)
+
+
+def predict_velocity(
+    network: CogVideoXTransformer3DModel, config: ModelConfig, inputs: Tensor, text: Tensor, timesteps: Tensor
+) -> Tensor:
+    """The velocity (B, T, C, H, W) for `inputs`: noisy latents, followed in C by the condition of I2V models."""
+    frames, _, height, width = inputs.shape[1:]
+    prediction: Tensor = network(
+        hidden_states=inputs.to(network.dtype),
+        encoder_hidden_states=text.to(network.dtype),
+        timestep=timesteps,
+        ofs=None if config.transformer.ofs_embed_dim is None else inputs.new_full((1,), OFS),
+        image_rotary_emb=rotary_embedding(config, frames, height, width, inputs.device),
+        return_dict=False,
+    )[0]
+    return prediction
 
 
 def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
@@ -70,10 +86,10 @@ def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTrans
             local_files_only=True,
         )
     else:
-        transformer = CogVideoXTransformer3DModel(**asdict(transformer_of(config)))
+        transformer = CogVideoXTransformer3DModel(**asdict(config.transformer))
         if config.train.mode == "full":  # closed gates would keep every gradient from adapters
             _start_at_identity(transformer)
-    if transformer_of(config).use_learned_positional_embeddings:
+    if config.transformer.use_learned_positional_embeddings:
         embed = transformer.patch_embed
         embed.__class__ = LearnedPatchEmbed  # same weights, same names in the checkpoint
         if config.train.mode == "full":  # a buffer in diffusers, which would never train; CogVideo trains it

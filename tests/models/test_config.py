@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import check_bucket, size_multiple
+from sat_ext.models.config import check_bucket
 from sat_ext.models.folder import load_model_config
 from sat_ext.types import Bucket
 from tests.models.conftest import FAMILIES, small_config
@@ -47,9 +47,9 @@ def test_values_that_cannot_work_are_refused(changes: dict[str, object], message
 
 
 def test_size_multiple_is_one_patch() -> None:
-    assert size_multiple(load_model_config(small_config("5b"))) == 8 * 2
+    assert load_model_config(small_config("5b")).size_multiple == 8 * 2
     full_size = {"text": {"kind": "byt5"}}  # the defaults are CogVideoX-2B's
-    assert size_multiple(load_model_config(full_size)) == 16
+    assert load_model_config(full_size).size_multiple == 16
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,7 +85,7 @@ def test_pretrained_folder_gives_the_architecture(pretrained: Callable[..., Path
     config = load_model_config({"pretrained": str(pretrained("5b-i2v")), "conditioning": "i2v"})
     assert config.transformer is not None and config.transformer.num_layers == 2
     assert config.first_stage.autoencoder.latent_channels == 4
-    assert size_multiple(config) == 16
+    assert config.size_multiple == 16
 
 
 def test_pretrained_errors_are_one_sentence(pretrained: Callable[..., Path], tmp_path: Path) -> None:
