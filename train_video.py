@@ -22,8 +22,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from sat_ext.cogvideo.script import run_script
-from sat_ext.engines import is_for_cogvideo
+from sat_ext.cogvideo.script import is_for_script, run_script
 from sat_ext.sat.excepthook import sentence_of
 
 
@@ -57,7 +56,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        run_script() if is_for_cogvideo(sys.argv[1:]) else main()
+        run_script() if is_for_script(sys.argv[1:]) else main()
     except KeyboardInterrupt:
         sys.exit(130)  # as the shell has it: 128 + SIGINT
     except Exception as error:

@@ -18,7 +18,7 @@ import torch
 
 from sat_ext.cogvideo.section import CogVideo
 from sat_ext.cogvideox import SequenceShape
-from sat_ext.config import plain, read_yaml
+from sat_ext.config import plain
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig
 from sat_ext.models.section import BuiltIn
@@ -27,14 +27,23 @@ from sat_ext.types import Bucket
 if TYPE_CHECKING:
     from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 
-BUILT_IN, COGVIDEO = BuiltIn.name, CogVideo.name
-
 
 class Engine(Protocol):
     """One engine with its `model` section, which may be empty: then nothing is known of the model."""
 
-    name: str
     model: Mapping[str, Any]
+
+    @property
+    def has_own_script(self) -> bool:
+        """Whether the train_video.py of a CogVideo checkout trains it, with arguments that are not ours."""
+
+    @property
+    def has_sat_network(self) -> bool:
+        """Whether its network is CogVideo's, built of SAT's layers and described by `network_config`."""
+
+    @property
+    def samples_on_first_rank(self) -> bool:
+        """Whether the first rank alone generates samples in an evaluation."""
 
     @property
     def is_conditioned(self) -> bool:
@@ -115,11 +124,3 @@ def engine_of(model: Any) -> Engine:
         raise ConfigError(f"model: expected a mapping of keys, got {model!r}.")
     section = plain(model)
     return CogVideo(section) if "network_config" in section else BuiltIn(section)
-
-
-def is_for_cogvideo(argv: Sequence[str]) -> bool:
-    """Whether the YAML files after `--base` have a model of CogVideo. Raises `ConfigError` where one is none."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--base", nargs="+", default=[])
-    paths = parser.parse_known_args(list(argv))[0].base
-    return bool(paths) and engine_of(read_yaml(paths).get("model")).name == COGVIDEO

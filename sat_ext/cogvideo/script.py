@@ -1,12 +1,24 @@
 """A CogVideo checkout's own train_video.py, run as it is."""
 
+import argparse
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sat_ext.cogvideo.section import CHECKOUT
+from sat_ext.config import read_yaml
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
+
+
+def is_for_script(argv: Sequence[str]) -> bool:
+    """Whether the YAML files after `--base` name CogVideo's engine. Raises `ConfigError` for a broken file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--base", nargs="+", default=[])
+    paths = parser.parse_known_args(list(argv))[0].base
+    return bool(paths) and engine_of(read_yaml(paths).get("model")).has_own_script
 
 
 def run_script() -> None:

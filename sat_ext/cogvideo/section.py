@@ -34,7 +34,7 @@ CHECKOUT = "COGVIDEO_SAT"  # the environment variable that names the `sat` folde
 class CogVideo:
     """The engine of a CogVideo checkout, whose classes the section names."""
 
-    name = "CogVideo"
+    has_own_script = has_sat_network = samples_on_first_rank = True
     lora_remedy = "append configs/cogvideo/lora-rate.yaml"
 
     def __init__(self, model: Mapping[str, Any]) -> None:

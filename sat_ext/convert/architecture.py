@@ -17,7 +17,7 @@ from torch import Tensor
 from sat_ext.cogvideo.network import read_network, transformer_values
 from sat_ext.cogvideox import LATENT_SIDE, PATCH, SCALE_FACTOR, SCALE_FACTOR_2B, TEXT_TOKENS
 from sat_ext.config import convert, load
-from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import AutoencoderConfig, TransformerConfig
 from sat_ext.types import Bucket
@@ -164,7 +164,6 @@ def autoencoder_config(
     for name in needed:
         _shape(weights, name, (5,), where, "autoencoder")
     given = (base or {}).get("model") or {}
-    has_network = engine_of(given).name == COGVIDEO
     factor = scale if scale is not None else convert(float | None, given.get("scale_factor"), "model.scale_factor")
     if factor is None:
         raise ConfigError(
@@ -180,7 +179,8 @@ def autoencoder_config(
         latent_channels=weights[needed[1]].shape[1],
         scaling_factor=float(factor),
         # as published beside 1.5's I2V model, the only one with `ofs`; see CogVideoXImageToVideoPipeline
-        invert_scale_latents=has_network and read_network(given, SECTION).ofs_embed_dim is not None,
+        invert_scale_latents=engine_of(given).has_sat_network
+        and read_network(given, SECTION).ofs_embed_dim is not None,
     )
     kinds = {f"{k}_block_types": [f"CogVideoX{k.title()}Block3D"] * levels for k in ("down", "up")}
     return config_of(empty_model({"_class_name": AUTOENCODER, **asdict(config), **kinds}, where))

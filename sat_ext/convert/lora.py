@@ -14,7 +14,7 @@ from sat_ext.cogvideo.network import read_network
 from sat_ext.config import convert
 from sat_ext.convert.files import read_metadata, read_tensors, write_tensors
 from sat_ext.convert.names import LayerNames
-from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
 
 FILE = LORA_WEIGHT_NAME_SAFE
@@ -147,7 +147,7 @@ def yaml_section(lora: Lora) -> dict[str, Any]:
 def alpha_of(base: Mapping[str, Any]) -> float | None:
     """SAT's `lora_alpha` in CogVideo's YAML; None where that has no LoRA."""
     model = base.get("model")
-    if engine_of(model).name != COGVIDEO:
+    if not engine_of(model).has_sat_network:
         return None
     network = read_network(model or {})
     if network.lora_rank is None:

@@ -24,7 +24,7 @@ from sat_ext.convert.architecture import (
 from sat_ext.convert.files import read_safetensors, read_tensors
 from sat_ext.convert.names import adapter_rows, to_diffusers, transformer_rows
 from sat_ext.convert.parts import ConvertOptions, Part, checked, from_sat_names, take_sat_only
-from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig
 
@@ -206,7 +206,7 @@ def _with_base(part: Part, path: Path, options: ConvertOptions) -> Part:
     if place is None:
         return part
     own = _yaml_beside(Path(part.where).parent.parent)  # which is the base's too, where it is CogVideo's
-    yaml = options.base or (own if engine_of(own.get("model")).name == COGVIDEO else None)
+    yaml = options.base or (own if engine_of(own.get("model")).has_sat_network else None)
     base = read_transformer(place, replace(options, base_weights=None, base=yaml, to=None))
     if base is None or base.config is None:
         raise ConfigError(

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sat_ext.cogvideox import SequenceShape
-from sat_ext.engines import COGVIDEO
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import GradientCheckpointing, ModelConfig
 from sat_ext.recipe import TARGETS, Recipe
@@ -51,7 +50,8 @@ def run_from(recipe: Recipe) -> Run:
     engine = recipe.engine
     if not engine.model:
         raise ConfigError("--base: no 'model' section; add a file of configs/model/.")
-    if recipe.target in TARGETS and engine.name != COGVIDEO:
+    # CogVideo's files are planned before the overlays that make them fit our data, to show what those save
+    if recipe.target in TARGETS and not engine.has_own_script:
         engine.check(recipe.buckets)
     cached = recipe.data.cache is not None
     return Run(

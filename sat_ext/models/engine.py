@@ -43,8 +43,8 @@ KINDS = ("image", "video")
 class VideoDiffusionEngine(nn.Module):
     """First stage, text encoder, transformer and noise schedule of a CogVideoX model.
 
-    SAT's `get_model` constructs it. `args.model_config` is the YAML's `model:` section; with `args.cache_folder`,
-    where latents and embeddings are cached, no encoder is loaded. The state dict holds what the YAML cannot give
+    SAT's `get_model` constructs it. `args.model_config` is the YAML's `model:` section. Where the run trains from
+    a cache (`args.sat_ext.cache_folder`), no encoder is loaded. The state dict holds what the YAML cannot give
     back: never the first stage and the text encoder, and under LoRA not the base weights of a pretrained folder.
     """
 
@@ -59,7 +59,7 @@ class VideoDiffusionEngine(nn.Module):
         self.config = config
         # not called "transformer": SAT would take it for one of its own when it saves
         self.network = build_transformer(config, params_dtype)
-        cache = getattr(args, "cache_folder", None)
+        cache = getattr(getattr(args, "sat_ext", None), "cache_folder", None)
         if cache is not None and config.sampling.number:
             raise ConfigError(
                 f"model.sampling.number: {config.sampling.number} samples at an evaluation need the first stage, "

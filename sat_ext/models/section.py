@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class BuiltIn:
     """This package's engine, on diffusers' CogVideoX modules."""
 
-    name = "built-in"
+    has_own_script = has_sat_network = samples_on_first_rank = False
     lora_remedy = "use configs/train/lora.yaml"
     weighs_losses = True
     caches_text = encodes_whole_clips = False

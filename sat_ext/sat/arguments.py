@@ -23,7 +23,7 @@ from sat_ext.zero import precision
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments for `training_main`: SAT's own, with the sections of the YAML and `cache_folder`.
+    """Arguments for `training_main`: SAT's own, with the sections of the YAML.
 
     Raises `ConfigError` for an unknown key and for a missing section.
     """
@@ -59,7 +59,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.data_config.get("target"):
         raise ConfigError("data.target: missing; add 'target: sat_ext.JointImageVideoDataset'.")
     args.deepspeed_config = config["deepspeed"]
-    args.cache_folder = _cache_folder(args.data_config.get("params"))
     check_keys(args.deepspeed_config, {k: v for k, v in settings.items() if k not in explicit})
     _fill_in(args, explicit)
     _check(args)
@@ -67,12 +66,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags = {name: getattr(args, name) for name in explicit & set(vars(known)) - {"base"}}
     args.resolved_config = {**config, "args": {**settings, **flags}}
     return args
-
-
-def _cache_folder(params: Any) -> str | None:
-    """The folder of `data.params.cache`, which the data class checks."""
-    cache = params.get("cache") if isinstance(params, dict) else None
-    return cache.get("folder") if isinstance(cache, dict) else None
 
 
 def _add_own(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from sat.helpers import print_rank0
 from sat_ext.checkpoint.layout import find_weights, full_checkpoints, no_checkpoint
 from sat_ext.checkpoint.manifest import Base, Manifest, read_manifest
 from sat_ext.config import plain, read_yaml
-from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.recipe import TARGETS, Recipe, recipe_of
 from sat_ext.sat.checkpoint.epoch import Epoch
@@ -63,6 +63,12 @@ class RunState:
     recipe: Recipe | None = field(default=None, repr=False)
     memory: MemoryReport | None = field(default=None, repr=False)
 
+    @property
+    def cache_folder(self) -> str | None:
+        """The folder of the latents that the run trains on; None where it reads media."""
+        cache = None if self.recipe is None else self.recipe.data.cache
+        return None if cache is None else cache.folder
+
 
 def run_of(args: argparse.Namespace) -> RunState:
     """The run's state, kept in `args` as SAT keeps its own. Raises `ConfigError` for a bad `args.load`."""
@@ -94,7 +100,8 @@ def recipe_in(args: argparse.Namespace, data: Mapping[str, Any] | None = None) -
 
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:
-    if engine_of(getattr(args, "model_config", None)).name == COGVIDEO and getattr(args, "deepspeed_config", None):
+    engine = engine_of(getattr(args, "model_config", None))
+    if engine.has_own_script and getattr(args, "deepspeed_config", None):
         _check_section(args)
     if settings.checkpoint != "full":
         return

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_ext.cogvideo.script import run_script
-from sat_ext.engines import is_for_cogvideo
+from sat_ext.cogvideo.script import is_for_script, run_script
 from sat_ext.errors import ConfigError
 
 OURS = Path(__file__).parents[2] / "train_video.py"
@@ -66,9 +65,9 @@ def test_its_errors_for_the_user_are_sentences(model: Path, checkout: Path) -> N
 def test_without_a_checkout_it_says_what_to_set(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert is_for_cogvideo(["--seed", "7", "--base", str(model)])
-    assert not is_for_cogvideo(["--base", str(OURS.parent / "configs" / "model" / "tiny.yaml")])
-    assert not is_for_cogvideo([])
+    assert is_for_script(["--seed", "7", "--base", str(model)])
+    assert not is_for_script(["--base", str(OURS.parent / "configs" / "model" / "tiny.yaml")])
+    assert not is_for_script([])
     monkeypatch.delenv("COGVIDEO_SAT", raising=False)
     with pytest.raises(
         ConfigError,

@@ -292,7 +292,7 @@ def test_mistakes_are_told_in_a_sentence(server: Server, data: Path, tmp_path: P
     with pytest.raises(DataError, match=r"the cache will take about 1000000000.0 GB, and .* are free; make"):
         job.require_room(tmp_path, 10**18)
     model = {**MODEL, "sampling": {"number": 1}}
-    args = Namespace(model_config=model, cache_folder=str(tmp_path))
+    args = Namespace(model_config=model, sat_ext=Namespace(cache_folder=str(tmp_path)))
     with pytest.raises(ConfigError, match="model.sampling.number: 1 samples at an evaluation need the first"):
         VideoDiffusionEngine(args)
 

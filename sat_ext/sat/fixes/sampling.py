@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.engines import engine_of
 from sat_ext.sat.standin import replaced
 from sat_ext.zero import zero_of
 
@@ -19,8 +19,9 @@ def zero3_sampling(args: argparse.Namespace) -> bool:
     rank that it is, between taking the batch and the loss, and gets the first's number there. The captions of
     the others, which it would write into the same file, are not written.
     """
-    is_cogvideo = engine_of(getattr(args, "model_config", None)).name == COGVIDEO
-    return zero_of(args).get("stage") == 3 and is_cogvideo and getattr(args, "model_parallel_size", 1) == 1
+    engine = engine_of(getattr(args, "model_config", None))
+    is_whole = getattr(args, "model_parallel_size", 1) == 1
+    return zero_of(args).get("stage") == 3 and engine.samples_on_first_rank and is_whole
 
 
 def as_first_rank(evaluate: Callable[..., Any]) -> Callable[..., Any]:

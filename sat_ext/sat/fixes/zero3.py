@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sat_ext.engines import COGVIDEO, engine_of
+from sat_ext.engines import engine_of
 from sat_ext.sat.standin import replaced
 from sat_ext.zero import zero_of
 
@@ -121,7 +121,7 @@ def _layer_by_layer(args: argparse.Namespace, partition: Partition) -> Iterator[
     Other models of SAT's may change their layers after they are built, and a layer that is split up has no shape.
     CogVideo's network has one such change, LoRA, which is given whole layers to change.
     """
-    if engine_of(getattr(args, "model_config", None)).name != COGVIDEO:
+    if not engine_of(getattr(args, "model_config", None)).has_sat_network:
         yield
         return
     from sat.model.base_model import BaseModel
