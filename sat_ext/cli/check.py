@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from sat_ext.data.clips import is_still_sampler
+from sat_ext.data.clips import find_sampler
 from sat_ext.data.decode import read_still
 from sat_ext.data.index import longest_is_rare, probe_files
 from sat_ext.data.index.lengths import LEFT_OUT, is_too_short
@@ -195,7 +195,7 @@ def _clip_lengths(run: Recipe, sources: Mapping[str, Sequence[Item]], files: Ite
     lengths: Counter[int] = Counter()
     for source in run.sources:
         place = placer(source.sampler, run.buckets, run.data)
-        for item in () if is_still_sampler(source.sampler) else sources[source.path]:
+        for item in () if find_sampler(source.sampler).still else sources[source.path]:
             info = infos[item.path]
             if info is None or item.weight == 0 or (part := part_info(item, info)).frames == 1:
                 continue

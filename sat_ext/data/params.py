@@ -116,10 +116,7 @@ def name_sources(sources: tuple[SourceConfig, ...], where: str) -> dict[str, Sou
     sampler, and if only some of them have a share."""
     named: dict[str, SourceConfig] = {}
     for source in sources:
-        try:
-            find_sampler(source.sampler)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error.__cause__
+        find_sampler(source.sampler, f"{where}: sampler")
         name = source.name or PurePath(source.path).stem
         if name in named:
             raise ConfigError(

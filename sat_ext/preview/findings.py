@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sat_ext.cogvideox import tokens
-from sat_ext.data.clips import is_still_sampler
+from sat_ext.data.clips import find_sampler
 from sat_ext.data.index import Index, clip_lengths, longest_is_rare
 from sat_ext.data.params import DataConfig
 from sat_ext.data.schedule import Cell
@@ -268,7 +268,8 @@ def _few(facts: Facts) -> Iterator[Finding]:
 
 
 def _all_still(facts: Facts) -> Iterator[Finding]:
-    if not facts.uses.moving.any() and any(not is_still_sampler(s.sampler) for s in facts.sources) and facts.clips:
+    meant = all(find_sampler(s.sampler).still for s in facts.sources)
+    if not facts.uses.moving.any() and not meant and facts.clips:
         yield Finding(
             level="warning",
             text="There are clips, but every sample is a still: the model will not learn movement.",

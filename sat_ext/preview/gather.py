@@ -7,7 +7,7 @@ import numpy as np
 
 from sat_ext.cogvideox import SequenceShape, tokens
 from sat_ext.data.buckets import step_cost
-from sat_ext.data.clips import available_frames, is_still_sampler
+from sat_ext.data.clips import available_frames, find_sampler
 from sat_ext.data.index import Index, probe_files
 from sat_ext.data.params import DataConfig, name_sources
 from sat_ext.data.schedule import Schedule
@@ -141,7 +141,7 @@ def _files(uses: Uses, index: Index, left_out: Sequence[MediaInfo]) -> tuple[int
 
 def _short(uses: Uses, index: Index, data: DataConfig, left_out: Sequence[MediaInfo]) -> tuple[int, int]:
     """How many clips are shorter than `needed_frames`, and out of how many that are to be shown moving."""
-    meant = uses.clip & np.array([not is_still_sampler(index.samplers[s]) for s in uses.sources])[uses.source]
+    meant = uses.clip & np.array([not find_sampler(index.samplers[s]).still for s in uses.sources])[uses.source]
     gone = [i for i in left_out if i.kind == "video"]
     of = int(meant.sum()) + len(gone)
     needed = needed_frames(data)

@@ -40,8 +40,8 @@ def test_a_sampler_of_ones_own_can_be_named_in_a_source():
 
 def test_an_unknown_sampler_is_named_before_anything_is_read_with_the_nearest_one():
     assert refusal(sources=[{"path": "clips", "sampler": "all_window"}]) == (
-        "data.params.sources: sampler: 'all_window' is not known; did you mean 'all_windows'? valid: "
-        "random_start, start, middle, uniform, first_frame, random_frame, all_windows."
+        "data.params.sources: sampler: 'all_window' is not one of random_start, start, first_frame, middle, "
+        "uniform, random_frame, all_windows (did you mean 'all_windows'?)."
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sat_ext.data.clips import is_still_sampler
+from sat_ext.data.clips import find_sampler
 from sat_ext.data.index.build import Index
 from sat_ext.data.params import DataConfig
 
@@ -18,7 +18,7 @@ def clip_lengths(index: Index) -> Counter[int]:
     frames = index.table["frames"].to_numpy()
     found: Counter[int] = Counter()
     for group in index.groups:
-        if not is_still_sampler(index.samplers[group.source]):
+        if not find_sampler(index.samplers[group.source]).still:
             found[group.bucket.frames] += int((frames[np.unique(group.rows)] > 1).sum())
     found[LEFT_OUT] += sum(is_too_short(reason) for _, reason in index.dropped)
     return found

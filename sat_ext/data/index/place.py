@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from sat_ext.data.buckets import assign
-from sat_ext.data.clips import available_frames, is_still_sampler, records_of
+from sat_ext.data.clips import available_frames, find_sampler, records_of
 from sat_ext.data.index.columns import FILE_COLUMNS, INFO_COLUMNS, ITEM_COLUMNS
 from sat_ext.data.params import DataConfig
 from sat_ext.data.parts import part_info
@@ -72,7 +72,7 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
 
 def placer(sampler: str, buckets: Sequence[Bucket], config: DataConfig) -> Place:
     """The rule for the sources of one sampler. Numbers count from 0, in `buckets`."""
-    only_stills = is_still_sampler(sampler)
+    only_stills = find_sampler(sampler).still
     numbers = {bucket: number for number, bucket in enumerate(buckets)}
 
     @lru_cache(maxsize=1 << 16)  # sizes and lengths repeat, and there may be many buckets to compare with
