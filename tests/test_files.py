@@ -22,7 +22,7 @@ from sat_ext.files import (
     is_url,
     member_location,
     open_binary,
-    remote,
+    ranged,
     size_of,
     suffix_of,
 )
@@ -145,7 +145,7 @@ def test_a_package_that_a_url_needs_is_named(monkeypatch):
     def absent(*args: object, **kwargs: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(remote.fsspec.core, "url_to_fs", absent)
+    monkeypatch.setattr(ranged.fsspec.core, "url_to_fs", absent)
     with pytest.raises(ConfigError, match=r"s3:// cannot be read \(Install s3fs .*\); pip install sat_ext\[s3\]"):
         open_binary("s3://b/a.mp4")
 
@@ -199,7 +199,7 @@ def test_a_server_without_ranges_is_one_clear_error(tmp_path, server, says):
 
 def test_a_server_that_hangs_is_given_up(tmp_path, server, monkeypatch):
     put(tmp_path / "a.bin")
-    monkeypatch.setattr(remote, "_READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(ranged, "_READ_TIMEOUT", 0.3)
     with open_binary(f"{server.url}/a.bin") as file:
         server.hangs = True
         with pytest.raises(MediaError, match="its server did not answer in time"):

@@ -29,8 +29,8 @@ from sat_ext.files.locations import (
     member_location,
     suffix_of,
 )
+from sat_ext.files.ranged import RemoteFile, filesystem, info_of, reason_of
 from sat_ext.files.ranges import MemberFile
-from sat_ext.files.remote import RemoteFile, filesystem, info_of, reason_of
 
 __all__ = [
     "cell_location",
