@@ -22,7 +22,7 @@ SECTIONS = ("args", "model", "data", "deepspeed")
 def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
     """Merge the YAML files, the later over the earlier, into plain dicts and lists.
 
-    Raises `ConfigError` when a file is missing, is not YAML, or has an unknown section.
+    Raises `ConfigError` if a file is missing, is not YAML, or has an unknown section.
     """
     if not paths:
         raise ConfigError(
@@ -41,39 +41,38 @@ def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
         reject_unknown_keys([str(k) for k in part], SECTIONS, path)
         parts.append(part)
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
+        return plain(OmegaConf.merge(*parts))
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in place of another file's mapping
         files = " and ".join(paths)
         raise ConfigError(f"--base: {files} do not merge: {' '.join(str(error).split())}") from error
-    assert isinstance(merged, dict)
-    return {str(k): v for k, v in merged.items()}
 
 
 def plain(section: Any) -> dict[str, Any]:
-    """Dicts and lists of a section, which may be None (empty) or hold OmegaConf's containers: CogVideo's script
-    hands its YAML over as these."""
-    if not section:
-        return {}
-    found = OmegaConf.to_container(OmegaConf.create(section), resolve=True)
+    """A section as dicts and lists, without OmegaConf's containers, in which CogVideo's script passes its YAML."""
+    found = OmegaConf.to_container(OmegaConf.create(section or {}), resolve=True)
     assert isinstance(found, dict)
     return {str(k): v for k, v in found.items()}
+
+
+def did_you_mean(name: Any, known: Iterable[Any]) -> str:
+    """A question with the nearest of the `known` names, or "" if none is near."""
+    near = difflib.get_close_matches(str(name), map(str, known), n=1)
+    return f"did you mean '{near[0]}'?" if near else ""
 
 
 def reject_unknown_keys(keys: Iterable[str], known: Sequence[str], where: str) -> None:
     """Raise `ConfigError` for the first of `keys` that is not in `known`, naming the nearest valid one."""
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(sorted(known))}."
+            hint = did_you_mean(key, known) or f"valid keys: {', '.join(sorted(known))}."
             raise ConfigError(f"{where}: unknown key '{key}'; {hint}")
 
 
 def load(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
-    """Build the dataclass `cls` from `mapping`.
+    """Build the dataclass `cls` from `mapping`, whose YAML path is `where` ("data.params").
 
-    Nested dataclasses, `X | None`, `tuple[X, ...]`, fixed tuples, `Literal`, `dict[K, V]` and scalars are
-    understood. `where` is the YAML path for messages ("data.params"). Raises `ConfigError` with the path,
-    the value and the remedy.
+    Fields may be nested dataclasses, `X | None`, `tuple[X, ...]`, fixed tuples, `Literal`, `dict[K, V]` and
+    scalars. Raises `ConfigError` with the path, the value and the remedy.
 
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class Fps:
@@ -87,13 +86,9 @@ def load(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     reject_unknown_keys(mapping, list(fields), where)
     hints = typing.get_type_hints(cls)
     values = {k: convert(hints[k], v, f"{where}.{k}") for k, v in mapping.items()}
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{where}: '{missing[0]}' is missing; add it.")
+    for name, f in fields.items():
+        if name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: '{name}' is missing; add it.")
     return cls(**values)
 
 
@@ -106,9 +101,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is Literal:
         if value not in args:
-            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-            hint_text = f" (did you mean '{near[0]}'?)" if near else ""
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}{hint_text}.")
+            near = did_you_mean(value, args)
+            valid = ", ".join(map(str, args)) + (f" ({near})" if near else "")
+            raise ConfigError(f"{where}: {value!r} is not one of {valid}.")
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else load(hint, value, where)  # type: ignore[arg-type]
@@ -125,21 +120,16 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
     options = tuple(o for o in options if o is not type(None))
-    # a message about the option that the value looks like helps more than one about the first
-    alike = [
-        o
-        for o in options
-        if isinstance(value, Mapping) == (dataclasses.is_dataclass(o) or typing.get_origin(o) is dict)
-    ]
-    options = tuple(alike) or options
-    first_error: ConfigError | None = None
-    for option in options:
+    # A mapping is converted to mappings only, so that the error is about the option that the user meant.
+    mappings = tuple(o for o in options if dataclasses.is_dataclass(o) or typing.get_origin(o) is dict)
+    alike = mappings if isinstance(value, Mapping) else tuple(o for o in options if o not in mappings)
+    errors = []
+    for option in alike or options:
         try:
             return convert(option, value, where)
         except ConfigError as error:
-            first_error = first_error or error
-    assert first_error is not None
-    raise first_error
+            errors.append(error)
+    raise errors[0]
 
 
 def _convert_sequence(origin: type, args: tuple[Any, ...], value: Any, where: str) -> Any:

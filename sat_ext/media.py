@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sat_ext.colour import UNREADABLE_MATRICES
 from sat_ext.errors import MediaError, SatExtError
-from sat_ext.files import is_local, open_binary, size_of, suffix_of
+from sat_ext.files import is_local, open_binary, require_file, suffix_of
 from sat_ext.types import IMAGE_EXTENSIONS, MAX_PIXELS
 
 # FFmpeg's log lock can deadlock threads, and errors are raised here anyway.
@@ -60,7 +60,7 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
     frames may come out of order. `headers_only` skips it: 3 ms instead of 30.
     """
     if is_local(path):
-        size_of(path)
+        require_file(path)
     try:
         with ExitStack() as stack:
             container = _open_container(path, headers_only, stack)

@@ -16,7 +16,7 @@ from PIL import Image
 from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.probe import probe
 from sat_ext.errors import ConfigError, MediaError
-from sat_ext.files import cell_location, member_location
+from sat_ext.files.locations import cell_location, member_location
 from sat_ext.media import open_image, open_video
 from tests.media import indices_of, pattern, real_clip, write_clip
 from tests.servers import Served, http_server, s3_server
@@ -140,5 +140,5 @@ def test_playlists_open_nothing_else(tmp_path):
 
 def test_errors_of_the_configuration_pass_through():
     for opened in (open_video, open_image):
-        with pytest.raises(ConfigError, match="no kind of URL"), opened("nonsense://a.png"):
+        with pytest.raises(ConfigError, match="fsspec does not read"), opened("nonsense://a.png"):
             pass

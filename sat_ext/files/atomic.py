@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Writing: files and folders that appear whole or not at all, and the folder for caches."""
 
 import os
 import shutil
@@ -8,6 +8,11 @@ from pathlib import Path
 from uuid import uuid4
 
 PARTIAL = ".partial"  # ends the names of drafts
+
+
+def cache_folder() -> Path:
+    """`$SAT_EXT_CACHE`, else `~/.cache/sat_ext`. It need not exist."""
+    return Path(os.environ.get("SAT_EXT_CACHE") or Path("~/.cache/sat_ext").expanduser())
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -28,12 +28,11 @@ class Cells:
         field = self._table.schema_arrow.field(column)
         self._leaf = f"{column}.bytes" if pa.types.is_struct(field.type) else column
         groups = self._table.metadata
-        self._starts = [0]
-        for number in range(groups.num_row_groups):
-            self._starts.append(self._starts[-1] + groups.row_group(number).num_rows)
+        sizes = (groups.row_group(number).num_rows for number in range(groups.num_row_groups))
+        self._starts = list(accumulate(sizes, initial=0))
         self._cells: Iterator[bytes | None] = iter(())
         self._next, self._group = 0, -1
-        self._passed: OrderedDict[int, bytes | None] = OrderedDict()
+        self._passed: dict[int, bytes | None] = {}  # the oldest first
         self._passed_bytes = 0
 
     def read(self, row: int) -> bytes | None:
@@ -64,4 +63,4 @@ class Cells:
         self._passed[row] = data
         self._passed_bytes += len(data or b"")
         while self._passed_bytes > _PASSED_BYTES and len(self._passed) > 1:
-            self._passed_bytes -= len(self._passed.popitem(last=False)[1] or b"")
+            self._passed_bytes -= len(self._passed.pop(next(iter(self._passed))) or b"")

@@ -1,8 +1,9 @@
-"""Files behind URLs, read by ranges through fsspec.
+"""Files of which only the ranges that are read are fetched: behind URLs, through fsspec, and in tars.
 
 File systems are made in the process that uses them: fsspec's event loop does not survive a fork.
 """
 
+import io
 import os
 import time
 from typing import Any
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 from sat_ext.errors import ConfigError, MediaError
-from sat_ext.files.ranges import RangedFile
+from sat_ext.files.locations import TarMember
 
 # Bytes of a range request: the first, enough for a header, and the largest.
 _FIRST_READ = 32 << 10
@@ -21,6 +22,7 @@ _LARGEST_READ = 4 << 20
 _CONNECT_TIMEOUT, _READ_TIMEOUT, _REQUEST_TIMEOUT = 20.0, 30.0, 120.0
 _ATTEMPTS = 3
 
+EMPTY = "the file is empty (0 bytes)"
 _NO_RANGES = "its server does not answer range requests; copy it to a disk, or use one that does"
 _EXTRAS = {"s3": "sat_ext[s3]", "s3a": "sat_ext[s3]", "http": "sat_ext[http]", "https": "sat_ext[http]"}
 
@@ -30,7 +32,7 @@ _kept: dict[tuple[int, int], Any] = {}
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for `url`, and the path in it. Raises `ConfigError` where no package reads it."""
+    """fsspec's file system for `url`, and the path in it. Raises `ConfigError` if no package reads it."""
     protocol = url.partition("://")[0]
     try:
         if "::" in url:  # part of a name, which fsspec would take for a chain and open what follows it
@@ -39,29 +41,28 @@ def filesystem(url: str) -> tuple[Any, str]:
             path = maker._strip_protocol(url)
         else:
             fs, path = fsspec.core.url_to_fs(url, **_timeouts(protocol))
-    except ImportError as error:
-        package = _EXTRAS.get(protocol, "the package that it names")
-        raise ConfigError(f"{url}: {protocol}:// cannot be read ({error}); pip install {package}.") from error
     except Exception as error:  # each of fsspec's file systems has its own errors
-        if isinstance(error, ValueError) and "Protocol not known" in str(error):
-            raise ConfigError(f"{url}: {protocol}:// is no kind of URL that fsspec reads; check it.") from error
+        if "Protocol not known" in str(error):
+            raise ConfigError(f"{url}: fsspec does not read {protocol}:// URLs; check it.") from error
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{url}: {protocol}:// cannot be read ({why}); check its settings.") from error
+        remedy = "check its settings"
+        if isinstance(error, ImportError):
+            remedy = f"pip install {_EXTRAS.get(protocol, 'the package that it names')}"
+        raise ConfigError(f"{url}: {protocol}:// cannot be read ({why}); {remedy}.") from error
     _kept[os.getpid(), id(fs)] = fs
     return fs, path
 
 
 def _timeouts(protocol: str) -> dict[str, Any]:
     """Timeouts for servers that never answer; fsspec's own configuration files win."""
+    options: dict[str, Any] = {}
     if protocol in ("http", "https"):
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(_REQUEST_TIMEOUT, sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
-        options: dict[str, Any] = {"client_kwargs": {"timeout": timeout}}
+        options = {"client_kwargs": {"timeout": timeout}}
     elif protocol in ("s3", "s3a"):
         options = {"config_kwargs": {"connect_timeout": _CONNECT_TIMEOUT, "read_timeout": _READ_TIMEOUT}}
-    else:
-        options = {}
     configured = fsspec.config.conf.get(protocol, {})
     return {key: value for key, value in options.items() if key not in configured}
 
@@ -78,10 +79,12 @@ def info_of(url: str) -> dict[str, Any]:
 def reason_of(error: BaseException) -> str:
     """Why a file cannot be read, in words independent of the file system."""
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause and getattr(cause, "status", 404) != 404:
-        return f"its server refuses it with status {cause.status}"  # type: ignore[attr-defined]
-    if isinstance(error, FileNotFoundError) and cause and not hasattr(cause, "status"):
-        return reason_of(cause)  # fsspec's HTTP reports a dead server as a missing file
+    if isinstance(error, FileNotFoundError) and cause:  # fsspec's HTTP reports every failure as a missing file
+        status = getattr(cause, "status", None)
+        if status is None:
+            return reason_of(cause)
+        if status != 404:
+            return f"its server refuses it with status {status}"
     if isinstance(error, (FileNotFoundError, NotADirectoryError)) or "null byte" in str(error):
         return "no such file"
     if isinstance(error, PermissionError):
@@ -93,7 +96,57 @@ def reason_of(error: BaseException) -> str:
     return f"cannot be read: {str(error) or type(error).__name__}"
 
 
-class RemoteFile(RangedFile):
+class _RangedFile(io.RawIOBase):
+    """`size` bytes, fetched by `_read_at`. FFmpeg looks at the suffix of `name`."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name, self.size = name, size
+        self._position = 0
+
+    def _read_at(self, position: int, buffer: memoryview) -> int:
+        """Read from `position` into the start of `buffer`; returns the number of bytes, at least 1."""
+        raise NotImplementedError
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = max(0, offset + (0, self._position, self.size)[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), self.size - self._position)
+        if count <= 0:
+            return 0
+        count = self._read_at(self._position, memoryview(buffer)[:count])
+        self._position += count
+        return count
+
+
+class MemberFile(_RangedFile):
+    """A tar's member in the `whole` tar, which it closes. Errors name `path`."""
+
+    def __init__(self, whole: io.RawIOBase, path: str, member: TarMember) -> None:
+        super().__init__(member.name, member.size)
+        self._whole, self._path, self._offset = whole, path, member.offset
+
+    def _read_at(self, position: int, buffer: memoryview) -> int:
+        self._whole.seek(self._offset + position)
+        count = self._whole.readinto(buffer)
+        if not count:
+            raise MediaError(self._path, f"its tar ends after {position} of its {self.size} bytes")
+        return count
+
+    def close(self) -> None:
+        """Close the tar."""
+        self._whole.close()
+        super().close()
+
+
+class RemoteFile(_RangedFile):
     """A file behind a URL; errors name `path`.
 
     It holds one range. Each range that follows the last one, or starts a little after it, is twice as long: a
@@ -101,9 +154,10 @@ class RemoteFile(RangedFile):
     empty, or its server does not support ranges.
     """
 
+    _file: Any = None
+
     def __init__(self, url: str, path: str) -> None:
         self._path = path
-        self._file: Any = None
         fs, inner = filesystem(url)
         try:
             self._file = fs.open(inner, "rb", block_size=_FIRST_READ, cache_type="none")
@@ -113,13 +167,12 @@ class RemoteFile(RangedFile):
         if size is None:  # fsspec would stream it, without seeking
             raise MediaError(path, _NO_RANGES)
         if size == 0:
-            raise MediaError(path, "the file is empty (0 bytes)")
+            raise MediaError(path, EMPTY)
         super().__init__(urlsplit(url).path, int(size))
         self._held, self._held_at = memoryview(b""), 0
         self._ahead = _FIRST_READ // 2
 
-    def read_at(self, position: int, buffer: memoryview) -> int:
-        """Raises `MediaError` if the server or the connection fails."""
+    def _read_at(self, position: int, buffer: memoryview) -> int:
         at = position - self._held_at
         if not 0 <= at < len(self._held):
             gap = at - len(self._held)
@@ -138,6 +191,7 @@ class RemoteFile(RangedFile):
                 data = self._file.read(min(length, self.size - start))
                 break
             except Exception as error:
+                # Another attempt would only double the wait, or get the same answer.
                 is_final = isinstance(error, (TimeoutError, ValueError, FileNotFoundError, PermissionError))
                 if is_final or attempt == _ATTEMPTS:
                     raise MediaError(self._path, reason_of(error)) from error

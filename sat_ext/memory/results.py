@@ -13,8 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from sat_ext.config import convert
 from sat_ext.errors import ConfigError
-from sat_ext.files.atomic import written_aside
-from sat_ext.files.folders import cache_folder
+from sat_ext.files.atomic import cache_folder, written_aside
 
 P = ParamSpec("P")
 T = TypeVar("T")

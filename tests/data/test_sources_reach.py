@@ -20,7 +20,7 @@ from sat_ext.data.params import DataConfig
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import read_source
 from sat_ext.errors import ConfigError, DataError, MediaError
-from sat_ext.files import filesystem
+from sat_ext.files.ranged import filesystem
 from tests.servers import http_server
 
 

@@ -151,7 +151,7 @@ def test_a_source_that_is_not_there_says_so(server):
     for path in ("none", "none.jsonl", "none.csv", "none.parquet", "none.tar", "{0..1}.tar"):
         with pytest.raises(DataError, match="no such file"):
             read_source(f"{server.url}/{path}")
-    with pytest.raises(ConfigError, match="nonsense:// is no kind of URL"):
+    with pytest.raises(ConfigError, match="fsspec does not read nonsense:// URLs"):
         read_source("nonsense://data/set")
 
 

@@ -23,8 +23,7 @@ import pyarrow.compute as pc
 
 from sat_ext.data.index.columns import INFO_COLUMNS
 from sat_ext.files import is_url
-from sat_ext.files.atomic import written_aside
-from sat_ext.files.folders import cache_folder
+from sat_ext.files.atomic import cache_folder, written_aside
 from sat_ext.media import image_formats
 
 log = logging.getLogger(__name__)

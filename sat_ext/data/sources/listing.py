@@ -13,7 +13,8 @@ from typing import Any
 from sat_ext.data.sources.reach import Reach, leads_out
 from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, encoding_of, is_text, listed, open_text
 from sat_ext.errors import DataError, MediaError
-from sat_ext.files import filesystem, is_url, reason_of
+from sat_ext.files import is_url
+from sat_ext.files.ranged import filesystem, reason_of
 from sat_ext.types import OTHER_EXTENSIONS
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,9 @@ from sat_ext.data.sources.texts import (
     parse_json,
 )
 from sat_ext.errors import DataError, MediaError, SatExtError
-from sat_ext.files import filesystem, is_url, member_location, open_binary
+from sat_ext.files import is_url, open_binary
+from sat_ext.files.locations import member_location
+from sat_ext.files.ranged import filesystem
 from sat_ext.types import IMAGE_EXTENSIONS, Item
 
 if TYPE_CHECKING:

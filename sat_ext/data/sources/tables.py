@@ -27,8 +27,9 @@ from sat_ext.data.sources.rows import (
 )
 from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, open_text, parse_json, shown
 from sat_ext.errors import DataError, MediaError
-from sat_ext.files import cell_location, is_url
+from sat_ext.files import is_url
 from sat_ext.files.cells import Cells
+from sat_ext.files.locations import cell_location
 from sat_ext.media import image_formats
 from sat_ext.types import Item
 
