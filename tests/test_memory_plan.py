@@ -18,8 +18,8 @@ from sat_ext.memory.plan import Plan, make_plan
 from sat_ext.memory.run import Run, run_from
 from sat_ext.memory.weights import bytes_of
 from sat_ext.models.config import GradientCheckpointing
-from sat_ext.models.embedding_cache import REMEMBERED
 from sat_ext.models.quantize import CODES, QuantizedLinear
+from sat_ext.models.text_offload import REMEMBERED
 from sat_ext.recipe import recipe_of
 from sat_ext.types import Bucket
 

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from sat_ext.cogvideo.target import Target
 from sat_ext.config import convert
 from sat_ext.errors import ConfigError
-from sat_ext.models.cpu import encoder_dtype, own_cores
-from sat_ext.models.embedding_cache import Remembered
-from sat_ext.models.side_stream import on_device
+from sat_ext.models.text_offload import EmbeddingCache, encoder_dtype, on_device, own_cores
 
 PARAMS = "model.conditioner_config.params.emb_models.params"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,7 +78,7 @@ class OffloadedTextEmbedder(FrozenEmbedder):
         self.moves = moves
         self.encoder_dtype = None if dtype is None else DTYPES[dtype]
         self.warned = False
-        self.remembered = Remembered()
+        self.embeddings = EmbeddingCache()
         self.held: list[nn.Module] = []
         for name in list(self._modules):
             module = self._modules.pop(name)
@@ -102,10 +100,5 @@ class OffloadedTextEmbedder(FrozenEmbedder):
             module.to(dtype=dtype)
         if on_gpu:
             self.device = self.like.device  # where the parent sends its tokens
-        parent = super().forward
-
-        def encode(missing: list[str]) -> list[Tensor]:
-            with on_device(self.held, self.like.device) if on_gpu else own_cores():
-                return [parent([caption])[0].to("cpu", self.like.dtype) for caption in missing]
-
-        return self.remembered.embeddings(text, encode).to(self.like)
+        place = on_device(self.held, self.like.device) if on_gpu else own_cores()
+        return self.embeddings.get(text, self.like.dtype, super().forward, place).to(self.like)

@@ -9,7 +9,7 @@ from sat_ext.memory.options import Options
 from sat_ext.memory.run import Run
 from sat_ext.memory.states import States
 from sat_ext.memory.weights import bytes_of, text_bytes
-from sat_ext.models.embedding_cache import REMEMBERED
+from sat_ext.models.text_offload import REMEMBERED
 
 PROCESS = 3_000_000_000  # a rank with PyTorch, SAT, DeepSpeed and CUDA's libraries, before it holds anything
 WORKER = 420_000_000  # a data worker with its guard (README, what is measured)

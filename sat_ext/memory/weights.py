@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from sat_ext.memory.counts import Counts, Parameter
 from sat_ext.memory.run import Run
-from sat_ext.models.cpu import computes_in_bf16
 from sat_ext.models.quantize import NF4_BLOCK
+from sat_ext.models.text_offload import computes_in_bf16
 
 # Bytes of the scales: in blocks of a transformer's NF4 a bfloat16 each, a row of its FP8 an exponent
 # (`sat_ext.models.quantize`); of a text encoder, which bitsandbytes quantizes, fp32 in both.

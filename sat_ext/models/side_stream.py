@@ -9,12 +9,11 @@ import logging
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -94,40 +93,6 @@ def page_lock(memory: Tensor) -> bool:
         return False
     weakref.finalize(memory, _unlock, cudart, address, os.getpid())
     return True
-
-
-def lock_weights(tensors: Iterable[Tensor]) -> None:
-    """Move the tensors' data into page-locked memory, if it is not there yet. After one that cannot be locked the
-    others are left as they are, and none is tried again."""
-    failed = False
-    for tensor in tensors:
-        if getattr(tensor, "locked_at", None) == tensor.data_ptr():
-            continue
-        if not failed:
-            memory = host_memory(tensor.nbytes)
-            home = memory.view(tensor.dtype).view(tensor.shape)
-            home.copy_(tensor.data)
-            tensor.data = home
-            tensor.lock = memory  # type: ignore[attr-defined]  # kept, and with it the lock, as long as the weights
-            failed = not page_lock(memory)
-        tensor.locked_at = tensor.data_ptr()  # type: ignore[attr-defined]
-
-
-@contextmanager
-def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules' weights are copies on `device`; afterwards the same tensors as before. These are
-    page-locked at the first time, as copies from pageable memory take several times as long."""
-    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    if device.type == "cuda":
-        lock_weights(tensors)
-    homes = [t.data for t in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
-        yield
-    finally:
-        for tensor, home in zip(tensors, homes):
-            tensor.data = home
 
 
 def _unlock(cudart: Any, address: int, process: int) -> None:

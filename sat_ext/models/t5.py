@@ -16,10 +16,8 @@ from transformers import (
 
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, TextConfig
-from sat_ext.models.cpu import encoder_dtype, own_cores
-from sat_ext.models.embedding_cache import Remembered
 from sat_ext.models.folder import folder_config
-from sat_ext.models.side_stream import on_device
+from sat_ext.models.text_offload import EmbeddingCache, encoder_dtype, on_device, own_cores
 
 # Of the small encoder. Changing one makes every checkpoint of a tiny model useless.
 BYT5_SEED = 1
@@ -33,7 +31,7 @@ class T5Text(nn.Module):
 
     An encoder that is quantized or off the GPU stays out of the module tree: what moves, casts, saves or
     partitions the model does not see it, and every rank holds it in its own memory. It encodes each caption once
-    (`Remembered`), while one in the module tree encodes every batch: under ZeRO-3 that gathers from all ranks.
+    (`EmbeddingCache`), while one in the module tree encodes every batch: under ZeRO-3 that gathers from all ranks.
     """
 
     encoder: nn.Module
@@ -50,7 +48,7 @@ class T5Text(nn.Module):
         self.moves = lever.device == "on_off"
         self.tokenizer = tokenizer
         self.length = length
-        self.remembered = Remembered()
+        self.embeddings = EmbeddingCache()
 
     def train(self, mode: bool = True) -> "T5Text":
         """Stay in evaluation mode, whatever is asked: T5 has dropout."""
@@ -61,12 +59,8 @@ class T5Text(nn.Module):
         """Embeddings, (B, length, D), on `device`. Longer captions are cut."""
         if "encoder" in self._modules:
             return self._embed(captions).to(device, dtype)
-
-        def encode(missing: list[str]) -> list[Tensor]:
-            with on_device([self.encoder], device) if self.moves else own_cores():
-                return [self._embed([caption])[0].to("cpu", dtype) for caption in missing]
-
-        return self.remembered.embeddings(captions, encode).to(device, dtype)
+        place = on_device([self.encoder], device) if self.moves else own_cores()
+        return self.embeddings.get(captions, dtype, self._embed, place).to(device, dtype)
 
     def _embed(self, captions: list[str]) -> Tensor:
         tokens = self.tokenizer(

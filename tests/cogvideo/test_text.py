@@ -16,7 +16,7 @@ from sat_ext.cogvideo.text_embedders import OffloadedTextEmbedder
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.latents import checksummed
 from sat_ext.latents.text import encoder_fingerprint, write_text_embeddings
-from sat_ext.models.t5 import on_device
+from sat_ext.models.text_offload import on_device
 
 LENGTH, WIDTH = 4, 6
 
@@ -120,7 +120,7 @@ def test_the_offloaded_encoder_sees_each_caption_once_and_alone(monkeypatch: pyt
 def test_bf16_on_the_cpu_only_where_it_computes_in_it(
     fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sat_ext.models.cpu.computes_in_bf16", lambda: fast)
+    monkeypatch.setattr("sat_ext.models.text_offload.computes_in_bf16", lambda: fast)
     embedder = offloaded()
     embedding = Conditioner(embedder).bfloat16()({"txt": ["a cat"]})
     assert (embedding.dtype, embedder.transformer.weight.dtype) == (torch.bfloat16, dtype)

@@ -12,7 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sat_ext.models import side_stream
 from sat_ext.models.block_swap import SwappedBlock
 from sat_ext.models.generate import generate
-from sat_ext.models.side_stream import host_memory, lock_weights, on_device, page_lock
+from sat_ext.models.side_stream import host_memory, page_lock
+from sat_ext.models.text_offload import lock_weights, on_device
 from tests.models.conftest import make_batch
 from tests.models.test_checkpointing import LAYERS, LORA, assert_same, engine_of, loss_and_gradients
 

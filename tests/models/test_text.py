@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,11 @@ import torch
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from sat_ext.errors import ConfigError
-from sat_ext.models import cpu
+from sat_ext.models import text_offload
 from sat_ext.models.config import TextConfig
-from sat_ext.models.cpu import own_cores
-from sat_ext.models.embedding_cache import Remembered
 from sat_ext.models.folder import load_model_config
 from sat_ext.models.t5 import T5Text, build_text, small_byt5
+from sat_ext.models.text_offload import EmbeddingCache, own_cores
 from tests.models.conftest import make_batch, make_engine, small_config
 
 CPU = torch.device("cpu")
@@ -101,18 +100,22 @@ def test_an_encoder_off_the_gpu_sees_each_caption_once_and_alone(pretrained: Cal
 def test_embeddings_are_remembered_up_to_a_size_and_the_empty_caption_for_good() -> None:
     asked: list[str] = []
 
-    def encode(captions: list[str]) -> list[torch.Tensor]:
+    def encode(captions: list[str]) -> torch.Tensor:
         asked.extend(captions)
-        return [torch.full((2, 3), float(len(c))) for c in captions]
+        return torch.full((len(captions), 2, 3), float(len(captions[0])))
 
-    remembered = Remembered(limit=2 * 24)  # of "" and one more
-    assert remembered.embeddings(["", "a", "bb", ""], encode)[:, 0, 0].tolist() == [0, 1, 2, 0]
+    cache = EmbeddingCache(limit=2 * 24)  # of "" and one more
+
+    def get(captions: list[str]) -> torch.Tensor:
+        return cache.get(captions, torch.float32, encode, nullcontext())
+
+    assert get(["", "a", "bb", ""])[:, 0, 0].tolist() == [0, 1, 2, 0]
     assert asked == ["", "a", "bb"]
-    remembered.embeddings(["bb", ""], encode)
+    get(["bb", ""])
     assert len(asked) == 3
-    remembered.embeddings(["a", "", "bb"], encode)
+    get(["a", "", "bb"])
     assert asked[3:] == ["a"]  # bb was remembered until a came
-    assert remembered._size == sum(t.untyped_storage().nbytes() for t in remembered._found.values()) == 48
+    assert sum(t.untyped_storage().nbytes() for t in cache._found.values()) == 48
 
 
 def test_an_encoder_that_zero_3_may_split_is_called_once_a_batch(pretrained: Callable[..., Path]) -> None:
@@ -145,19 +148,23 @@ def test_text_on_the_cpu_has_this_ranks_share_of_the_cores(monkeypatch: pytest.M
 def test_bf16_on_a_cpu_only_where_it_computes_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN is asked for real, by a process of its own that it gives AVX2 alone; a file stands in for a CPU with
     AVX512 and without bf16, of which it says yes."""
-    code = "import torch; from sat_ext.models.cpu import encoder_dtype; print(encoder_dtype(torch.bfloat16))"
+    code = (
+        "import torch; from sat_ext.models.text_offload import encoder_dtype; print(encoder_dtype(torch.bfloat16))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
     assert done.stdout == "torch.float32\n"
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(cpu, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(text_offload.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(text_offload, "CPU_INFO", tmp_path / "cpuinfo")
     for flags, expected in (("avx2 avx512f", torch.float32), ("avx512f avx512_bf16", torch.bfloat16)):
         (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
-        assert cpu.encoder_dtype(torch.bfloat16) == expected
-        assert cpu.encoder_dtype(torch.float16) == cpu.encoder_dtype(torch.float32) == torch.float32
+        assert text_offload.encoder_dtype(torch.bfloat16) == expected
+        assert (
+            text_offload.encoder_dtype(torch.float16) == text_offload.encoder_dtype(torch.float32) == torch.float32
+        )
 
 
 def test_an_encoder_on_the_cpu_is_not_in_half_precision(pretrained: Callable[..., Path]) -> None:
