@@ -42,11 +42,7 @@ def preview(
     )
     stream = JointStream(index, run.data, batch_sizes=run.batch_sizes, world=gpus, dtype=run.dtype)
     with console.status("reading samples"):
-        report = gather(
-            yaml=yaml,
-            stream=stream,
-            recipe=run,
-        )
+        report = gather(yaml, stream, run)
     page = render(report)
     try:
         with written_aside(output) as draft:

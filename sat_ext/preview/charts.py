@@ -1,11 +1,16 @@
 """Histograms of the preview page, as numbers that its template draws: everything in percent of the chart."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from sat_ext.preview.uses import Uses
+from sat_ext.types import Bucket
+
+HEAVY_CUT = 0.25  # of the area: a 16:9 clip in a square loses 44 %, in 3:2 16 %
 BINS = 24  # as many bars as a phone shows apart
 _TICKS_APART = 13.0  # percent: a label at a phone's width
 
@@ -13,149 +18,130 @@ _TICKS_APART = 13.0  # percent: a label at a phone's width
 _SHAPES = ((9 / 16, "9:16"), (3 / 4, "3:4"), (1.0, "1:1"), (4 / 3, "4:3"), (16 / 9, "16:9"), (2.39, "2.39:1"))
 _SHORT_SIDES = (64, 128, 240, 480, 720, 1080, 2160, 4320)
 
+Values = Mapping[str, np.ndarray]  # by category, which are stacked
+Labels = Sequence[tuple[float, str]]  # rising places with their texts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """One bin: from `x`, `width` wide; its `parts` are (category, top, height, count), from below."""
+    """One bin: how many records it has of each category, and where that category's part of the bar begins."""
 
-    x: float
-    width: float
     label: str
-    parts: tuple[tuple[str, float, float, int], ...]
-
-    def of(self, category: str) -> int:
-        """Records of one category in the bin."""
-        return sum(n for name, _, _, n in self.parts if name == category)
+    counts: dict[str, int]
+    tops: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """A stacked histogram. `marks` are vertical lines (the buckets'), `ticks` labels below, as (x, text)."""
+    """A stacked histogram with `totals` by category; the tallest bar has `highest` records.
+
+    `marks` are vertical lines (the buckets'), of which `mark_labels` are printed, and `ticks` labels below.
+    """
 
     title: str
     about: str
-    bars: tuple[Bar, ...]
-    marks: tuple[tuple[float, str], ...]
-    ticks: tuple[tuple[float, str], ...]
-    categories: tuple[str, ...]
-
-    @property
-    def labels(self) -> tuple[tuple[float, str], ...]:
-        """The marks' texts, as far as they find room beside each other."""
-        return _spread(self.marks)
-
-    def has(self, category: str) -> bool:
-        """Whether any record is of it."""
-        return any(bar.of(category) for bar in self.bars)
-
-    @property
-    def highest(self) -> int:
-        """Records of the tallest bar."""
-        return max(sum(n for _, _, _, n in bar.parts) for bar in self.bars)
-
-    @property
-    def total(self) -> int:
-        """All records."""
-        return sum(n for bar in self.bars for _, _, _, n in bar.parts)
+    bars: Sequence[Bar]
+    totals: dict[str, int]
+    highest: int
+    marks: Labels
+    mark_labels: Labels
+    ticks: Labels
 
 
-def length_chart(
-    title: str, about: str, seconds: Mapping[str, np.ndarray], marks: Sequence[tuple[float, str]]
-) -> Chart:
-    """Of clips' lengths in seconds, by category. The longest 2 % share the last bar, so that they do not
-    squeeze the others."""
+def charts_of(uses: Uses, buckets: Sequence[Bucket], fps: int) -> list[Chart]:
+    """How long the clips are, and the shapes and sizes of all files, beside those of the buckets."""
+    part, gone = uses.part, uses.left_out
+    found = []
+    if (part["seconds"] > 0).any() or (gone["seconds"] > 0).any():
+        as_still = (part["seconds"] > 0) & ~uses.moving
+        seconds = {
+            "trained on as clips": part["seconds"][uses.moving],
+            "one frame is used": part["seconds"][as_still],
+            "left out": gone["seconds"][gone["seconds"] > 0],
+        }
+        marks = [(f / fps, f"{f}") for f in sorted({b.frames for b in buckets if b.frames > 1})]
+        about = "Seconds of each clip. The lines are the buckets' lengths."
+        found.append(length_chart("Length of clips", about, seconds, marks))
+    ratio, is_cut = part["width"] / part["height"], uses.cut > HEAVY_CUT
+    ratios = {
+        "used": ratio[~is_cut],
+        f"cut by more than {100 * HEAVY_CUT:.0f} %": ratio[is_cut],
+        "left out": gone["width"] / gone["height"],
+    }
+    marks = sorted({(b.width / b.height, f"{b.width}×{b.height}") for b in buckets})
+    about = "Width / height: upright on the left, lying on the right. The lines are the buckets' shapes."
+    found.append(log_chart("Shape", about, ratios, marks, _SHAPES, form=".2f", shown=(0.5, 2.0)))
+    side, is_small = np.minimum(part["width"], part["height"]), uses.enlarged > 1
+    sides = {
+        "shrunk or as it is": side[~is_small],
+        "enlarged": side[is_small],
+        "left out": np.minimum(gone["width"], gone["height"]),
+    }
+    marks = sorted({(min(b.height, b.width), f"{min(b.height, b.width)}") for b in buckets})
+    about = "The shorter side in pixels. The lines are the buckets' shorter sides."
+    found.append(log_chart("Size", about, sides, marks, [(s, f"{s}") for s in _SHORT_SIDES], form=".0f"))
+    return found
+
+
+def length_chart(title: str, about: str, seconds: Values, marks: Labels) -> Chart:
+    """Lengths in seconds. The longest 2 % share the last bar, so that they do not squeeze the others."""
     values = np.concatenate(list(seconds.values()))
-    reach = max(float(np.quantile(values, 0.98)), max((x for x, _ in marks), default=0.0), 1e-3)
+    reach = max([float(np.quantile(values, 0.98)), 1e-3, *(x for x, _ in marks)])
     step = _round_step(reach / BINS)
-    bins = min(BINS, max(4, math.ceil(reach * 1.0001 / step)))
-    end = bins * step
-    beyond = bool((values > end).any())
-    edges = np.append(np.arange(bins) * step, np.inf if beyond else end)
-
-    def label(i: int) -> str:
-        if i == bins - 1 and beyond:
-            return f"{i * step:g} s and longer"
-        return f"{i * step:g} to {(i + 1) * step:g} s"
-
-    every = _round_step(end / 6)
-    ticks = [(100 * t / end, f"{t:g} s") for t in np.arange(0, end + every / 2, every) if t <= end]
-    return Chart(
-        title=title,
-        about=about,
-        bars=_bars(seconds, edges, label),
-        marks=tuple((100 * x / end, text) for x, text in marks if x <= end),
-        ticks=_spread(ticks),
-        categories=tuple(seconds),
-    )
+    edges = np.arange(min(BINS, max(4, math.ceil(reach * 1.0001 / step))) + 1) * step
+    end = edges[-1]
+    labels = [f"{a:g} to {b:g} s" for a, b in pairwise(edges)]
+    if (values > end).any():
+        edges[-1] = np.inf
+        labels[-1] = f"{edges[-2]:g} s and longer"
+    tick = _round_step(end / 6)
+    ticks = [(t, f"{t:g} s") for t in np.arange(0, end + tick / 2, tick)]
+    return _chart(title, about, seconds, edges, labels, marks, ticks, lambda x: 100 * x / end)
 
 
-def shape_chart(
-    title: str, about: str, ratios: Mapping[str, np.ndarray], marks: Sequence[tuple[float, str]]
+def log_chart(
+    title: str, about: str, values: Values, marks: Labels, ticks: Labels, *, form: str, shown: Sequence[float] = ()
 ) -> Chart:
-    """Of width / height, by category, on a logarithmic scale: upright on the left, lying on the right."""
-    return _log_chart(title, about, ratios, marks, _SHAPES, low=0.5, high=2.0, name=_shape_name)
-
-
-def size_chart(
-    title: str, about: str, sides: Mapping[str, np.ndarray], marks: Sequence[tuple[float, str]]
-) -> Chart:
-    """Of the shorter side in pixels, by category, on a logarithmic scale."""
-    ticks = [(float(s), f"{s}") for s in _SHORT_SIDES]
-    return _log_chart(title, about, sides, marks, ticks, low=1.0, high=1.0, name=lambda v: f"{v:.0f}")
-
-
-def _log_chart(
-    title: str,
-    about: str,
-    values: Mapping[str, np.ndarray],
-    marks: Sequence[tuple[float, str]],
-    ticks: Sequence[tuple[float, str]],
-    *,
-    low: float,
-    high: float,
-    name: object,
-) -> Chart:
-    """`low` and `high` are shown at least, and all values and marks with them."""
-    assert callable(name)
-    every = np.concatenate([*values.values(), np.array([x for x, _ in marks])])
-    if low == high:
-        low, high = float(every.min()), float(every.max())
-    bottom = math.log(min(low, float(every.min()))) - 0.15
-    top = math.log(max(high, float(every.max()))) + 0.15
+    """On a logarithmic scale, which holds all values and marks, and `shown`."""
+    every = np.log(np.concatenate([*values.values(), [x for x, _ in marks], shown]))
+    bottom, top = every.min() - 0.15, every.max() + 0.15
     edges = np.exp(np.linspace(bottom, top, BINS + 1))
+    labels = [f"{a:{form}} to {b:{form}}" for a, b in pairwise(edges)]
 
     def place(value: float) -> float:
         return 100 * (math.log(value) - bottom) / (top - bottom)
 
+    return _chart(title, about, values, edges, labels, marks, ticks, place)
+
+
+def _chart(
+    title: str,
+    about: str,
+    values: Values,
+    edges: np.ndarray,
+    labels: Sequence[str],
+    marks: Labels,
+    ticks: Labels,
+    place: Callable[[float], float],
+) -> Chart:
+    counts = np.array([np.histogram(v, edges)[0] for v in values.values()])
+    highest = max(1, int(counts.sum(axis=0).max()))
+    tops = 100 * (1 - counts.cumsum(axis=0) / highest)
+    bars = [
+        Bar(label=text, counts=dict(zip(values, n.tolist())), tops=dict(zip(values, top.tolist())))
+        for text, n, top in zip(labels, counts.T, tops.T)
+    ]
+    marks, ticks = ([(at, text) for x, text in each if 0 <= (at := place(x)) <= 100] for each in (marks, ticks))
     return Chart(
         title=title,
         about=about,
-        bars=_bars(values, edges, lambda i: f"{name(edges[i])} to {name(edges[i + 1])}"),
-        marks=tuple((place(x), text) for x, text in marks),
-        ticks=_spread([(place(x), text) for x, text in ticks if bottom < math.log(x) < top]),
-        categories=tuple(values),
+        bars=bars,
+        totals=dict(zip(values, counts.sum(axis=1).tolist())),
+        highest=highest,
+        marks=marks,
+        mark_labels=_spread(marks),
+        ticks=_spread(ticks),
     )
-
-
-def _bars(values: Mapping[str, np.ndarray], edges: np.ndarray, label: object) -> tuple[Bar, ...]:
-    assert callable(label)
-    counts = {name: np.histogram(v, edges)[0] for name, v in values.items()}
-    highest = _highest(values, edges)
-    width = 100 / (len(edges) - 1)
-    bars = []
-    for i in range(len(edges) - 1):
-        parts, base = [], 0
-        for name, count in counts.items():
-            n = int(count[i])
-            if n:
-                parts.append((name, 100 * (1 - (base + n) / highest), 100 * n / highest, n))
-                base += n
-        bars.append(Bar(x=i * width, width=width, label=label(i), parts=tuple(parts)))
-    return tuple(bars)
-
-
-def _highest(values: Mapping[str, np.ndarray], edges: np.ndarray) -> int:
-    return max(1, int(np.sum([np.histogram(v, edges)[0] for v in values.values()], axis=0).max()))
 
 
 def _round_step(least: float) -> float:
@@ -168,14 +154,10 @@ def _round_step(least: float) -> float:
     return next(f * power for f in (1.0, 2.0, 2.5, 5.0, 10.0) if f * power >= least * (1 - 1e-9))
 
 
-def _spread(ticks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
-    """Those of the rising ticks whose labels do not touch on a phone."""
+def _spread(labels: Labels) -> Labels:
+    """Those whose texts do not touch on a phone."""
     kept: list[tuple[float, str]] = []
-    for x, text in ticks:
+    for x, text in labels:
         if not kept or x - kept[-1][0] >= _TICKS_APART:
             kept.append((x, text))
-    return tuple(kept)
-
-
-def _shape_name(ratio: float) -> str:
-    return f"{ratio:.2f}"
+    return kept

@@ -11,15 +11,16 @@ import pyarrow.compute as pc
 
 from sat_ext.cogvideox import tokens
 from sat_ext.data.clips import find_sampler
-from sat_ext.data.index import Index, clip_lengths, longest_is_rare
-from sat_ext.data.params import DataConfig
-from sat_ext.data.schedule import Cell
+from sat_ext.data.index import clip_lengths, longest_is_rare
+from sat_ext.data.index.lengths import is_too_short
+from sat_ext.data.stream import JointStream
+from sat_ext.preview.charts import HEAVY_CUT
 from sat_ext.preview.page import count, percent
 from sat_ext.preview.report import Finding, SourcePart
 from sat_ext.preview.uses import Uses
+from sat_ext.recipe import Recipe
 from sat_ext.types import Bucket
 
-HEAVY_CUT = 0.25  # of the area: a 16:9 clip in a square loses 44 %, in 3:2 16 %
 ENLARGED = 1.25  # sides: below that, blur is hard to see
 RARE = 0.02  # of the records: below that, a fault of single files and not of the setting
 REPEATED = 5  # visits of a record of one source, for one of another
@@ -31,28 +32,21 @@ _LEVELS = ("problem", "warning", "note")
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the findings are found in. `clips_dropped` counts clips among the files that are left out."""
+    """What the findings are found in."""
 
-    data: DataConfig
-    index: Index
+    recipe: Recipe
+    stream: JointStream
     uses: Uses
-    cells: tuple[Cell, ...]
-    batch_sizes: dict[Bucket, int]
-    sources: tuple[SourcePart, ...]
-    short: int
-    clips: int
-    text_tokens: int
-    bytes_per_token: int
+    sources: Sequence[SourcePart]
 
 
-def find(facts: Facts) -> tuple[Finding, ...]:
+def find(facts: Facts) -> list[Finding]:
     """All findings, the worst first."""
-    every = [f for check in _CHECKS for f in check(facts)]
-    return tuple(sorted(every, key=lambda f: _LEVELS.index(f.level)))
+    return sorted((f for check in _CHECKS for f in check(facts)), key=lambda f: _LEVELS.index(f.level))
 
 
 def reason_group(reason: str) -> str:
-    """A reason without what is of one file only, so that reasons can be counted.
+    """A reason without what is particular to one file, so that reasons can be counted.
 
     >>> reason_group("too short for the shortest bucket (5 of 9 frames)")
     'too short for the shortest bucket'
@@ -61,23 +55,21 @@ def reason_group(reason: str) -> str:
 
 
 def _unreadable(facts: Facts) -> Iterator[Finding]:
-    bad, endured = facts.index.bad, facts.data.on_bad_sample.skip
+    bad, allowed = facts.stream.index.bad, facts.recipe.data.on_bad_sample.skip
     if bad:
-        consequence = (
-            "Training leaves them out."
-            if len(bad) <= endured
-            else f"Training will not start: data.params.on_bad_sample.skip allows {endured}."
-        )
+        consequence = "Training leaves them out."
+        if len(bad) > allowed:
+            consequence = f"Training will not start: data.params.on_bad_sample.skip allows {allowed}."
         yield Finding(
             level="problem",
             text=f"{_files(len(bad))} cannot be read.",
             remedy=f"Fix or remove them; sat-ext check lists them all. {consequence}",
-            examples=tuple(f"{path}: {reason}" for path, reason in bad[:_LISTED]),
+            examples=[f"{path}: {reason}" for path, reason in bad[:_LISTED]],
         )
 
 
 def _unread(facts: Facts) -> Iterator[Finding]:
-    if unread := facts.index.unread:
+    if unread := facts.stream.index.unread:
         endings = ", ".join(f"{number:,} {ending}" for ending, number in unread.items())
         yield Finding(
             level="warning",
@@ -89,103 +81,103 @@ def _unread(facts: Facts) -> Iterator[Finding]:
 def _no_caption(facts: Facts) -> Iterator[Finding]:
     empty = [p for p, captions in _captions(facts) if not any(c.strip() for c in captions)]
     if empty:
-        share = len(empty) / len(facts.uses)
+        share = len(empty) / len(facts.uses.part)
         yield Finding(
             level="problem" if share > SAME_CAPTION else "warning",
             text=f"{_files(len(empty))} ({percent(share)}) have an empty caption.",
             remedy="The model learns from them only what things look like, not what they are called.",
-            examples=tuple(empty[:_LISTED]),
+            examples=empty[:_LISTED],
         )
 
 
-def _short(facts: Facts) -> Iterator[Finding]:
-    least, fps = needed_frames(facts.data), facts.data.fps
-    if not facts.short or least is None:
-        return
-    share = facts.short / facts.clips
-    fate = {
-        "loop": "they are played again from the start to fill it",
-        "pad_last": "their last frame is repeated to fill it",
-    }.get(facts.data.short_clips)
-    if fate is None:
-        stills = facts.data.short_clips == "shorter_bucket" and 1 in {b.frames for b in facts.data.make_buckets()}
-        fate = "they are trained on as stills" if stills else "they are left out"
-    yield Finding(
-        level="warning" if share > RARE else "note",
-        text=f"{percent(share)} of your clips ({count(facts.short)}) are shorter than the frame bucket that they "
-        f"need ({least} frames, {(least - 1) / fps:.3g} s at {fps} fps): {fate}.",
-        remedy="Add a shorter length to data.params.buckets.frames, or choose another data.params.short_clips.",
-    )
-
-
-def needed_frames(data: DataConfig) -> int | None:
-    """How long a clip must be to be shown moving and as it is: the shortest length above 1; the longest where
-    shorter clips are filled up or left out. None where no length is above 1."""
-    lengths = {b.frames for b in data.make_buckets() if b.frames > 1}
-    return (min if data.short_clips == "shorter_bucket" else max)(lengths, default=None)
+def _all_still(facts: Facts) -> Iterator[Finding]:
+    moving = any(not find_sampler(s.sampler).still for s in facts.sources)
+    if moving and len(facts.uses.lengths) and not facts.uses.moving.any():
+        yield Finding(
+            level="warning",
+            text="There are clips, but every sample is a still: the model will not learn movement.",
+            remedy="Add lengths above 1 to data.params.buckets.frames.",
+        )
 
 
 def _longest(facts: Facts) -> Iterator[Finding]:
-    if rare := longest_is_rare(clip_lengths(facts.index), facts.data):
+    if rare := longest_is_rare(clip_lengths(facts.stream.index), facts.recipe.data):
         what, remedy = rare
         yield Finding(level="warning", text=f"{what[0].upper()}{what[1:]}.", remedy=f"{remedy.capitalize()}.")
 
 
+def _short(facts: Facts) -> Iterator[Finding]:
+    data, lengths = facts.recipe.data, [b.frames for b in facts.recipe.buckets]
+    # Shorter clips are filled up or left out, unless each may take a shorter bucket: then it only has to move.
+    needed = (min if data.short_clips == "shorter_bucket" else max)((n for n in lengths if n > 1), default=1)
+    short = facts.uses.lengths < needed
+    if not short.any():
+        return
+    fate = {
+        "loop": "they are played again from the start to fill it",
+        "pad_last": "their last frame is repeated to fill it",
+        "shorter_bucket": "they are trained on as stills" if 1 in lengths else "they are left out",
+        "drop": "they are left out",
+    }[data.short_clips]
+    yield Finding(
+        level="warning" if short.mean() > RARE else "note",
+        text=f"{percent(short.mean())} of your clips ({count(short.sum())}) are shorter than the frame bucket "
+        f"that they need ({needed} frames, {(needed - 1) / data.fps:.3g} s at {data.fps} fps): {fate}.",
+        remedy="Add a shorter length to data.params.buckets.frames, or choose another data.params.short_clips.",
+    )
+
+
 def _dropped(facts: Facts) -> Iterator[Finding]:
-    groups = Counter(reason_group(reason) for _, reason in facts.index.dropped)
-    for reason, number in groups.most_common():
-        if reason.startswith("too short"):
-            continue  # `_short` covers them
+    # `_short` covers those that are too short
+    dropped = [(path, reason_group(r)) for path, r in facts.stream.index.dropped if not is_too_short(r)]
+    for reason, number in Counter(reason for _, reason in dropped).most_common():
         yield Finding(
             level="warning",
             text=f"{_files(number)} are left out: {reason}.",
             remedy="Change data.params.buckets, or take the files out of the source.",
-            examples=tuple(p for p, r in facts.index.dropped if reason_group(r) == reason)[:_LISTED],
+            examples=[path for path, r in dropped if r == reason][:_LISTED],
         )
 
 
 def _cut(facts: Facts) -> Iterator[Finding]:
-    uses = facts.uses
-    heavy = uses.cut > HEAVY_CUT
-    if not heavy.any():
-        return
-    share = float(heavy.mean())
-    ratio = float(np.median((uses.width / uses.height)[heavy]))
-    kind = "upright" if ratio < 0.9 else "about square" if ratio < 1.1 else "wide"
-    yield Finding(
-        level="warning" if share > RARE else "note",
-        text=f"{percent(share)} of the records ({count(heavy.sum())}) lose more than a quarter of the picture to "
-        f"the crop; most of them are {kind} (width / height {ratio:.2f}).",
-        remedy="Add a size of their shape to data.params.buckets.sizes, or give an area and ratios.",
-        examples=_paths(facts, heavy, uses.cut, lambda v: f"{100 * v:.0f} % cut"),
-    )
+    part, cut = facts.uses.part, facts.uses.cut
+    heavy = cut > HEAVY_CUT
+    if heavy.any():
+        ratio = float(np.median((part["width"] / part["height"])[heavy]))
+        kind = "upright" if ratio < 0.9 else "about square" if ratio < 1.1 else "wide"
+        yield Finding(
+            level="warning" if heavy.mean() > RARE else "note",
+            text=f"{percent(heavy.mean())} of the records ({count(heavy.sum())}) lose more than a quarter of the "
+            f"picture to the crop; most of them are {kind} (width / height {ratio:.2f}).",
+            remedy="Add a size of their shape to data.params.buckets.sizes, or give an area and ratios.",
+            examples=_worst(facts, heavy, 100 * cut, "{:.0f} % cut"),
+        )
 
 
 def _enlarged(facts: Facts) -> Iterator[Finding]:
-    uses = facts.uses
-    small = uses.enlarged > ENLARGED
-    if not small.any():
-        return
-    share = float(small.mean())
-    yield Finding(
-        level="warning" if share > RARE else "note",
-        text=f"{percent(share)} of the records ({count(small.sum())}) are smaller than their bucket and enlarged, "
-        f"by {float(np.median(uses.enlarged[small])):.1f} times in the middle: the model learns their blur.",
-        remedy="Train on a smaller size, or take the smallest files out.",
-        examples=_paths(facts, small, uses.enlarged, lambda v: f"enlarged {v:.1f} times"),
-    )
+    factor = facts.uses.enlarged
+    small = factor > ENLARGED
+    if small.any():
+        median = float(np.median(factor[small]))
+        yield Finding(
+            level="warning" if small.mean() > RARE else "note",
+            text=f"{percent(small.mean())} of the records ({count(small.sum())}) are smaller than their bucket "
+            f"and enlarged, by a median factor of {median:.1f}: the model learns their blur.",
+            remedy="Train on a smaller size, or take the smallest files out.",
+            examples=_worst(facts, small, factor, "enlarged {:.1f} times"),
+        )
 
 
 def _slow(facts: Facts) -> Iterator[Finding]:
-    uses, fps = facts.uses, facts.data.fps
-    slow = uses.moving & (uses.fps > 0) & (uses.fps < fps * 0.99)
+    moving, rate, fps = facts.uses.moving, facts.uses.part["fps"], facts.recipe.data.fps
+    slow = moving & (rate > 0) & (rate < fps * 0.99)
     if slow.any():
         yield Finding(
             level="note",
-            text=f"{percent(slow.sum() / uses.moving.sum())} of the clips have fewer than {fps} frames a second: "
+            text=f"{percent(slow.sum() / moving.sum())} of the clips have fewer than {fps} frames a second: "
             "some of their frames are shown twice.",
             remedy="Lower data.params.fps where that is most of them.",
-            examples=_paths(facts, slow, uses.fps, lambda v: f"{v:.3g} fps"),
+            examples=_worst(facts, slow, rate, "{:.3g} fps"),
         )
 
 
@@ -204,8 +196,8 @@ def _repeated(facts: Facts) -> Iterator[Finding]:
 
 
 def _same_captions(facts: Facts) -> Iterator[Finding]:
-    for name in facts.uses.sources:
-        texts = [c for _, captions in _captions(facts, name) for c in captions if c.strip()]
+    for source in facts.sources:
+        texts = [c for _, captions in _captions(facts, source.name) for c in captions if c.strip()]
         if len(texts) < 20:
             continue
         (text, number), *_ = Counter(texts).most_common(1)
@@ -213,50 +205,53 @@ def _same_captions(facts: Facts) -> Iterator[Finding]:
         if number / len(texts) > SAME_CAPTION or distinct < 0.5:
             yield Finding(
                 level="note",
-                text=f"'{name}': {percent(1 - distinct)} of the captions repeat another; the most frequent one "
-                f"stands at {_files(number)}: “{text[:80]}{'…' if len(text) > 80 else ''}”.",
+                text=f"'{source.name}': {percent(1 - distinct)} of the captions repeat another; the most frequent "
+                f"one belongs to {_files(number)}: “{text[:80]}{'…' if len(text) > 80 else ''}”.",
                 remedy="Captions that say what is different about each file teach more.",
             )
 
 
 def _long_captions(facts: Facts) -> Iterator[Finding]:
-    most = facts.text_tokens * facts.bytes_per_token
+    model, read = facts.recipe.engine.model, facts.recipe.shape.text_length
+    is_byt5 = (model.get("text") or {}).get("kind") == "byt5"  # whose tokens are bytes
+    most = read if is_byt5 else read * LETTERS_PER_TOKEN
     long = [p for p, captions in _captions(facts) if any(len(c.encode(errors="replace")) > most for c in captions)]
     if long:
-        about = "" if facts.bytes_per_token == 1 else "about "
         yield Finding(
             level="note",
-            text=f"{_files(len(long))} have captions longer than the {facts.text_tokens} tokens "
-            f"({about}{count(most)} letters) that the model reads: the rest is cut off.",
+            text=f"{_files(len(long))} have captions longer than the {read} tokens "
+            f"({'' if is_byt5 else 'about '}{count(most)} letters) that the model reads: the rest is cut off.",
             remedy="Put what matters first, or shorten them.",
-            examples=tuple(long[:_LISTED]),
+            examples=long[:_LISTED],
         )
 
 
 def _few(facts: Facts) -> Iterator[Finding]:
-    few = [c for c in facts.cells if c.batch < facts.batch_sizes[c.bucket]]
+    cells, batch_sizes = facts.stream.schedule.cells, facts.recipe.batch_sizes
+    few = [c for c in cells if c.batch < batch_sizes[c.bucket]]
     if few:
-        share = sum(c.records for c in few) / sum(c.records for c in facts.cells)
+        share = sum(c.records for c in few) / sum(c.records for c in cells)
         yield Finding(
             level="warning" if share > HEAVY_CUT else "note",
-            text=f"Too few records for full batches: {len(few)} of {len(facts.cells)} pairs of source and bucket "
+            text=f"Too few records for full batches: {len(few)} of {len(cells)} pairs of source and bucket "
             f"({percent(share)} of the records) take smaller ones, and their steps use the GPU less.",
-            remedy="Fewer buckets, sources joined into one, or more files fill them.",
-            examples=tuple(
+            remedy="Use fewer buckets, join sources, or add files.",
+            examples=[
                 f"'{c.source}' in {c.bucket}: {count(c.records)} records, batches of {c.batch} instead of "
-                f"{facts.batch_sizes[c.bucket]}"
+                f"{batch_sizes[c.bucket]}"
                 for c in few
-            ),
+            ],
         )
-    used = {c.bucket for c in facts.cells}
-    most = max(map(tokens, used))
-    empty = [b for b in facts.data.make_buckets() if b not in used]
-    costly = [b for b in empty if tokens(b) > most]
-    if costly:
+
+
+def _unfilled(facts: Facts) -> Iterator[Finding]:
+    used = {c.bucket for c in facts.stream.schedule.cells}
+    empty, most = [b for b in facts.recipe.buckets if b not in used], max(map(tokens, used))
+    if costly := [b for b in empty if tokens(b) > most]:
         yield Finding(
             level="warning",
-            text=f"No file falls into {_buckets(costly)}, larger than any that is filled: the plan of memory, "
-            "and the batches under {cost: auto}, are sized for what is never trained on.",
+            text=f"No file falls into {_buckets(costly)}, larger than any that is filled: the memory plan, and "
+            "the batches under {cost: auto}, are sized for what is never trained on.",
             remedy="Take them out: lower data.params.max_num_frames, or shorten data.params.buckets.",
         )
     if idle := [b for b in empty if b not in costly]:
@@ -267,19 +262,9 @@ def _few(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _all_still(facts: Facts) -> Iterator[Finding]:
-    meant = all(find_sampler(s.sampler).still for s in facts.sources)
-    if not facts.uses.moving.any() and not meant and facts.clips:
-        yield Finding(
-            level="warning",
-            text="There are clips, but every sample is a still: the model will not learn movement.",
-            remedy="Add lengths above 1 to data.params.buckets.frames.",
-        )
-
-
 _CHECKS = (
     _unreadable, _unread, _no_caption, _all_still, _longest, _short, _dropped, _cut, _enlarged, _repeated, _few,
-    _slow, _same_captions, _long_captions,
+    _unfilled, _slow, _same_captions, _long_captions,
 )  # fmt: skip
 
 
@@ -293,18 +278,16 @@ def _files(number: int) -> str:
 
 def _captions(facts: Facts, source: str | None = None) -> Iterator[tuple[str, Sequence[str]]]:
     """Path and captions of every row of the index, or of one source."""
-    table: pa.Table = facts.index.table.select(["source", "path", "captions"])
+    table: pa.Table = facts.stream.index.table.select(["source", "path", "captions"])
     if source is not None:
         table = table.filter(pc.equal(pc.cast(table.column("source"), pa.string()), source))
     for batch in table.to_batches():
         yield from zip(batch.column("path").to_pylist(), batch.column("captions").to_pylist())
 
 
-def _paths(facts: Facts, chosen: np.ndarray, by: np.ndarray, text: object) -> tuple[str, ...]:
-    """The worst of the chosen records, each file once."""
-    assert callable(text)
-    at = np.flatnonzero(chosen)
-    order = at[np.argsort(-by[at], kind="stable")]
-    paths = facts.index.table.column("path")
-    found = dict.fromkeys((paths[int(facts.uses.row[i])].as_py(), text(by[i])) for i in order[: 4 * _LISTED])
-    return tuple(f"{path}: {what}" for path, what in list(found)[:_LISTED])
+def _worst(facts: Facts, chosen: np.ndarray, by: np.ndarray, form: str) -> list[str]:
+    """The chosen records that have most of something, each file once."""
+    rows = np.flatnonzero(chosen)
+    order = rows[np.argsort(-by[rows], kind="stable")][: 4 * _LISTED]
+    paths = facts.stream.index.table.column("path")
+    return list(dict.fromkeys(f"{paths[int(i)].as_py()}: {form.format(by[i])}" for i in order))[:_LISTED]

@@ -1,7 +1,5 @@
 """The report as one HTML file that needs nothing else: no network, no script."""
 
-from functools import cache
-
 import jinja2
 import markupsafe
 
@@ -10,11 +8,6 @@ from sat_ext.preview.report import Report
 
 def render(report: Report) -> str:
     """The page. All text is escaped: captions and file names may hold anything."""
-    return _template().render(report=report)
-
-
-@cache
-def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sat_ext.preview", "."),
         autoescape=True,
@@ -23,7 +16,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, count=count, duration=duration, breakable=breakable)
-    return environment.get_template("page.html.j2")
+    return environment.get_template("page.html.j2").render(report=report)
 
 
 def percent(share: float) -> str:

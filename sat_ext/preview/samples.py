@@ -1,29 +1,31 @@
 """Samples of the real stream as pictures: what the model gets after decoding, crop and resize."""
 
+import base64
+import io
 from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
+from PIL import Image
 
 from sat_ext.data.parts import part_info
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import DataError
 from sat_ext.pixels import to_uint8
-from sat_ext.preview.pictures import picture
 from sat_ext.preview.report import Frame, Shown
 from sat_ext.types import Bucket, MediaInfo, Sample
 
 STRIP_FRAMES = 8
 STILL_SIDE, STRIP_SIDE = 360, 180  # pixels: about twice what the page gives them, for fine screens
-_TRIES = 4  # samples read for one that is shown
+QUALITY = 72  # WebP's, of 100: at these sizes its faults are below what the eye finds
 MOST_CAPTION = 5000  # letters of it that are printed
+_TRIES = 4  # samples read for one that is shown
 
 
-def show(stream: JointStream, bucket: Bucket, number: int, *, conditioned: bool) -> tuple[list[Shown], str]:
+def show(stream: JointStream, bucket: Bucket, number: int) -> tuple[list[Shown], str]:
     """The first `number` records that training takes from a bucket, of every source in turn; and a remark.
 
-    `conditioned`: the model is an image-to-video one. A bucket of which no file can be read gives no samples and
-    the reason as remark.
+    A bucket of which no file can be read gives no samples and the reason as remark.
     """
     shown: list[Shown] = []
     seen = set()
@@ -36,7 +38,7 @@ def show(stream: JointStream, bucket: Bucket, number: int, *, conditioned: bool)
         if (sample.source, sample.key) in seen:
             continue
         seen.add((sample.source, sample.key))
-        shown.append(_shown(sample, bucket, _origin(stream, cell, position, sample), conditioned))
+        shown.append(_shown(sample, _origin(stream, cell, position, sample)))
         if len(shown) == number:
             break
     return shown, ""
@@ -49,13 +51,14 @@ def _turns(stream: JointStream, bucket: Bucket) -> Iterator[tuple[int, int]]:
         yield from ((cell, position) for cell, records in cells if position < records)
 
 
-def _shown(sample: Sample, bucket: Bucket, origin: str, conditioned: bool) -> Shown:
+def _shown(sample: Sample, origin: str) -> Shown:
     pixels = to_uint8(sample.pixels)
-    still = bucket.frames == 1
+    still = len(pixels) == 1
     wanted = np.linspace(0, len(pixels) - 1, min(STRIP_FRAMES, len(pixels))).round().astype(int)
     frames = [
-        Frame(
-            picture=picture(pixels[i], STILL_SIDE if still else STRIP_SIDE),
+        _frame(
+            pixels[i],
+            STILL_SIDE if still else STRIP_SIDE,
             label="" if still else f"{i / max(sample.fps, 1):.1f} s",
             repeated=bool(i >= sample.num_frames),
         )
@@ -64,14 +67,20 @@ def _shown(sample: Sample, bucket: Bucket, origin: str, conditioned: bool) -> Sh
     caption = sample.caption
     if len(caption) > MOST_CAPTION:
         caption = f"{caption[:MOST_CAPTION]} … ({len(sample.caption):,} letters)"
-    return Shown(
-        frames=tuple(frames),
-        caption=caption,
-        source=sample.source,
-        key=sample.key,
-        origin=origin,
-        condition=frames[0].picture if conditioned and not still else None,
-    )
+    return Shown(frames=frames, caption=caption, source=sample.source, key=sample.key, origin=origin)
+
+
+def _frame(pixels: np.ndarray, longest: int, *, label: str, repeated: bool) -> Frame:
+    """uint8 (H, W, 3) in a data: URI, its longer side at most `longest` pixels; small ones are enlarged."""
+    image = Image.fromarray(pixels)
+    factor = longest // max(image.size)
+    if factor > 1:  # what the model sees of a tiny bucket are its pixels, not a blur
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=QUALITY)
+    uri = "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+    return Frame(uri=uri, width=image.width, height=image.height, label=label, repeated=repeated)
 
 
 def _origin(stream: JointStream, cell: int, position: int, sample: Sample) -> str:

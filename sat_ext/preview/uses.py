@@ -1,112 +1,60 @@
 """Every use of a file by a bucket, as arrays: what the preview's histograms and findings count."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
+from sat_ext.data.clips import available_frames, find_sampler
 from sat_ext.data.index import Index
-from sat_ext.types import Bucket, MediaInfo
+from sat_ext.data.index.columns import to_info, to_item
+from sat_ext.data.parts import part_info
+from sat_ext.types import MediaInfo
+
+_FIELDS = ("width", "height", "seconds", "fps", "available")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uses:
-    """Arrays of one entry per record (a file, or the part of one, of a source that has a place in a bucket).
+    """Arrays with one entry for each row of the index's table: a file, or a part of one, in a bucket.
 
-    `source` and `bucket` are places in the lists of names and buckets. `seconds` is the record's own length, 0 for
-    a still; `fps` its rate, 0 for a still; `width` and `height` those of its crop, where it has one.
+    `part` has its width, height, `seconds` (0 for a still), `fps`, and frames `available` at the model's rate, and
+    `left_out` the same of the files without a bucket. `moving`: the row trains as a clip. `cut` is the part of the
+    picture's area, 0 to 1, that is cropped, and `enlarged` the factor by which its sides grow. `lengths` are the
+    frames available in each clip that is not meant to train as a still, with or without a bucket.
     """
 
-    sources: tuple[str, ...]
-    buckets: tuple[Bucket, ...]
-    row: np.ndarray
-    source: np.ndarray
-    bucket: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-    seconds: np.ndarray
-    fps: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    @property
-    def clip(self) -> np.ndarray:
-        """Which files are clips (bool), whatever is made of them."""
-        return self.seconds > 0
-
-    @property
-    def moving(self) -> np.ndarray:
-        """Which are trained on as clips (bool)."""
-        return self._of_bucket([b.frames for b in self.buckets]) > 1
-
-    @property
-    def cut(self) -> np.ndarray:
-        """The part of the picture's area, 0 to 1, that the crop to the bucket's shape leaves out."""
-        shape = self._of_bucket([b.width / b.height for b in self.buckets]) * self.height / self.width
-        return 1 - np.minimum(shape, 1 / shape)
-
-    @property
-    def enlarged(self) -> np.ndarray:
-        """By how much the picture's sides are enlarged (above 1) or shrunk (below 1) to cover the bucket."""
-        return np.maximum(
-            self._of_bucket([b.height for b in self.buckets]) / self.height,
-            self._of_bucket([b.width for b in self.buckets]) / self.width,
-        )
-
-    def _of_bucket(self, values: Sequence[float]) -> np.ndarray:
-        return np.asarray(values, np.float64)[self.bucket]
+    part: np.ndarray
+    left_out: np.ndarray
+    moving: np.ndarray
+    cut: np.ndarray
+    enlarged: np.ndarray
+    lengths: np.ndarray
 
 
-def uses_of(index: Index) -> Uses:
-    """The index as arrays. A record that a group visits several times (by its weight, its windows) counts once."""
-    sources = tuple(dict.fromkeys(g.source for g in index.groups))
-    buckets = tuple(sorted({g.bucket for g in index.groups}))
-    rows = [np.unique(g.rows) for g in index.groups]
-    row = np.concatenate(rows).astype(np.int64)
-    sizes = [len(r) for r in rows]
-    columns = {name: _numbers(index.table, name, row) for name in ("width", "height", "frames", "fps", "duration")}
-    start, end = _numbers(index.table, "start", row), _numbers(index.table, "end", row)
-    whole = columns["duration"]
-    part = np.clip(np.where(np.isnan(end), whole, np.minimum(end, whole)) - np.nan_to_num(start), 0, None)
-    played = _numbers(index.table, "item_fps", row)
-    retimed = ~np.isnan(played) & (columns["fps"] > 0)
-    speed = np.divide(columns["fps"], played, out=np.ones_like(part), where=retimed)
-    width, height = columns["width"], columns["height"]
-    for at, crop in _crops(index.table, row):
-        width[at], height[at] = crop
+def uses_of(index: Index, fps: int, left_out: Sequence[MediaInfo]) -> Uses:
+    """The index as arrays. A row that an epoch visits several times (by its weight, its windows) counts once."""
+    target = np.empty((len(index.table), 4))
+    for group in index.groups:
+        bucket, as_still = group.bucket, find_sampler(index.samplers[group.source]).still
+        target[group.rows] = bucket.frames, bucket.height, bucket.width, as_still
+    frames, height, width, as_still = target.T
+    # batch by batch: a million rows as Python objects would take gigabytes
+    rows = (row for batch in index.table.to_batches() for row in batch.to_pylist())
+    part = _measured((part_info(to_item(row), to_info(row)) for row in rows), fps)
+    gone = _measured(left_out, fps)
+    shape = width / height * part["height"] / part["width"]
+    meant = (part["seconds"] > 0) & (as_still == 0)
     return Uses(
-        sources=sources,
-        buckets=buckets,
-        row=row,
-        source=np.repeat([sources.index(g.source) for g in index.groups], sizes),
-        bucket=np.repeat([buckets.index(g.bucket) for g in index.groups], sizes),
-        width=width,
-        height=height,
-        seconds=np.where(columns["frames"] > 1, part * speed, 0.0),
-        fps=np.where(retimed, played, columns["fps"]),
+        part=part,
+        left_out=gone,
+        moving=frames > 1,
+        cut=1 - np.minimum(shape, 1 / shape),
+        enlarged=np.maximum(height / part["height"], width / part["width"]),
+        lengths=np.concatenate([part["available"][meant], gone["available"][gone["seconds"] > 0]]),
     )
 
 
-def info_arrays(infos: Sequence[MediaInfo]) -> dict[str, np.ndarray]:
-    """Width, height and seconds of files that have no place in a bucket."""
-    return {
-        "width": np.array([i.width for i in infos], np.float64),
-        "height": np.array([i.height for i in infos], np.float64),
-        "seconds": np.array([i.duration for i in infos], np.float64),
-    }
-
-
-def _numbers(table: pa.Table, name: str, row: np.ndarray) -> np.ndarray:
-    """A column's values at `row`, as float64; nan for null."""
-    column = pc.cast(table.column(name).take(pa.array(row)), pa.float64())
-    return np.array(column.to_numpy(), np.float64)
-
-
-def _crops(table: pa.Table, row: np.ndarray) -> list[tuple[int, tuple[int, int]]]:
-    """Where a record is cropped by its table: its place in `row`, and the crop's width and height."""
-    column = table.column("crop").take(pa.array(row))
-    at = np.flatnonzero(column.is_valid().to_numpy())
-    return [(int(i), tuple(column[int(i)].as_py()[2:])) for i in at]
+def _measured(infos: Iterable[MediaInfo], fps: int) -> np.ndarray:
+    values = ((i.width, i.height, i.duration, i.fps, available_frames(i, fps)) for i in infos)
+    return np.fromiter(values, [(name, np.float64) for name in _FIELDS])

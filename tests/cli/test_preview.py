@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sat_ext.cli.main import main
-from sat_ext.preview.charts import length_chart, shape_chart
+from sat_ext.preview.charts import length_chart, log_chart
 from tests.media import pattern, write_clip
 
 EVIL = "<script>alert(1)</script> \" onload='x' & </style> {{ 7 * 7 }}"
@@ -262,16 +262,16 @@ def test_a_page_that_cannot_be_written_there_is_a_wrong_call(
 def test_a_histogram_counts_every_record() -> None:
     seconds = {"kept": np.array([0.5, 1.0, 1.1, 2.0, 500.0]), "left out": np.array([0.1])}
     chart = length_chart("Length", "", seconds, [(2.125, "17")])
-    assert chart.total == 6
-    assert sum(bar.of("left out") for bar in chart.bars) == 1
+    assert chart.totals == {"kept": 5, "left out": 1}
+    assert sum(bar.counts["left out"] for bar in chart.bars) == 1
     assert chart.bars[-1].label.endswith("and longer")
-    assert all(0 <= top <= 100 for bar in chart.bars for _, top, _, _ in bar.parts)
+    assert all(0 <= top <= 100 for bar in chart.bars for top in bar.tops.values())
 
 
 def test_equal_shapes_make_a_chart() -> None:
-    chart = shape_chart("Shape", "", {"used": np.array([1.5, 1.5]), "left out": np.array([])}, [(1.5, "720x480")])
-    assert chart.total == 2
-    assert not chart.has("left out")
+    ratios = {"used": np.array([1.5, 1.5]), "left out": np.array([])}
+    chart = log_chart("Shape", "", ratios, [(1.5, "720x480")], [], form=".2f", shown=(0.5, 2.0))
+    assert chart.totals == {"used": 2, "left out": 0}
     assert chart.marks[0][0] == pytest.approx(100 * (np.log(1.5 / 0.5) + 0.15) / (np.log(4) + 0.3))
 
 
