@@ -44,6 +44,7 @@ setup(
         "sentencepiece",
         "simplejpeg",
         "rich",
+        "tqdm",
         "typer>=0.15",
         *SAT_UNDECLARED,
     ],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sat_ext.checkpoint.manifest import Base, Manifest, RateState, write_manifest
-from sat_ext.convert.positions import UNUSED, computed
+from sat_ext.convert.parts import UNREAD, computed
 from sat_ext.types import Bucket
 
 SIZE = Bucket(frames=9, height=64, width=64)
@@ -76,7 +76,7 @@ def sat_transformer(family: str, dtype: torch.dtype = torch.float32) -> dict[str
     weights = _random(shapes, dtype)
     defaults = {"patch_size": 2, "patch_size_t": None, "use_rotary_positional_embeddings": False}
     positions = computed({**defaults, "spatial_interpolation_scale": 1.875, **config}, dtype)
-    weights |= {name: tensor for name, tensor in positions.items() if name != UNUSED}
+    weights |= {name: tensor for name, tensor in positions.items() if name != UNREAD}
     return {f"model.diffusion_model.{name}": t for name, t in weights.items()}
 
 

@@ -22,18 +22,14 @@ from tests.sat_layout import AUTOENCODER, FAMILIES, SIZE, sat_autoencoder, sat_t
 TINY = Options(size=SIZE)
 
 
-def untold(name: str, size: int) -> Any:
-    return lambda written: None
-
-
 def to_diffusers(source: Path, target: Path, options: Options = TINY) -> dict[str, Tensor]:
     """Convert, and give the transformer's tensors."""
-    convert(source, target, "diffusers", ("transformer",), options, untold)
+    convert(source, target, "diffusers", ("transformer",), options)
     return files.read_safetensors(target / "transformer")
 
 
 def to_sat(source: Path, target: Path) -> dict[str, Tensor]:
-    convert(source, target, "sat", ("transformer",), Options(), untold)
+    convert(source, target, "sat", ("transformer",), Options())
     return sat_file(target / "transformer")
 
 
@@ -111,7 +107,7 @@ def test_q_k_v_and_the_modulation_are_split_in_the_order_of_the_networks(tmp_pat
 def test_the_autoencoder_there_and_back(wrapped: bool, tmp_path: Path) -> None:
     weights = sat_autoencoder() | {"loss.discriminator.weight": torch.randn(3)}  # of its training; kept aside
     torch.save({"state_dict": weights} if wrapped else weights, tmp_path / "3d-vae.pt")
-    convert(tmp_path, tmp_path / "out", "diffusers", ("vae",), Options(scale_factor=0.7), untold)
+    convert(tmp_path, tmp_path / "out", "diffusers", ("vae",), Options(scale_factor=0.7))
     model, loading = AutoencoderKLCogVideoX.from_pretrained(tmp_path / "out" / "vae", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert model.config.scaling_factor == 0.7
@@ -120,7 +116,7 @@ def test_the_autoencoder_there_and_back(wrapped: bool, tmp_path: Path) -> None:
     assert torch.equal(
         model.decoder.up_blocks[0].resnets[0].conv1.conv.bias, weights["decoder.up.3.block.0.conv1.conv.bias"]
     )
-    convert(tmp_path / "out", tmp_path / "back", "sat", ("vae",), Options(), untold)
+    convert(tmp_path / "out", tmp_path / "back", "sat", ("vae",), Options())
     assert_same(torch.load(tmp_path / "back" / "vae" / "3d-vae.pt", weights_only=True)["state_dict"], weights)
 
 
@@ -129,8 +125,8 @@ def test_diffusers_autoencoder_there_and_back(tmp_path: Path) -> None:
     kinds = {f"{k}_block_types": (f"CogVideoX{k.title()}Block3D",) * 4 for k in ("down", "up")}
     model = AutoencoderKLCogVideoX(**AUTOENCODER, **kinds, scaling_factor=0.9).half()
     model.save_pretrained(tmp_path / "own" / "vae")
-    convert(tmp_path / "own", tmp_path / "sat", "sat", ("transformer", "vae"), Options(), untold)
-    convert(tmp_path / "sat", tmp_path / "back", "diffusers", ("transformer", "vae"), Options(), untold)
+    convert(tmp_path / "own", tmp_path / "sat", "sat", ("transformer", "vae"), Options())
+    convert(tmp_path / "sat", tmp_path / "back", "diffusers", ("transformer", "vae"), Options())
     name = "diffusion_pytorch_model.safetensors"
     assert_same(load_file(tmp_path / "back" / "vae" / name), load_file(tmp_path / "own" / "vae" / name))
     assert json.loads((tmp_path / "back" / "vae" / "config.json").read_text())["scaling_factor"] == 0.9
@@ -141,7 +137,7 @@ def test_both_parts_of_a_published_folder_are_converted(tmp_path: Path) -> None:
     (tmp_path / "sat" / "vae").mkdir()
     torch.save({"state_dict": sat_autoencoder()}, tmp_path / "sat" / "vae" / "3d-vae.pt")
     options = Options(size=SIZE, scale_factor=0.7)
-    done = convert(tmp_path / "sat", tmp_path / "out", "diffusers", ("transformer", "vae"), options, untold)
+    done = convert(tmp_path / "sat", tmp_path / "out", "diffusers", ("transformer", "vae"), options)
     assert done.written == [tmp_path / "out" / "transformer", tmp_path / "out" / "vae"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["transformer", "vae"]
 
@@ -151,12 +147,12 @@ def test_a_whole_checkpoint_gives_its_transformer_and_its_autoencoder(tmp_path: 
     own = sat_transformer("2b")
     first = {f"first_stage_model.{n}": t for n, t in sat_autoencoder().items()}
     write_sat(tmp_path / "run", own | first | {"conditioner.embedders.0.t5.weight": torch.zeros(2)})
-    done = convert(tmp_path / "run", tmp_path / "out", "diffusers", ("transformer",), TINY, untold)
+    done = convert(tmp_path / "run", tmp_path / "out", "diffusers", ("transformer",), TINY)
     assert done.left_out == ("conditioner", "first_stage_model")
     assert_same(to_sat(tmp_path / "out", tmp_path / "back"), own)
     file = tmp_path / "run" / "1" / "mp_rank_00_model_states.pt"
-    convert(file, tmp_path / "vae", "diffusers", ("vae",), Options(scale_factor=0.7), untold)
-    convert(tmp_path / "vae", tmp_path / "vae-sat", "sat", ("vae",), Options(), untold)
+    convert(file, tmp_path / "vae", "diffusers", ("vae",), Options(scale_factor=0.7))
+    convert(tmp_path / "vae", tmp_path / "vae-sat", "sat", ("vae",), Options())
     back = torch.load(tmp_path / "vae-sat" / "vae" / "3d-vae.pt", weights_only=True)["state_dict"]
     assert_same(back, sat_autoencoder())
 
@@ -190,7 +186,7 @@ def test_tensors_that_share_their_memory_are_saved_alone(tmp_path: Path) -> None
     """DeepSpeed's files hold views of flat buffers, each of which would be saved with the whole buffer."""
     flat = torch.arange(1e6)
     weights = {"a": flat[:10], "b": torch.cat([flat[10:20], flat[:10]]), "c": flat[:10].view(2, 5).T}
-    files.write_checkpoint(tmp_path / "a.pt", "module", weights, lambda written: None)
+    files.write_checkpoint(tmp_path / "a.pt", "module", weights, "a.pt")
     assert (tmp_path / "a.pt").stat().st_size < 10_000
     found = torch.load(tmp_path / "a.pt", weights_only=True)["module"]
     assert found["a"].tolist() == list(range(10))
@@ -221,7 +217,7 @@ def test_cogvideos_yaml_gives_the_size(tmp_path: Path) -> None:
     write_sat(tmp_path / "sat" / "transformer", sat_transformer("1.5-5b-i2v"))
     (tmp_path / "sat" / "vae").mkdir()
     torch.save({"state_dict": sat_autoencoder()}, tmp_path / "sat" / "vae" / "3d-vae.pt")
-    convert(tmp_path / "sat", tmp_path / "out", "diffusers", ("transformer", "vae"), Options(base=BASE), untold)
+    convert(tmp_path / "sat", tmp_path / "out", "diffusers", ("transformer", "vae"), Options(base=BASE))
     config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
     names = ("sample_height", "sample_width", "sample_frames", "max_text_seq_length", "patch_size_t")
     assert [config[name] for name in names] == [300, 300, 81, 224, 2]
@@ -263,4 +259,4 @@ def test_a_scale_of_nothing_is_not_taken_for_no_scale(tmp_path: Path) -> None:
     torch.save({"state_dict": sat_autoencoder()}, tmp_path / "3d-vae.pt")
     options = Options(base=BASE, scale_factor=0.0)
     with pytest.raises(ConfigError, match=r"3d-vae.pt: scaling_factor is 0.0, which no model can have"):
-        convert(tmp_path, tmp_path / "out", "diffusers", ("vae",), options, untold)
+        convert(tmp_path, tmp_path / "out", "diffusers", ("vae",), options)

@@ -12,16 +12,16 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sat_ext.convert.convert import convert, export
-from sat_ext.convert.files import read_metadata
 from sat_ext.convert.parts import ConvertOptions as Options
 from sat_ext.errors import ConfigError
 from sat_ext.models.engine import VideoDiffusionEngine
 from tests.sat_layout import AUTOENCODER, FAMILIES, HIDDEN, LAYERS, SIZE, sat_transformer, write_sat
-from tests.test_convert import assert_same, sat_file, untold
+from tests.test_convert import assert_same, sat_file
 
 RANK, ALPHA = 4, 6.0
 PREFIX = "model.diffusion_model."
@@ -82,7 +82,7 @@ def write_run(folder: Path, weights: dict[str, Tensor], alpha: float | None = AL
 def from_sat(folder: Path, weights: dict[str, Tensor]) -> CogVideoXTransformer3DModel:
     """diffusers' model of SAT's weights."""
     write_sat(folder / "sat", weights)
-    convert(folder / "sat", folder / "out", "diffusers", ("transformer",), Options(size=SIZE), untold)
+    convert(folder / "sat", folder / "out", "diffusers", ("transformer",), Options(size=SIZE))
     return CogVideoXTransformer3DModel.from_pretrained(folder / "out" / "transformer")
 
 
@@ -110,7 +110,7 @@ def test_an_exported_lora_of_cogvideos_does_in_diffusers_what_its_merged_weights
 ) -> None:
     base, lora = sat_transformer("5b"), sat_lora()
     run = write_run(tmp_path / "run", as_upstream(base, lora) if layout == "base and lora" else lora, alpha)
-    done = export(run, tmp_path / "lora", Options(), untold)
+    done = export(run, tmp_path / "lora", Options())
     assert done.written == [tmp_path / "lora" / LORA_FILE]
     found = output(with_lora(from_sat(tmp_path / "base", base), tmp_path / "lora"))
     expected = output(from_sat(tmp_path / "merged", merged(base, lora, 1.0 if alpha is None else alpha)))
@@ -121,7 +121,7 @@ def test_an_exported_lora_of_cogvideos_does_in_diffusers_what_its_merged_weights
 def test_a_lora_on_some_layers_names_them_in_full(tmp_path: Path) -> None:
     lora = {n: t for n, t in sat_lora().items() if ".layers.1." in n}
     base = sat_transformer("5b")
-    export(write_run(tmp_path / "run", as_upstream(base, lora)), tmp_path / "lora", Options(), untold)
+    export(write_run(tmp_path / "run", as_upstream(base, lora)), tmp_path / "lora", Options())
     model = with_lora(from_sat(tmp_path / "base", base), tmp_path / "lora")
     adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     assert adapted == [f"transformer_blocks.1.attn1.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -131,18 +131,18 @@ def test_a_lora_on_some_layers_names_them_in_full(tmp_path: Path) -> None:
 def test_base_and_lora_go_to_diffusers_and_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     weights = as_upstream(sat_transformer("5b-i2v", dtype), sat_lora(dtype))
     run = write_run(tmp_path / "run", weights)
-    convert(run, tmp_path / "out", "diffusers", ("transformer",), Options(size=SIZE, alpha=ALPHA), untold)
+    convert(run, tmp_path / "out", "diffusers", ("transformer",), Options(size=SIZE, alpha=ALPHA))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [LORA_FILE, "transformer"]
-    convert(tmp_path / "out", tmp_path / "back", "sat", ("transformer",), Options(), untold)
+    convert(tmp_path / "out", tmp_path / "back", "sat", ("transformer",), Options())
     folder = tmp_path / "back" / "transformer"
     assert_same(sat_file(folder), weights)
     section = yaml.safe_load((folder / "lora.yaml").read_text())["model"]["network_config"]["params"]["modules"]
     assert section["lora_config"]["params"] == {"r": RANK, "lora_alpha": ALPHA}
     # and the LoRA's file again from that, its alpha too
-    convert(tmp_path / "back", tmp_path / "again", "diffusers", ("transformer",), Options(), untold)
+    convert(tmp_path / "back", tmp_path / "again", "diffusers", ("transformer",), Options())
     for name in (LORA_FILE, "transformer/diffusion_pytorch_model.safetensors"):
         assert_same(load_file(tmp_path / "again" / name), load_file(tmp_path / "out" / name))
-    again, out = (read_metadata(tmp_path / name / LORA_FILE) for name in ("again", "out"))
+    again, out = (safe_open(tmp_path / name / LORA_FILE, framework="pt").metadata() for name in ("again", "out"))
     assert again == out and "lora_adapter_metadata" in out
 
 
@@ -178,7 +178,7 @@ def test_an_exported_lora_of_the_built_in_engine_does_the_same_in_diffusers(
 ) -> None:
     train = {"mode": "lora", "rank": RANK, "alpha": 3, "target_modules": targets}
     engine = engine_run(tmp_path / "run", small_model(train=train))
-    done = export(tmp_path / "run", tmp_path / "out", Options(), untold)
+    done = export(tmp_path / "run", tmp_path / "out", Options())
     # no folder holds the base of a model that began with random weights, so it goes along
     assert done.written == [tmp_path / "out" / "transformer", tmp_path / "out" / LORA_FILE]
     model = with_lora(
@@ -199,9 +199,9 @@ def test_a_lora_of_the_built_in_engine_goes_to_sat_with_the_weights_of_its_folde
     write_sat(tmp_path / "run", lora)
     model = {"pretrained": str(folder), "train": {"mode": "lora", "rank": RANK, "alpha": 3}}
     (tmp_path / "run" / "training_config.yaml").write_text(yaml.safe_dump({"model": model}))
-    done = export(tmp_path / "run", tmp_path / "lora", Options(), untold)
+    done = export(tmp_path / "run", tmp_path / "lora", Options())
     assert done.written == [tmp_path / "lora" / LORA_FILE]
-    convert(tmp_path / "run", tmp_path / "sat", "sat", ("transformer",), Options(), untold)
+    convert(tmp_path / "run", tmp_path / "sat", "sat", ("transformer",), Options())
     found = sat_file(tmp_path / "sat" / "transformer")
     name = ATTENTION.format(1) + "query_key_value."
     assert torch.equal(
@@ -214,7 +214,7 @@ def test_a_lora_of_the_built_in_engine_goes_to_sat_with_the_weights_of_its_folde
 
 def test_a_full_run_exports_its_transformer(tmp_path: Path) -> None:
     engine = engine_run(tmp_path / "run", small_model())
-    done = export(tmp_path / "run", tmp_path / "out", Options(), untold)
+    done = export(tmp_path / "run", tmp_path / "out", Options())
     assert done.written == [tmp_path / "out" / "transformer"] and done.lora is None
     model = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
     assert_same(model.state_dict(), engine.network.state_dict())
@@ -226,22 +226,22 @@ def test_what_is_wrong_with_a_lora_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="SAT keeps the scale of a LoRA in the YAML; give .* or its lora_alpha with --alph"
     ):
-        export(tmp_path / "bare", tmp_path / "out", Options(), untold)
+        export(tmp_path / "bare", tmp_path / "out", Options())
     with pytest.raises(
         ConfigError, match="holds a LoRA and not the weights that it belongs to; name their folder with"
     ):
-        convert(tmp_path / "bare", tmp_path / "out", "sat", ("transformer",), Options(alpha=1), untold)
+        convert(tmp_path / "bare", tmp_path / "out", "sat", ("transformer",), Options(alpha=1))
     write_sat(tmp_path / "half", {n: t for n, t in lora.items() if "0.attention.dense.matrix_B" not in n})
     with pytest.raises(
         ConfigError, match=r"transformer.layers.0.attention.dense.matrix_B.0 is missing; copy or downl"
     ):
-        export(tmp_path / "half", tmp_path / "out", Options(alpha=1), untold)
+        export(tmp_path / "half", tmp_path / "out", Options(alpha=1))
     moved = {n.replace("attention.dense", "mlp.dense_h_to_4h"): t for n, t in lora.items()}
     write_sat(tmp_path / "moved", moved)
     with pytest.raises(
         ConfigError, match=r"4 adapters have no place \(first: transformer.layers.0.mlp.dense_h_to_4h.mat"
     ):
-        export(tmp_path / "moved", tmp_path / "out", Options(alpha=1), untold)
+        export(tmp_path / "moved", tmp_path / "out", Options(alpha=1))
     assert not (tmp_path / "out").exists()
 
 
@@ -253,12 +253,12 @@ def test_a_lora_that_sat_cannot_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"1 adapters have no place \(first: transformer_blocks.0.ff.net.0.proj\); SAT"
     ):
-        convert(folder, tmp_path / "out", "sat", ("transformer",), Options(), untold)
+        convert(folder, tmp_path / "out", "sat", ("transformer",), Options())
     save_file({"unet.lora_A.weight": pair["A"]}, folder / LORA_FILE)
     with pytest.raises(
         ConfigError, match="holds unet.lora_A.weight, not a transformer's LoRA; name the file of a Cog"
     ):
-        convert(folder, tmp_path / "out", "sat", ("transformer",), Options(), untold)
+        convert(folder, tmp_path / "out", "sat", ("transformer",), Options())
 
 
 @pytest.mark.parametrize(
@@ -282,15 +282,15 @@ def test_metadata_of_a_lora_that_is_none_is_one_sentence(metadata: str, message:
     file = tmp_path / LORA_FILE
     save_file({name.format(k): t for k, t in pair.items()}, file, {"lora_adapter_metadata": metadata})
     with pytest.raises(ConfigError, match=re.escape(f"{file}: {message}")):
-        convert(file, tmp_path / "out", "sat", ("transformer",), Options(), untold)
+        convert(file, tmp_path / "out", "sat", ("transformer",), Options())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_the_alpha_that_is_given_wins_whatever_it_is(alpha: float, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", sat_lora())
-    done = export(run, tmp_path / "lora", Options(alpha=alpha), untold)
+    done = export(run, tmp_path / "lora", Options(alpha=alpha))
     assert done.lora is not None and done.lora.alpha == alpha
     engine_run(tmp_path / "engine", small_model(train={"mode": "lora", "rank": RANK, "alpha": 3}))
     for source in (tmp_path / "engine", tmp_path / "lora" / LORA_FILE):
-        done = export(source, tmp_path / source.stem / "out", Options(alpha=alpha), untold)
+        done = export(source, tmp_path / source.stem / "out", Options(alpha=alpha))
         assert done.lora is not None and done.lora.alpha == alpha

@@ -20,7 +20,7 @@ from sat_ext.convert.parts import ConvertOptions as Options
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 from tests.sat_layout import FAMILIES, sat_autoencoder, sat_transformer, write_sat
-from tests.test_convert import BASE, to_diffusers, to_sat, untold
+from tests.test_convert import BASE, to_diffusers, to_sat
 
 
 class Foreign:
@@ -149,7 +149,7 @@ def test_mistakes_with_folders(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"the scale of its latents is not in the weights; .* \(1.15258426 for 2B"
     ):
-        convert(tmp_path / "empty", tmp_path / "again", "diffusers", ("vae",), Options(), untold)
+        convert(tmp_path / "empty", tmp_path / "again", "diffusers", ("vae",), Options())
 
 
 def test_a_broken_folder_of_diffusers_is_one_sentence(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_layout_that_weights_have_is_refused_before_their_shapes(tmp_path: P
     with pytest.raises(
         ConfigError, match="^--to: .*3d-vae.pt is in the layout of sat already; name the other one."
     ):
-        convert(tmp_path / "sat", tmp_path / "out", "sat", ("vae",), Options(), untold)
+        convert(tmp_path / "sat", tmp_path / "out", "sat", ("vae",), Options())
 
 
 def test_an_output_inside_a_part_of_the_source_is_refused(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_an_output_inside_a_part_of_the_source_is_refused(tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match=message):
             to_diffusers(source, target)
         with pytest.raises(ConfigError, match=message):
-            export(source, target, Options(), untold)
+            export(source, target, Options())
     assert sorted(folder.rglob("*")) == before
     to_diffusers(tmp_path / "sat", tmp_path / "sat" / "out")  # beside the parts
 
@@ -267,4 +267,4 @@ def test_a_scale_of_the_yaml_that_is_no_number_is_one_sentence(scale: Any, tmp_p
     torch.save({"state_dict": sat_autoencoder()}, tmp_path / "3d-vae.pt")
     options = Options(base={"model": {"scale_factor": scale}})
     with pytest.raises(ConfigError, match=r"model.scale_factor: expected float, got "):
-        convert(tmp_path, tmp_path / "out", "diffusers", ("vae",), options, untold)
+        convert(tmp_path, tmp_path / "out", "diffusers", ("vae",), options)

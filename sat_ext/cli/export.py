@@ -6,16 +6,7 @@ from typing import Annotated
 import typer
 
 from sat_ext.cli.base import MoreYaml
-from sat_ext.cli.convert import (
-    AlphaOption,
-    OutputOption,
-    SizeOption,
-    YamlOption,
-    make_options,
-    progress,
-    report,
-    yaml_files,
-)
+from sat_ext.cli.convert import AlphaOption, OutputOption, SizeOption, YamlOption, make_options, report
 
 
 def export(
@@ -29,12 +20,11 @@ def export(
     more: MoreYaml = None,
 ) -> None:
     """Write a run's LoRA as diffusers' `load_lora_weights` takes it, or a fully trained transformer's folder."""
-    # here, because diffusers takes seconds to import, which the other subcommands shall not
+    # here, because diffusers takes seconds to import, which would slow down the other subcommands
     from sat_ext.convert import convert as conversions
 
-    options = make_options(yaml_files(checkpoint, base, more), size, alpha=alpha)
-    with progress() as tracking:
-        done = conversions.export(checkpoint, output, options, tracking)
+    options = make_options(checkpoint, base, more, size=size, alpha=alpha)
+    done = conversions.export(checkpoint, output, options)
     report(done)
     if done.lora is not None:
         print(f"pipeline.load_lora_weights({str(output)!r})  # rank {done.lora.rank}, alpha {done.lora.alpha}")

@@ -2,13 +2,11 @@
 
 | file | job |
 |---|---|
-| `convert.py` | the two conversions: what to read, what to write |
+| `convert.py` | the two conversions, and what they write |
 | `read.py` | folders and files -> parts |
-| `write.py` | parts -> folders |
-| `parts.py` | what a part is, and whether its tensors fit its config.json |
+| `parts.py` | what a part is, whether its tensors fit its config.json, and what only SAT keeps |
 | `names.py` | which tensor of SAT's is which of diffusers' |
 | `architecture.py` | shapes and CogVideo's YAML -> config.json |
-| `positions.py` | the position embeddings that SAT keeps and diffusers computes |
 | `lora.py` | LoRA in either layout |
 | `files.py` | tensors from the disk and to it, without a model in memory |
 """

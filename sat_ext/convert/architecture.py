@@ -1,4 +1,4 @@
-"""diffusers' config.json of a model, from the shapes of SAT's tensors and from CogVideo's YAML where it is given.
+"""diffusers' config.json of a model, from the shapes of SAT's tensors and from CogVideo's YAML if it is given.
 
 Shapes show everything but the size of the video that a model is for and the autoencoder's scale.
 """
@@ -39,6 +39,7 @@ def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
     name = config.get("_class_name")
     if name not in classes:
         raise ConfigError(f"{where}: _class_name is {name!r}; only {' and '.join(classes)} can be converted.")
+    # diffusers would take some of these, and build a model of nonsense or fail somewhere deep in it
     for key, parameter in inspect.signature(classes[name].__init__).parameters.items():
         value = config.get(key, parameter.default)
         if value != parameter.default and not _can_be(value, parameter):
@@ -53,22 +54,16 @@ def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
 
 
 def _can_be(value: Any, parameter: inspect.Parameter) -> bool:
-    """Whether a size may have this value; true for all that is no size."""
+    """Whether a size may have this value; always true for other parameters."""
     whole = parameter.annotation is int or parameter.name in ("patch_size_t", "ofs_embed_dim")
     if not whole and type(parameter.default) not in (int, float):
         return True
     return type(value) in ((int,) if whole else (int, float)) and value > 0
 
 
-def completed(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config.json with the defaults of what it leaves out, as older ones leave out what came later."""
-    return {**config_of(empty_model(config, where)), **config}
-
-
-def config_of(model: Model) -> dict[str, Any]:
-    """Its config.json."""
-    values: dict[str, Any] = json.loads(model.to_json_string())
-    return values
+def config_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config.json with these values and diffusers' defaults for the others, as older files lack newer keys."""
+    return {**json.loads(empty_model(values, where).to_json_string()), **values}
 
 
 def transformer_config(
@@ -77,8 +72,8 @@ def transformer_config(
     """config.json of SAT's transformer.
 
     `weights` by the names under `model.diffusion_model.`; `base` is CogVideo's YAML of the model. `size`, of the
-    video in pixels, wins over the YAML's; where there is neither, the published models' is taken. Raises
-    `ConfigError` where a tensor that every transformer has is missing, or the YAML is of another model.
+    video in pixels, wins over the YAML's; without either it is the published models'. Raises `ConfigError` if a
+    tensor that every transformer has is missing, or the YAML is of another model.
     """
     given = transformer_values(read_network(base.get("model") or {}, SECTION), SECTION) if base else {}
     # a linear patch embedding does not show how its patch is shared out over time, height and width
@@ -89,11 +84,14 @@ def transformer_config(
                 f"{where}: {key} is {value}, but {given[key]} in the {YAML}; give the YAML of these weights with "
                 "--base."
             )
-    one = seen["patch_size_t"] is None
-    native = size or (None if base else NATIVE["1.0" if one else "1.5"])
-    values = {"max_text_seq_length": TEXT_TOKENS, **seen, **given, **(_size(native) if native else {})}
+    values = {"max_text_seq_length": TEXT_TOKENS, **seen, **given}
+    if size is None and not base:
+        size = NATIVE["1.0" if seen["patch_size_t"] is None else "1.5"]
+    if size is not None:
+        values["sample_height"], values["sample_width"] = size.height // LATENT_SIDE, size.width // LATENT_SIDE
+        values["sample_frames"] = size.frames
     config = asdict(load(TransformerConfig, values, "the transformer's sizes"))
-    return config_of(empty_model({"_class_name": TRANSFORMER, **config}, where))
+    return config_of({"_class_name": TRANSFORMER, **config}, where)
 
 
 def _seen(weights: Mapping[str, Tensor], patch_t: int | None, patch: int, where: str) -> dict[str, Any]:
@@ -112,7 +110,6 @@ def _seen(weights: Mapping[str, Tensor], patch_t: int | None, patch: int, where:
             f"{where}: mixins.patch_embed.proj.weight is {list(proj)}, of no known generation; only CogVideoX "
             "1.0 and 1.5 can be converted."
         )
-    positions = "mixins.pos_embed.pos_embedding" in weights
     rotary = "mixins.pos_embed.freqs_sin" in weights or patch_t is not None
     ofs = "ofs_embed.0.weight"
     return {
@@ -128,12 +125,12 @@ def _seen(weights: Mapping[str, Tensor], patch_t: int | None, patch: int, where:
         "patch_size_t": patch_t,
         "patch_bias": patch_t is None and "mixins.patch_embed.proj.bias" in weights,
         "use_rotary_positional_embeddings": rotary,
-        "use_learned_positional_embeddings": rotary and positions,
+        "use_learned_positional_embeddings": rotary and "mixins.pos_embed.pos_embedding" in weights,
     }
 
 
 def _shape(weights: Mapping[str, Tensor], name: str, ranks: tuple[int, ...], where: str, kind: str) -> torch.Size:
-    """The tensor's shape, of one of these numbers of dimensions (of any where there are none), none of them 0."""
+    """The tensor's shape, which has one of these numbers of dimensions (any if none is given), none of size 0."""
     if name not in weights:
         raise ConfigError(f"{where}: there is no {name}; this is no CogVideoX {kind}, or not a whole one.")
     shape = weights[name].shape
@@ -144,25 +141,15 @@ def _shape(weights: Mapping[str, Tensor], name: str, ranks: tuple[int, ...], whe
     return shape
 
 
-def _size(native: Bucket) -> dict[str, int]:
-    return {
-        "sample_height": native.height // LATENT_SIDE,
-        "sample_width": native.width // LATENT_SIDE,
-        "sample_frames": native.frames,
-    }
-
-
 def autoencoder_config(
     weights: Mapping[str, Tensor], base: Mapping[str, Any] | None, scale: float | None, where: str
 ) -> dict[str, Any]:
-    """config.json of SAT's autoencoder, whose `scale` stands in CogVideo's YAML (`base`), not in the weights."""
-    needed = (
-        "encoder.down.0.block.0.conv1.conv.weight",
-        "decoder.conv_in.conv.weight",
-        "decoder.conv_out.conv.weight",
-    )
-    for name in needed:
-        _shape(weights, name, (5,), where, "autoencoder")
+    """config.json of SAT's autoencoder, whose `scale` is in CogVideo's YAML (`base`), not in the weights."""
+
+    def channels(name: str) -> torch.Size:
+        return _shape(weights, f"{name}.conv.weight", (5,), where, "autoencoder")
+
+    first, latent = channels("encoder.down.0.block.0.conv1")[0], channels("decoder.conv_in")[1]
     given = (base or {}).get("model") or {}
     factor = scale if scale is not None else convert(float | None, given.get("scale_factor"), "model.scale_factor")
     if factor is None:
@@ -170,23 +157,20 @@ def autoencoder_config(
             f"{where}: the scale of its latents is not in the weights; give CogVideo's YAML with --base, or "
             f"--scale-factor ({SCALE_FACTOR_2B} for 2B, {SCALE_FACTOR} for the others)."
         )
+    has_network = engine_of(given).has_sat_network
     levels = count(weights, r"encoder\.down\.(\d+)\.")
-    firsts = [f"encoder.down.{i}.block.0.conv1.conv.weight" for i in range(levels)]
-    channels = [_shape(weights, name, (5,), where, "autoencoder")[0] for name in firsts]
     config = AutoencoderConfig(
-        block_out_channels=tuple(channels),
+        block_out_channels=(first, *(channels(f"encoder.down.{i}.block.0.conv1")[0] for i in range(1, levels))),
         layers_per_block=count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=weights[needed[1]].shape[1],
+        latent_channels=latent,
         scaling_factor=float(factor),
         # as published beside 1.5's I2V model, the only one with `ofs`; see CogVideoXImageToVideoPipeline
-        invert_scale_latents=engine_of(given).has_sat_network
-        and read_network(given, SECTION).ofs_embed_dim is not None,
+        invert_scale_latents=has_network and read_network(given, SECTION).ofs_embed_dim is not None,
     )
     kinds = {f"{k}_block_types": [f"CogVideoX{k.title()}Block3D"] * levels for k in ("down", "up")}
-    return config_of(empty_model({"_class_name": AUTOENCODER, **asdict(config), **kinds}, where))
+    return config_of({"_class_name": AUTOENCODER, **asdict(config), **kinds}, where)
 
 
 def count(names: Mapping[str, Any], pattern: str) -> int:
     """One more than the largest number that `pattern` finds at the start of a name."""
-    found = (re.match(pattern, name) for name in names)
-    return max((int(m.group(1)) + 1 for m in found if m), default=0)
+    return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)

@@ -1,18 +1,29 @@
-"""The conversions: what `sat-ext convert` and `sat-ext export` do."""
+"""The conversions of `sat-ext convert` and `sat-ext export`: parts are read, and written in the other layout."""
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from sat_ext.convert.lora import Lora
-from sat_ext.convert.parts import ConvertOptions
-from sat_ext.convert.read import read_autoencoder, read_transformer
-from sat_ext.convert.write import Tracking, write_diffusers, write_sat_autoencoder, write_sat_transformer
+import yaml
+
+from sat_ext.checkpoint.layout import WEIGHTS_NAME
+from sat_ext.convert import lora as adapters
+from sat_ext.convert.files import aside, write_checkpoint, write_safetensors, write_tensors
+from sat_ext.convert.names import adapter_rows, to_sat
+from sat_ext.convert.parts import ConvertOptions, Part, computed, rows_of
+from sat_ext.convert.read import (
+    AUTOENCODER_FILE,
+    LORA_YAML,
+    PREFIX,
+    SAT_ONLY_FILE,
+    read_autoencoder,
+    read_transformer,
+)
 from sat_ext.errors import ConfigError
 
-WRITE_SAT = {"transformer": write_sat_transformer, "vae": write_sat_autoencoder}
-PARTS = tuple(WRITE_SAT)
+READERS = {"transformer": read_transformer, "vae": read_autoencoder}  # by the name of their folder
 
 
 @dataclass(frozen=True)
@@ -20,54 +31,50 @@ class Converted:
     """What was written, its LoRA, and what else the source held."""
 
     written: list[Path]
-    lora: Lora | None
+    lora: adapters.Lora | None
     left_out: tuple[str, ...]
 
 
 def convert(
-    source: Path,
-    target: Path,
-    to: Literal["diffusers", "sat"],
-    parts: Collection[str],
-    options: ConvertOptions,
-    tracking: Tracking,
+    source: Path, target: Path, to: Literal["diffusers", "sat"], parts: Collection[str], options: ConvertOptions
 ) -> Converted:
     """Write those of `parts` that `source` holds into `target`, as `transformer/`, `vae/` and the LoRA's file.
 
-    Raises `ConfigError` where `source` holds none or has the layout `to` already, where `target` lies inside a
-    part, and for what cannot be converted exactly; then nothing of that part is left in `target`.
+    Raises `ConfigError` if `source` holds none or is in the layout `to` already, if `target` lies inside a part,
+    and for what cannot be converted exactly; then nothing of that part is left in `target`.
     """
     _reject_inside(target, source)
-    options = replace(options, to=to)
-    found = [read_transformer(source, options)] if "transformer" in parts else []
-    found += [read_autoencoder(source, options)] if "vae" in parts else []
-    held = [part for part in found if part is not None]
+    found = {name: READERS[name](source, replace(options, to=to)) for name in parts}
+    held = {name: part for name, part in found.items() if part is not None}
     if not held:
         raise ConfigError(
             f"{source}: holds no {' and no '.join(parts)} of CogVideoX; SAT's layout has transformer/latest and "
             "vae/3d-vae.pt, diffusers' has transformer/config.json and vae/config.json."
         )
     written = []
-    for part in held:
-        write = write_diffusers if to == "diffusers" else WRITE_SAT[part.name]
-        written += write(part, target / part.name, tracking)
-    loras = [part.lora for part in held if part.lora is not None]
-    left_out = tuple(name for part in held for name in part.left_out)
-    return Converted(written, loras[0] if loras else None, left_out)
+    for name, part in held.items():
+        if to == "diffusers":
+            written += _write_diffusers(part, target / name)
+        elif name == "vae":
+            written += _write_sat_autoencoder(part, target / name)
+        else:
+            written += _write_sat_transformer(part, target / name)
+    lora = next((part.lora for part in held.values() if part.lora is not None), None)
+    return Converted(written, lora, tuple(name for part in held.values() for name in part.left_out))
 
 
-def export(source: Path, target: Path, options: ConvertOptions, tracking: Tracking) -> Converted:
+def export(source: Path, target: Path, options: ConvertOptions) -> Converted:
     """A run's LoRA as the file that diffusers loads; of one that trained all weights, the transformer's folder."""
     _reject_inside(target, source)
     part = read_transformer(source, replace(options, with_base=False))
     if part is None:
         raise ConfigError(f"{source}: holds no transformer and no LoRA; name a run's folder or a checkpoint.")
-    return Converted(write_diffusers(part, target / "transformer", tracking), part.lora, part.left_out)
+    return Converted(_write_diffusers(part, target / "transformer"), part.lora, part.left_out)
 
 
 def _reject_inside(target: Path, source: Path) -> None:
-    """A `transformer/` inside a part would from then on be read in its place."""
-    parts = [source / name for name in PARTS if (source / name).is_dir()]
+    """A `transformer/` inside a part would be read in its place from then on."""
+    parts = [source / name for name in READERS if (source / name).is_dir()]
     own = source.parent.parent if source.is_file() else source
     inside = [part for part in parts if target.resolve().is_relative_to(part.resolve())]
     if any((own / name).is_file() for name in ("latest", "config.json")) and target.resolve() == own.resolve():
@@ -76,3 +83,80 @@ def _reject_inside(target: Path, source: Path) -> None:
         raise ConfigError(
             f"-o: {target} is a part of the source, or lies in one ({inside[0]}); name another folder."
         )
+
+
+def _write_diffusers(part: Part, folder: Path) -> list[Path]:
+    """The model's folder and its LoRA's file beside it, as far as there are any.
+
+    What diffusers has no place for is kept in the folder, so that the way back gives the same file.
+    """
+    written = []
+    if part.weights and part.config is not None:
+        with aside(folder) as draft:
+            draft.mkdir()
+            write_safetensors(draft, part.weights, str(folder))
+            _write_json(draft / "config.json", part.config)
+            if part.sat_only:
+                write_tensors(draft / SAT_ONLY_FILE, part.sat_only)
+        written.append(folder)
+    if part.lora is not None:
+        if part.lora.alpha is None:
+            raise ConfigError(
+                f"{part.where}: SAT keeps the scale of a LoRA in the YAML; give CogVideo's YAML of the run with "
+                "--base, or its lora_alpha with --alpha."
+            )
+        with aside(folder.parent / adapters.FILE) as draft:
+            adapters.write(draft, part.lora)
+        written.append(folder.parent / adapters.FILE)
+    return written
+
+
+def _write_sat_transformer(part: Part, folder: Path) -> list[Path]:
+    """A folder as SAT's load_checkpoint reads it: `latest`, and iteration 1.
+
+    A LoRA is in the same file as the base weights, as in CogVideo's own; `lora.yaml` is what its YAML must say.
+    """
+    if part.config is None:
+        raise ConfigError(
+            f"{part.where}: holds a LoRA and not the weights that it belongs to; name their folder with "
+            "--base-weights."
+        )
+    dtype = next(iter(part.weights.values())).dtype
+    weights = to_sat(rows_of(part.config), part.weights) | computed(part.config, dtype) | part.sat_only
+    if part.lora is not None:
+        matrices = adapters.to_sat(adapter_rows(part.config["num_layers"]), part.lora, part.where)
+        adapted = {name.partition(".matrix_")[0] for name in matrices}
+        weights = {_original(name, adapted): tensor for name, tensor in weights.items()} | matrices
+    with aside(folder) as draft:
+        (draft / "1").mkdir(parents=True)
+        named = {PREFIX + name: tensor for name, tensor in weights.items()}
+        write_checkpoint(draft / "1" / WEIGHTS_NAME, "module", named, str(folder))
+        (draft / "latest").write_text("1")
+        _write_json(draft / "config.json", part.config)
+        if part.lora is not None:
+            params = {"r": part.lora.rank, "lora_alpha": part.lora.alpha}
+            config = {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}
+            section = {"model": {"network_config": {"params": {"modules": {"lora_config": config}}}}}
+            (draft / LORA_YAML).write_text(yaml.safe_dump(section, sort_keys=False))
+    return [folder]
+
+
+def _write_sat_autoencoder(part: Part, folder: Path) -> list[Path]:
+    """A folder with `3d-vae.pt`, which CogVideo's `ckpt_path` names."""
+    assert part.config is not None
+    weights = to_sat(rows_of(part.config), part.weights) | part.sat_only
+    with aside(folder) as draft:
+        draft.mkdir()
+        write_checkpoint(draft / AUTOENCODER_FILE, "state_dict", weights, str(folder))
+        _write_json(draft / "config.json", part.config)
+    return [folder]
+
+
+def _original(name: str, adapted: Collection[str]) -> str:
+    """lora2 puts the layer that it adapts under `original`."""
+    layer, _, last = name.rpartition(".")
+    return f"{layer}.original.{last}" if layer in adapted else name
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,68 +1,55 @@
-"""Weights from the disk, mapped into memory, and to it. A file or folder gets its name when it is complete."""
+"""Weights mapped from the disk, and written to it; a file or folder gets its name when it is complete."""
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from sat_ext.errors import ConfigError
 from sat_ext.files.atomic import written_aside
 
 WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' name of a model's weights, without its ending
 SHARD_BYTES = 5 * 10**9  # of one file, as in the published 5B models
+_BAR = {"unit": "B", "unit_scale": True, "disable": None}  # None: no bar unless stderr is a terminal
 
-Advance = Callable[[int], None]  # called with the number of bytes written since the last call
 
-
-def read_safetensors(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
-    """The tensors of a model's folder in diffusers' layout, in one file or in shards, mapped from the disk."""
-    index = folder / f"{name}.safetensors.index.json"
-    files = [folder / f"{name}.safetensors"]
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model's folder in diffusers' layout, in one file or in shards. Raises `ConfigError`."""
+    index = folder / f"{WEIGHTS_NAME}.safetensors.index.json"
+    files = [folder / f"{WEIGHTS_NAME}.safetensors"]
     if index.is_file():
         try:
             files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{index}: not an index of shards; copy or download it again.") from error
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= read_tensors(file)
-    return weights
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, mapped from the disk."""
+    """The tensors of one safetensors file. Raises `ConfigError`."""
     if not file.is_file():
         raise ConfigError(
             f"{file}: there is no such file; the folder is incomplete, or its weights have another name."
         )
     try:
         tensors: dict[str, Tensor] = load_file(file)
-        return tensors
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file}: not a safetensors file, or cut short; copy or download it again.") from error
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The strings that a safetensors file holds beside its tensors."""
-    with safe_open(file, framework="pt") as opened:
-        return dict(opened.metadata() or {})
+    return tensors
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder under, which is renamed to `path` when the block succeeds.
-
-    `ConfigError` where `path` exists or cannot be written; then nothing is left behind.
-    """
-    if os.path.lexists(path):  # which, unlike exists, does not raise where the folder cannot be read
+    """`written_aside`, with a `ConfigError` if `path` exists or cannot be written."""
+    if os.path.lexists(path):  # unlike exists, does not raise where the folder cannot be read
         raise ConfigError(f"{path}: already exists; name another folder with -o, or remove it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +65,7 @@ def write_tensors(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[s
     save_file(contiguous, file, {"format": "pt", **(metadata or {})})
 
 
-def write_safetensors(folder: Path, weights: Mapping[str, Tensor], advance: Advance) -> None:
+def write_safetensors(folder: Path, weights: Mapping[str, Tensor], title: str) -> None:
     """A model's weights as diffusers' `save_pretrained` names them: one file, or shards and their index."""
     split = split_state_dict_into_shards_factory(
         dict(weights),
@@ -86,21 +73,26 @@ def write_safetensors(folder: Path, weights: Mapping[str, Tensor], advance: Adva
         filename_pattern=WEIGHTS_NAME + "{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
-    for file, names in split.filename_to_tensors.items():
-        write_tensors(folder / file, {name: weights[name] for name in names})
-        advance(sum(weights[name].nbytes for name in names))
+    with tqdm(total=_size(weights), desc=title, **_BAR) as bar:
+        for file, names in split.filename_to_tensors.items():
+            shard = {name: weights[name] for name in names}
+            write_tensors(folder / file, shard)
+            bar.update(_size(shard))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{WEIGHTS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_checkpoint(file: Path, section: str, weights: Mapping[str, Tensor], advance: Advance) -> None:
+def write_checkpoint(file: Path, section: str, weights: Mapping[str, Tensor], title: str) -> None:
     """`{section: weights}` in torch's format, which `torch.load(weights_only=True)` reads."""
     state = {name: _own_storage(tensor.detach().contiguous()) for name, tensor in weights.items()}
     try:
-        with open(file, "wb") as opened:
-            torch.save({section: state}, cast(IO[bytes], _Counted(opened, advance)))
-    except RuntimeError as error:  # which torch raises over the file's own, of a full disk
+        with (
+            open(file, "wb") as opened,
+            tqdm.wrapattr(opened, "write", total=_size(weights), desc=title, **_BAR) as counted,
+        ):
+            torch.save({section: state}, counted)
+    except RuntimeError as error:  # PyTorch raises it while it handles the OSError of a full disk
         raise OSError(str(error.__context__ or error).splitlines()[0]) from error
 
 
@@ -111,14 +103,5 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
 
-class _Counted:
-    """A file that reports how much was written."""
-
-    def __init__(self, file: Any, advance: Advance) -> None:
-        self._file, self._advance = file, advance
-        self.flush = file.flush
-
-    def write(self, data: Any) -> int:
-        written: int = self._file.write(data)
-        self._advance(written)
-        return written
+def _size(weights: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in weights.values())

@@ -2,31 +2,31 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from safetensors import safe_open
 from torch import Tensor
 
 from sat_ext.cogvideo.network import read_network
-from sat_ext.config import convert
-from sat_ext.convert.files import read_metadata, read_tensors, write_tensors
+from sat_ext.convert.files import read_tensors, write_tensors
 from sat_ext.convert.names import LayerNames
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
 
 FILE = LORA_WEIGHT_NAME_SAFE
 _PREFIX = "transformer."
-_PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")  # with peft's adapter name or without
 
 
 @dataclass(frozen=True)
 class Lora:
     """Adapters: each layer's output gains `alpha` / rank * B @ A @ input.
 
-    `pairs` gives A (rank, in) and B (out, rank) by diffusers' name of the layer. `alpha` is None where it is not
+    `pairs` gives A (rank, in) and B (out, rank) by diffusers' name of the layer. `alpha` is None if it is not
     known: SAT keeps it in the YAML.
     """
 
@@ -48,51 +48,67 @@ def split_sat(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 def from_sat(rows: Iterable[LayerNames], weights: Mapping[str, Tensor], alpha: float | None, where: str) -> Lora:
     """SAT's matrices, by the rows that can have them."""
     left = dict(weights)
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for row in rows:
-        for layer, (block,) in row.parts:
-            names = [f"{row.sat}.matrix_{letter}.{block}" for letter in "AB"]
-            found = [left.pop(name, None) for name in names]
-            pairs |= _pair(layer, found, names, where)
+    pairs = {}
+    for layer, names in _sat_names(rows):
+        found = {name: left.pop(name) for name in names if name in left}
+        if found:
+            pairs[layer] = _pair(found, names, where)
     _reject(left, where, "CogVideo's lora2 adapts attention layers only")
     return Lora(pairs, alpha)
 
 
-def to_sat(rows: Iterable[LayerNames], lora: Lora, where: str) -> tuple[dict[str, Tensor], set[str]]:
-    """The matrices by SAT's names, and the layers of SAT's that they adapt."""
-    left, adapted = dict(lora.pairs), set()
+def to_sat(rows: Iterable[LayerNames], lora: Lora, where: str) -> dict[str, Tensor]:
+    """The matrices by SAT's names."""
+    left = dict(lora.pairs)
     found: dict[str, Tensor] = {}
+    for layer, names in _sat_names(rows):
+        if layer in left:
+            found |= dict(zip(names, left.pop(layer), strict=True))
+    _reject(left, where, "SAT's lora2 adapts to_q, to_k, to_v and to_out.0 only")
+    return found
+
+
+def _sat_names(rows: Iterable[LayerNames]) -> Iterator[tuple[str, list[str]]]:
+    """diffusers' layers, and SAT's names of A and B in each."""
     for row in rows:
         for layer, (block,) in row.parts:
-            if layer in left:
-                a, b = left.pop(layer)
-                found |= {f"{row.sat}.matrix_A.{block}": a, f"{row.sat}.matrix_B.{block}": b}
-                adapted.add(row.sat)
-    _reject(left, where, "SAT's lora2 adapts to_q, to_k, to_v and to_out.0 only")
-    return found, adapted
+            yield layer, [f"{row.sat}.matrix_{letter}.{block}" for letter in "AB"]
 
 
 def from_peft(weights: Mapping[str, Tensor], alpha: float | None, where: str) -> Lora:
-    """Names `<layer>.lora_A.weight`, with peft's adapter name or without."""
-    halves: dict[str, dict[str, Tensor]] = {}
+    """Matrices by peft's names, such as `<layer>.lora_A.weight`."""
+    found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
-        if not (match := _PAIR.fullmatch(name)):
+        if not (match := _MATRIX.fullmatch(name)):
             raise ConfigError(
                 f"{where}: {name} is not a LoRA matrix of a linear layer; only lora_A and lora_B can be converted."
             )
-        halves.setdefault(match.group(1), {})[match.group(2)] = tensor
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for layer, half in halves.items():
-        names = [f"{layer}.lora_{letter}.weight" for letter in "AB"]
-        pairs |= _pair(layer, [half.get("A"), half.get("B")], names, where)
-    return Lora(pairs, alpha)
+        found.setdefault(match[1], {})[f"{match[1]}.lora_{match[2]}.weight"] = tensor
+    return Lora(
+        {k: _pair(v, [f"{k}.lora_{letter}.weight" for letter in "AB"], where) for k, v in found.items()}, alpha
+    )
+
+
+def _pair(found: Mapping[str, Tensor], names: list[str], where: str) -> tuple[Tensor, Tensor]:
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"{where}: {name} is missing; copy or download the file again.")
+    a, b = (found[name] for name in names)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise ConfigError(f"{where}: {names[0]} {list(a.shape)} and {names[1]} {list(b.shape)} do not multiply.")
+    return a, b
+
+
+def _reject(left: Mapping[str, Any], where: str, why: str) -> None:
+    if left:
+        raise ConfigError(f"{where}: {len(left)} adapters have no place (first: {next(iter(left))}); {why}.")
 
 
 def read(file: Path, alpha: float | None) -> Lora:
-    """diffusers' file; `alpha` is the file's own unless given, and the rank where the file has none, as there."""
+    """diffusers' file; without `alpha`, with the file's own or, as diffusers does if there is none, the rank."""
     weights = read_tensors(file)
-    if not weights or any(not name.startswith(_PREFIX) for name in weights):
-        other = next((n for n in weights if not n.startswith(_PREFIX)), "nothing")
+    other = next((n for n in weights if not n.startswith(_PREFIX)), None if weights else "nothing")
+    if other is not None:
         raise ConfigError(f"{file}: holds {other}, not a transformer's LoRA; name the file of a CogVideoX LoRA.")
     lora = from_peft({name.removeprefix(_PREFIX): t for name, t in weights.items()}, alpha, str(file))
     metadata = _metadata(file)
@@ -110,8 +126,9 @@ def read(file: Path, alpha: float | None) -> Lora:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    """What diffusers wrote beside the tensors of a LoRA; empty where there is nothing."""
-    text = read_metadata(file).get(LORA_ADAPTER_METADATA_KEY) or "{}"
+    """What diffusers wrote beside the tensors of a LoRA; may be empty."""
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY) or "{}"
     try:
         metadata = json.loads(text)
     except ValueError:
@@ -126,8 +143,7 @@ def _metadata(file: Path) -> dict[str, Any]:
 
 def write(file: Path, lora: Lora) -> None:
     """`file` as diffusers' `load_lora_weights` takes it, with rank and alpha."""
-    assert lora.alpha is not None
-    # the whole names, as peft would find a shorter one in layers that have no adapter
+    # whole names, because peft would find a shorter one in layers that have no adapter
     config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.pairs)}
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in config.items()})}
     weights = {
@@ -138,36 +154,10 @@ def write(file: Path, lora: Lora) -> None:
     write_tensors(file, weights, metadata)
 
 
-def yaml_section(lora: Lora) -> dict[str, Any]:
-    """What CogVideo's YAML must say for its network to have these adapters."""
-    config = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": lora.rank, "lora_alpha": lora.alpha}}
-    return {"model": {"network_config": {"params": {"modules": {"lora_config": config}}}}}
-
-
 def alpha_of(base: Mapping[str, Any]) -> float | None:
-    """SAT's `lora_alpha` in CogVideo's YAML; None where that has no LoRA."""
-    model = base.get("model")
+    """SAT's `lora_alpha` in CogVideo's YAML; None if that has no LoRA."""
+    model = base.get("model") or {}
     if not engine_of(model).has_sat_network:
         return None
-    network = read_network(model or {})
-    if network.lora_rank is None:
-        return None
-    return float(convert(float, network.lora_alpha, "lora_config.params.lora_alpha"))
-
-
-def _pair(
-    layer: str, found: list[Tensor | None], names: list[str], where: str
-) -> dict[str, tuple[Tensor, Tensor]]:
-    a, b = found
-    if a is None and b is None:
-        return {}
-    if a is None or b is None:
-        raise ConfigError(f"{where}: {names[a is not None]} is missing; copy or download the file again.")
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise ConfigError(f"{where}: {names[0]} {list(a.shape)} and {names[1]} {list(b.shape)} do not multiply.")
-    return {layer: (a, b)}
-
-
-def _reject(left: Mapping[str, Any], where: str, why: str) -> None:
-    if left:
-        raise ConfigError(f"{where}: {len(left)} adapters have no place (first: {next(iter(left))}); {why}.")
+    network = read_network(model)
+    return None if network.lora_rank is None else network.lora_alpha

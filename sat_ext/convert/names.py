@@ -15,20 +15,15 @@ from torch import Tensor
 
 from sat_ext.errors import ConfigError
 
-SUFFIXES = (".weight", ".bias", "")  # the last for a parameter that is no layer's
+SUFFIXES = (".weight", ".bias", "")  # "" for a parameter that belongs to no layer
 
 
 @dataclass(frozen=True)
 class LayerNames:
-    """One layer of SAT's, whose rows are `count` equal blocks, and diffusers' layers with the blocks of each."""
+    """One layer of SAT's, whose rows are equal blocks, and diffusers' layers with the blocks of each."""
 
     sat: str
     parts: tuple[tuple[str, tuple[int, ...]], ...]
-
-    @property
-    def count(self) -> int:
-        """Blocks in SAT's layer."""
-        return sum(len(blocks) for _, blocks in self.parts)
 
 
 def same(sat: str, diffusers: str) -> LayerNames:
@@ -56,7 +51,7 @@ def transformer_rows(layers: int) -> list[LayerNames]:
         attention = f"{block}.attn1"
         rows += [
             # blocks of `AdaLNMixin.layer_forward`: shift, scale, gate of the attention's input, then of the
-            # feed-forward's; the video's six, then the text's. diffusers has the video's and the text's beside.
+            # feed-forward's; the video's six, then the text's. diffusers keeps video and text of a norm together.
             LayerNames(
                 f"{norms}.adaLN_modulations.{i}.1",
                 ((f"{block}.norm1.linear", (0, 1, 2, 6, 7, 8)), (f"{block}.norm2.linear", (3, 4, 5, 9, 10, 11))),
@@ -82,35 +77,34 @@ def adapter_rows(layers: int) -> list[LayerNames]:
 
 
 def autoencoder_rows(levels: int, resnets: int) -> list[LayerNames]:
-    """The table of an autoencoder of `levels` resolutions with `resnets` blocks each (the decoder has one more).
-
-    SAT counts the decoder's levels from the finest, diffusers from the coarsest.
-    """
+    """The table of an autoencoder with `levels` resolutions of `resnets` blocks each (one more in the decoder)."""
     rows = []
-    for side, down in (("encoder", True), ("decoder", False)):
+    for side, decodes in (("encoder", False), ("decoder", True)):
         rows += [same(f"{side}.{name}", f"{side}.{name}") for name in ("conv_in.conv", "conv_out.conv")]
-        rows += _norm(f"{side}.norm_out", f"{side}.norm_out", spatial=not down)
+        rows += _norm(f"{side}.norm_out", f"{side}.norm_out", spatial=decodes)
         for i in range(2):
-            rows += _resnet(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}", spatial=not down)
+            rows += _resnet(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}", spatial=decodes)
+        way = "up" if decodes else "down"
         for i in range(levels):
-            own = f"{side}.down.{i}" if down else f"{side}.up.{i}"
-            other = f"{side}.down_blocks.{i}" if down else f"{side}.up_blocks.{levels - 1 - i}"
-            for j in range(resnets if down else resnets + 1):
-                rows += _resnet(f"{own}.block.{j}", f"{other}.resnets.{j}", spatial=not down)
-            sampler = ("downsample", "downsamplers") if down else ("upsample", "upsamplers")
-            rows.append(same(f"{own}.{sampler[0]}.conv", f"{other}.{sampler[1]}.0.conv"))
+            # SAT counts the decoder's levels from the finest, diffusers from the coarsest
+            own, other = f"{side}.{way}.{i}", f"{side}.{way}_blocks.{levels - 1 - i if decodes else i}"
+            for j in range(resnets + decodes):
+                rows += _resnet(f"{own}.block.{j}", f"{other}.resnets.{j}", spatial=decodes)
+            rows.append(same(f"{own}.{way}sample.conv", f"{other}.{way}samplers.0.conv"))
     return rows
 
 
 def _resnet(sat: str, diffusers: str, spatial: bool) -> list[LayerNames]:
-    rows = [same(f"{sat}.conv{k}.conv", f"{diffusers}.conv{k}.conv") for k in (1, 2)]
-    rows.append(same(f"{sat}.nin_shortcut", f"{diffusers}.conv_shortcut"))
-    return rows + [r for k in (1, 2) for r in _norm(f"{sat}.norm{k}", f"{diffusers}.norm{k}", spatial)]
+    rows = [same(f"{sat}.nin_shortcut", f"{diffusers}.conv_shortcut")]
+    for k in (1, 2):
+        rows.append(same(f"{sat}.conv{k}.conv", f"{diffusers}.conv{k}.conv"))
+        rows += _norm(f"{sat}.norm{k}", f"{diffusers}.norm{k}", spatial)
+    return rows
 
 
 def _norm(sat: str, diffusers: str, spatial: bool) -> list[LayerNames]:
-    names = ("norm_layer", "conv_y.conv", "conv_b.conv") if spatial else ()
-    return [same(f"{sat}.{n}", f"{diffusers}.{n}") for n in names] or [same(sat, diffusers)]
+    names = (".norm_layer", ".conv_y.conv", ".conv_b.conv") if spatial else ("",)
+    return [same(sat + name, diffusers + name) for name in names]
 
 
 def to_diffusers(rows: Iterable[LayerNames], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -122,7 +116,7 @@ def to_diffusers(rows: Iterable[LayerNames], weights: Mapping[str, Tensor]) -> d
     for row in rows:
         for suffix in SUFFIXES:
             if (tensor := weights.get(row.sat + suffix)) is not None:
-                blocks = _split(row.sat + suffix, tensor, row.count)
+                blocks = _split(row.sat + suffix, tensor, sum(len(own) for _, own in row.parts))
                 found |= {name + suffix: _joined([blocks[k] for k in own]) for name, own in row.parts}
     return found
 
@@ -140,14 +134,8 @@ def to_sat(rows: Iterable[LayerNames], weights: Mapping[str, Tensor]) -> dict[st
                 for name, own in row.parts:
                     pieces = _split(name + suffix, weights[name + suffix], len(own))
                     blocks |= dict(zip(own, pieces, strict=True))
-                found[row.sat + suffix] = _joined([blocks[k] for k in range(row.count)])
+                found[row.sat + suffix] = _joined([blocks[k] for k in range(len(blocks))])
     return found
-
-
-def sat_names(rows: Iterable[LayerNames], diffusers: Iterable[str]) -> dict[str, str]:
-    """For each of diffusers' names, the name of SAT's tensor that holds it."""
-    layers = {name + suffix: row.sat + suffix for row in rows for name, _ in row.parts for suffix in SUFFIXES}
-    return {name: layers[name] for name in diffusers}
 
 
 def _split(name: str, tensor: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -157,7 +145,7 @@ def _split(name: str, tensor: Tensor, count: int) -> tuple[Tensor, ...]:
         raise ConfigError(
             f"{name}: {list(tensor.shape)} does not divide into {count} blocks; this is another model."
         )
-    return tuple(tensor.chunk(count))
+    return tensor.chunk(count)
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """The parts of a model as both layouts see them: weights by diffusers' names, config.json, LoRA."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -8,23 +8,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sat_ext.cogvideox import LATENT_SIDE
-from sat_ext.convert.architecture import AUTOENCODER, TRANSFORMER, empty_model
+from sat_ext.cogvideox import LATENT_SIDE, Grid, latent_frames, rotary_table, sinusoidal_table
+from sat_ext.convert.architecture import TRANSFORMER, empty_model
 from sat_ext.convert.lora import Lora
-from sat_ext.convert.names import LayerNames, autoencoder_rows, sat_names, to_diffusers, transformer_rows
-from sat_ext.convert.positions import UNUSED, computed
+from sat_ext.convert.names import SUFFIXES, LayerNames, autoencoder_rows, to_diffusers, transformer_rows
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
 Layout = Literal["sat", "diffusers", "engine"]  # CogVideo's, diffusers', and that of a run of the built-in engine
+UNREAD = "transformer.position_embeddings.weight"  # SAT's own, which no network of CogVideoX reads
+UNREAD_LENGTH = 64  # `max_sequence_length` of every YAML of CogVideo's
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """What the weights do not show: CogVideo's YAML, the size of the video, the autoencoder's scale, LoRA's alpha.
 
-    `base_weights` is where the weights below a LoRA are; `with_base` is false to convert the LoRA alone. `to` is
-    the layout to write: weights that are in it already are refused before their shapes are checked.
+    `base_weights`: where the weights below a LoRA are; `with_base=False` converts the LoRA alone. `to`: the layout
+    to write.
     """
 
     base: Mapping[str, Any] | None = None
@@ -36,37 +37,25 @@ class ConvertOptions:
     to: Layout | None = None
 
     def reject_layout(self, layout: Layout, where: str) -> None:
-        """Raise `ConfigError` where `where` is in the layout to be written."""
+        """Raise `ConfigError` if `where` is in the layout to be written."""
         if layout == self.to:
             raise ConfigError(f"--to: {where} is in the layout of {layout} already; name the other one.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A transformer or an autoencoder.
+    """A transformer or an autoencoder; of a LoRA alone `weights` may be empty, and `config` is None.
 
-    Of a LoRA alone `weights` is empty and `config` None. `sat_only` are tensors that diffusers has no place for,
-    by SAT's names without the prefix. `where` names the file in messages, `left_out` what else it holds.
+    `sat_only` are tensors that diffusers has no place for, by SAT's names without the prefix. `where` names the
+    file in messages, `left_out` what else it holds.
     """
 
     where: str
-    layout: Layout
     weights: dict[str, Tensor]
     config: dict[str, Any] | None
     lora: Lora | None = None
     sat_only: dict[str, Tensor] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Its folder in either layout."""
-        is_vae = self.config is not None and self.config["_class_name"] == AUTOENCODER
-        return "vae" if is_vae else "transformer"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, which must be there."""
-        return next(iter(self.weights.values())).dtype
 
 
 def rows_of(config: Mapping[str, Any]) -> list[LayerNames]:
@@ -76,29 +65,16 @@ def rows_of(config: Mapping[str, Any]) -> list[LayerNames]:
     return autoencoder_rows(len(config["block_out_channels"]), config["layers_per_block"])
 
 
-def from_sat_names(weights: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Tensor]:
-    """`weights`, by SAT's names, as the model of `config` has them. `ConfigError` unless all are there and fit."""
-    rows, shapes = rows_of(config), _shapes(config)
-    _require_complete(weights, set(sat_names(rows, shapes).values()), where)
-    found = to_diffusers(rows, weights)
-    _require_shapes(found, shapes, where)
-    return found
-
-
-def checked(weights: dict[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Tensor]:
-    """`weights`, by diffusers' names. `ConfigError` unless they are those of the model of `config`."""
-    shapes = _shapes(config)
-    _require_complete(weights, set(shapes), where)
-    _require_shapes(weights, shapes, where)
-    return weights
-
-
-def _shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in empty_model(config).state_dict().items()}
-
-
-def _require_complete(found: Collection[str], expected: set[str], where: str) -> None:
-    missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
+def checked(
+    weights: Mapping[str, Tensor], config: dict[str, Any], where: str, *, layout: Layout
+) -> dict[str, Tensor]:
+    """`weights`, in `layout`'s names, by diffusers'. `ConfigError` unless they are those of `config`'s model."""
+    shapes = {name: tensor.shape for name, tensor in empty_model(config).state_dict().items()}
+    expected, rows = set(shapes), rows_of(config)
+    if layout == "sat":
+        parts = [(row.sat, name) for row in rows for name, _ in row.parts]
+        expected = {sat + end for sat, name in parts for end in SUFFIXES if name + end in shapes}
+    missing, unknown = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
     if missing:
         raise ConfigError(
             f"{where}: {len(missing)} of {len(expected)} tensors are missing (first: {missing[0]})"
@@ -110,29 +86,49 @@ def _require_complete(found: Collection[str], expected: set[str], where: str) ->
             f"{where}: {len(unknown)} tensors have no place in a CogVideoX model (first: {unknown[0]}); "
             "these are weights of another model."
         )
-
-
-def _require_shapes(found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: str) -> None:
+    found = to_diffusers(rows, weights) if layout == "sat" else dict(weights)
     for name, shape in shapes.items():
         if found[name].shape != shape:
             raise ConfigError(
                 f"{where}: {name} is {list(found[name].shape)}, but {list(shape)} in the model that config.json "
                 "or --base describes; give the YAML of these weights with --base, or --size."
             )
+    return found
+
+
+def computed(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that SAT's transformer has beyond diffusers', by SAT's names, for a model of this config.json.
+
+    All are position embeddings, which CogVideo keeps in its checkpoints and diffusers computes.
+    """
+    patch, head = config["patch_size"], config["attention_head_dim"]
+    hidden = config["num_attention_heads"] * head
+    grid = Grid(
+        latent_frames(config["sample_frames"]), config["sample_height"] // patch, config["sample_width"] // patch
+    )
+    if not config["use_rotary_positional_embeddings"]:
+        scale = config["spatial_interpolation_scale"]
+        video = sinusoidal_table(grid, hidden, (1.0, scale, scale))
+        text = torch.zeros(config["max_text_seq_length"], hidden)
+        return {"mixins.pos_embed.pos_embedding": torch.cat([text, video])[None].to(dtype)}
+    tensors = {UNREAD: torch.zeros(UNREAD_LENGTH, hidden, dtype=dtype)}
+    if config["patch_size_t"] is None:  # 1.5 computes its tables at every start
+        cosines, sines = rotary_table(grid, head)
+        tensors |= {"mixins.pos_embed.freqs_sin": sines.to(dtype), "mixins.pos_embed.freqs_cos": cosines.to(dtype)}
+    return tensors
 
 
 def take_sat_only(plain: dict[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """Remove from `plain` what diffusers computes or never reads; return what cannot be computed bit for bit.
 
-    Raises `ConfigError` where the positions are not those that diffusers will compute.
+    Raises `ConfigError` if the positions are not those that diffusers will compute.
     """
     made, kept = computed(config, plain["time_embed.0.weight"].dtype), {}
-    for name in sorted({*made, UNUSED, "transformer.word_embeddings.weight"} & plain.keys()):
+    for name in sorted({*made, UNREAD, "transformer.word_embeddings.weight"} & plain.keys()):
         tensor, own = plain.pop(name), made.get(name)
         if own is not None and own.dtype == tensor.dtype and torch.equal(own, tensor):
             continue
-        # 0.02: rounding, of bfloat16 too, is below it, and the positions of another size are not
-        if own is not None and name != UNUSED and (own.shape != tensor.shape or _distance(own, tensor) > 0.02):
+        if own is not None and name != UNREAD and not _is_rounded(own, tensor):
             raise ConfigError(
                 f"{where}: {name} {list(tensor.shape)} is not the one for videos of {config['sample_frames']}x"
                 f"{config['sample_height'] * LATENT_SIDE}x{config['sample_width'] * LATENT_SIDE}; give the YAML "
@@ -142,5 +138,6 @@ def take_sat_only(plain: dict[str, Tensor], config: Mapping[str, Any], where: st
     return kept
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).abs().max())
+def _is_rounded(one: Tensor, other: Tensor) -> bool:
+    # 0.02: the positions of another size are further apart than that, and rounding, even to bfloat16, is below it
+    return one.shape == other.shape and float((one.float() - other.float()).abs().max()) <= 0.02

@@ -93,7 +93,7 @@ def converted(sat: Path, name: str) -> Path:
     _, file = autoencoder(sat)
     options = Options(base=read_yaml([str(folder / "model.yaml")]), scale_factor=SCALE)
     for source, part in ((folder / "sat", "transformer"), (file, "vae")):
-        convert(source, folder / "out", "diffusers", (part,), options, lambda name, size: lambda written: None)
+        convert(source, folder / "out", "diffusers", (part,), options)
     return folder / "out"
 
 
@@ -167,7 +167,7 @@ def check_round_trips_of_real_checkpoints_are_bit_equal(sat: Path) -> None:
     for name in tiny.model_names(sat):
         folder = converted(sat, name)
         options, back = Options(), folder.parent / "back"
-        convert(folder, back, "sat", ("transformer", "vae"), options, lambda name, size: lambda written: None)
+        convert(folder, back, "sat", ("transformer", "vae"), options)
         pairs = [
             (folder.parent / "sat" / "transformer" / "1" / "mp_rank_00_model_states.pt", "module"),
             (autoencoder(sat)[1], "state_dict"),
@@ -243,7 +243,7 @@ def check_cogvideos_network_loads_what_is_written(sat: Path) -> None:
             sources.append((where / "trained.pt", Options(alpha=1, base_weights=folder)))
         for k, (source, options) in enumerate(sources):
             target = where / f"loaded{k}"
-            convert(source, target, "sat", ("transformer",), options, lambda name, size: lambda written: None)
+            convert(source, target, "sat", ("transformer",), options)
             file = target / "transformer" / "1" / "mp_rank_00_model_states.pt"
             weights = torch.load(file, weights_only=True)["module"]
             config = OmegaConf.create(tiny.model(sat, name, where)["model"]["network_config"])
