@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sat_ext.checkpoint.integrity import broken_record
+from sat_ext.checkpoint.reading import broken_record
 from sat_ext.latents.checksummed import checksum_of
 from sat_ext.latents.store import Entry, LatentStore, write_latents
 

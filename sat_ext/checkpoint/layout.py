@@ -12,7 +12,7 @@ and of full checkpoints:
 <run>/<iteration>/rng_<rank>.pt                random number generators of each rank
 <run>/<iteration>/data.pt                      hashes of the epoch's samples (`sat/checkpoint/epoch.py`)
 <run>/<iteration>.partial/                     one being written, or left behind by a killed run
-<run>/<iteration>.old.partial/                 one that another of the same iteration is about to replace
+<run>/<iteration>.old.partial/                 one that is being replaced by another of its iteration
 <run>/.lock                                    held by the run that saves here
 """
 
@@ -33,7 +33,7 @@ LOCK_NAME = ".lock"
 
 
 def find_run(path: Path) -> Path:
-    """The run's folder: `path` itself, or the newest run in it. Raises `ConfigError` when there is none."""
+    """The run's folder: `path` itself, or the newest run in it. Raises `ConfigError` if there is none."""
     if (path / "latest").is_file():
         return path
     runs = sorted(path.glob("*/latest"), key=lambda p: p.stat().st_mtime)
@@ -48,7 +48,7 @@ def no_checkpoint(path: Path) -> str:
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
-    """The configuration that the run was started with, as written beside its checkpoints."""
+    """The configuration that the run was started with. Raises `ConfigError`."""
     file = run / CONFIG_NAME
     if not file.is_file():
         raise ConfigError(f"{run}: there is no {CONFIG_NAME}; it is written beside the checkpoints of a run.")
@@ -59,19 +59,19 @@ def read_run_config(run: Path) -> dict[str, Any]:
 
 def find_weights(run: Path, iteration: int | None = None) -> Path:
     """The file of weights of `iteration`, or of the checkpoint that `latest` names. Raises `ConfigError`."""
-    latest = run / "latest"
-    if iteration is None and not latest.is_file():
-        raise ConfigError(f"{no_checkpoint(run)}; name a run's folder.")
-    tag = str(iteration) if iteration is not None else latest.read_text(errors="replace").strip()
-    if iteration is None and not tag.isdecimal() and tag != "release":
-        others = other_checkpoints(run) or "the number of one that is there"
-        raise ConfigError(f"{latest}: {tag[:40]!r} is not the number of a checkpoint; write {others} there.")
+    others = other_checkpoints(run) or "the number of one that is there"
+    if iteration is not None:
+        tag, source = str(iteration), "base weights:"
+    else:
+        latest, source = run / "latest", "'latest' names"
+        if not latest.is_file():
+            raise ConfigError(f"{no_checkpoint(run)}; name a run's folder.")
+        tag = latest.read_text(errors="replace").strip()
+        if not tag.isdecimal() and tag != "release":
+            raise ConfigError(f"{latest}: {tag[:40]!r} is not the number of a checkpoint; write {others} there.")
     file = run / tag / WEIGHTS_NAME
     if not file.is_file():
-        source = "'latest' names" if iteration is None else "base weights:"
-        aside = [run / f"{tag}{PARTIAL}", aside_of(run / tag)]  # a kill between two renames
-        whole = [p.name for p in aside if (p / MANIFEST_NAME).is_file()]
-        others = other_checkpoints(run) or "the number of one that is there"
+        whole = [p.name for p in drafts_of(run / tag) if (p / MANIFEST_NAME).is_file()]
         remedy = f"rename {whole[0]} to {tag}" if whole else f"write {others} into 'latest'"
         raise ConfigError(
             f"{run}: {source} {tag}, but there is no {file.name} in it, so the save was cut short or the folder "
@@ -87,11 +87,14 @@ def other_checkpoints(run: Path, but: str = "") -> str:
 
 
 def full_checkpoints(run: Path) -> list[Path]:
-    """The folders of a run's full checkpoints, by iteration. Whether each is whole is `is_sound`'s to say."""
+    """The folders of a run's full checkpoints, whole or not (`is_sound`), by iteration."""
     found = [p.parent for p in run.glob(f"*/{MANIFEST_NAME}") if p.parent.name.isdecimal()]
     return sorted(found, key=lambda p: int(p.name))
 
 
-def aside_of(folder: Path) -> Path:
-    """Where a checkpoint lies while another of its iteration takes its place."""
-    return folder.with_name(f"{folder.name}.old{PARTIAL}")
+def drafts_of(folder: Path) -> tuple[Path, Path]:
+    """Where a checkpoint lies before it gets its name, and while another of its iteration takes its place.
+
+    After a kill between two renames there may be a whole one at either, and none at `folder`.
+    """
+    return folder.with_name(folder.name + PARTIAL), folder.with_name(f"{folder.name}.old{PARTIAL}")

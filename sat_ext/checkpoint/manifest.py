@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sat_ext.checkpoint.layout import MANIFEST_NAME, aside_of, full_checkpoints
+from sat_ext.checkpoint.layout import MANIFEST_NAME, drafts_of, full_checkpoints
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
-from sat_ext.files.atomic import PARTIAL
 
 CHECKSUM = "checksum"  # the key in it
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellState:
-    """How many samples of a cell were trained on (`used`) and how many it had (`records`). `keys` is a hash of the
-    latter's keys (`epoch.py`), which the first versions did not write."""
+    """How many samples of a cell were trained on (`used`) and how many it had (`records`); `keys` is a hash of
+    their keys (`epoch.py`), which the first versions did not write."""
 
     source: str
     bucket: str
@@ -87,8 +86,8 @@ def read_manifest(folder: Path, *, sizes: bool = True) -> Manifest | None:
     if not (folder / MANIFEST_NAME).is_file():
         return None
     try:
-        return _checked(folder) if sizes else _parsed(folder / MANIFEST_NAME)
-    except ConfigError:  # a `ValueError` too; it has its own remedy
+        return _checked(folder, sizes=sizes)
+    except ConfigError:  # is a `ValueError` too, with its own remedy
         raise
     except ValueError as error:
         raise ConfigError(f"{error}; {_remedy(folder)}.") from error
@@ -120,23 +119,18 @@ def size_of(file: Path) -> int | None:
         return None
 
 
-def _parsed(file: Path) -> Manifest:
-    """Raises `ValueError` if it was changed, `ConfigError` for that of another version."""
+def _checked(folder: Path, *, sizes: bool = True) -> Manifest:
+    """Raises `ValueError` for damage, `ConfigError` for the manifest of another version."""
+    file = folder / MANIFEST_NAME
     try:
         content = json.loads(file.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not a manifest")
-        if content.pop(CHECKSUM, None) not in (None, _checksum_of(content)):  # the first versions wrote none
+        # the first versions wrote no checksum
+        if not isinstance(content, dict) or content.pop(CHECKSUM, None) not in (None, _checksum_of(content)):
             raise ValueError("its checksum does not match")
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: truncated or changed ({error})") from error
-    return load(Manifest, content, str(file))
-
-
-def _checked(folder: Path) -> Manifest:
-    """Raises `ValueError` too where a file has not the size in which it was written."""
-    manifest = _parsed(folder / MANIFEST_NAME)
-    for name, size in manifest.files.items():
+    manifest = load(Manifest, content, str(file))
+    for name, size in manifest.files.items() if sizes else ():
         found = size_of(folder / name)
         if found is None:
             raise ValueError(f"{folder}: {name} is missing, so the checkpoint is not whole")
@@ -156,7 +150,7 @@ def _remedy(folder: Path) -> str:
     run = folder.parent
     if others := [p for p in full_checkpoints(run) if p != folder and is_sound(p)]:
         return f"write {others[-1].name} into {run / 'latest'}"
-    for path in (run / f"{folder.name}{PARTIAL}", aside_of(folder)):
-        if is_sound(path):  # a save was killed just before, or between, its renames
-            return f"remove {folder.name}, and rename {path.name} to {folder.name}"
+    for draft in drafts_of(folder):
+        if is_sound(draft):  # a save was killed just before, or between, its renames
+            return f"remove {folder.name}, and rename {draft.name} to {folder.name}"
     return "start from another checkpoint"

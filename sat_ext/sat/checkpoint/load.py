@@ -12,10 +12,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from sat.helpers import print_rank0
 from torch import Tensor, nn
 
-from sat_ext.checkpoint.integrity import require_sound
 from sat_ext.checkpoint.layout import OPTIMIZER_NAME, find_weights
 from sat_ext.checkpoint.manifest import Manifest
-from sat_ext.checkpoint.reading import read_file, read_weights, under_adapters, weight_files
+from sat_ext.checkpoint.reading import read_file, read_weights, require_sound, under_adapters, weight_files
 from sat_ext.errors import ConfigError
 from sat_ext.ranks import on_every_rank, rank_and_world
 from sat_ext.sat.checkpoint import rng

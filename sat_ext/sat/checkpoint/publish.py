@@ -9,7 +9,7 @@ from typing import Any
 
 from sat.helpers import print_rank0
 
-from sat_ext.checkpoint.layout import MANIFEST_NAME, aside_of, full_checkpoints
+from sat_ext.checkpoint.layout import MANIFEST_NAME, drafts_of, full_checkpoints
 from sat_ext.checkpoint.manifest import Manifest, size_of, write_manifest
 from sat_ext.files.atomic import PARTIAL, written_aside
 from sat_ext.sat.checkpoint.writer import Writer
@@ -81,7 +81,7 @@ def prune(folder: Path, newest: int, keep_last: int | None) -> None:
 
 
 def _rename(partial: Path, final: Path) -> None:
-    aside = aside_of(final)
+    _, aside = drafts_of(final)
     if moved := final.exists():  # of an earlier run, which was resumed from before it
         final.rename(aside)
     try:

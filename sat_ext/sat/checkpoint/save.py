@@ -15,7 +15,7 @@ from sat.helpers import print_rank0
 from sat.training import model_io
 
 import sat_ext
-from sat_ext.checkpoint.layout import DATA_NAME, MANIFEST_NAME, WEIGHTS_NAME, aside_of, full_checkpoints
+from sat_ext.checkpoint.layout import DATA_NAME, MANIFEST_NAME, WEIGHTS_NAME, drafts_of, full_checkpoints
 from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound
 from sat_ext.files.atomic import PARTIAL
 from sat_ext.sat.checkpoint import rng
@@ -56,7 +56,7 @@ def save_checkpoint(iteration: int, model: Any, lr_scheduler: Any, args: argpars
 def out_of_the_way(folder: Path) -> Iterator[None]:
     """Inside, weights alone are saved as `folder`. A full checkpoint there is replaced whole: its optimizer and
     random numbers would not belong to the new weights."""
-    aside, first = aside_of(folder), dist.get_rank() == 0
+    (_, aside), first = drafts_of(folder), dist.get_rank() == 0
     if first and (folder / MANIFEST_NAME).exists():
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
