@@ -191,7 +191,7 @@ def _engine(file: Path, weights: Mapping[str, Tensor], options: ConvertOptions) 
         return Part(where=where, weights={}, config=None, lora=lora)
     config = _config_in(Path(model.pretrained) / "transformer", TRANSFORMER) if model.pretrained else None
     if config is None:
-        sizes = asdict(model.transformer or TransformerConfig())
+        sizes = asdict(model.transformer)
         config = config_of({"_class_name": TRANSFORMER, **sizes}, f"{CONFIG_NAME}: model.transformer")
     weights = checked(names, config, where, layout="engine")
     return Part(where=where, weights=weights, config=config, lora=lora)
