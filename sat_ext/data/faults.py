@@ -1,12 +1,13 @@
 """Counts unreadable files during a run, by reason and once per rank, until the budget is spent."""
 
+import fcntl
+import json
 import logging
-import mmap
+import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable
-from multiprocessing import get_context
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -15,64 +16,51 @@ from sat_ext.types import Bucket
 
 log = logging.getLogger(__name__)
 
-_COUNT = struct.Struct("<q")
-_ENTRY = struct.Struct("<qHH")  # row, bytes of the path, bytes of the reason
-_ENTRY_SIZE = 1024
-_MOST = 1 << 20  # entries, 1 GiB; files past it are not remembered
 _LISTED = 20  # files in an error, the latest
-_PATIENCE = 10.0  # seconds for the lock, which a killed worker may hold forever
+_MOST_REASON = 300  # letters
 
 
 class Faults:
-    """Counts the files of one rank that could not be read; its data workers share one list.
-
-    The list is in memory shared with processes forked later, so make it before the workers. It holds `skip`
-    different rows of the index and the one that ends the run. `consecutive` is counted in each worker.
+    """Counts the files of one rank that could not be read: `skip` different ones are allowed, and `consecutive` in
+    a row, which each data worker counts for itself. `known` has path and reason of each by its row in the index.
     """
 
-    def __init__(self, *, skip: int, consecutive: int, rows: int) -> None:
+    def __init__(self, *, skip: int, consecutive: int) -> None:
         self.skip, self.consecutive = skip, consecutive
-        self._room = min(skip, rows, _MOST) + 1
-        self._list = mmap.mmap(-1, _COUNT.size + self._room * _ENTRY_SIZE)
-        self._lock = get_context("fork").Lock()
-        self._known: dict[int, tuple[str, str]] = {}  # by row, path and reason: this process's copy of the list
+        self.known: dict[int, tuple[str, str]] = {}
         self._in_a_row = 0
+        # One line a fault, in a file that the data workers forked later share. Not behind a lock, which a killed
+        # worker would hold forever: the kernel keeps writes of several processes apart where they append.
+        self._list = TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as we do
+        fcntl.fcntl(self._list, fcntl.F_SETFL, os.O_APPEND)
+        self._read = 0
 
     def __contains__(self, row: int) -> bool:
         """Whether the row was found bad, by any worker."""
-        return row in self.known()
-
-    def known(self) -> dict[int, tuple[str, str]]:
-        """Path and reason of every bad row, in the order found."""
-        for number in range(len(self._known), _COUNT.unpack_from(self._list)[0]):
-            at = _COUNT.size + number * _ENTRY_SIZE
-            row, path, reason = _ENTRY.unpack_from(self._list, at)
-            text = self._list[at + _ENTRY.size : at + _ENTRY.size + path + reason]
-            self._known[row] = text[:path].decode(errors="replace"), text[path:].decode(errors="replace")
-        return self._known
+        self._update()
+        return row in self.known
 
     def add(self, row: int, error: MediaError) -> None:
         """Note one bad file. Raises `DataError` with the list of files when the budget is spent."""
         self._in_a_row += 1
-        held = self._lock.acquire(timeout=_PATIENCE)
-        try:
-            known = self.known()
-            new = row not in known and len(known) < self._room
-            if new:
-                self._append(row, error)
-        finally:
-            if held:
-                self._lock.release()
-        known = self.known()
-        if new:
+        if row not in self:
+            line = json.dumps([row, error.path, error.reason[:_MOST_REASON]], ensure_ascii=False)
+            self._list.write(f"{line}\n".encode(errors="replace"))  # names of files may be no Unicode
+            self._update()
             log.warning("skipped: %s", error)
-            if len(known) > 1 and len(known) & (len(known) - 1) == 0:  # at 2, 4, 8, ...
+            count = len(self.known)
+            if count > 1 and count & (count - 1) == 0:  # at 2, 4, 8, ...
                 log.warning(
                     "%d files skipped so far, of %d that data.params.on_bad_sample allows: %s",
-                    len(known), self.skip, self.summary(),
+                    count, self.skip, self.summary(),
                 )  # fmt: skip
-        if len(known) > self.skip or self._in_a_row > self.consecutive:
-            raise self._spent()
+        if len(self.known) > self.skip or self._in_a_row > self.consecutive:
+            listed = "; ".join(f"{path}: {reason}" for path, reason in list(self.known.values())[-_LISTED:])
+            raise DataError(
+                f"{len(self.known)} files could not be read, {self._in_a_row} in a row, more than "
+                f"data.params.on_bad_sample allows (skip {self.skip}, consecutive {self.consecutive}), "
+                f"{self.summary()}; fix or remove them: {listed}"
+            )
 
     def clear_run(self) -> None:
         """A file was read: start counting `consecutive` from 0."""
@@ -80,9 +68,8 @@ class Faults:
 
     def require_another(self, rows: np.ndarray, source: str, bucket: Bucket) -> None:
         """Raise `DataError` if none of the rows is left to replace a bad one."""
-        known = self.known()
-        if all(int(row) in known for row in rows):
-            path, reason = known[int(rows[0])]
+        if all(int(row) in self.known for row in rows):
+            path, reason = self.known[int(rows[0])]
             raise DataError(
                 f"source '{source}': no file of bucket {bucket} can be read, such as {path} ({reason}); fix "
                 "or remove them."
@@ -90,25 +77,19 @@ class Faults:
 
     def summary(self) -> str:
         """How many files there are of each reason, the commonest first."""
-        return by_reason(reason for _, reason in self.known().values())
+        return by_reason(reason for _, reason in self.known.values())
 
-    def _append(self, row: int, error: MediaError) -> None:
-        number = len(self._known)
-        at = _COUNT.size + number * _ENTRY_SIZE
-        path, reason = error.path.encode(errors="surrogateescape"), error.reason.encode(errors="replace")[:300]
-        path = path[-(_ENTRY_SIZE - _ENTRY.size - len(reason)) :]  # the end of a path says more
-        _ENTRY.pack_into(self._list, at, row, len(path), len(reason))
-        self._list[at + _ENTRY.size : at + _ENTRY.size + len(path) + len(reason)] = path + reason
-        _COUNT.pack_into(self._list, 0, number + 1)  # last, because others read without the lock
-
-    def _spent(self) -> DataError:
-        known = self.known()
-        listed = "; ".join(f"{path}: {reason}" for path, reason in list(known.values())[-_LISTED:])
-        return DataError(
-            f"{len(known)} files could not be read, {self._in_a_row} in a row, more than "
-            f"data.params.on_bad_sample allows (skip {self.skip}, consecutive {self.consecutive}), "
-            f"{self.summary()}; fix or remove them: {listed}"
-        )
+    def _update(self) -> None:
+        """Take over what this and other workers have found since the last call."""
+        size = os.fstat(self._list.fileno()).st_size
+        if size == self._read:
+            return
+        # up to the last whole line: another worker's may be half written
+        lines = os.pread(self._list.fileno(), size - self._read, self._read).rpartition(b"\n")[0]
+        self._read += len(lines) + bool(lines)
+        for line in lines.splitlines():
+            row, path, reason = json.loads(line)
+            self.known.setdefault(row, (path, reason))
 
 
 def by_reason(reasons: Iterable[str]) -> str:

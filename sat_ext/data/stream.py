@@ -72,9 +72,7 @@ class JointStream:
             )  # fmt: skip
         self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, used=used)
         budget = config.on_bad_sample
-        self._faults = Faults(
-            skip=budget.skip, consecutive=budget.consecutive, rows=sum(c.records for c in self.schedule.cells)
-        )
+        self._faults = Faults(skip=budget.skip, consecutive=budget.consecutive)
         # room for all samples of the largest batch
         capacity = max(c.batch * sample_capacity(c.bucket) for c in cells)
         self.reader = reader or MediaReader(

@@ -15,7 +15,7 @@ from sat_ext.types import Bucket
 
 
 def faults(skip: int = 100, consecutive: int = 20) -> Faults:
-    return Faults(skip=skip, consecutive=consecutive, rows=1000)
+    return Faults(skip=skip, consecutive=consecutive)
 
 
 def bad(number: int, reason: str = "no such file") -> MediaError:
@@ -40,7 +40,7 @@ def test_a_bad_file_is_logged_and_known(caplog: pytest.LogCaptureFixture) -> Non
         found.add(7, bad(7))
     assert 7 in found
     assert 8 not in found
-    assert found.known() == {7: ("clips/7.mp4", "no such file")}
+    assert found.known == {7: ("clips/7.mp4", "no such file")}
     assert caplog.messages == ["skipped: clips/7.mp4: no such file"]
 
 
@@ -50,7 +50,7 @@ def test_what_one_data_worker_finds_all_know_and_it_counts_once() -> None:
     in_a_worker(lambda: found.add(5, bad(5)))
     in_a_worker(lambda: found.add(6, bad(6)))
     in_a_worker(lambda: None if 5 in found and 6 in found else os._exit(1))
-    assert found.known() == {5: ("clips/5.mp4", "no such file"), 6: ("clips/6.mp4", "no such file")}
+    assert 5 in found and found.known == {n: (f"clips/{n}.mp4", "no such file") for n in (5, 6)}
     with pytest.raises(DataError, match=r"^3 files could not be read, 1 in a row"):
         found.add(9, bad(9))
 
@@ -69,11 +69,22 @@ def test_past_the_budget_the_error_has_the_list_the_reasons_and_the_remedy() -> 
     )
 
 
-def test_a_budget_of_none_ends_at_the_first_file_and_later_ones_find_no_room() -> None:
-    found = faults(skip=0)
-    for number in range(3):
-        with pytest.raises(DataError, match=r"^1 files could not be read.*skip 0.*clips/0\.mp4: no such file$"):
-            found.add(number, bad(number))
+def test_workers_that_find_faults_at_once_lose_none() -> None:
+    found = faults(skip=1000, consecutive=1000)
+    pids = []
+    for worker in range(4):
+        if (pid := os.fork()) == 0:
+            for number in range(100):
+                found.add(100 * worker + number, bad(number))
+            os._exit(0)
+        pids.append(pid)
+    assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids)
+    assert 0 in found and sorted(found.known) == list(range(400))
+
+
+def test_a_budget_of_none_ends_at_the_first_file() -> None:
+    with pytest.raises(DataError, match=r"^1 files could not be read.*skip 0.*clips/0\.mp4: no such file$"):
+        faults(skip=0).add(0, bad(0))
 
 
 def test_too_many_in_a_row_end_the_run_and_a_readable_file_resets_the_count() -> None:
@@ -101,24 +112,17 @@ def test_a_summary_by_reason_comes_whenever_the_count_has_doubled(caplog: pytest
 
 
 def test_a_budget_without_end_takes_no_memory_for_it() -> None:
-    found = Faults(skip=10**12, consecutive=20, rows=10**9)
+    found = Faults(skip=10**12, consecutive=20)
     found.add(10**9, bad(1))
-    assert found.known() == {10**9: ("clips/1.mp4", "no such file")}
+    assert found.known == {10**9: ("clips/1.mp4", "no such file")}
 
 
-def test_long_and_undecodable_names_are_kept_as_far_as_they_fit() -> None:
+def test_undecodable_names_and_long_reasons_are_kept_as_far_as_they_can_be_shown() -> None:
     found = faults()
-    found.add(1, MediaError("p" * 4000 + "/die Ente\n.mp4", "r" * 4000))
+    path = "p" * 4000 + "/die Ente\n.mp4"
+    found.add(1, MediaError(path, "r" * 4000))
     found.add(2, MediaError(os.fsdecode(b"caf\xe9.mp4"), "no such file"))
-    known = faults_seen_by_another(found)
-    assert known[1][0].endswith("pp/die Ente\n.mp4")
-    assert known[1][1] == "r" * 300
-    assert known[2] == ("caf\ufffd.mp4", "no such file")
-
-
-def faults_seen_by_another(found: Faults) -> dict[int, tuple[str, str]]:
-    found._known.clear()  # as in a worker that has not looked yet
-    return found.known()
+    assert found.known == {1: (path, "r" * 300), 2: ("caf?.mp4", "no such file")}
 
 
 def test_a_bucket_without_a_readable_file_is_named() -> None:
