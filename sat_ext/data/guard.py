@@ -3,16 +3,6 @@
     with Guard(probe, timeout=60) as guard:
         info = guard(path)  # what probe(path) returns or raises, or MediaError
 
-- A call that takes longer than `timeout` seconds, or ends the process (SIGSEGV, SIGKILL by the kernel, an exit),
-  raises `MediaError(path, ...)`; the next call starts another process.
-- A call that takes `memory` bytes more than the process had at its start raises `MediaError` too.
-- The process is forked at the first call (some ms), not when the guard is made, and never shared: a guard that a
-  forked data worker inherits starts its own. `function` is inherited and need not be picklable; arguments and
-  results must be.
-- NumPy arrays in results lie in memory shared with the process, one after another while `capacity` bytes last, and
-  are overwritten after `release`. The rest comes through the pipe as a copy.
-- A guard serves one thread at a time; each thread needs its own.
-
 A process and not a thread, because nothing can interrupt the C code of FFmpeg and Pillow. Not `multiprocessing`'s,
 because data workers are daemonic, and those may not have children.
 """
@@ -32,7 +22,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -60,18 +49,14 @@ _started: "WeakSet[Guard[Any]]" = WeakSet()
 _forking = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What a call raised: an error that names the file, or only the reason."""
-
-    error: SatExtError | None = None
-    reason: str = ""
-
-
 class Guard(Generic[R]):
-    """Calls `function(path, *args)` in a separate process, as the module's docstring describes.
+    """Calls `function(path, *args)` in a separate process, for one thread at a time.
 
-    `timeout` is in seconds, and `setting` is where the user can change it; `capacity` and `memory` are in bytes.
+    A call raises `MediaError` if it takes longer than `timeout` seconds (the user's `setting`) or `memory` bytes
+    more than the process had at its start, or if it ends the process; the next call starts another. The process is
+    forked at the first call, so `function` need not be picklable, and a data worker that inherits a guard starts
+    its own. Arguments and results are pickled, except for NumPy arrays in results: these lie in shared memory, one
+    after another while its `capacity` bytes last, and are overwritten after `release`.
     """
 
     def __init__(
@@ -94,7 +79,9 @@ class Guard(Generic[R]):
 
     def __call__(self, path: str, *args: Any) -> R:
         """What `function` returns. Raises `MediaError`, and what `function` raises for a user to fix."""
-        pipe = self._connection()
+        if self._pipe is not None and self._pipe.poll(0):  # only its end can be readable now: it died since
+            self._stop()
+        pipe = self._pipe or self._start()
         try:
             pipe.send((path, args, self._used))
             if not pipe.poll(self.timeout):
@@ -105,8 +92,8 @@ class Guard(Generic[R]):
         except BaseException:  # too slow, or Ctrl-C: a late answer would be taken for the next call's
             self._stop()
             raise
-        if isinstance(answer, _Failure):
-            raise answer.error or MediaError(path, answer.reason)
+        if isinstance(answer, SatExtError):
+            raise answer
         if places:
             assert self._shared is not None
             self._used = places[-1][1]
@@ -127,21 +114,13 @@ class Guard(Generic[R]):
 
     def close(self) -> None:
         """End the process, if there is one."""
-        if self._pipe is not None:
-            self._stop()
+        self._stop()
 
-    def _connection(self) -> Connection:
-        if self._pipe is not None and self._pipe.poll(0):  # only its end can be readable now: it died since
-            self._stop()
-        if self._pipe is None:
-            self._start()
-        assert self._pipe is not None
-        return self._pipe
-
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         if self._shared is None and self.capacity:
             self._shared = mmap.mmap(-1, self.capacity)
         parent = os.getpid()
+        # The kernel sends the signal of a parent's death when the *thread* that forked ends.
         lasting = threading.current_thread() is threading.main_thread()
         with _forking:  # else another thread's fork inherits `there`, and the end of our process goes unnoticed
             here, there = Pipe()
@@ -158,6 +137,7 @@ class Guard(Generic[R]):
             self.pid, self._pipe = pid, here
         # Not `atexit`: data workers end by `os._exit`, after running only multiprocessing's finalizers.
         self._end = Finalize(self, _end, (pid, here), exitpriority=10)
+        return here
 
     def _stop(self) -> int | None:
         """End the process; its status as from `os.waitpid`, None if unknown."""
@@ -218,18 +198,19 @@ def _prepare(parent: int | None, memory: int) -> None:
     It ends with `parent`; if that is None, when it next waits for work, or when its timer goes off.
     """
     gc.freeze()  # inherited objects must not be finalised here, nor copied because the collector marks them
-    faulthandler.disable()
+    faulthandler.disable()  # or it would dump the stacks for each file that crashes a decoder
     warnings.simplefilter("ignore")  # Pillow's, about what it makes of broken files
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides when we end
         signal.signal(number, signal.SIG_IGN)
     # Back to ending this process, whatever the parent set; SIGALRM is `_serve`'s.
     for number in (*_FATAL, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    if parent is not None:  # from the main thread only: the signal comes when the forking *thread* ends
+    if parent is not None:
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+        if os.getppid() != parent:  # it ended before the kernel knew that we want to end with it
             os._exit(0)
+    # a core file for each broken file would fill the disk
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     with suppress(OSError, ValueError):
         # Address space, as only that is refused before it is used; relative, as CUDA may hold a terabyte of it.
@@ -243,20 +224,17 @@ def _prepare(parent: int | None, memory: int) -> None:
 
 
 def _serve(pipe: Connection, function: Callable[..., Any], shared: mmap.mmap | None, timeout: float) -> None:
-    while True:
-        try:
+    with suppress(EOFError):  # the parent has closed its end
+        while True:
             path, args, used = pipe.recv()
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)  # ends an orphan that hangs
-        answer = _call(function, path, args, shared, used)
-        pipe.send(answer)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)  # ends an orphan that hangs
+            pipe.send(_call(function, path, args, shared, used))
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _call(
     function: Callable[..., Any], path: str, args: tuple[Any, ...], shared: mmap.mmap | None, used: int
-) -> tuple[bytes | _Failure, list[tuple[int, int]]]:
+) -> tuple[bytes | SatExtError, list[tuple[int, int]]]:
     """The pickled result without its arrays, and their places (from, to) in shared memory."""
     places: list[tuple[int, int]] = []
 
@@ -275,10 +253,10 @@ def _call(
         result = function(path, *args)
         return pickle.dumps(result, protocol=5, buffer_callback=belongs_in_the_pickle), places
     except SatExtError as error:
-        return _Failure(error), []
+        return error, []
     except Exception as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's is a RuntimeError
-            return _Failure(reason="reading it takes more memory than a file may"), []
         log.debug("%s: %s", path, traceback.format_exc())
-        lines = str(error).splitlines() or [""]
-        return _Failure(reason=f"cannot be read: {type(error).__name__}: {lines[0]}"), []
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's is a RuntimeError
+            return MediaError(path, "reading it takes more memory than a file may"), []
+        line = (str(error).splitlines() or [""])[0]
+        return MediaError(path, f"cannot be read: {type(error).__name__}: {line}"), []
