@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from sat_ext.data.guard import Guard
-from sat_ext.data.media_reader import read_pixels
 from sat_ext.data.probe import probe
 from sat_ext.data.transform import Fit
+from sat_ext.data.visits import read_pixels
 from sat_ext.files import fingerprint
 
 

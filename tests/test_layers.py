@@ -29,7 +29,6 @@ LAYERS = [
     ("data.index", 2),
     ("data.params", 2),
     ("data.visits", 2),
-    ("data.media_reader", 2),
     ("data", 1),
     ("config", 0),
     ("checkpoint", 0),

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.data.index import Index, build_index
-from sat_ext.data.media_reader import MediaReader, read_pixels
 from sat_ext.data.stream import JointStream
 from sat_ext.data.transform import Fit
+from sat_ext.data.visits import MediaReader, read_pixels
 from sat_ext.recipe import Recipe, read_recipe
 
 
@@ -84,9 +84,6 @@ class _TimedRead:
         pixels = read_pixels(path, times, decoder, _TimedFit(fit, self), seen)  # type: ignore[arg-type]
         self.decoding += time.perf_counter() - start - (self.fitting - before)
         return pixels
-
-    def release(self) -> None:
-        """Nothing is shared with another process."""
 
 
 class _TimedFit:

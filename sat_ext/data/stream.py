@@ -12,15 +12,14 @@ from sat_ext.data.collate import collate
 from sat_ext.data.faults import Faults
 from sat_ext.data.guard import Guard
 from sat_ext.data.index import Group, Index
-from sat_ext.data.media_reader import MediaReader, read_pixels, sample_capacity
 from sat_ext.data.params import DataConfig
 from sat_ext.data.schedule import Cell, Schedule, Step
+from sat_ext.data.sources.texts import listed
+from sat_ext.data.visits import MediaReader, read_pixels, sample_capacity
 from sat_ext.errors import MediaError
 from sat_ext.types import Bucket, Sample
 
 log = logging.getLogger(__name__)
-
-_LISTED = 5  # cells of a warning
 
 
 class Reader(Protocol):
@@ -29,17 +28,13 @@ class Reader(Protocol):
     def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:
         """Visit `number` of a record, counted over the run. Raises `MediaError`: another takes its place."""
 
-    def release(self) -> None:
-        """Reuse the memory of the samples read so far."""
-
 
 class JointStream:
     """Batches of an index in the order of its schedule, for any rank and data worker, from any step on.
 
-    `batch_sizes` gives samples per rank by bucket. Where a bucket of a source has few records, its batch is
-    smaller, so that no step holds a record twice. `used` (samples of each group of the index that were trained on)
-    continues an earlier run. Without a `reader` samples come from their files, read in a process of their own
-    (see `guard`) in each data worker or, without workers, beside the training process.
+    `batch_sizes` gives samples per rank by bucket. `used` (samples trained on, of each group of the index)
+    continues an earlier run. Without a `reader` samples come from their files, read by `guard` in a process of
+    their own in each data worker or, without workers, beside the training process.
     """
 
     def __init__(
@@ -54,30 +49,26 @@ class JointStream:
         reader: Reader | None = None,
     ) -> None:
         self.index, self.config, self.dtype = index, config, dtype
+        # smaller batches where a bucket of a source has few records, so that no step holds a record twice
+        batches = [max(1, min(batch_sizes[g.bucket], len(g.rows) // (2 * world))) for g in index.groups]
         cells = [
-            Cell(
-                source=g.source,
-                bucket=g.bucket,
-                records=len(g.rows),
-                batch=max(1, min(batch_sizes[g.bucket], len(g.rows) // (2 * world))),
-            )
-            for g in index.groups
+            Cell(source=g.source, bucket=g.bucket, records=len(g.rows), batch=batch)
+            for g, batch in zip(index.groups, batches)
         ]
-        few = [f"'{c.source}' {c.bucket}: {c.records}" for c in cells if c.records < 2 * world and world > 1]
+        few = [f"{c.source} {c.bucket}: {c.records}" for c in cells if c.records < 2 * world and world > 1]
         if few:
-            shown = ", ".join(few[:_LISTED]) + ", ..." * (len(few) > _LISTED)
             log.warning(
                 "%d pairs of source and bucket have fewer than 2 records for each of the %d ranks, so that a step "
-                "can hold one twice (%s)", len(few), world, shown,
+                "can hold one twice (%s)",
+                len(few), world, listed(few),
             )  # fmt: skip
         self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, used=used)
         budget = config.on_bad_sample
         self._faults = Faults(skip=budget.skip, consecutive=budget.consecutive)
         # room for all samples of the largest batch
         capacity = max(c.batch * sample_capacity(c.bucket) for c in cells)
-        self.reader = reader or MediaReader(
-            index, config, Guard(read_pixels, timeout=budget.timeout, capacity=capacity)
-        )
+        self.guard = Guard(read_pixels, timeout=budget.timeout, capacity=capacity)
+        self.reader = reader or MediaReader(index, config, self.guard)
 
     def batches(self, *, start: int, rank: int, worker: int = 0, workers: int = 1) -> Iterator[dict[str, Any]]:
         """Endless batches of `rank` from step `start` on; worker w of n makes every n-th, from the w-th."""
@@ -92,7 +83,7 @@ class JointStream:
 
     def collated(self, cell: int, positions: np.ndarray) -> dict[str, Any]:
         """The samples at `positions` of a cell's stream as a batch, without `loss_weight`. Raises as `batch`."""
-        self.reader.release()  # the samples of the last batch were copied into it
+        self.guard.release()  # the samples of the last batch were copied into it
         return collate([self.sample(cell, int(p)) for p in positions], self.dtype)
 
     def sample(self, cell: int, position: int) -> Sample:

@@ -1,21 +1,29 @@
-"""What one visit of a record shows: which moments of its file, and which of its captions."""
+"""Visits of records: which moments of its file and which of its captions a sample shows, and its pixels."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
 
 from sat_ext.data.clips import sample_times
+from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.index import Group, Index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.parts import file_times, part_info
-from sat_ext.files import suffix_of
+from sat_ext.data.transform import Fit
+from sat_ext.files import require_unchanged, suffix_of
 from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, Sample
+
+_SLACK = 64  # bytes between the samples of a batch in shared memory
+
+ReadPixels = Callable[..., np.ndarray]  # `read_pixels`, or a guard of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Visit:
-    """One visit of a record: the moments of its file to show (None for a still), and what they are called.
+    """One visit of a record: the `times` of its file to show (None for a still), and what they are called.
 
     `seen` is which file it was when the index was made (`Index.seen`).
     """
@@ -27,6 +35,11 @@ class Visit:
     num_frames: int
     fps: int
     seen: tuple[str, float]
+
+    def pixels(self, decoder: str, read: ReadPixels) -> torch.Tensor:
+        """The pixels, uint8 (T, 3, height, width), until a guard's next `release`. Raises `MediaError`."""
+        fit = Fit(self.bucket.height, self.bucket.width, self.item.crop)
+        return torch.from_numpy(read(self.item.path, self.times, decoder, fit, self.seen))
 
     def sample(self, pixels: torch.Tensor, caption: str, condition: torch.Tensor | None = None) -> Sample:
         """The sample of these pixels or latents."""
@@ -43,7 +56,7 @@ def visit_of(index: Index, config: DataConfig, group: Group, record: int, rng: n
     item, whole = index.item(row)
     times, num_frames, fps = None, 1, config.fps
     if whole.frames > 1 or suffix_of(item.path) not in IMAGE_EXTENSIONS:
-        clip = sample_times(
+        of_part, num_frames, fps = sample_times(
             index.samplers[group.source],
             info=part_info(item, whole),
             frames=group.bucket.frames,
@@ -53,7 +66,7 @@ def visit_of(index: Index, config: DataConfig, group: Group, record: int, rng: n
             skip_frames=config.skip_frms_num,
             window=0 if group.windows is None else int(group.windows[record]),
         )
-        times, num_frames, fps = tuple(file_times(item, whole, clip.times)), clip.num_frames, clip.fps
+        times = file_times(item, whole, of_part)
     return Visit(
         item=item, source=group.source, bucket=group.bucket, times=times, num_frames=num_frames, fps=fps,
         seen=index.seen(row),
@@ -61,8 +74,38 @@ def visit_of(index: Index, config: DataConfig, group: Group, record: int, rng: n
 
 
 def draw_caption(item: Item, rng: np.random.Generator) -> str:
-    """One of the item's captions. A single one takes no draw, so that it changes no other random number."""
-    if len(item.captions) == 1:
+    """One of the item's captions."""
+    if len(item.captions) == 1:  # draws nothing, so that giving a file more captions changes no other file's clips
         return item.captions[0]
     weights = np.array(item.caption_weights or (1.0,) * len(item.captions))
     return item.captions[int(rng.choice(len(weights), p=weights / weights.sum()))]
+
+
+def read_pixels(
+    path: str, times: Sequence[float] | None, decoder: str, fit: Fit, seen: tuple[str, float]
+) -> np.ndarray:
+    """The pixels of one sample, uint8 (T, 3, height, width): the frames at `times`, or a still where that is None.
+
+    Raises `MediaError`, also for a file that has been replaced since it was `seen`.
+    """
+    require_unchanged(path, *seen)
+    pixels = read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
+    return pixels.numpy()
+
+
+def sample_capacity(bucket: Bucket) -> int:
+    """Bytes that a sample of the bucket takes in a guard's shared memory."""
+    return _SLACK + 3 * prod((bucket.frames, bucket.height, bucket.width))
+
+
+class MediaReader:
+    """The records of an index as samples of uint8 pixels."""
+
+    def __init__(self, index: Index, config: DataConfig, read: ReadPixels) -> None:
+        self.index, self.config, self._read = index, config, read
+
+    def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:
+        """A visit of a record, whatever its `number`. Raises `MediaError`."""
+        visit = visit_of(self.index, self.config, group, record, rng)
+        caption = draw_caption(visit.item, rng)
+        return visit.sample(visit.pixels(self.config.decoder, self._read), caption)

@@ -91,9 +91,6 @@ class LatentReader:
             condition = parts["first"]
         return visit.sample(latents, caption, condition)
 
-    def release(self) -> None:
-        """Samples share no memory with another process."""
-
 
 def media_codes(index: Index) -> np.ndarray:
     """For each row of the index's table a number (uint64) that changes when its file does."""

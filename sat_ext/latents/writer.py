@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sat_ext.data.guard import Guard
-from sat_ext.data.media_reader import pixels_of, read_pixels, sample_capacity
 from sat_ext.data.params import DataConfig
-from sat_ext.data.visits import Visit
+from sat_ext.data.visits import Visit, read_pixels, sample_capacity
 from sat_ext.engines import Engine
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.latents.encoders import Encoders, Part
@@ -108,7 +107,7 @@ class _Pixels(Dataset[Any]):
         visit, _ = self.samples[number]
         self._read.release()
         try:
-            return number, pixels_of(visit, self.decoder, self._read).clone()
+            return number, visit.pixels(self.decoder, self._read).clone()
         except MediaError as error:
             return number, error
 

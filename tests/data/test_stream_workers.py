@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sat_ext.config import load
-from sat_ext.data import media_reader
+from sat_ext.data import visits
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
@@ -172,14 +172,14 @@ def test_a_file_that_crashes_its_reader_stops_no_worker(demo: Path, monkeypatch:
 
 
 def slow_for(monkeypatch: pytest.MonkeyPatch, key: str, happens: Any) -> None:
-    real = media_reader.read_frames
+    real = visits.read_frames
 
     def read(path: str, *args: Any, **options: Any) -> Any:
         if path.endswith(key):
             happens()
         return real(path, *args, **options)
 
-    monkeypatch.setattr(media_reader, "read_frames", read)
+    monkeypatch.setattr(visits, "read_frames", read)
 
 
 def test_a_file_that_vanishes_or_changes_during_the_run_is_replaced(demo: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_memory_does_not_grow_from_sample_to_sample(demo: Path, tmp_path: Path) 
 
 def resident_memory(stream: JointStream) -> int:
     """Bytes of this process and of its reader."""
-    pid = stream.reader.pixels.pid  # type: ignore[attr-defined]
+    pid = stream.guard.pid
     pages = [int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in (os.getpid(), pid)]
     return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
