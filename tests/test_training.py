@@ -23,7 +23,7 @@ from sat_ext.checkpoint.layout import find_run
 from sat_ext.cli.main import app
 from sat_ext.demo_data import write_demo
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import load_engine
+from sat_ext.models.generate import load_engine
 from tests.sat.ranks import Server
 
 ROOT = Path(__file__).parent.parent

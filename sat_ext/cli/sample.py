@@ -41,22 +41,18 @@ def sample(
     """Generate stills and clips from captions, and show them beside what was asked for."""
     # here, because diffusers and transformers take seconds to import, which the other subcommands do without
     from sat_ext.checkpoint.layout import find_run, read_run_config
-    from sat_ext.models.checkpoint import load_engine
+    from sat_ext.models.generate import load_engine
 
     folder = find_run(run)
     recipe = recipe_of(read_run_config(folder))
     engine, iteration = load_engine(folder)
-    sampling = engine.config.sampling
-    options = {
-        "steps": sampling.steps if steps is None else steps,
-        "guidance_scale": sampling.guidance_scale if guidance is None else guidance,
-    }
     generator = torch.Generator().manual_seed(seed)
+    options = {"steps": steps, "guidance_scale": guidance, "generator": generator}
     if prompt:
         bucket = _bucket(recipe, frames)
-        rows = [_from_prompt(engine, p, bucket, image, generator, options) for p in prompt]
+        rows = [_from_prompt(engine, p, bucket, image, options) for p in prompt]
     else:
-        rows = _held_out(engine, recipe, number, generator, options)
+        rows = _held_out(engine, recipe, number, options)
     write_sheet(rows, sheet)
     print(f"checkpoint of step {iteration} in {folder}: {len(rows)} samples in {sheet}")
     if any(len(s) > 1 for row in rows for s in row.strips.values()):
@@ -81,7 +77,6 @@ def _from_prompt(
     prompt: str,
     bucket: Bucket,
     image: Path | None,
-    generator: torch.Generator,
     options: dict[str, Any],
 ) -> SheetRow:
     from sat_ext.models.generate import generate
@@ -89,14 +84,12 @@ def _from_prompt(
     first = None
     strips = {}
     if image is not None:
-        if engine.config.conditioning != "i2v":
-            raise ConfigError("--image: this model takes captions only; leave the option out.")
         pixels = read_still(str(image), fit=Fit(bucket.height, bucket.width))
         first = pixels.float() / 127.5 - 1
         strips["first frame"] = pixels.permute(0, 2, 3, 1).numpy()
     out = generate(
         engine, [prompt], frames=bucket.frames, height=bucket.height, width=bucket.width, first_frames=first,
-        generator=generator, **options,
+        **options,
     )  # fmt: skip
     return SheetRow(caption=prompt, strips={**strips, "generated": to_uint8(out[0])})
 
@@ -105,7 +98,6 @@ def _held_out(
     engine: VideoDiffusionEngine,
     recipe: Recipe,
     number: int,
-    generator: torch.Generator,
     options: dict[str, Any],
 ) -> list[SheetRow]:
     """Captions of `args.valid_data`, `number` of each kind."""
@@ -122,7 +114,7 @@ def _held_out(
         batch = _first_batch(stream, kind)
         if batch is None:
             continue
-        rows += sample_rows(engine, batch, generator, **options)
+        rows += sample_rows(engine, batch, **options)
     return rows
 
 

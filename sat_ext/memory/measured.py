@@ -117,7 +117,7 @@ def _loss(network: Any, config: ModelConfig, bucket: Bucket, samples: int, dtype
     from sat_ext.models.diffusion import NoiseSchedule
     from sat_ext.models.transformer import predict_velocity
 
-    transformer, schedule = config.transformer, NoiseSchedule.make(1.0)
+    transformer, schedule = config.transformer, NoiseSchedule(torch.empty(1000))
     frames = latent_frames(bucket.frames)
     frames += padding_frames(frames, transformer.patch_size_t)
     height, width = bucket.height // LATENT_SIDE, bucket.width // LATENT_SIDE

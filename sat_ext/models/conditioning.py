@@ -27,11 +27,6 @@ def drop_mask(count: int, rate: float, generator: torch.Generator) -> Tensor:
     return torch.rand(count, generator=generator, device=generator.device) < rate
 
 
-def drop_captions(captions: list[str], dropped: Tensor) -> list[str]:
-    """The captions, the empty one in place of each dropped one: what guidance is later measured against."""
-    return ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-
-
 def stills(kinds: list[str], frames: int) -> Tensor:
     """Which samples show a single frame: (B,) bool.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from sat_ext.config import plain
 from sat_ext.errors import ConfigError
+from sat_ext.latents.text import TextEmbeddings
 from sat_ext.models.conditioning import (
     condition_latents,
-    drop_captions,
     drop_mask,
     noisy_first_frames,
     pad_condition,
@@ -23,28 +24,26 @@ from sat_ext.models.conditioning import (
 from sat_ext.models.diffusion import (
     EVALUATED_TIMESTEPS,
     NoiseSchedule,
+    diffusers_scheduler,
     mean_where,
     read_schedule,
     sample_seeds,
     stratified_timesteps,
-    timestep_interval,
     uniform_timesteps,
 )
-from sat_ext.models.engine_encoders import build_encoders
+from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.folder import check_zero, folder_config, load_model_config
+from sat_ext.models.t5 import build_text
 from sat_ext.models.transformer import build_transformer, predict_velocity
 from sat_ext.pixels import to_model_range
-from sat_ext.ranks import rank_and_world
 from sat_ext.zero import zero_of
-
-KINDS = ("image", "video")
 
 
 class VideoDiffusionEngine(nn.Module):
     """First stage, text encoder, transformer and noise schedule of a CogVideoX model.
 
-    SAT's `get_model` constructs it. `args.model_config` is the YAML's `model:` section. Where the run trains from
-    a cache (`args.sat_ext.cache_folder`), no encoder is loaded. The state dict holds what the YAML cannot give
+    SAT's `get_model` constructs it. `args.model_config` is the YAML's `model:` section. If the run trains from a
+    cache (`args.sat_ext.cache_folder`), no encoder is loaded. The state dict holds what the YAML cannot give
     back: never the first stage and the text encoder, and under LoRA not the base weights of a pretrained folder.
     """
 
@@ -65,10 +64,9 @@ class VideoDiffusionEngine(nn.Module):
                 f"model.sampling.number: {config.sampling.number} samples at an evaluation need the first stage, "
                 "which a run from data.params.cache does not load; set it to 0, and use sat-ext sample."
             )
-        self.first_stage, self.text = build_encoders(config, params_dtype, cache)
-        self.schedule = NoiseSchedule.make(config.schedule.snr_shift_scale)
-        self._generator: torch.Generator | None = None
-        self._seed = int(getattr(args, "seed", None) or 1234)
+        self.first_stage: Any = build_first_stage(config, params_dtype) if cache is None else None
+        self.text: Any = build_text(config, params_dtype) if cache is None else CachedText(Path(cache))
+        self.schedule = NoiseSchedule(diffusers_scheduler(config.schedule).alphas_cumprod)
         self.disable_untrainable_params()
         self.register_state_dict_post_hook(_leave_out_fixed)
         self.register_load_state_dict_post_hook(_forgive_fixed)
@@ -86,11 +84,11 @@ class VideoDiffusionEngine(nn.Module):
         return self.config.pretrained is not None and self.config.train.mode == "lora" and "lora_" not in name
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and `loss_image` and `loss_video`: -100 where it has no such sample.
+        """The loss of a batch, and `loss_image` and `loss_video`: -100 if it has no such sample.
 
-        `batch`: mp4 (B, T, C, H, W), uint8 or in [-1, 1]; lists of B: txt, kind, source, key (the last two seed
-        an evaluation). Optional: `loss_weight` (B,), what each sample counts (`Schedule.loss_weight`), which
-        evaluations ignore; `seed`, an int that differs between ranks, fixes every draw of a training step.
+        `batch`: mp4 (B, T, C, H, W), uint8 or in [-1, 1]; lists of B: txt, kind, source, key (the last two seed an
+        evaluation). In training `seed`, an int that differs between ranks, which every draw follows from, and
+        optionally `loss_weight` (B,), what each sample counts (`Schedule.loss_weight`).
         """
         losses = self._training_losses(batch) if self.training else self._evaluation_losses(batch)
         weights = self.config.loss_weights
@@ -98,7 +96,8 @@ class VideoDiffusionEngine(nn.Module):
         if self.training and "loss_weight" in batch:
             factors = factors * batch["loss_weight"].to(losses.device)
         metrics = {
-            f"loss_{kind}": mean_where(losses.detach(), [k == kind for k in batch["kind"]]) for kind in KINDS
+            f"loss_{kind}": mean_where(losses.detach(), [k == kind for k in batch["kind"]])
+            for kind in ("image", "video")
         }
         return (factors * losses).mean(), metrics
 
@@ -113,14 +112,14 @@ class VideoDiffusionEngine(nn.Module):
     def _training_losses(self, batch: Mapping[str, Any]) -> Tensor:
         """(B,) losses with one random noise level a sample, condition noise and dropout."""
         count = len(batch["txt"])
-        generator = self._train_generator(batch, self.network.device)
-        captions = drop_captions(batch["txt"], drop_mask(count, self.config.caption_dropout, generator))
+        generator = torch.Generator(self.network.device).manual_seed(int(batch["seed"]))
+        dropped = drop_mask(count, self.config.caption_dropout, generator).tolist()
+        captions = ["" if drop else caption for caption, drop in zip(batch["txt"], dropped, strict=True)]
         latents, condition, padding = self._inputs(batch, generator)
-        timesteps = uniform_timesteps(count, generator, timestep_interval(*rank_and_world()))
+        timesteps = uniform_timesteps(count, generator)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         text = self.text.encode(captions, latents.device, self.network.dtype)
-        noisy = self.schedule.add_noise(latents, noise, timesteps)
-        prediction = self.predict(noisy, text, timesteps, condition)
+        prediction = self.predict(self.schedule.add_noise(latents, noise, timesteps), text, timesteps, condition)
         return self.schedule.losses(prediction, latents, noise, timesteps, padding)
 
     @torch.no_grad()
@@ -135,8 +134,8 @@ class VideoDiffusionEngine(nn.Module):
         offsets = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
         losses = []
         for timesteps in stratified_timesteps(offsets, EVALUATED_TIMESTEPS):
-            draws = [torch.randn(latents.shape[1:], generator=g, device=g.device) for g in generators]
-            noise = torch.stack(draws)
+            # a generator a sample, so that its draws do not depend on what else is in the batch
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=g, device=g.device) for g in generators])
             noisy = self.schedule.add_noise(latents, noise, timesteps)
             prediction = self.predict(noisy, text, timesteps, condition)
             losses.append(self.schedule.losses(prediction, latents, noise, timesteps, padding))
@@ -147,7 +146,7 @@ class VideoDiffusionEngine(nn.Module):
     ) -> tuple[Tensor, Tensor | None, int]:
         """Latents (B, t, C, h, w), the I2V condition of that shape or None, and 1.5's frames of padding.
 
-        Without a generator no condition is dropped but that of stills, which would be the answer.
+        Without a generator nothing is drawn, and no condition is dropped but that of stills.
         """
         latents, first = self._latents(batch, generator)
         padding = padding_frames(latents.shape[1], self.config.transformer.patch_size_t)
@@ -163,45 +162,36 @@ class VideoDiffusionEngine(nn.Module):
     def _latents(
         self, batch: Mapping[str, Any], generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Latents (B, t, C, h, w) and, of an image-to-video model, the first frames' (B, 1, C, h, w).
-
-        Without a generator nothing is drawn. A batch from a cache brings both.
-        """
+        """Latents (B, t, C, h, w) and, of an image-to-video model, the first frames' (B, 1, C, h, w)."""
+        device, dtype = self.network.device, self.network.dtype
         conditioned = self.config.conditioning == "i2v"
-        if self.first_stage is None:  # from a cache
-            device, dtype = self.network.device, self.network.dtype
-            latents = batch["mp4"].to(device, dtype)
-            return latents, batch["condition_latents"].to(device, dtype) if conditioned else None
-        pixels = self._pixels(batch)
+        given = batch["mp4"].to(device)  # uint8 crosses to the device four times faster than float32
+        if self.first_stage is None:  # a batch from a cache brings latents
+            first = batch["condition_latents"].to(device, dtype) if conditioned else None
+            return given.to(dtype), first
+        pixels = to_model_range(given, dtype)
         latents = self.first_stage.encode(pixels, generator)
         if not conditioned:
             return latents, None
         frames = pixels[:, :1] if generator is None else noisy_first_frames(pixels, generator)
         return latents, self.first_stage.encode_condition(frames, generator)
 
-    def _pixels(self, batch: Mapping[str, Any]) -> Tensor:
-        given: Tensor = batch["mp4"].to(self.network.device)  # uint8 crosses to the device four times faster
-        pixels = to_model_range(given, self.network.dtype) if given.dtype == torch.uint8 else given
-        assert pixels.ndim == 5 and pixels.shape[0] == len(batch["txt"]) == len(batch["kind"])
-        return pixels
 
-    def _train_generator(self, batch: Mapping[str, Any], device: torch.device) -> torch.Generator:
-        """The generator of a training step: of the batch's `seed`, or one of this rank."""
-        if "seed" in batch:
-            return torch.Generator(device).manual_seed(int(batch["seed"]))
-        if self._generator is None:
-            # SAT seeds all ranks alike, which would give them all the same noise
-            rank, _ = rank_and_world()
-            self._generator = torch.Generator(device).manual_seed(self._seed * 1_000_003 + rank)
-        return self._generator
+class CachedText:
+    """The embeddings of a folder, in the place of a text encoder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.embeddings = TextEmbeddings(folder)
+
+    def encode(self, captions: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Embeddings, (B, length, D). Raises `DataError` for a caption that is not in the folder."""
+        return torch.stack([self.embeddings[caption] for caption in captions]).to(device, dtype)
 
 
-def _leave_out_fixed(engine: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    assert isinstance(engine, VideoDiffusionEngine)
+def _leave_out_fixed(engine: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     for name in [n for n in state if n.startswith(prefix) and engine.is_fixed(n[len(prefix) :])]:
         del state[name]
 
 
-def _forgive_fixed(engine: nn.Module, keys: _IncompatibleKeys) -> None:
-    assert isinstance(engine, VideoDiffusionEngine)
+def _forgive_fixed(engine: Any, keys: _IncompatibleKeys) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if not engine.is_fixed(name)]

@@ -46,8 +46,7 @@ def folder_config(pretrained: str, subfolder: str, name: str = "config.json") ->
             f"model.pretrained: {pretrained} has no {subfolder}/{name}; "
             "a diffusers model has transformer/, vae/, text_encoder/, tokenizer/ and scheduler/."
         )
-    loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return loaded
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def check_zero(config: ModelConfig, stage: int) -> None:

@@ -1,35 +1,42 @@
-"""Sampling: captions, and for I2V a first frame, to pixels."""
+"""Sampling: captions, and for I2V a first frame, to pixels; from an engine, or from a run's folder."""
 
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
-from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
 from torch import Tensor
 
+from sat_ext.checkpoint.layout import CONFIG_NAME, find_weights, read_run_config
+from sat_ext.checkpoint.reading import read_weights, under_adapters
 from sat_ext.cogvideox import latent_frames
 from sat_ext.contact_sheet import SheetRow
 from sat_ext.errors import ConfigError
 from sat_ext.models.conditioning import condition_latents, padding_frames
-from sat_ext.models.config import ScheduleConfig, check_bucket
-from sat_ext.models.diffusion import SCHEDULER_CONSTANTS
+from sat_ext.models.config import check_bucket
+from sat_ext.models.diffusion import diffusers_scheduler
 from sat_ext.models.engine import VideoDiffusionEngine
 from sat_ext.pixels import to_model_range, to_uint8
 from sat_ext.types import Bucket
 
-SAMPLERS: dict[str, Any] = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
-
-def make_scheduler(schedule: ScheduleConfig) -> Any:
-    """diffusers' CogVideoX scheduler, set as the published scheduler_config.json files are."""
-    return SAMPLERS[schedule.sampler](
-        **SCHEDULER_CONSTANTS,
-        snr_shift_scale=schedule.snr_shift_scale,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-    )
+def load_engine(run: Path) -> tuple[VideoDiffusionEngine, int]:
+    """The engine of a run's newest checkpoint, in evaluation mode, and its iteration. Raises `ConfigError`."""
+    config = read_run_config(run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = bool(config.get("deepspeed", {}).get("bf16", {}).get("enabled"))
+    dtype = torch.bfloat16 if bf16 and device == "cuda" else torch.float32
+    engine = VideoDiffusionEngine(Namespace(model_config=config["model"]), params_dtype=dtype).to(device)
+    weights, iteration = read_weights(run)
+    weights = under_adapters(weights, {name for name, _ in engine.named_parameters()})
+    missing, unexpected = engine.load_state_dict(weights, strict=False)
+    if missing or unexpected:
+        raise ConfigError(
+            f"{find_weights(run)}: {len(missing)} weights of the model in {CONFIG_NAME} are missing and "
+            f"{len(unexpected)} belong to another; first: {(missing or unexpected)[0]}."
+        )
+    return engine.eval(), iteration
 
 
 @torch.no_grad()
@@ -41,31 +48,35 @@ def generate(
     height: int,
     width: int,
     first_frames: Tensor | None = None,
-    steps: int = 50,
-    guidance_scale: float = 6.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Pixels (B, T, C, H, W) in [-1, 1], float32, for B captions.
 
     `first_frames`, (B, C, H, W) in [-1, 1], is what an I2V model animates; without it the condition is zero,
     as in training's condition dropout. Guidance pushes away from the empty caption; a `guidance_scale` of 1
-    or less turns it off, and then each step costs half. Samples are made one after another, and with guidance in
-    two passes: in an evaluation they take no more memory than training does. Raises `ConfigError` for a size or
-    frame count that the model does not take and for first frames that it cannot use.
+    or less turns it off, and then each step costs half. Both default to those of `model.sampling`. Raises
+    `ConfigError` for a size or frame count that the model does not take, and for a first frame that it cannot use.
     """
     config = engine.config
     check_bucket(config, Bucket(frames=frames, height=height, width=width))
-    _check_first_frames(engine, first_frames, (len(captions), 3, height, width), frames)
+    if first_frames is not None and config.conditioning != "i2v":
+        raise ConfigError("sample: a first frame was given, but this model is text-to-video; leave it out.")
+    if first_frames is not None and frames == 1:  # the answer would be the condition
+        raise ConfigError("sample: a first frame was given, but frames is 1; ask for 5 frames or more.")
+    steps = config.sampling.steps if steps is None else steps
+    guidance_scale = config.sampling.guidance_scale if guidance_scale is None else guidance_scale
     device, dtype = engine.network.device, engine.network.dtype
     padding = padding_frames(latent_frames(frames), config.transformer.patch_size_t)
-    scale = config.spatial_compression
-    size = (height // scale, width // scale)
+    size = (height // config.spatial_compression, width // config.spatial_compression)
     shape = (len(captions), padding + latent_frames(frames), config.latent_channels, *size)
     source = device if generator is None else generator.device
     noise = torch.randn(shape, generator=generator, device=source).to(device)
     texts = engine.text.encode([*captions, ""], device, dtype)
     empty = texts[-1:] if guidance_scale > 1.0 else None
     samples = []
+    # one after another, and decoded so: samples at an evaluation then take no more memory than training does
     for i in range(len(captions)):
         condition = None
         if config.conditioning == "i2v":
@@ -79,15 +90,8 @@ def generate(
     return torch.cat(samples)
 
 
-def sample_rows(
-    engine: VideoDiffusionEngine,
-    batch: dict[str, Any],
-    generator: torch.Generator,
-    *,
-    steps: int,
-    guidance_scale: float,
-) -> list[SheetRow]:
-    """One row a sample: what the engine makes of its caption, and the sample itself.
+def sample_rows(engine: VideoDiffusionEngine, batch: dict[str, Any], **options: Any) -> list[SheetRow]:
+    """One row a sample: what the engine makes of its caption with `generate`'s options, and the sample itself.
 
     `batch` holds `mp4` (B, T, C, H, W), uint8 or in [-1, 1], `txt` and `kind`. An image-to-video engine gets
     the first frames of clips; of stills it gets the caption alone, since the first frame would be the answer.
@@ -101,28 +105,12 @@ def sample_rows(
         height=real.shape[3],
         width=real.shape[4],
         first_frames=to_model_range(real[:, 0], torch.float32) if shows_first else None,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        generator=generator,
+        **options,
     )
     return [
         SheetRow(caption=caption, strips={"generated": to_uint8(m), "held out": to_uint8(r)})
         for caption, m, r in zip(batch["txt"], made, real)
     ]
-
-
-def _check_first_frames(
-    engine: VideoDiffusionEngine, first_frames: Tensor | None, shape: tuple[int, ...], frames: int
-) -> None:
-    if first_frames is None:
-        return
-    if engine.config.conditioning != "i2v":
-        raise ConfigError("sample: a first frame was given, but this model is text-to-video; leave it out.")
-    if frames == 1:
-        raise ConfigError("sample: a first frame was given, but frames is 1; ask for 5 frames or more.")
-    if tuple(first_frames.shape) != shape:
-        found = tuple(first_frames.shape)
-        raise ConfigError(f"sample: first frames of shape {found} do not fit; make them {shape}.")
 
 
 def _denoise(
@@ -136,26 +124,20 @@ def _denoise(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Pure noise to clean latents, in float32, both (B, T, C, H, W) with any padding."""
-    scheduler = make_scheduler(engine.config.schedule)
+    scheduler = diffusers_scheduler(engine.config.schedule)
     scheduler.set_timesteps(steps)
-    previous_estimate, previous_timestep = None, None
+    estimate, previous = None, None  # of the step before
     for timestep in scheduler.timesteps:
         timesteps = timestep.to(latents.device).expand(len(latents))
         velocity = engine.predict(latents, text, timesteps, condition).float()
-        if empty is not None:
+        if empty is not None:  # two passes, not a batch of two, which would take twice the memory
             unguided = engine.predict(latents, empty, timesteps, condition).float()
             velocity = unguided + guidance_scale * (velocity - unguided)
-        if isinstance(scheduler, CogVideoXDDIMScheduler):
+        if engine.config.schedule.sampler == "ddim":
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         else:
-            latents, previous_estimate = scheduler.step(
-                velocity,
-                previous_estimate,
-                timestep,
-                previous_timestep,
-                latents,
-                generator=generator,
-                return_dict=False,
+            latents, estimate = scheduler.step(
+                velocity, estimate, timestep, previous, latents, generator=generator, return_dict=False
             )
-        latents, previous_timestep = latents.float(), timestep
+        latents, previous = latents.float(), timestep
     return latents

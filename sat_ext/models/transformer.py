@@ -64,7 +64,7 @@ def predict_velocity(
 ) -> Tensor:
     """The velocity (B, T, C, H, W) for `inputs`: noisy latents, followed in C by the condition of I2V models."""
     frames, _, height, width = inputs.shape[1:]
-    prediction: Tensor = network(
+    return network(
         hidden_states=inputs.to(network.dtype),
         encoder_hidden_states=text.to(network.dtype),
         timestep=timesteps,
@@ -72,7 +72,6 @@ def predict_velocity(
         image_rotary_emb=rotary_embedding(config, frames, height, width, inputs.device),
         return_dict=False,
     )[0]
-    return prediction
 
 
 def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTransformer3DModel:

@@ -124,9 +124,7 @@ class TrainingHooks:
         rows = sample_rows(
             engine,
             {k: v[: sampling.number] for k, v in batch.items()},
-            torch.Generator(self.args.device).manual_seed(0),
-            steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
+            generator=torch.Generator(self.args.device).manual_seed(0),
         )
         if dist.get_rank() == 0:
             with side_file("samples/"):

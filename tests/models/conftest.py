@@ -54,7 +54,7 @@ def small_config(family: str, **changes: Any) -> dict[str, Any]:
 
 def make_engine(model_config: Mapping[str, Any]) -> VideoDiffusionEngine:
     torch.manual_seed(0)
-    return VideoDiffusionEngine(SimpleNamespace(model_config=model_config, seed=1))
+    return VideoDiffusionEngine(SimpleNamespace(model_config=model_config))
 
 
 def make_batch(frames: int, count: int = 2, size: int = 32, **changes: Any) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def make_batch(frames: int, count: int = 2, size: int = 32, **changes: Any) -> d
         "kind": ["image" if frames == 1 else "video"] * count,
         "key": [f"{i}.mp4" for i in range(count)],
         "source": ["clips"] * count,
+        "seed": 0,
         **changes,
     }
 

@@ -4,7 +4,6 @@ import torch
 
 from sat_ext.models.conditioning import (
     condition_latents,
-    drop_captions,
     drop_mask,
     noisy_first_frames,
     pad_front,
@@ -20,10 +19,6 @@ def test_dropout_is_drawn_for_each_sample() -> None:
     mixed = masks.any(dim=1) & ~masks.all(dim=1)
     assert mixed.float().mean() > 0.6  # 1 - 0.75^4 - 0.25^4 = 0.68; drawn per batch it would be 0
     assert not drop_mask(1000, 0.0, generator).any() and drop_mask(1000, 1.0, generator).all()
-
-
-def test_dropped_captions_become_empty() -> None:
-    assert drop_captions(["a", "b"], torch.tensor([False, True])) == ["a", ""]
 
 
 def test_condition_is_the_first_frame_then_zeros() -> None:

@@ -8,29 +8,37 @@ from sat_ext.errors import ConfigError
 from sat_ext.models.config import ScheduleConfig
 from sat_ext.models.diffusion import (
     NoiseSchedule,
-    alphas_cumprod,
+    diffusers_scheduler,
     read_schedule,
     stratified_timesteps,
     uniform_timesteps,
 )
-from sat_ext.models.generate import make_scheduler
+
+
+def alphas_cumprod(shift: float) -> torch.Tensor:
+    """CogVideoX's (`ZeroSNRDDPMDiscretization`): betas are linear in their root, log SNR is moved down by
+    log(shift), and the roots are moved and stretched so that the last is 0 and the first stays."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    signal = torch.cumprod(1.0 - betas, dim=0)
+    root = (signal / (shift + (1.0 - shift) * signal)).sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
-def test_schedule_equals_diffusers(shift: float, sampler: str) -> None:
-    scheduler = make_scheduler(ScheduleConfig(snr_shift_scale=shift, sampler=sampler))
-    torch.testing.assert_close(alphas_cumprod(shift), scheduler.alphas_cumprod, rtol=0, atol=1e-12)
+def test_schedule_is_cogvideos(shift: float, sampler: str) -> None:
+    scheduler = diffusers_scheduler(ScheduleConfig(snr_shift_scale=shift, sampler=sampler))
+    torch.testing.assert_close(scheduler.alphas_cumprod, alphas_cumprod(shift), rtol=0, atol=1e-12)
 
 
 def test_last_timestep_has_no_signal() -> None:
-    assert alphas_cumprod(1.0)[-1] == 0.0
-    assert NoiseSchedule.make(3.0).root_noise[-1] == 1.0
+    schedule = NoiseSchedule(diffusers_scheduler(ScheduleConfig(snr_shift_scale=3.0)).alphas_cumprod)
+    assert schedule.root_signal[-1] == 0.0 and schedule.root_noise[-1] == 1.0
 
 
 def test_noise_and_velocity_equal_diffusers() -> None:
-    scheduler = make_scheduler(ScheduleConfig(snr_shift_scale=3.0))
-    schedule = NoiseSchedule.make(3.0)
+    scheduler = diffusers_scheduler(ScheduleConfig(snr_shift_scale=3.0))
+    schedule = NoiseSchedule(scheduler.alphas_cumprod)
     latents, noise = torch.randn(3, 2, 4, 2, 2), torch.randn(3, 2, 4, 2, 2)
     timesteps = torch.tensor([0, 400, 999])
     expected = scheduler.add_noise(latents, noise, timesteps)
@@ -42,7 +50,7 @@ def test_noise_and_velocity_equal_diffusers() -> None:
 def test_loss_is_sats_weighted_denoising_loss() -> None:
     """SAT's estimate of the latents is root_signal * noisy - root_noise * prediction, and its loss is the
     squared error of that over 1 - alpha."""
-    schedule = NoiseSchedule(1.0, torch.full((1000,), 0.6), torch.full((1000,), 0.8))  # alpha = 0.36
+    schedule = NoiseSchedule(torch.full((1000,), 0.36, dtype=torch.float64))
     latents, noise, timesteps = torch.full((1, 1, 1, 1, 1), 2.0), torch.ones(1, 1, 1, 1, 1), torch.tensor([5])
     noisy = schedule.add_noise(latents, noise, timesteps)
     assert noisy.item() == pytest.approx(0.6 * 2.0 + 0.8 * 1.0)  # 2.0
@@ -56,7 +64,7 @@ def test_loss_is_sats_weighted_denoising_loss() -> None:
 @pytest.mark.parametrize("timestep", [0, 500, 998])
 def test_loss_equals_sats_formula_at_real_noise_levels(timestep: int) -> None:
     torch.manual_seed(0)
-    schedule, alpha = NoiseSchedule.make(1.0), alphas_cumprod(1.0)[timestep]
+    schedule, alpha = NoiseSchedule(alphas_cumprod(1.0)), alphas_cumprod(1.0)[timestep]
     latents, noise, prediction = torch.randn(3, 2, 4, 4, 2, 2).double().unbind(0)
     timesteps = torch.full((2,), timestep)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -67,7 +75,7 @@ def test_loss_equals_sats_formula_at_real_noise_levels(timestep: int) -> None:
 
 
 def test_padding_counts_nothing() -> None:
-    schedule = NoiseSchedule.make(1.0)
+    schedule = NoiseSchedule(alphas_cumprod(1.0))
     latents, noise, prediction = torch.randn(3, 1, 2, 4, 2, 2).unbind(0)
     timesteps = torch.tensor([300])
     padded = schedule.losses(prediction, latents, noise, timesteps, padding=1)

@@ -153,7 +153,7 @@ def test_evaluation_is_repeatable_and_independent_of_the_batch() -> None:
     _, together = engine(batch)
     torch.manual_seed(99)
     assert engine(batch)[1] == together
-    alone = [engine({k: v[i : i + 1] for k, v in batch.items()})[1]["loss_video"] for i in range(3)]
+    alone = [engine({k: v[i : i + 1] for k, v in batch.items() if k != "seed"})[1]["loss_video"] for i in range(3)]
     torch.testing.assert_close(torch.stack(alone).mean(), together["loss_video"])
     renamed = engine({**batch, "key": ["x", "y", "z"]})[1]
     assert renamed["loss_video"] != together["loss_video"]
@@ -172,7 +172,6 @@ def test_a_seed_in_the_batch_fixes_every_draw() -> None:
     other(make_batch(5))  # another history
     assert torch.equal(one(make_batch(5, seed=7))[0], other(make_batch(5, seed=7))[0])
     assert one(make_batch(5, seed=7))[0] != one(make_batch(5, seed=8))[0]
-    assert one(make_batch(5))[0] != one(make_batch(5))[0]
 
 
 def test_lora_trains_its_adapters_alone_and_starts_as_the_base() -> None:
@@ -248,7 +247,7 @@ def test_first_stage_and_text_encoder_never_train(pretrained: Callable[..., Path
 def test_engine_of_a_folder_takes_its_schedule(tmp_path: Path) -> None:
     folder = write_pretrained(tmp_path, "2b", snr_shift_scale=3.0)
     engine = make_engine({"pretrained": str(folder)})
-    assert engine.schedule.snr_shift_scale == 3.0
+    assert engine.config.schedule.snr_shift_scale == 3.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

@@ -105,8 +105,5 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         generate(make_engine(small_config("5b")), ["a"], frames=6, **SIZE)
     with pytest.raises(ConfigError, match="this model is text-to-video; leave it out"):
         generate(make_engine(small_config("5b")), ["a"], frames=5, first_frames=first, **SIZE)
-    engine = make_engine(small_config("5b-i2v"))
     with pytest.raises(ConfigError, match="frames is 1; ask for 5 frames or more"):
-        generate(engine, ["a"], frames=1, first_frames=first, **SIZE)
-    with pytest.raises(ConfigError, match=r"shape \(1, 3, 32, 48\) do not fit; make them \(2, 3, 32, 48\)"):
-        generate(engine, ["a", "b"], frames=5, first_frames=first, **SIZE)
+        generate(make_engine(small_config("5b-i2v")), ["a"], frames=1, first_frames=first, **SIZE)

@@ -15,7 +15,7 @@ from sat_ext.checkpoint.layout import full_checkpoints
 from sat_ext.checkpoint.manifest import read_manifest
 from sat_ext.checkpoint.reading import read_file, read_weights
 from sat_ext.errors import ConfigError
-from sat_ext.models.checkpoint import load_engine
+from sat_ext.models.generate import load_engine
 from sat_ext.sat import steps
 from sat_ext.sat.checkpoint.load import SHARD_TYPES
 from sat_ext.sat.checkpoint.publish import prune
