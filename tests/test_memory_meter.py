@@ -23,9 +23,8 @@ from transformers import T5Config, T5EncoderModel
 
 from sat_ext.config import read_yaml
 from sat_ext.memory import results
-from sat_ext.memory.activations import activations
 from sat_ext.memory.counts import T5_XXL
-from sat_ext.memory.measured import decoding, embedding, encoding, training_step
+from sat_ext.memory.measured import activations, decoding, embedding, encoding, training_step
 from sat_ext.memory.meter import metering
 from sat_ext.memory.results import remembered
 from sat_ext.memory.run import Run, run_from

@@ -11,12 +11,10 @@ import torch
 
 from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
-from sat_ext.memory.counts import Parameter, count
-from sat_ext.memory.host import checkpoint_memory, power_of_two, rounding
+from sat_ext.memory.counts import Parameter, bytes_of, count
 from sat_ext.memory.measured import encoding
-from sat_ext.memory.plan import Plan, make_plan
-from sat_ext.memory.run import Run, run_from
-from sat_ext.memory.weights import bytes_of
+from sat_ext.memory.plan import Plan, checkpoint_memory, make_plan, power_of_two, rounding
+from sat_ext.memory.run import Run, run_from, with_model
 from sat_ext.models.config import GradientCheckpointing
 from sat_ext.models.quantize import CODES, QuantizedLinear
 from sat_ext.models.text_offload import REMEMBERED
@@ -31,10 +29,6 @@ def run_of(model: str = "cogvideox-5b-i2v", train: str = "lora", **zero: Any) ->
     config = read_yaml([str(CONFIGS / f"{name}.yaml") for name in names])
     config["deepspeed"]["zero_optimization"] = {"stage": 2, **zero}
     return run_from(recipe_of(config))
-
-
-def with_model(run: Run, **changes: Any) -> Run:
-    return replace(run, model=replace(run.model, **changes))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +94,7 @@ def test_a_cache_takes_first_stage_and_text_encoder_away() -> None:
 @pytest.mark.parametrize(("fast", "item"), [(True, 2), (False, 4)])
 def test_text_on_the_cpu_moves_to_the_host(fast: bool, item: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 where the CPU does not compute in bf16."""
-    monkeypatch.setattr("sat_ext.memory.weights.computes_in_bf16", lambda: fast)
+    monkeypatch.setattr("sat_ext.memory.counts.computes_in_bf16", lambda: fast)
     run = one_clip(run_of())
     gpu, host = difference(with_model(run, text=replace(run.model.text, device="cpu")), run)
     assert gpu["text_encoder"] == 4_762_310_656 * 2
@@ -212,7 +206,7 @@ def test_cogvideos_yaml_is_read_as_ours() -> None:
     ours = run_of()
     ours = with_model(ours, train=replace(ours.model.train, rank=256))
     assert count(run).groups == count(ours).groups
-    assert run.checkpointing and run.lora and run.model.conditioning == "i2v"
+    assert run.model.checkpointing and run.lora and run.model.conditioning == "i2v"
 
 
 def test_our_targets_for_cogvideo_take_less() -> None:
@@ -231,5 +225,5 @@ def test_our_targets_for_cogvideo_take_less() -> None:
 def test_what_is_missing_is_told() -> None:
     with pytest.raises(ConfigError, match="no 'data' section; add a file of configs/data/"):
         run_from(recipe_of({"model": {"pretrained": "x"}}))
-    with pytest.raises(ConfigError, match="deepspeed.zero_optimization.stage: 4; give 0, 1, 2 or 3"):
+    with pytest.raises(ConfigError, match="deepspeed.zero_optimization.stage: 4 is not one of 0, 1, 2, 3"):
         make_plan(run_of(stage=4))

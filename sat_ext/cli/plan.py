@@ -10,8 +10,7 @@ from rich.progress import track
 
 from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.errors import ConfigError
-from sat_ext.memory.advice import Room, advise
-from sat_ext.memory.cache import cache_that_fits
+from sat_ext.memory.advice import Room, advise, cache_that_fits
 from sat_ext.memory.measured import measurements
 from sat_ext.memory.run import run_from
 from sat_ext.memory.table import as_data, configurations, of_buckets, of_cache, of_one, sentences

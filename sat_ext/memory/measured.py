@@ -1,15 +1,14 @@
 """What a micro-batch takes, measured on the real modules at their real sizes, on tensors without memory.
 
-These are diffusers' transformer and autoencoder and transformers' T5 with our levers, for CogVideo's engine too,
-as its modules have the same widths and blocks. What cuDNN takes as a workspace for a convolution is not in it.
+The modules are diffusers' transformer and autoencoder and transformers' T5 with our levers. CogVideo's engine is
+measured on them too, as its modules have the same widths and blocks. Workspaces that cuDNN takes for a convolution
+are not counted.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +16,25 @@ from torch import Tensor, nn
 from sat_ext.cogvideo.network import PRETRAINED
 from sat_ext.cogvideox import LATENT_SIDE, latent_frames
 from sat_ext.errors import ConfigError
-from sat_ext.memory.counts import empty_t5, t5_shape
+from sat_ext.memory.counts import empty_first_stage, empty_network, empty_t5, t5_shape
 from sat_ext.memory.meter import metering, metering_meta
 from sat_ext.memory.results import remembered
 from sat_ext.memory.run import Run
 from sat_ext.models.config import FirstStageConfig, ModelConfig, TextConfig
 from sat_ext.types import Bucket
 
-if TYPE_CHECKING:
-    from sat_ext.models.first_stage import FirstStage
-
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of a number; fp16 takes what bf16 does
-BLOCKS = 2  # of the transformer that is measured: the others are like its last
+BLOCKS = 2  # of the transformer that is measured: all others take what its last one does
 TOKENS = 3  # dimensions (B, N, D) of hidden states
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep:
-    """Bytes of a micro-step that a transformer of one block, with what is around it, holds beside its weights.
+    """Bytes beside the weights, for one micro-step of a transformer of one block.
 
-    `peak`: the most in the backward pass, without the gradients of weights; each block more holds `saved` until
-    its turn. `at_end` and the gradients of all weights are what the last block holds at most, if all are kept.
-    `inputs` are of the hidden states of video and text that a block is given.
+    `peak` is the peak of the backward pass without the gradients of weights; each further block holds `saved`
+    until its turn. `at_end` is the peak after the last block's turn, to which all gradients add if they are kept.
+    `inputs` are the hidden states, of video and text, that enter a block.
     """
 
     peak: int
@@ -47,33 +43,61 @@ class TrainingStep:
     inputs: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes of a micro-batch under the checkpointing of the YAML.
+
+    `on_gpu` and `at_end` are the peaks of `TrainingStep` for all blocks. `on_host` are the inputs of blocks that
+    wait in CPU memory, an entry each.
+    """
+
+    on_gpu: int
+    at_end: int
+    on_host: tuple[int, ...] = ()
+
+
 def measurements(run: Run) -> list[Callable[[], object]]:
-    """What a plan of `run` measures, one after the other, for those who show how far it is."""
-    kinds = (training_step, encoding, decoding, embedding)
-    return [partial(measure, run, bucket) for measure in kinds for bucket in run.batches]
+    """What a plan of `run` measures, one after the other, for a progress bar."""
+    return [
+        partial(m, run, bucket) for m in (training_step, encoding, decoding, embedding) for bucket in run.batches
+    ]
+
+
+def activations(run: Run, bucket: Bucket) -> Activations:
+    """The transformer's part of a training step of `bucket`."""
+    step, layers = training_step(run, bucket), run.model.transformer.num_layers
+    checkpointing = run.model.checkpointing
+    if checkpointing is None:
+        return Activations(on_gpu=step.peak + (layers - 1) * step.saved, at_end=step.at_end)
+    recomputed = -(-layers // checkpointing.every)
+    # the backward pass starts at the last block, while the inputs of all others still wait; `step.peak` has the
+    # last block, whether it is recomputed or kept
+    last_is_kept = (layers - 1) % checkpointing.every > 0
+    kept, waiting = layers - recomputed - last_is_kept, recomputed - (not last_is_kept)
+    if checkpointing.offload:  # the inputs of one block are on their way back
+        waiting = min(waiting, 1)
+    return Activations(
+        on_gpu=step.peak + waiting * sum(step.inputs) + kept * step.saved,
+        at_end=step.at_end,
+        on_host=step.inputs * recomputed if checkpointing.offload else (),
+    )
 
 
 def training_step(run: Run, bucket: Bucket) -> TrainingStep:
-    """Of one micro-batch of `bucket` from latents on, with no block recomputed."""
-    model = run.model
-    config = ModelConfig(  # of what has a bearing on it, so that other levers leave it remembered
-        transformer=replace(model.transformer, num_layers=BLOCKS),
-        train=model.train,
-        text=TextConfig(kind="byt5", max_length=model.text_length),
+    """One micro-batch of `bucket` from latents on, with no block recomputed."""
+    config = ModelConfig(  # nothing that has no effect on it, so that other levers do not make it measure again
+        transformer=replace(run.model.transformer, num_layers=BLOCKS),
+        train=run.model.train,
+        text=TextConfig(kind="byt5", max_length=run.model.text_length),
     )
     return _training_step(config, run.itemsize, bucket, run.batches[bucket])
 
 
 @remembered
 def _training_step(config: ModelConfig, itemsize: int, bucket: Bucket, samples: int) -> TrainingStep:
-    from sat_ext.models.transformer import build_transformer
-
-    dtype, lora = DTYPES[itemsize], config.train.mode == "lora"
-    with torch.device("meta"):
-        network = build_transformer(config, dtype).train()
+    dtype = DTYPES[itemsize]
+    network = empty_network(config, dtype).train()
     nn.Module.to(network, dtype)  # as SAT casts the model; diffusers' own method warns
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(not lora or "lora_" in name)
     held: list[int] = []  # before and after the last block's forward pass
     inputs: list[int] = []
     peaks: list[int] = []
@@ -86,7 +110,7 @@ def _training_step(config: ModelConfig, itemsize: int, bucket: Bucket, samples: 
             held.append(meter.now)
             states[0].register_hook(leave)
 
-        def leave(_: Tensor) -> None:  # the backward pass is through with the last block
+        def leave(_: Tensor) -> None:  # the backward pass has left the last block
             peaks.append(meter.least_peak)
             meter.mark()
 
@@ -97,6 +121,7 @@ def _training_step(config: ModelConfig, itemsize: int, bucket: Bucket, samples: 
         last = network.transformer_blocks[-1]
         last.register_forward_pre_hook(enter, with_kwargs=True)
         last.register_forward_hook(lambda *_: held.append(meter.now))
+        # how long gradients stay depends on ZeRO's stage, so they are counted in `states.py`
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(set_aside)
@@ -112,7 +137,7 @@ def _training_step(config: ModelConfig, itemsize: int, bucket: Bucket, samples: 
 
 
 def _loss(network: Any, config: ModelConfig, bucket: Bucket, samples: int, dtype: torch.dtype) -> Tensor:
-    """As the engine goes from latents to its loss."""
+    """The engine's loss, from latents on."""
     from sat_ext.models.conditioning import padding_frames
     from sat_ext.models.diffusion import NoiseSchedule
     from sat_ext.models.transformer import predict_velocity
@@ -133,7 +158,7 @@ def _loss(network: Any, config: ModelConfig, bucket: Bucket, samples: int, dtype
 
 
 def encoding(run: Run, bucket: Bucket) -> int:
-    """Bytes on top of all weights while the pixels of a micro-batch become latents, pixels included."""
+    """Bytes beside all weights while the pixels of a micro-batch become latents, pixels included."""
     first, samples = run.model.first_stage, run.batches[bucket]
     if run.cached:
         return 0
@@ -152,13 +177,13 @@ def encoding(run: Run, bucket: Bucket) -> int:
 @remembered
 def _encoding(first: FirstStageConfig, itemsize: int, bucket: Bucket, samples: int) -> int:
     with metering_meta() as meter:
-        stage = _first_stage(first, DTYPES[itemsize])
-        height, width = _piece(stage, bucket, tiled=first.tiling)
+        stage = empty_first_stage(first, DTYPES[itemsize])
+        height, width = _tile(stage, bucket, tiled=first.tiling)
         pixels = torch.empty(samples, bucket.frames, 3, height, width, dtype=DTYPES[itemsize])
         before = meter.mark()
         try:
             stage.encode(pixels)
-        except RuntimeError as error:  # diffusers splits a large convolution in time, at times below its kernel
+        except RuntimeError as error:  # diffusers splits large convolutions in time, even below the kernel
             raise ConfigError(
                 f"model.first_stage: the autoencoder cannot encode {samples} samples of {bucket} at once; set "
                 "slicing: true (of CogVideo's engine, model.en_and_decode_n_samples_a_time: 1)."
@@ -167,7 +192,7 @@ def _encoding(first: FirstStageConfig, itemsize: int, bucket: Bucket, samples: i
 
 
 def decoding(run: Run, bucket: Bucket) -> int:
-    """Bytes on top of all weights while one sample's latents become pixels; 0 where a run makes no samples."""
+    """Bytes beside all weights while one sample's latents become pixels; 0 if the run makes no samples."""
     if not run.model.sampling.number:
         return 0
     pixels = bucket.frames * 3 * bucket.height * bucket.width
@@ -176,42 +201,34 @@ def decoding(run: Run, bucket: Bucket) -> int:
 
 @remembered
 def _decoding(first: FirstStageConfig, itemsize: int, bucket: Bucket) -> int:
+    channels = ModelConfig(first_stage=first, text=TextConfig(kind="byt5")).latent_channels
     with metering_meta() as meter:
-        stage = _first_stage(first, DTYPES[itemsize])
-        height, width = _piece(stage, bucket, tiled=True)
-        channels = ModelConfig(first_stage=first, text=TextConfig(kind="byt5")).latent_channels
-        shape = (latent_frames(bucket.frames), channels, height // LATENT_SIDE, width // LATENT_SIDE)
+        stage = empty_first_stage(first, DTYPES[itemsize])
+        height, width = _tile(stage, bucket, tiled=True)
+        shape = latent_frames(bucket.frames), channels, height // LATENT_SIDE, width // LATENT_SIDE
         latents = torch.empty(1, *shape, dtype=DTYPES[itemsize])
         before = meter.mark()
         stage.decode(latents)
         return meter.peak - before
 
 
-def _first_stage(first: FirstStageConfig, dtype: torch.dtype) -> FirstStage:
-    from sat_ext.models.first_stage import build_first_stage
-
-    return build_first_stage(ModelConfig(first_stage=first, text=TextConfig(kind="byt5")), dtype).to(dtype)
-
-
-def _piece(stage: Any, bucket: Bucket, *, tiled: bool) -> tuple[int, int]:
-    """Height and width of what the first stage works on at a time: one tile, which takes what every other does."""
+def _tile(stage: Any, bucket: Bucket, *, tiled: bool) -> tuple[int, int]:
+    """Height and width that the first stage works on at a time; every tile takes as much as the first."""
     if not tiled or not hasattr(stage, "vae"):
         return bucket.height, bucket.width
-    vae = stage.vae
-    return min(bucket.height, vae.tile_sample_min_height), min(bucket.width, vae.tile_sample_min_width)
+    return min(bucket.height, stage.vae.tile_sample_min_height), min(bucket.width, stage.vae.tile_sample_min_width)
 
 
 def embedding(run: Run, bucket: Bucket) -> int:
-    """Bytes on top of the weights while captions become embeddings, on the GPU."""
-    model = run.model
-    if run.cached_text or model.text.device == "cpu":
+    """Bytes beside the weights while captions become embeddings, on the GPU."""
+    if run.cached_text or run.model.text.device == "cpu":
         return 0
-    return _embedding(t5_shape(model), run.itemsize, model.text_length, run.batches[bucket])
+    return _embedding(t5_shape(run.model), run.itemsize, run.model.text_length, run.batches[bucket])
 
 
 @remembered
 def _embedding(shape: dict[str, Any] | int, itemsize: int, length: int, samples: int) -> int:
-    # layers that never train hold nothing, so two of them take what all do
+    # without gradients a layer holds nothing after its turn, so two of them take what all do
     encoder = empty_t5(shape, num_layers=2).to(DTYPES[itemsize])
     with metering(encoder) as meter, torch.no_grad():
         before = meter.mark()

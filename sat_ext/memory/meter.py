@@ -1,4 +1,4 @@
-"""What real modules take of memory, counted on tensors that have none."""
+"""How much memory real modules take, counted on tensors that have none."""
 
 import weakref
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# On a GPU these keep mean and deviation in fp32 whatever the dtype of their input, on a CPU in that dtype.
+# These keep mean and deviation in fp32 on a GPU whatever their input, and in the input's dtype on a CPU.
 _NORMS = (torch.ops.aten.native_layer_norm.default, torch.ops.aten.native_group_norm.default)
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the storages made inside that are alive (`now`), and the most there were: `peak` of all,
-    `least_peak` without those that are set `aside`."""
+    """Bytes of the living storages that were made inside: `now`, and at most: `peak`, and `least_peak` without
+    those that are set `aside`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def _add(self, storage: Any) -> None:
-        if storage in self._known:
+        if storage in self._known:  # a view, or an operation in place
             return
         self._known.add(storage)
         self.now += storage.nbytes()
@@ -46,18 +46,18 @@ class Meter(TorchDispatchMode):
         self.now -= nbytes
 
     def mark(self) -> int:
-        """Forget the peaks so far; the bytes that are alive now."""
+        """Forget the peaks so far; returns the bytes that are alive now."""
         self.peak, self.least_peak = self.now, self.now - self.aside
         return self.now
 
 
 @contextmanager
 def metering(module: nn.Module) -> Iterator[Meter]:
-    """Count what is made inside. `module`, which is on the meta device, gets weights on a CPU without memory, and
-    tensors that are made inside have none either.
+    """Count what is made inside. The weights of `module`, on the meta device, become fake tensors on a CPU, as are
+    all tensors that are made inside.
 
-    Attention runs on them by the kernel that a CPU would choose, whose memory is that of flash attention on a GPU.
-    (Tensors on the meta device take far less time, but would get the kernel that writes out all scores.)
+    On these attention takes the kernel that a CPU would choose, which needs as much memory as flash attention on a
+    GPU. Tensors on the meta device are much faster, but get the kernel that writes out all scores.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         for part in module.modules():
@@ -72,8 +72,7 @@ def metering(module: nn.Module) -> Iterator[Meter]:
 
 @contextmanager
 def metering_meta() -> Iterator[Meter]:
-    """The same for modules without attention that are made inside: all is on the meta device, and nothing can be
-    differentiated."""
+    """The same on the meta device, for modules without attention that are made inside, and without gradients."""
     with torch.device("meta"), torch.no_grad(), Meter() as meter:
         yield meter
 

@@ -1,54 +1,53 @@
-"""What DeepSpeed's section says that memory follows from, with DeepSpeed's own defaults. Pure."""
+"""What memory follows from in DeepSpeed's section, with DeepSpeed's own defaults."""
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from sat_ext.config import convert
-from sat_ext.errors import ConfigError
+from sat_ext.config import load
 from sat_ext.zero import fill_in_auto
-
-Device = Literal["none", "cpu", "nvme"]
-ALLREDUCE = (
-    500_000_000  # numbers at a time without ZeRO (MEMORY_OPT_ALLREDUCE_SIZE in deepspeed/runtime/engine.py)
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """Bytes that an optimizer keeps for a number that trains, and takes beside them while it steps."""
+    """Bytes that an optimizer keeps for each trained number, and needs beside them while it steps."""
 
     states: float
     step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Offload:
+    """`offload_optimizer` or `offload_param`; sizes are numbers, not bytes. Defaults:
+    deepspeed/runtime/zero/offload_config.py (0.19)."""
+
+    device: Literal["none", "cpu", "nvme"] = "none"
+    pin_memory: bool = False
+    buffer_count: int = 5
+    buffer_size: int = 100_000_000
+    max_in_cpu: int = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """`zero_optimization`; sizes are numbers, not bytes. Defaults: deepspeed/runtime/zero/config.py (0.19).
 
-    `fp32_gradients`: they are accumulated so (`data_types.grad_accum_dtype`). `node`: GPUs among which ZeRO-3's
-    weights are split a second time (hpZ); 1 where they are not.
+    `fp32_gradients`: gradients accumulate in fp32 (`data_types.grad_accum_dtype`).
     """
 
-    stage: int
-    offload_optimizer: Device
-    offload_param: Device
-    pin_optimizer: bool
-    pin_param: bool
-    overlap: bool
-    contiguous: bool
-    reduce_bucket: int
-    persistence: int
-    model_persistence: int
-    max_live: int
-    prefetch: int
-    sub_group: int
-    node: int
-    optimizer_buffers: int
-    param_buffers: int
-    param_buffer: int
-    params_in_cpu: int
+    stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: Offload = Offload()
+    offload_param: Offload = Offload()
+    overlap_comm: bool
+    contiguous_gradients: bool = True
+    reduce_bucket_size: int = 500_000_000
+    param_persistence_threshold: int = 100_000
+    model_persistence_threshold: int = sys.maxsize
+    max_live_parameters: int = 1_000_000_000
+    prefetch_bucket_size: int = 50_000_000
+    sub_group_size: int = 1_000_000_000
+    zero_hpz_partition_size: int = 1
     fp32_gradients: bool
     optimizer: Optimizer
 
@@ -56,55 +55,46 @@ class Options:
 def read_options(deepspeed: Mapping[str, Any], width: int) -> Options:
     """The options of a `deepspeed` section; "auto" sizes follow from the model's `width`. Raises `ConfigError`."""
     deepspeed = fill_in_auto(deepspeed, width)
-    zero = deepspeed.get("zero_optimization") or {}
-    stage = convert(int, zero.get("stage", 0), "deepspeed.zero_optimization.stage")
-    if not 0 <= stage <= 3:
-        raise ConfigError(f"deepspeed.zero_optimization.stage: {stage}; give 0, 1, 2 or 3.")
-    optimizer, param = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
-    offload: Device = optimizer.get("device", "cpu" if zero.get("cpu_offload") else "none")
-
-    def numbers(name: str, default: float, prefix: str = "") -> int:
-        value = zero.get(prefix + name, zero.get(name, default))
-        return int(convert(float, value, f"deepspeed.zero_optimization.{prefix}{name}"))
-
-    return Options(
-        stage=stage,
-        offload_optimizer=offload if stage else "none",
-        offload_param=param.get("device", "none") if stage == 3 else "none",
-        pin_optimizer=bool(optimizer.get("pin_memory")),
-        pin_param=bool(param.get("pin_memory")),
-        overlap=bool(zero.get("overlap_comm", stage == 3)),
-        contiguous=bool(zero.get("contiguous_gradients", True)),
-        reduce_bucket=numbers("reduce_bucket_size", 5e8),
-        persistence=numbers("param_persistence_threshold", 1e5, "stage3_"),
-        model_persistence=numbers("model_persistence_threshold", sys.maxsize, "stage3_"),
-        max_live=numbers("max_live_parameters", 1e9, "stage3_"),
-        prefetch=numbers("prefetch_bucket_size", 5e7, "stage3_"),
-        node=numbers("zero_hpz_partition_size", 1) if stage == 3 else 1,
-        sub_group=numbers("sub_group_size", 1e9),
-        optimizer_buffers=int(optimizer.get("buffer_count", 4)),
-        param_buffers=int(param.get("buffer_count", 5)),
-        param_buffer=int(float(param.get("buffer_size", 1e8))),
-        params_in_cpu=int(float(param.get("max_in_cpu", 1e9))),
-        fp32_gradients=str((deepspeed.get("data_types") or {}).get("grad_accum_dtype")) == "fp32",
-        optimizer=_optimizer(deepspeed.get("optimizer") or {}, offload),
-    )
+    zero = {k.removeprefix("stage3_"): v for k, v in (deepspeed.get("zero_optimization") or {}).items()}
+    stage = zero.get("stage", 0)
+    optimizer = {
+        "device": "cpu" if zero.get("cpu_offload") else "none", "buffer_count": 4,
+        **(zero.pop("offload_optimizer", None) or {}),
+    }  # fmt: skip
+    param = zero.pop("offload_param", None) or {}
+    if stage:  # without ZeRO, DeepSpeed ignores these
+        zero["offload_optimizer"] = _known(Offload, optimizer)
+    if stage == 3:
+        zero["offload_param"] = _known(Offload, param)
+    else:
+        zero.pop("zero_hpz_partition_size", None)
+    given = {
+        "overlap_comm": stage == 3,
+        **_known(Options, zero),
+        "fp32_gradients": str((deepspeed.get("data_types") or {}).get("grad_accum_dtype")) == "fp32",
+        "optimizer": _optimizer(deepspeed.get("optimizer") or {}, is_offloaded=optimizer["device"] != "none"),
+    }
+    return load(Options, given, "deepspeed.zero_optimization")
 
 
-def _optimizer(section: Mapping[str, Any], offload: Device) -> Optimizer:
-    """By its name: two fp32 moments unless it is one of these."""
+def _known(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `section` that are fields of `cls`: DeepSpeed has many more options."""
+    return {f.name: section[f.name] for f in fields(cls) if section.get(f.name) is not None}
+
+
+def _optimizer(section: Mapping[str, Any], *, is_offloaded: bool) -> Optimizer:
+    """Two fp32 moments, unless the type says otherwise."""
     name, params = str(section.get("type", "AdamW")), section.get("params") or {}
     last = name.rpartition(".")[2].lower()
-    if "8bit" in last:  # two moments of a byte, and an fp32 scale for each block of 256 (bitsandbytes)
-        states = 1 if "lion" in last else 2
-        return Optimizer(states=states * (1 + 4 / 256))
+    if "8bit" in last:  # moments of one byte, and an fp32 scale for each block of 256 (bitsandbytes)
+        return Optimizer(states=(1 if "lion" in last else 2) * (1 + 4 / 256))
     if last == "fusedemaadam":
         return Optimizer(states=12)
     if last in ("lion", "fusedlion", "adagrad", "muon"):
         return Optimizer(states=4)
     if last == "sgd":
         return Optimizer(states=4 if params.get("momentum") else 0, step=4)
-    if params.get("torch_adam") and not params.get("fused") and offload == "none":
-        # torch's own, which on a GPU works on lists of tensors: a root of the second moment of all at once
+    if params.get("torch_adam") and not params.get("fused") and not is_offloaded:
+        # torch's for-each kernel holds the square roots of all second moments at once
         return Optimizer(states=8, step=4)
     return Optimizer(states=8)

@@ -1,4 +1,4 @@
-"""Measurements that were made before, in this process or another: a plan is then a matter of arithmetic."""
+"""Measurements that this process or an earlier one made, so that a plan is a matter of arithmetic."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, wraps
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,8 +18,8 @@ from sat_ext.files.atomic import cache_folder, written_aside
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
-# What is measured and what measures. A change of either makes all earlier results another's.
+# A change of what is measured, or of what measures, makes all earlier results invalid.
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 SOURCES = ("models/*.py", "memory/*.py", "cogvideox.py")
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def remembered(measure: Callable[P, T]) -> Callable[P, T]:
     """`measure`, whose results are kept in `$SAT_EXT_CACHE` (else `~/.cache/sat_ext`), a file each.
 
-    Its arguments have a `repr` that says all of them, and its result is a dataclass or a number.
+    The `repr` of its arguments must be complete, and its result a dataclass or an integer.
     """
     known: dict[str, T] = {}
 
@@ -36,47 +36,38 @@ def remembered(measure: Callable[P, T]) -> Callable[P, T]:
         key = repr((measure.__name__, args, kwargs))
         if key not in known:
             name = hashlib.sha256((_fingerprint() + key).encode()).hexdigest()[:32]
-            place = cache_folder() / "memory" / f"{name}.json"
-            hint = typing.get_type_hints(measure)["return"]
-            if (found := _read(place, hint)) is None:
+            file = cache_folder() / "memory" / f"{name}.json"
+            found = _read(file, typing.get_type_hints(measure)["return"])
+            if found is None:
                 found = measure(*args, **kwargs)
-                _write(place, found)
+                _write(file, found)
             known[key] = found
         return known[key]
 
     return look_up
 
 
-def _read(place: Path, hint: Any) -> Any:
+def _read(file: Path, hint: Any) -> Any:
     try:
-        return convert(hint, json.loads(place.read_text(encoding="utf-8")), str(place))
-    except (OSError, ValueError, ConfigError):  # not there, or not whole: it is measured again
+        return convert(hint, json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (OSError, ValueError, ConfigError):  # missing or damaged: measure again
         return None
 
 
-def _write(place: Path, found: Any) -> None:
+def _write(file: Path, found: Any) -> None:
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(place, shared=True) as draft:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(file, shared=True) as draft:
             draft.write_text(json.dumps(found if isinstance(found, int) else asdict(found)), encoding="utf-8")
     except OSError as error:
-        log.info("%s: what was measured cannot be kept for the next time (%s)", place, error)
+        log.info("%s: the measurement cannot be kept for the next time (%s)", file, error)
 
 
 @cache
 def _fingerprint() -> str:
-    found = hashlib.sha256()
-    for library in LIBRARIES:
-        found.update(f"{library} {_version(library)};".encode())
+    found = hashlib.sha256(" ".join(map(version, LIBRARIES)).encode())
     root = Path(__file__).parents[1]
     for pattern in SOURCES:
         for file in sorted(root.glob(pattern)):
             found.update(file.read_bytes())
     return found.hexdigest()
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "none"

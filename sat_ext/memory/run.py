@@ -1,24 +1,25 @@
-"""What the YAML says of a run that its memory follows from: our engine's model or CogVideo's."""
+"""The part of a recipe that its memory follows from: the built-in engine's model or CogVideo's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sat_ext.cogvideo.network import PRETRAINED
 from sat_ext.cogvideox import SequenceShape
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import GradientCheckpointing, ModelConfig
+from sat_ext.memory.options import Options, read_options
+from sat_ext.models.config import ModelConfig
 from sat_ext.recipe import TARGETS, Recipe
 from sat_ext.types import Bucket
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run, before anything of it is built.
+    """A run of which nothing is built yet.
 
-    `batches` are samples per rank and micro-step by bucket; `deepspeed` is the YAML's section. `itemsize` is the
-    bytes of one number in the training dtype; `shape` is what the length of a sequence follows from. `cached`:
-    latents come from disk, and `cached_text`: embeddings. `whole_clips`: the first stage holds an activation of a
-    clip at full resolution, as CogVideo's do; `recompute` is that of `ChunkedFirstStage`.
+    `batches` are samples per rank and micro-step, by bucket; `itemsize` is the bytes of a number in the training
+    dtype. `cached`: latents come from disk, `cached_text`: embeddings do. `whole_clips`: the first stage holds an
+    activation of a clip at full resolution, as CogVideo's own does; `recompute` is `ChunkedFirstStage`'s.
     """
 
     model: ModelConfig
@@ -39,14 +40,28 @@ class Run:
         return self.model.train.mode == "lora"
 
     @property
-    def checkpointing(self) -> GradientCheckpointing | None:
-        """Which blocks are recomputed in the backward pass; None if none are."""
-        given = self.model.gradient_checkpointing
-        return (GradientCheckpointing() if given else None) if isinstance(given, bool) else given
+    def is_cogvideo(self) -> bool:
+        """Whether CogVideo's script trains it, whose YAML has other levers."""
+        return self.model.pretrained == PRETRAINED
+
+    @property
+    def has_eight_bit_optimizer(self) -> bool:
+        """Whether bitsandbytes updates the weights, whose kernels need a GPU."""
+        return "8bit" in str((self.deepspeed.get("optimizer") or {}).get("type", ""))
+
+    @property
+    def width(self) -> int:
+        """The transformer's hidden size."""
+        return self.model.transformer.num_attention_heads * self.model.transformer.attention_head_dim
+
+    @property
+    def options(self) -> Options:
+        """The `deepspeed` section. Raises `ConfigError`."""
+        return read_options(self.deepspeed, self.width)
 
 
 def run_from(recipe: Recipe) -> Run:
-    """The run of a recipe. Raises `ConfigError` where it names no model, or one that does not take its data."""
+    """The run of a recipe. Raises `ConfigError` if it has no model, or one that does not take its data."""
     engine = recipe.engine
     if not engine.model:
         raise ConfigError("--base: no 'model' section; add a file of configs/model/.")
@@ -69,6 +84,6 @@ def run_from(recipe: Recipe) -> Run:
     )
 
 
-def with_levers(run: Run, **changes: Any) -> Run:
+def with_model(run: Run, **changes: Any) -> Run:
     """`run` with other values in its `model` section."""
     return replace(run, model=replace(run.model, **changes))

@@ -7,7 +7,7 @@ import math
 import pytest
 from conftest import Checkout, Launch
 
-from sat_ext.zero import zero_section
+from sat_ext.zero import ZERO
 
 pytestmark = pytest.mark.multiprocess
 T2V = {"1.0": ("cogvideox_2b", ["joint"]), "1.5": ("cogvideox1.5_5b", ["joint", "1.5"])}
@@ -16,7 +16,7 @@ T2V = {"1.0": ("cogvideox_2b", ["joint"]), "1.5": ("cogvideox1.5_5b", ["joint", 
 @pytest.mark.parametrize("name", ["zero2-offload", "zero3-offload"])
 def test_a_config_trains_behind_cogvideos_own(name: str, checkout: Checkout, launch: Launch) -> None:
     model, overlays = T2V[checkout.generation]
-    settings = {"deepspeed": {"zero_optimization": zero_section(name)["zero_optimization"]}}
+    settings = {"deepspeed": {"zero_optimization": ZERO[name]}}
     run = launch(
         model, overlays, settings, launcher="deepspeed", train_iters=2, valid_data=None, eval_interval=None,
         save_interval=2,

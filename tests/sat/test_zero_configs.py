@@ -17,10 +17,11 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint.load import place_steps
-from sat_ext.zero import ZERO_NAMES, fill_in_auto, zero_section
+from sat_ext.zero import ZERO_NAMES, fill_in_auto
 from tests.sat.ranks import Running, Server, finish, folder_of
 from tests.sat.repairs import repair
 from tests.sat.runs import QUICK
+from tests.zero import zero_section
 
 Configure = Callable[..., list[str]]
 OPS = "DEEPSPEED_OPS" in os.environ
