@@ -7,7 +7,7 @@ patches of 2 x 2 latents (Yang et al. 2024, "CogVideoX", section 2). So sizes ar
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sat_ext.cogvideox import TEMPORAL_COMPRESSION, TOKEN_SIDE, SequenceShape, tokens
@@ -19,7 +19,7 @@ from sat_ext.types import Bucket, MediaInfo
 DEFAULT_LENGTH_STEP = 8
 DEFAULT_RATIOS = (9 / 16, 3 / 4, 1.0, 4 / 3, 16 / 9)  # what cameras and phones make, upright and lying
 
-_SIZES = "data.params.buckets.sizes"
+_FRAMES, _SIZES = "data.params.buckets.frames", "data.params.buckets.sizes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,15 +27,12 @@ class AreaConfig:
     """Sizes by area: `ratios` are width / height, `area` is the most pixels a size may have."""
 
     area: int | None = None
-    ratios: tuple[float, ...] | None = None
+    ratios: tuple[float, ...] = DEFAULT_RATIOS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketConfig:
-    """`data.params.buckets`; the defaults follow from `video_size` and `max_num_frames`.
-
-    `sizes` are (height, width) in pixels, or an area and ratios.
-    """
+    """`data.params.buckets`; `sizes` are (height, width) in pixels, or an area and ratios."""
 
     frames: tuple[int, ...] | None = None
     sizes: tuple[tuple[int, int], ...] | AreaConfig | None = None
@@ -46,24 +43,17 @@ def make_buckets(
 ) -> tuple[Bucket, ...]:
     """Every length with every size, sorted, each once.
 
-    `video_size` (height, width) and `max_num_frames` give what `config` leaves out. Raises `ConfigError`, naming
-    the nearest value that works, for a length that is not 4k+1, a side that is not a multiple of 16, an area or a
-    ratio that gives no size, and if neither `config` nor the others give a value.
+    `video_size` (height, width) and `max_num_frames` give what `config` leaves out. Raises `ConfigError` for what
+    cannot be, naming the nearest value that can, and for what neither gives.
 
     >>> [str(b) for b in make_buckets(BucketConfig(), (480, 720), 41)]
     ['1x480x720', '9x480x720', '17x480x720', '25x480x720', '33x480x720', '41x480x720']
     >>> by_area = BucketConfig(frames=(49,), sizes=AreaConfig(area=345600, ratios=(1.5, 1.0)))
-    >>> [str(b) for b in make_buckets(by_area, (480, 720), 49)]
+    >>> [str(b) for b in make_buckets(by_area, None, None)]
     ['49x480x720', '49x576x576']
     """
-    lengths = config.frames
-    if lengths is None:
-        lengths = _default_lengths(max_num_frames)
-    if not lengths:
-        raise ConfigError("data.params.buckets.frames: the list is empty; name a length, or leave the key out.")
-    for length in lengths:
-        _check_length(length, "data.params.buckets.frames")
-    sizes = _sizes(config, video_size)
+    lengths = _lengths(config.frames, max_num_frames)
+    sizes = _sizes(config.sizes, video_size)
     return tuple(sorted({Bucket(frames=t, height=h, width=w) for t, (h, w) in itertools.product(lengths, sizes)}))
 
 
@@ -71,9 +61,8 @@ def assign(info: MediaInfo, buckets: Sequence[Bucket], *, available: int, still:
     """The bucket for a file, or why it has none, as a clause to put after the file's name.
 
     `available` is `clips.available_frames`, `still` asks for one frame (a file of one frame is always a still),
-    and `short` is one of `SHORT_CLIPS`. Among the sizes of the chosen length the one nearest in shape wins (the
-    smallest
-    |log(file's ratio / size's ratio)|), then the one nearest in area.
+    and `short` is one of `SHORT_CLIPS`. Among the sizes of the chosen length the one nearest in shape wins, then
+    the one nearest in area.
 
     >>> clip = MediaInfo(width=1280, height=720, frames=120, fps=30.0, duration=4.0, codec="h264")
     >>> buckets = make_buckets(BucketConfig(sizes=((480, 720), (720, 480))), (480, 720), 49)
@@ -82,13 +71,20 @@ def assign(info: MediaInfo, buckets: Sequence[Bucket], *, available: int, still:
     >>> assign(clip, buckets, available=33, still=False, short="drop")
     'too short for the longest bucket (33 of 49 frames), and short_clips is drop'
     """
-    lengths = sorted({b.frames for b in buckets})
+    lengths = {b.frames for b in buckets}
+    longest, shortest = max(lengths), min(lengths)
     if still or info.kind == "image":
-        length: int | str = 1 if 1 in lengths else "a still, but no bucket has 1 frame"
+        length = 1
+        if 1 not in lengths:
+            return "a still, but no bucket has 1 frame"
+    elif short == "shorter_bucket":
+        length = max((n for n in lengths if n <= available), default=0)
+        if not length:
+            return f"too short for the shortest bucket ({available} of {shortest} frames)"
     else:
-        length = _LENGTHS[short](available, lengths)
-    if isinstance(length, str):
-        return length
+        length = longest
+        if short == "drop" and available < longest:
+            return f"too short for the longest bucket ({available} of {longest} frames), and short_clips is drop"
 
     def distance(bucket: Bucket) -> tuple[float, float, Bucket]:
         shape = math.log(info.width / info.height * bucket.height / bucket.width)
@@ -112,28 +108,19 @@ def step_cost(tokens: int, hidden_size: int) -> float:
 
 
 def batch_sizes(buckets: Sequence[Bucket], *, largest: int, shape: SequenceShape) -> dict[Bucket, int]:
-    """Samples per batch and rank for each bucket, where the costliest bucket gets `largest`.
+    """Samples per batch and rank for each bucket: as many as cost no more than `largest` of the costliest bucket
+    (`step_cost`) and hold no more tokens.
 
-    A bucket gets as many samples as cost no more than that batch (`step_cost`) and hold no more tokens, which
-    stand for memory: for each token, a batch keeps some bytes in each of the L layers (34 d without attention's
+    Tokens stand for memory: for each, a batch keeps some bytes in each of the L layers (34 d without attention's
     scores, which flash attention does not keep; 2 d with gradient checkpointing) and in the one layer that is
     recomputed (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", table 2).
-    The VAE encoder sees no more pixels a token in short buckets than in long ones. L, the bytes, and the passes of
-    a step (3 forward passes, 4 with checkpointing) are the same for all buckets and cancel out: width and tokens
-    decide.
-
-    A token of a long sequence costs more than one of a short, so memory limits the smaller buckets, whose steps
-    are then cheaper. No rank waits for another because of it: in a step all have the same bucket. `docs/data.md`
-    has the table for 5B, and what to write instead of `{cost: auto}` if there is memory to spare. Samples of all
-    buckets count alike in the loss either way (`Schedule.loss_weight`).
+    L, the bytes, and the passes of a step (3 forward passes, 4 with checkpointing) are the same for all buckets
+    and cancel out. A token of a long sequence costs more than one of a short, so memory limits the smaller
+    buckets, whose steps are then cheaper. `docs/data.md` has the table for 5B.
 
     >>> buckets = make_buckets(BucketConfig(frames=(1, 17, 33, 49)), (480, 720), 49)
-    >>> sizes = batch_sizes(buckets, largest=1, shape=SequenceShape())
-    >>> {str(b): n for b, n in sizes.items()}
-    {'1x480x720': 11, '17x480x720': 2, '33x480x720': 1, '49x480x720': 1}
-    >>> most = step_cost(17776, 3072)
-    >>> [round(n * step_cost(tokens(b), 3072) / most, 2) for b, n in sizes.items()]
-    [0.54, 0.55, 0.59, 1.0]
+    >>> list(batch_sizes(buckets, largest=1, shape=SequenceShape()).values())
+    [11, 2, 1, 1]
     """
     assert buckets and largest >= 1
     length = {b: tokens(b, shape) for b in buckets}
@@ -142,52 +129,48 @@ def batch_sizes(buckets: Sequence[Bucket], *, largest: int, shape: SequenceShape
     return {b: min(most_tokens // length[b], int(most_cost // cost[b])) for b in buckets}
 
 
-def _default_lengths(longest: int | None) -> tuple[int, ...]:
-    if longest is None:
-        raise ConfigError(
-            "data.params.max_num_frames: missing, and there is no data.params.buckets.frames; add one of them."
-        )
-    _check_length(longest, "data.params.max_num_frames")
-    return (*range(1, longest, DEFAULT_LENGTH_STEP), longest)
+def _lengths(frames: Sequence[int] | None, longest: int | None) -> Sequence[int]:
+    where = _FRAMES
+    if frames is None:
+        if longest is None:
+            raise ConfigError(f"data.params.max_num_frames: missing, and there is no {_FRAMES}; add one of them.")
+        where, frames = "data.params.max_num_frames", (*range(1, longest, DEFAULT_LENGTH_STEP), longest)
+    if not frames:
+        raise ConfigError(f"{_FRAMES}: the list is empty; name a length, or leave the key out.")
+    for length in frames:
+        below = max(1, (length - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1)
+        if length != below:
+            near = f"{below} or {below + TEMPORAL_COMPRESSION}" if length > 1 else "1"
+            raise ConfigError(f"{where}: {length} frames cannot be encoded (1, 5, 9, ... can); use {near}.")
+    return frames
 
 
-def _check_length(frames: int, where: str) -> None:
-    below = max(1, (frames - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1)
-    if frames != below:
-        near = f"{below} or {below + TEMPORAL_COMPRESSION}" if frames > 1 else "1"
-        raise ConfigError(f"{where}: {frames} frames cannot be encoded (1, 5, 9, ... can); use {near}.")
-
-
-def _sizes(config: BucketConfig, video_size: tuple[int, int] | None) -> list[tuple[int, int]]:
-    if isinstance(config.sizes, AreaConfig):
-        area = config.sizes.area if config.sizes.area is not None else math.prod(_required(video_size))
-        ratios = config.sizes.ratios if config.sizes.ratios is not None else DEFAULT_RATIOS
-        if not ratios:
+def _sizes(
+    sizes: Sequence[tuple[int, int]] | AreaConfig | None, video_size: tuple[int, int] | None
+) -> Sequence[tuple[int, int]]:
+    where = _SIZES
+    if isinstance(sizes, AreaConfig):
+        if not sizes.ratios:
             raise ConfigError(f"{_SIZES}.ratios: the list is empty; name a ratio, or leave the key out.")
-        return [_size_of(area, ratio) for ratio in ratios]
-    if config.sizes is None:
-        size = _required(video_size)
-        _check_size(size, "data.params.video_size")
-        return [size]
-    if not config.sizes:
+        area = sizes.area if sizes.area is not None else math.prod(_required(video_size))
+        return [_size_of(area, ratio) for ratio in sizes.ratios]
+    if sizes is None:
+        where, sizes = "data.params.video_size", (_required(video_size),)
+    if not sizes:
         raise ConfigError(f"{_SIZES}: the list is empty; name a size [height, width], or leave the key out.")
-    for size in config.sizes:
-        _check_size(size, _SIZES)
-    return list(config.sizes)
+    for size in sizes:
+        nearest = [max(1, math.floor(side / TOKEN_SIDE + 0.5)) * TOKEN_SIDE for side in size]
+        if list(size) != nearest:
+            raise ConfigError(
+                f"{where}: {list(size)} (height, width) is not in multiples of {TOKEN_SIDE}; use {nearest}."
+            )
+    return sizes
 
 
 def _required(video_size: tuple[int, int] | None) -> tuple[int, int]:
     if video_size is None:
         raise ConfigError(f"data.params.video_size: missing, and there is no {_SIZES}; add one of them.")
     return video_size
-
-
-def _check_size(size: tuple[int, int], where: str) -> None:
-    nearest = [max(1, math.floor(side / TOKEN_SIDE + 0.5)) * TOKEN_SIDE for side in size]
-    if list(size) != nearest:
-        raise ConfigError(
-            f"{where}: {list(size)} (height, width) is not in multiples of {TOKEN_SIDE}; use {nearest}."
-        )
 
 
 def _size_of(area: int, ratio: float) -> tuple[int, int]:
@@ -214,23 +197,3 @@ def _size_of(area: int, ratio: float) -> tuple[int, int]:
 
     height, width = min(candidates, key=loss)
     return height * TOKEN_SIDE, width * TOKEN_SIDE
-
-
-def _fitting_length(available: int, lengths: Sequence[int]) -> int | str:
-    fitting = [n for n in lengths if n <= available]
-    return fitting[-1] if fitting else f"too short for the shortest bucket ({available} of {lengths[0]} frames)"
-
-
-def _longest_or_dropped(available: int, lengths: Sequence[int]) -> int | str:
-    if available >= lengths[-1]:
-        return lengths[-1]
-    return f"too short for the longest bucket ({available} of {lengths[-1]} frames), and short_clips is drop"
-
-
-# The length, of the rising `lengths`, for a clip of `available` frames, by the name of the policy.
-_LENGTHS: dict[str, Callable[[int, Sequence[int]], int | str]] = {
-    "shorter_bucket": _fitting_length,
-    "loop": lambda available, lengths: lengths[-1],
-    "pad_last": lambda available, lengths: lengths[-1],
-    "drop": _longest_or_dropped,
-}

@@ -240,10 +240,6 @@ def test_assign_gives_one_of_the_buckets_or_a_reason(made, width, height, availa
     assert shuffled == result
 
 
-def test_there_is_a_rule_for_every_policy():
-    assert set(buckets._LENGTHS) == set(SHORT_CLIPS)
-
-
 def test_tokens_are_those_of_the_published_model():
     assert tokens(Bucket(frames=49, height=480, width=720)) == 17776  # 17550 + 226, CogVideoX 1.0
     assert tokens(Bucket(frames=1, height=480, width=720), shape=SequenceShape(text_length=0)) == 30 * 45
