@@ -1,5 +1,6 @@
 """`data.params` of the YAML as one frozen dataclass, with the checks that need more than one key."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,14 +21,11 @@ _DAY = 86_400  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class BadSampleConfig:
-    """How many unreadable files a run tolerates: `skip` different ones in all, `consecutive` in a row.
+    """How many unreadable files a run tolerates."""
 
-    A file that takes longer than `timeout` seconds to read counts as unreadable.
-    """
-
-    skip: int = 100
-    consecutive: int = 20
-    timeout: float = 60.0
+    skip: int = 100  # different ones in all
+    consecutive: int = 20  # in a row
+    timeout: float = 60.0  # seconds, after which a file counts as unreadable
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout <= _DAY:
@@ -42,30 +40,22 @@ class BadSampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on.
+    """What to train on."""
 
-    `fps`: frames a second that the model sees. `video_size`: (height, width) in pixels, short for one entry in
-    `buckets.sizes`; `max_num_frames` (4k+1): short for `buckets.frames` up to it. `skip_frms_num` (CogVideo's
-    name): frames trimmed from both ends of a clip, as long as it still fills its bucket. `sources` replaces SAT's
-    `train_data` to give shares, samplers or names. `batch`: `{cost: auto}` (see `buckets.batch_sizes`), or samples
-    per rank by number of frames (`{1: 8, 49: 1}`). `allowed_roots`: folders, and protocols such as "sftp://", that
-    names and links in the data may lead to, besides the sources' own folders. `cache`: train from latents and text
-    embeddings in a folder. `seed` determines the order of the data on all ranks.
-    """
-
-    fps: int = 8
-    video_size: tuple[int, int] | None = None
-    max_num_frames: int | None = None
-    skip_frms_num: float = 0.0
-    sources: tuple[SourceConfig, ...] = ()
-    allowed_roots: tuple[str, ...] = ()
+    fps: int = 8  # that the model sees
+    video_size: tuple[int, int] | None = None  # (height, width), short for `buckets.sizes` of one entry
+    max_num_frames: int | None = None  # 4k+1, short for `buckets.frames` up to it
+    skip_frms_num: float = 0.0  # to trim from both ends of a clip, as long as it still fills its bucket
+    sources: tuple[SourceConfig, ...] = ()  # in place of SAT's `train_data`
+    allowed_roots: tuple[str, ...] = ()  # where names and links in the data may lead to: folders, "sftp://"
     buckets: BucketConfig = field(default_factory=BucketConfig)
+    # `{cost: auto}` (see `buckets.batch_sizes`), or samples per rank by number of frames
     batch: dict[Any, Any] = field(default_factory=lambda: {"cost": "auto"})
     short_clips: ShortClips = "shorter_bucket"
     on_bad_sample: BadSampleConfig = field(default_factory=BadSampleConfig)
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     cache: CacheConfig | None = None
-    seed: int = 0
+    seed: int = 0  # of the order of the data, on all ranks
 
     def __post_init__(self) -> None:
         if self.fps < 1:
@@ -94,20 +84,19 @@ class DataConfig:
         if self.batch == {"cost": "auto"}:
             return batch_sizes(buckets, largest=largest, shape=shape)
         by_frames = convert(dict[int, int], self.batch, "data.params.batch")
-        for bucket in buckets:
-            if bucket.frames not in by_frames:
-                raise ConfigError(
-                    f"data.params.batch: no size for the buckets of {bucket.frames} frames; add "
-                    f"'{bucket.frames}: 1', or write {{cost: auto}}."
-                )
+        if missing := [b.frames for b in buckets if b.frames not in by_frames]:
+            raise ConfigError(
+                f"data.params.batch: no size for the buckets of {missing[0]} frames; add '{missing[0]}: 1', or "
+                "write {cost: auto}."
+            )
         return {bucket: by_frames[bucket.frames] for bucket in buckets}
 
 
 def sources_of(paths: Sequence[str], weights: Sequence[float] | None) -> list[SourceConfig]:
     """One source for each path of SAT's `train_data`; `weights` are its `train_data_weights`."""
-    shares = [None] * len(paths) if weights is None else [float(w) for w in weights]
     stems = [PurePath(p).stem for p in paths]
     names = [None if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]
+    shares = weights or itertools.repeat(None)
     return [SourceConfig(path=p, name=n, share=s) for p, n, s in zip(paths, names, shares)]
 
 
@@ -125,7 +114,7 @@ def name_sources(sources: tuple[SourceConfig, ...], where: str) -> dict[str, Sou
             )
         named[name] = source
     without = [n for n, s in named.items() if s.share is None]
-    if without and len(without) < len(named):
+    if 0 < len(without) < len(named):
         raise ConfigError(
             f"{where}: '{without[0]}' has no share but others have; give every source a share, or none."
         )
