@@ -13,17 +13,16 @@ from sat_ext.types import Sample
 def collate(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any]:
     """The batch of B samples, all of one shape.
 
-    `mp4` is (B, T, C, H, W): in [-1, 1] and `dtype`, or, where that is uint8, from 0 to 255 as decoded, which is a
-    half of bfloat16 and a quarter of float32 to hand over. `num_frames` and `fps` are int64 (B,); `txt`, `kind`,
-    `source` and `key` are lists of B strings.
-    Samples of latents stay as they are: `mp4` is (B, t, C, h, w), and those of an image-to-video model bring
-    `condition_latents` (B, 1, C, h, w).
+    `mp4` is (B, T, C, H, W), in [-1, 1] and `dtype`, or as decoded where that is uint8. Latents stay as they are,
+    (B, t, C, h, w), and those of an image-to-video model bring `condition_latents` (B, 1, C, h, w). `num_frames`
+    and `fps` are int64 (B,), the others lists of B strings.
     """
     assert samples, "a batch of no samples"
     shapes = {tuple(s.pixels.shape) for s in samples}
     assert len(shapes) == 1, f"samples of several shapes in one batch: {sorted(shapes)}"
     clips = [s.pixels for s in samples]
-    # In a data worker, PyTorch's own collation allocates in the memory that it shares with the trainer.
+    # PyTorch's collation allocates in the memory that a data worker shares with the trainer; `to_model_range` does
+    # not, and its result is copied there once more.
     is_final = dtype == torch.uint8 or clips[0].dtype != torch.uint8
     conditions = [s.condition for s in samples if s.condition is not None]
     return {

@@ -1,10 +1,4 @@
-"""The samples of an evaluation: a fixed list, whatever the number of ranks.
-
-Every kind of every source is in it. A step takes samples of one bucket, as many on each rank, so that all ranks
-run the network equally often: under ZeRO-3 a rank that ran it once less would leave the others waiting. Where the
-last samples of a bucket are fewer than the ranks, the other ranks repeat the first of them, and their batch says
-that it does not count.
-"""
+"""The samples of an evaluation: a fixed list with every kind of every source, whatever the number of ranks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +12,12 @@ from sat_ext.data.stream import JointStream
 
 @dataclass(frozen=True, slots=True)
 class HeldOutStep:
-    """`size` samples on each rank, from position `first` of the cell on; of all together, `counted` count."""
+    """`size` samples on each rank, from position `first` of the cell on; of all together, `counted` count.
+
+    All ranks run the network equally often: under ZeRO-3 a rank that ran it once less would leave the others
+    waiting. So where the last samples of a cell are fewer than the ranks, the other ranks repeat the first of
+    them, and their batch says that it does not count.
+    """
 
     cell: int
     first: int
@@ -37,12 +36,12 @@ class HeldOutStep:
 class HeldOut:
     """Batches of an evaluation of `samples` samples, over `world` ranks, again and again.
 
-    `stream` is one of a single rank, so that the list does not depend on their number. A batch has what a batch of
-    the stream has, but no `loss_weight`, and `counted`: how many of its samples count (all or none).
+    A batch has what a batch of the stream has, but no `loss_weight`, and `counted`: how many of its samples count
+    (all or none).
     """
 
     def __init__(self, stream: JointStream, *, samples: int, world: int) -> None:
-        assert stream.schedule.world == 1
+        assert stream.schedule.world == 1  # or the list would depend on the number of ranks
         self.stream = stream
         self.counts = _of_each_cell(stream, samples)
         cells = zip(stream.schedule.cells, self.counts)

@@ -16,11 +16,10 @@ _SPARE = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Frames to `height` x `width`: crops the centre in the target's proportions, and resizes it.
+    """Frames to `height` x `width`: cuts out the centre in the target's proportions, and resizes it (antialiased
+    bicubic in uint8).
 
-    `crop` is (left, top, width, height) in pixels as displayed; None is the whole frame. Its centre is cut out
-    first, in whole source pixels. That differs from "resize to cover, then crop" by less than one source pixel,
-    and a panorama never becomes a huge intermediate image. The resize is antialiased bicubic in uint8.
+    `crop` is (left, top, width, height) in pixels as displayed; None is the whole frame.
     """
 
     height: int
@@ -34,6 +33,8 @@ class Fit:
         a picture decoded at a part of its size. Raises `ValueError` for a crop outside the frame.
         """
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, pixels.shape
+        # Cut first, in whole source pixels, so that a panorama never becomes a huge intermediate image. It differs
+        # from "resize to cover, then crop" by less than one source pixel.
         left, top, width, height = self._box(*(shown or pixels.shape[1::-1]))
         if shown is not None:
             left, width = _scaled(left, width, shown[0], pixels.shape[1])
@@ -42,15 +43,12 @@ class Fit:
         # torch resizes uint8 fastest in a (1, 3, H, W) view of channels-last memory, first stride included: 1.0 ms
         # a 720p frame (1.5 with another first stride, 2.2 in planes, 30 in float32).
         frame = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
-        if (height, width) != (self.height, self.width):
-            frame = F.interpolate(frame, size=(self.height, self.width), mode="bicubic", antialias=True)
-        return frame[0].clone() if frame.data_ptr() == box.ctypes.data else frame[0]
+        if (height, width) == (self.height, self.width):
+            return frame[0].clone()  # the decoder or the next call reuses the memory
+        return F.interpolate(frame, size=(self.height, self.width), mode="bicubic", antialias=True)[0]
 
     def least(self, width: int, height: int) -> tuple[int, int] | None:
-        """The smallest (width, height) at which a picture of this size may be decoded; None: at full size.
-
-        Below `_SPARE` times the target's size, scaled decoding costs sharpness.
-        """
+        """The smallest (width, height) at which a picture of this size may be decoded; None: at full size."""
         try:
             _, _, box_width, box_height = self._box(width, height)
         except ValueError:  # which the call that resizes it will raise again
@@ -61,13 +59,19 @@ class Fit:
         return math.ceil(width * _SPARE / ratio), math.ceil(height * _SPARE / ratio)
 
     def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Left, top, width and height of what is cut from a frame of this displayed size."""
+        """Left, top, width and height of what is cut from a frame of this displayed size.
+
+        >>> Fit(480, 720)._box(1920, 1080)
+        (150, 0, 1620, 1080)
+        """
         left, top, crop_width, crop_height = self.crop or (0, 0, width, height)
         if min(left, top) < 0 or left + crop_width > width or top + crop_height > height:
             crop = [left, top, crop_width, crop_height]
             raise ValueError(f"its crop {crop} (left, top, width, height) is outside its {width}x{height} pixels")
-        inner_left, inner_top, box_width, box_height = _centre(crop_width, crop_height, self.width, self.height)
-        return left + inner_left, top + inner_top, box_width, box_height
+        scale = max(self.height / crop_height, self.width / crop_width)
+        box_width = min(crop_width, max(1, round(self.width / scale)))
+        box_height = min(crop_height, max(1, round(self.height / scale)))
+        return left + (crop_width - box_width) // 2, top + (crop_height - box_height) // 2, box_width, box_height
 
 
 _scratch = threading.local()  # one frame a thread, as allocating each costs as much as copying into it
@@ -83,18 +87,6 @@ def _contiguous(pixels: np.ndarray) -> np.ndarray:
     out = memory[: pixels.size].reshape(pixels.shape)
     np.copyto(out, pixels)
     return out
-
-
-def _centre(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the largest centred box with the target's proportions.
-
-    >>> _centre(1920, 1080, 720, 480)
-    (150, 0, 1620, 1080)
-    """
-    scale = max(to_height / height, to_width / width)
-    box_height = min(height, max(1, round(to_height / scale)))
-    box_width = min(width, max(1, round(to_width / scale)))
-    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
 def _scaled(start: int, length: int, shown: int, stored: int) -> tuple[int, int]:
