@@ -10,7 +10,6 @@ from itertools import islice, pairwise
 import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
-from PIL import Image
 
 from sat_ext.errors import MediaError
 from sat_ext.files import container_of, is_url, suffix_of
@@ -28,7 +27,6 @@ from sat_ext.media import (
 from sat_ext.types import IMAGE_EXTENSIONS, MediaInfo
 
 _HEAD = 32  # frames; decoders put off at most 16
-
 _MAX_ANIMATION = 1 << 34  # pixels of all frames: a minute's decoding, at 300 million a second
 
 
@@ -47,33 +45,23 @@ def _probe_image(path: str) -> MediaInfo:
         width, height = image.size
         codec = (image.format or "").lower()
         if codec in ("gif", "webp") and getattr(image, "is_animated", False):
-            if codec == "gif":
-                info = _probe_video(path)
-                _refuse_endless(path, width, height, info.frames)
-                return info
-            _refuse_endless(path, width, height, image.n_frames)  # type: ignore[attr-defined]
-            return _probe_animated_webp(image)
-        sideways = orientation_of(image) in SIDEWAYS
-    if sideways:
-        width, height = height, width
-    return MediaInfo(width=width, height=height, frames=1, fps=0.0, duration=0.0, codec=codec)
-
-
-def _refuse_endless(path: str, width: int, height: int, frames: int) -> None:
-    """Animations are decoded from their start, so a small file could keep a reader busy for hours."""
-    if width * height * frames > _MAX_ANIMATION:
-        raise MediaError(
-            path,
-            f"{frames} frames of {width}x{height}, over the limit of {_MAX_ANIMATION} pixels for an animation; "
-            "make it a video",
-        )
-
-
-def _probe_animated_webp(image: Image.Image) -> MediaInfo:
-    """FFmpeg does not read animated WebP; Pillow gives a frame's duration only after decoding it."""
-    milliseconds = [frame.info["duration"] for frame in frames_of(image)]
-    duration = Fraction(sum(milliseconds), 1000)
-    return _clip(*image.size, frames=len(milliseconds), duration=duration, codec="webp")
+            gif = _probe_video(path) if codec == "gif" else None
+            frames = gif.frames if gif else image.n_frames  # type: ignore[attr-defined]
+            # Animations are decoded from their start, so a small file could keep a reader busy for hours.
+            if width * height * frames > _MAX_ANIMATION:
+                raise MediaError(
+                    path,
+                    f"{frames} frames of {width}x{height}, over the limit of {_MAX_ANIMATION} pixels for an "
+                    "animation; make it a video",
+                )
+            if gif:
+                return gif
+            # FFmpeg does not read animated WebP; Pillow gives a frame's duration only after decoding it.
+            duration = Fraction(sum(frame.info["duration"] for frame in frames_of(image)), 1000)
+            return _info(width, height, frames=frames, duration=duration, codec=codec)
+        if orientation_of(image) in SIDEWAYS:
+            width, height = height, width
+    return _info(width, height, frames=1, duration=Fraction(0), codec=codec)
 
 
 def _probe_video(path: str) -> MediaInfo:
@@ -84,10 +72,10 @@ def _probe_video(path: str) -> MediaInfo:
     if counted is None and is_url(container_of(path)):
         counted = _count_from_ends(path)
     frames, duration = counted or _count_packets(path)
-    return _clip(width, height, frames=frames, duration=duration, codec=codec)
+    return _info(width, height, frames=frames, duration=duration, codec=codec)
 
 
-def _clip(width: int, height: int, *, frames: int, duration: Fraction, codec: str) -> MediaInfo:
+def _info(width: int, height: int, *, frames: int, duration: Fraction, codec: str) -> MediaInfo:
     if frames == 1:
         duration = Fraction(0)
     fps = float(frames / duration) if duration else 0.0
@@ -111,11 +99,10 @@ def _displayed_size(path: str, container: InputContainer, stream: VideoStream) -
 
 
 def _count_from_header(path: str, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction] | None:
-    """Frames and duration from MP4's and MOV's index, None if it does not suffice.
+    """Frames and duration from the index of MP4 and MOV.
 
-    It does not if it is absent (fragments), if an edit list hides frames, or if the rate varies, as it is in
-    decoding order. The header's duration may be missing or wrong; it is used only for how long the last frame
-    lasts.
+    None if it is absent (fragments), if an edit list hides frames, or if the rate varies, as the index is in
+    decoding order.
     """
     if "mp4" not in container.format.name or stream.time_base is None:
         return None
@@ -128,13 +115,15 @@ def _count_from_header(path: str, container: InputContainer, stream: VideoStream
     if not entries or len(entries) != stream.frames or any(e.is_discard for e in entries) or not steady:
         return None
     span = entries[-1].timestamp - entries[0].timestamp
+    # The header's duration may be missing or wrong; it only says how long the last frame lasts.
     last = max(Fraction(span, max(1, len(entries) - 1)), Fraction((stream.duration or 0) - span))
     return len(entries), (span + last) * stream.time_base
 
 
 def _count_from_ends(path: str) -> tuple[int, Fraction] | None:
-    """Frames and duration of a remote AVI file from its index, of a Matroska file from its first frames and its
-    last group, which its index points to. None without an index or a steady rate.
+    """Frames and duration of a remote AVI file from its index, of a Matroska file from its first frames and the
+    last group that its index points to, as reading every packet would fetch the whole file. None without an index
+    or a steady rate.
     """
     with open_video(path, headers_only=True) as (container, stream):
         rate, base = stream.average_rate, stream.time_base
