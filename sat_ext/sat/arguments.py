@@ -12,11 +12,10 @@ import deepspeed
 import torch
 from sat import arguments as sat_arguments
 
-from sat_ext.config import convert, read_yaml, reject_unknown_keys
+from sat_ext.config import convert, plain, read_yaml, reject_unknown_keys
 from sat_ext.errors import ConfigError
-from sat_ext.recipe import weights_of
+from sat_ext.recipe import LISTS, nothing_to_train_on, paths_of, weights_of
 from sat_ext.sat import peers
-from sat_ext.sat.lists import fill_in
 from sat_ext.sat.section import TWICE, check_keys, check_section
 from sat_ext.sat.settings import settings_of
 from sat_ext.zero import precision
@@ -151,13 +150,25 @@ def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
     # SAT saves no state of its random tracker, and fails when it looks for it; our draws follow from the step
     args.no_load_rng = True
 
-    fill_in(args)
+    fill_in_lists(args)
     if args.train_iters is None:
         raise ConfigError("args.train_iters: missing; say how many optimizer steps to train.")
     args.iterable_dataset = args.iterable_dataset or "custom"
     args.iterable_dataset_eval = args.iterable_dataset_eval or args.iterable_dataset
     args.split = "1,0,0"  # SAT cannot split a stream
     args.summary_dir = args.summary_dir or args.save or ""
+
+
+def fill_in_lists(args: argparse.Namespace) -> None:
+    """An entry for `data.params.sources`, and None for an empty list: SAT builds a data set for each entry, and
+    divides by their number. Raises `ConfigError`."""
+    for name in LISTS:
+        setattr(args, name, paths_of(vars(args), name) or None)
+    params = plain(getattr(args, "data_config", None)).get("params") or {}
+    if not args.train_data and params.get("sources"):
+        args.train_data = ["data.params.sources"]
+    if not args.train_data:
+        raise nothing_to_train_on()
 
 
 def initialize(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 SAT calls the function once for each entry of `train_data`, then for each of `valid_data` and `test_data`, and
 draws among the entries of one list with a seed that differs from rank to rank. Ranks must not diverge, so all
-entries of a list share one stream: whichever SAT draws, the next batch of the schedule comes.
+entries of a list share one stream: whichever entry SAT draws, the next batch of the schedule comes.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import track
 from sat import mpu
 from sat.helpers import print_rank0
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 from webdataset import DataPipeline
 
 from sat_ext.data.held_out import HeldOut
@@ -29,7 +29,6 @@ from sat_ext.sat.broadcast import require_everywhere, share_from_first_rank
 from sat_ext.sat.checkpoint.data_state import first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.run import recipe_in, run_of
-from sat_ext.sat.settings import settings_of
 from sat_ext.sat.shared_memory import check_shared_memory
 
 MANY_FILES = 500  # some seconds of probing
@@ -52,34 +51,18 @@ class SharedStream(DataPipeline):
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if isinstance(self.stream, HeldOut):
-            return self.stream.batches(rank=self.rank, worker=worker, workers=workers)
-        # read here, not when SAT builds the data set: the checkpoint is loaded in between
-        start = first_step(self.args)
-        return self.stream.batches(start=start, rank=self.rank, worker=worker, workers=workers)
-
-
-class MapStyle(Dataset):
-    """The same samples one by one, for SAT's own batching; right only where a batch is one sample.
-
-    Item i is the sample of step i of a schedule of one rank, so shares hold over any run of items.
-    """
-
-    def __init__(self, stream: JointStream) -> None:
-        self.stream = stream
-
-    def __len__(self) -> int:
-        return sum(cell.records for cell in self.stream.schedule.cells)
-
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        batch = self.stream.batch(next(self.stream.schedule.steps(item)), rank=0)
-        return {k: v[0] for k, v in batch.items()}
+        place: dict[str, int] = {"rank": self.rank}
+        if info is not None:
+            place |= {"worker": info.id, "workers": info.num_workers}
+        if isinstance(self.stream, JointStream):
+            # asked for here, not when SAT builds the data set: the checkpoint is loaded in between
+            place["start"] = first_step(self.args)
+        return self.stream.batches(**place)
 
 
 class _Entry:
-    """A class method that a script reads just before it calls `training_main`. CogVideo's calls nothing of ours
-    earlier, and SAT's `make_loaders` divides by what is in its lists before it calls the method itself."""
+    """A class method that puts our hooks in place when a script reads it, just before it calls `training_main`:
+    CogVideo's script calls nothing of ours earlier."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self.method = method
@@ -96,17 +79,15 @@ class JointImageVideoDataset:
     target = "sat_ext.JointImageVideoDataset"
 
     @_Entry
-    def create_dataset_function(cls, path: str, args: argparse.Namespace, **params: Any) -> Any:
+    def create_dataset_function(cls, path: str, args: argparse.Namespace, **params: Any) -> SharedStream:
         """For SAT: the data set of `path`, one entry of `args.train_data`, `valid_data` or `test_data`.
 
         `params` are `data.params` of the YAML (see `DataConfig`). Raises `ConfigError` and `DataError`.
         """
-        hooks.begin(args)
         recipe = recipe_in(args, {"target": cls.target, "params": params})
         assert recipe is not None
         split = _next_split(args)
-        if not _is_stream(args, split):
-            return MapStyle(_stream(args, recipe, split, world=1, entry=path))
+        _require_iterable(args, split)
         entries = run_of(args).streams.setdefault(split, [])
         if not entries:
             entries += [_shared_stream(args, recipe, split), []]
@@ -120,31 +101,34 @@ class FirstFrameDataset(JointImageVideoDataset):
     target = "sat_ext.FirstFrameDataset"
 
 
+def _require_iterable(args: argparse.Namespace, split: str) -> None:
+    name = "iterable_dataset" if split == "train_data" else "iterable_dataset_eval"
+    if (value := getattr(args, name)) != "custom":
+        raise ConfigError(
+            f"args.{name}: {value!r} makes SAT stack samples of different shapes; add the two lines "
+            "'iterable_dataset: custom' and 'iterable_dataset_eval: custom' under 'args'."
+        )
+
+
 def _shared_stream(args: argparse.Namespace, recipe: Recipe, split: str) -> JointStream | HeldOut:
     """Training's endless stream, or the fixed list of an evaluation."""
     world = mpu.get_data_parallel_world_size()
     if split == "train_data":
         return _stream(args, recipe, split, world=world)
-    held_out = HeldOut(
-        _stream(args, recipe, split, world=1),
-        samples=args.eval_iters * (args.eval_batch_size or args.batch_size), world=world,
-    )  # fmt: skip
+    samples = args.eval_iters * (args.eval_batch_size or args.batch_size)
+    held_out = HeldOut(_stream(args, recipe, split, world=1), samples=samples, world=world)
     print_rank0(f"{split}: an evaluation is of {sum(held_out.counts)} samples: {held_out.summary()}")
     return held_out
 
 
-def _stream(
-    args: argparse.Namespace, recipe: Recipe, split: str, *, world: int, entry: str | None = None
-) -> JointStream:
-    """The stream of one list; of its `entry` alone, sample by sample, for SAT's own batching."""
+def _stream(args: argparse.Namespace, recipe: Recipe, split: str, *, world: int) -> JointStream:
+    """The stream of one list."""
     engine, data, trains = recipe.engine, recipe.data, split == "train_data"
     engine.check_run(args, recipe.buckets)
     engine.check_cache(args, is_cached=data.cache is not None)
     for sentence in recipe.doubts if trains else ():
         print_rank0(f"warning: {sentence}", level="WARNING")
     sources = recipe.lists[split]
-    if entry is not None and not (trains and data.sources):
-        sources = tuple(s for s in sources if s.path == entry)
     folders = [data.cache.folder] if data.cache else [s.path for s in sources]  # media, or what is read instead
     require_everywhere(folders, "data.params.cache.folder" if data.cache else f"args.{split}")
     index = share_from_first_rank(lambda: build_index(sources, data, probing=_with_progress_bar))
@@ -153,8 +137,6 @@ def _stream(
         print_rank0(f"{split}: warning: {'; '.join(rare)}.")
     largest = recipe.micro_batch if trains else args.eval_batch_size or recipe.micro_batch
     sizes = data.batch_sizes(recipe.buckets, largest=largest, shape=recipe.shape)
-    if entry is not None:
-        sizes = dict.fromkeys(sizes, 1)
     reader = None
     if data.cache is not None:
         reader = open_reader(
@@ -198,30 +180,5 @@ def _new_name(args: argparse.Namespace) -> str:
     return next(n for n in names if not (Path(args.save) / n).exists())
 
 
-def _is_stream(args: argparse.Namespace, split: str) -> bool:
-    """Whether SAT takes whole batches of this list, as the two lines in the YAML tell it to; else single samples.
-
-    Raises `ConfigError` where single samples will not do: SAT would stack several of different shapes, and a full
-    checkpoint has no place in such data to come back to.
-    """
-    iterable = args.iterable_dataset if split == "train_data" else args.iterable_dataset_eval
-    if iterable and args.iterable_dataset == "custom":
-        return True
-    name = "iterable_dataset" if args.iterable_dataset != "custom" else "iterable_dataset_eval"
-    value = getattr(args, name)
-    place = f"args.{name}: {value!r}" if value else f"args.{name}: missing, which"
-    lines = "add the two lines 'iterable_dataset: custom' and 'iterable_dataset_eval: custom' under 'args'"
-    if split == "train_data":
-        size, key = args.batch_size, "deepspeed.train_micro_batch_size_per_gpu"
-    else:
-        size, key = args.eval_batch_size or args.batch_size, "args.eval_batch_size"
-    if size != 1:
-        raise ConfigError(f"{place} makes SAT stack samples of different shapes; {lines}, or set {key} to 1.")
-    if split == "train_data" and settings_of(args).checkpoint == "full":
-        raise ConfigError(f"{place} leaves the order to SAT, and 'checkpoint: full' cannot go on in it; {lines}.")
-    return False
-
-
 def _with_progress_bar(outcomes: Iterable[Any], total: int) -> Iterable[Any]:
-    """A bar on the terminal of the first rank, where there are files enough to wait for."""
     return track(outcomes, description="probing files", total=total, disable=total < MANY_FILES)

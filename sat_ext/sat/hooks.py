@@ -1,12 +1,12 @@
 """What is put around the functions of SAT and DeepSpeed, in one table: `python -m sat_ext.sat.hooks` prints it.
 
-SAT's `training_main` looks its functions up in its module when it calls them, so that another in their place is
+SAT's `training_main` looks its functions up in its module when it calls them, so a function put in their place is
 called instead: no file of SAT's, DeepSpeed's or CogVideo's is changed.
 
-Our script and CogVideo's take the same road. Either reads `create_dataset_function` of the data class and hands it
-to `training_main`; reading it calls `enter` (`dataset.py`), so that `training_main`'s first call, `make_loaders`,
-comes through `begun`, which installs the rest. Our script calls `install` itself, earlier: the allocator's
-variable and the limit of process groups are best set before there is a GPU in use or a group.
+Our script and CogVideo's take the same road. Both read `create_dataset_function` of the data class and pass it to
+`training_main`; reading it calls `enter` (`dataset.py`), so that `training_main`'s first call, `make_loaders`,
+goes through `begun`, which installs the rest. Our script calls `install` earlier, because the allocator's variable
+and the timeout of process groups are best set before there is a GPU in use or a group.
 """
 
 import argparse
@@ -21,26 +21,11 @@ from rich.table import Table
 from sat.helpers import print_rank0
 
 from sat_ext.config import reject_unknown_keys
-from sat_ext.sat import excepthook, steps
+from sat_ext.sat import excepthook, peers, steps
+from sat_ext.sat.arguments import fill_in_lists
 from sat_ext.sat.checkpoint import wrappers
-from sat_ext.sat.fixes import (
-    cpu,
-    evaluation,
-    events,
-    launcher,
-    loading,
-    memory,
-    optimizer,
-    optimizer_path,
-    sampling,
-    saving,
-    schedule,
-    sizes,
-    timeout,
-    zero3,
-)  # fmt: skip
-from sat_ext.sat.lists import fill_in
-from sat_ext.sat.run import run_of
+from sat_ext.sat.fixes import cpu, evaluation, events, launcher, memory, optimizer, sampling, schedule, sizes
+from sat_ext.sat.fixes import weights, zero3
 from sat_ext.sat.settings import settings_of
 
 SAT = "sat.training.deepspeed_training:"
@@ -52,18 +37,18 @@ EVENTS = "tensorboardX.event_file_writer:EventsWriter."
 FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
     fix.__name__: fix
     for fix in (
-        cpu.cpu_training, cpu.no_compiler, loading.resume, loading.load, saving.save, zero3.parallel_layers,
+        cpu.cpu_training, cpu.no_compiler, weights.resume, weights.load, weights.save, zero3.parallel_layers,
         zero3.zero3_build, evaluation.evaluation, sampling.zero3_sampling, schedule.lr_schedule,
-        memory.empty_cache, memory.expandable_segments, optimizer.ema_optimizer, optimizer_path.optimizer_path,
-        sizes.auto_sizes, launcher.launcher, timeout.timeout, events.events,
+        memory.empty_cache, memory.expandable_segments, optimizer.optimizer_path, sizes.auto_sizes,
+        launcher.launcher, peers.timeout, events.events,
     )
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Hook:
-    """`wrap` makes what takes the place of `target`, a `module:function`, of what stood there before. With `fix`
-    it is a part of that repair: put in place where the repair is needed, and not left out."""
+    """`wrap` takes the function at `target`, a `module:function`, and returns what replaces it. With `fix`, it is
+    part of that repair, and put in place only where the repair is needed and not left out."""
 
     target: str
     wrap: Callable[[Any], Any]
@@ -72,11 +57,13 @@ class Hook:
 
 
 def begun(make_loaders: Callable[..., Any]) -> Callable[..., Any]:
-    """The first function that `training_main` calls. In it SAT divides by the number of entries in each list."""
+    """The first function that `training_main` calls. Install the table, look at where the run comes from, and show
+    the memory that it is predicted to take."""
 
     def make(args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
-        begin(args)
-        fill_in(args)
+        install(args)
+        steps.report_of(args)
+        fill_in_lists(args)  # SAT's own divides by the number of entries in each list
         return make_loaders(args, *rest, **options)
 
     return make
@@ -84,7 +71,7 @@ def begun(make_loaders: Callable[..., Any]) -> Callable[..., Any]:
 
 ENTRY = (
     Hook("sys:excepthook", excepthook.in_a_sentence, "a user's mistake ends the run in one sentence"),
-    Hook(SAT + "make_loaders", begun, "what training_main calls first, before it counts the lists of data"),
+    Hook(SAT + "make_loaders", begun, "training_main calls it first, before it counts the lists of data"),
 )
 # Those around one function in the order in which they are put there: each calls the one above it, and SAT's last.
 HOOKS = (
@@ -93,21 +80,21 @@ HOOKS = (
     Hook(
         "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses.patch_init_and_builtins",
         zero3.arguments_by_position,
-        "SAT's layers have an argument of the name that DeepSpeed's wrapper uses",
+        "an argument of SAT's layers has the name of one in DeepSpeed's wrapper",
         "parallel_layers",
     ),
-    Hook(SAT + "load_checkpoint", loading.mapped_and_checked, "of SAT's checkpoints: mapped, fitted", "load"),
-    Hook(SAT + "load_checkpoint", wrappers.load_full, "a full checkpoint goes around SAT's load, repaired or not"),
+    Hook(SAT + "load_checkpoint", weights.mapped_and_checked, "for SAT's own checkpoints", "load"),
+    Hook(SAT + "load_checkpoint", wrappers.load_full, "full checkpoints bypass SAT's load, repaired or not"),
     Hook(
         SAT + "setup_model_untrainable_params_and_optimizer",
-        optimizer_path.of_its_path,
-        "closest to DeepSpeed's initialize, which it gives the optimizer's class",
+        optimizer.of_its_path,
+        "innermost: it replaces the `initialize` that SAT's set-up calls",
         "optimizer_path",
     ),
     Hook(
         SAT + "setup_model_untrainable_params_and_optimizer",
         wrappers.set_up_resumable,
-        "what trains must be in the checkpoint, before an optimizer is made for it",
+        "before an optimizer is made, what trains must be in the checkpoint",
     ),
     Hook(
         SAT + "get_learning_rate_scheduler",
@@ -121,40 +108,47 @@ HOOKS = (
         "the last call before the steps: SAT has read the optimizer's rates as scales by now",
     ),
     Hook(RATE + "get_lr", schedule.never_negative, "no division by zero, and no rate below it", "lr_schedule"),
-    Hook(RATE + "state_dict", schedule.with_warm_up, "so that a checkpoint has the first steps", "lr_schedule"),
-    Hook(SAT + "get_sample_writer", events.or_none, "TensorBoard's file cannot be made", "events"),
-    Hook(SAT + "print_args", events.or_unwritten, "nor the list of arguments", "events"),
-    Hook(EVENTS + "write_event", events.spared, "a full disk must not end the writer's thread", "events"),
-    Hook(EVENTS + "flush", events.spared, "the same", "events"),
-    Hook(EVENTS + "close", events.spared, "the same", "events"),
-    Hook(SAT + "train", steps.with_spared_workers, "data workers start here, and SIGTERM is the ranks' alone"),
-    Hook(SAT + "train_step", steps.counted_step, "between steps all ranks agree whether to stop, and to save"),
-    Hook(SAT + "evaluate", evaluation.of_all_samples, "in place of SAT's: the first rank's losses", "evaluation"),
-    Hook(SAT + "evaluate", sampling.as_first_rank, "whatever evaluates: its steps sample", "zero3_sampling"),
-    Hook(SAT + "evaluate", steps.untouched, "around all that draws random numbers, which are put back"),
-    Hook(SAT + "save_checkpoint", saving.whole_weights, "of weights alone: ZeRO-3's from all ranks", "save"),
-    Hook(SAT + "save_checkpoint", wrappers.save_sound, "around both kinds: numbers that are not finite stay out"),
-    Hook(SAT + "torch", cpu.without_gpu, "calls to a GPU that there is not", "cpu_training"),
+    Hook(RATE + "state_dict", schedule.with_warm_up, "a checkpoint must say which steps warm up", "lr_schedule"),
+    Hook(SAT + "get_sample_writer", events.or_none, "TensorBoard's file may fail to be made", "events"),
+    Hook(SAT + "print_args", events.or_unwritten, "so may the list of arguments", "events"),
+    Hook(EVENTS + "write_event", events.until_it_fails, "a full disk must not end the writer's thread", "events"),
+    Hook(EVENTS + "flush", events.until_it_fails, "the same", "events"),
+    Hook(EVENTS + "close", events.until_it_fails, "the same", "events"),
+    Hook(SAT + "train", steps.with_spared_workers, "data workers start here, and must not get SIGTERM"),
+    Hook(SAT + "train_step", steps.counted_step, "between steps all ranks agree whether to stop and save"),
+    Hook(SAT + "evaluate", evaluation.of_all_samples, "SAT's shows the first rank's losses only", "evaluation"),
+    Hook(
+        SAT + "evaluate", sampling.as_first_rank, "its steps sample, whichever `evaluate` it is", "zero3_sampling"
+    ),
+    Hook(SAT + "evaluate", steps.untouched, "outermost: restores the random numbers that the others draw"),
+    Hook(SAT + "save_checkpoint", weights.whole_weights, "for weights alone: ZeRO-3's from all ranks", "save"),
+    Hook(SAT + "save_checkpoint", wrappers.save_sound, "around both kinds: only finite numbers are saved"),
+    Hook(SAT + "torch", cpu.without_gpu, "calls to a GPU that is not there", "cpu_training"),
     Hook("sat.training.model_io:torch", cpu.without_gpu, "the same", "cpu_training"),
     Hook("sat.training.utils:torch", cpu.without_gpu, "the same", "cpu_training"),
-    Hook("deepspeed.comm.torch:build_shm_op", cpu.never_built, "what it compiles, gloo has", "no_compiler"),
-    Hook("diffusion_video:torch", memory.emptied_if_full, "of CogVideo's engine, in every step", "empty_cache"),
+    Hook("deepspeed.comm.torch:build_shm_op", cpu.never_built, "gloo has what it compiles", "no_compiler"),
+    Hook(
+        "diffusion_video:torch",
+        memory.emptied_if_full,
+        "CogVideo's engine empties it in every step",
+        "empty_cache",
+    ),
     Hook("diffusion_video:gc", memory.collected_seldom, "the same", "empty_cache"),
 )
 
-_done: set[str] = set()  # of `enter` and `install`, what this process has done
+_done: set[str] = set()  # which of `enter` and `install` this process has done: each wraps once
 
 
 def enter() -> None:
-    """Put `ENTRY` in place: from SAT's `make_loaders` on, `begin` is called. Safe to call again."""
+    """Put `ENTRY` in place: SAT's `make_loaders` will install the rest. Safe to call again."""
     if "enter" not in _done:
         put(ENTRY)
         _done.add("enter")
 
 
 def install(args: argparse.Namespace) -> None:
-    """Put the table in place and make the other repairs, those that `args.without_fixes` does not name; each
-    repair is logged in one line. Safe to call again: a process is changed once.
+    """Put the table in place with the repairs that are needed and that `args.without_fixes` does not name. Each
+    repair is logged in one line. Safe to call again.
 
     Raises `ConfigError` for an unknown name, and for what a repair finds that cannot run here.
     """
@@ -163,32 +157,18 @@ def install(args: argparse.Namespace) -> None:
     reject_unknown_keys(left_out, tuple(FIXES), "args.without_fixes")
     if "install" in _done:
         return
-    made = []
-    for name, fix in FIXES.items():
-        if name not in left_out and fix(args):
-            made.append(name)
-            print_rank0(f"repaired '{name}' (args.without_fixes leaves it out). Without it: {_symptom(name)}")
+    made = [name for name, fix in FIXES.items() if name not in left_out and fix(args)]
+    for name in made:
+        print_rank0(f"repaired '{name}' (args.without_fixes leaves it out). Without it: {_symptom(name)}")
     put(hook for hook in HOOKS if hook not in ENTRY and (hook.fix is None or hook.fix in made))
     _done.add("install")
-
-
-def begin(args: argparse.Namespace) -> None:
-    """`install`, look at where the run comes from, and show the memory that it is predicted to take. Safe to call
-    again.
-
-    Raises `ConfigError`, also where `args.load` is not a checkpoint that can be resumed.
-    """
-    install(args)
-    run_of(args)
-    steps.report_of(args)
 
 
 def put(hooks: Iterable[Hook]) -> None:
     """Put hooks in place, those around one function all at once."""
     for target, around in groupby(hooks, lambda hook: hook.target):
-        module, _, path = target.partition(":")
-        parent, _, name = path.rpartition(".")
-        owner = resolve_name(f"{module}:{parent}")
+        parent, _, name = target.replace(":", ".").rpartition(".")
+        owner = resolve_name(parent)
         function = getattr(owner, name)
         for hook in around:
             function = hook.wrap(function)
@@ -202,25 +182,21 @@ def _symptom(name: str) -> str:
 
 def show() -> None:
     """Print the table, and the repairs that put nothing around a function."""
-    console = Console()
-    console.width = max(console.width, 130)
     table = Table(title="Around SAT's and DeepSpeed's functions, inside out", title_justify="left")
     for column in ("function", "what is around it", "repair", "why there"):
         table.add_column(column, overflow="fold")
     for target, around in groupby(HOOKS, lambda hook: hook.target):
-        for number, hook in enumerate(around):
+        function = "\nof ".join(reversed(target.split(":")))
+        for hook in around:
             file = hook.wrap.__module__.removeprefix("sat_ext.sat.").replace("__main__", "hooks")
-            function = "" if number else "\nof ".join(reversed(target.split(":")))
             table.add_row(function, f"{file}.{hook.wrap.__name__}", hook.fix or "", hook.why)
+            function = ""
         table.add_section()
+    for name in FIXES.keys() - {hook.fix for hook in HOOKS}:
+        table.add_row("(at the start)", "", name, f"without it: {_symptom(name)}")
+    console = Console()
+    console.width = max(console.width, 130)
     console.print(table)
-    others = Table(title="Repairs made at the start, around nothing", title_justify="left")
-    for column in ("repair", "without it"):
-        others.add_column(column, overflow="fold")
-    for name in FIXES:
-        if all(hook.fix != name for hook in HOOKS):
-            others.add_row(name, _symptom(name))
-    console.print(others)
 
 
 if __name__ == "__main__":

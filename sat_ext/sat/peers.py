@@ -1,9 +1,10 @@
 """The other ranks: how long one waits for them, and which of them is gone when an exchange fails.
 
 Each rank increments its own counter in the process group's store, from a thread that runs while the training
-waits. The counter of a rank that hangs in the kernel, is stopped, has ended or is cut off stands still.
+waits. The counter of a rank that hangs in the kernel, was stopped, has ended or is cut off does not move.
 """
 
+import argparse
 import atexit
 import os
 import re
@@ -17,14 +18,23 @@ import torch.distributed as dist
 from sat.helpers import print_rank0
 from torch.distributed import distributed_c10d
 
+from sat_ext.sat.settings import settings_of
+
 BEAT = 2.0  # seconds
-SILENT = 60.0  # seconds after which the first rank warns of another's silence
-_LOST = re.compile(
-    r"Timed out waiting|timed out|timeout|Connection \w+ by peer|Broken pipe|Connection refused", re.I
-)
+SILENT = 60.0  # seconds after which the first rank warns about another
+_LOST = re.compile(r"timed out|timeout|Connection \w+ by peer|Broken pipe|Connection refused", re.I)
 
 _peers: "_Peers | None" = None
 _limit = timedelta()
+
+
+def timeout(args: argparse.Namespace) -> bool:
+    """Symptom: SAT starts its process groups with NCCL's limit of 10 minutes, and a first rank that works alone
+    for longer, as where CogVideo samples 1.5 in an evaluation, ends the run.
+    """
+    set_limit(timedelta(minutes=settings_of(args).timeout_minutes))
+    begin()
+    return True
 
 
 def set_limit(limit: timedelta) -> None:
@@ -35,13 +45,13 @@ def set_limit(limit: timedelta) -> None:
     module.default_pg_timeout = limit  # read whenever a group is made without one
     if module.default_pg_nccl_timeout is not None:  # where PyTorch has NCCL
         module.default_pg_nccl_timeout = limit
-    if dist.is_initialized():
+    if dist.is_initialized():  # by SAT or CogVideo, before our data class is loaded
         for group in list(distributed_c10d._world.pg_map):
             distributed_c10d._set_pg_timeout(limit, group)
 
 
 def begin() -> None:
-    """Start this rank's counter, if there are other ranks. Safe to call again."""
+    """Start this rank's counter if there are other ranks. Safe to call again."""
     global _peers
     if _peers is None and dist.is_initialized() and dist.get_world_size() > 1:
         _peers = _Peers()
@@ -56,13 +66,11 @@ def sentence_of_lost(error: BaseException) -> str | None:
     ours = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
     if not ours or not _LOST.search(text) or not dist.is_initialized():
         return None
-    limit = f"args.timeout_minutes, {_limit.total_seconds() / 60:g}" if _limit else "their limit"
-    who = _peers.gone() if _peers else ""
-    reason = (
-        f"no sign of {who}, which ended, hangs or is cut off; check the end of its log, and its network"
-        if who
-        else f"all ranks are alive; if one works alone for long, raise the limit ({limit})"
-    )
+    if who := _peers.gone() if _peers else "":
+        reason = f"no sign of {who}, which ended, hangs or is cut off; check the end of its log, and its network"
+    else:
+        limit = f"args.timeout_minutes, {_limit.total_seconds() / 60:g}" if _limit else "their limit"
+        reason = f"all ranks are alive; if one works alone for long, raise the limit ({limit})"
     return f"rank {dist.get_rank()} ({socket.gethostname()}) lost the others: {reason} ({text[:200]})."
 
 
@@ -70,7 +78,7 @@ class _Peers:
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         shared: Any = distributed_c10d._get_default_store()
-        self.store = shared.clone()  # a collective that waits in the other locks it
+        self.store = shared.clone()  # a collective that waits holds the lock of the other
         self.store.set_timeout(timedelta(seconds=10))
         self.store.set(f"sat_ext/host/{self.rank}", socket.gethostname())
         self._counts: list[int] = []
@@ -78,19 +86,19 @@ class _Peers:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        atexit.register(self._stop)  # a daemon in a call of PyTorch would crash Python's end
+        atexit.register(self._stop)  # Python crashes on exit if a daemon is inside one of PyTorch's calls
 
     def gone(self) -> str:
-        """The ranks whose counters stand still, with their hosts; empty if there is none."""
+        """The ranks whose counters stand still, with their hosts; empty if all move."""
         try:
             before = self._read()
             time.sleep(2.5 * BEAT)
             silent = [r for r, (a, b) in enumerate(zip(before, self._read())) if a == b and r != self.rank]
-            # the first to ask is right: ranks that end after it are not the cause
+            # the first rank to ask is right: those that end after it are not the cause
             names = ", ".join(map(self._name, silent))
             names = self.store.compare_set("sat_ext/lost", "", names).decode() if names else ""
             if self.rank == 0:
-                time.sleep(2.5 * BEAT)  # the others may be reading, and the store ends with this process
+                time.sleep(2.5 * BEAT)  # the store ends with this process, and the others may still be reading
             return str(names)
         except RuntimeError:
             return f"rank 0 ({os.environ.get('MASTER_ADDR', 'the first host')}), where the ranks register"
@@ -109,7 +117,7 @@ class _Peers:
                 self.store.add(f"sat_ext/beat/{self.rank}", 1)
                 if self.rank == 0:
                     self._watch()
-            except RuntimeError:  # the store is gone, and the collective that waits will fail and say so
+            except RuntimeError:  # the store is gone: the collective that waits will fail and say so
                 continue
 
     def _watch(self) -> None:
@@ -119,7 +127,7 @@ class _Peers:
             if not self._counts or count != self._counts[rank]:
                 self._seen[rank] = now
             elif now - self._seen[rank] > SILENT:
-                self._seen[rank] = float("inf")  # once
+                self._seen[rank] = float("inf")  # warn once
                 print_rank0(f"warning: no sign of {self._name(rank)} for {SILENT:.0f} s; it hangs or is cut off")
         self._counts = counts
 

@@ -23,8 +23,6 @@ from sat_ext.errors import ConfigError, DataError
 from sat_ext.pixels import to_model_range
 from sat_ext.sat import shared_memory
 from sat_ext.sat.dataset import _new_name
-from sat_ext.sat.run import run_of
-from sat_ext.sat.settings import NAMES
 
 TINY = str(Path(__file__).parents[2] / "configs" / "model" / "tiny.yaml")
 PARAMS = {"video_size": [64, 64], "fps": 8, "max_num_frames": 9, "skip_frms_num": 0.0}
@@ -81,32 +79,6 @@ def test_our_engine_gets_uint8_and_others_their_training_dtype(sat_args: MakeArg
     assert ours.dtype == torch.uint8
     assert ours.shape == pixels.shape
     assert torch.equal(to_model_range(ours, torch.float32), pixels)
-
-
-def test_map_style_hands_our_engine_uint8_too(sat_args: MakeArgs) -> None:
-    own = {"iterable_dataset": False, "iterable_dataset_eval": "", "epochs": None, "train_iters": 5}
-    args = sat_args(**own, batch_size=1, model_config=read_yaml([TINY])["model"])
-    batches = list(islice(sat_iterator(args), 8))
-    assert {b["mp4"].dtype for b in batches} == {torch.uint8}
-    assert {tuple(b["mp4"].shape) for b in batches} == {(1, 1, 3, 64, 64), (1, 9, 3, 64, 64)}
-    assert all(b["num_frames"].shape == (1,) for b in batches)
-
-
-def test_map_style_is_as_long_as_an_epoch_has_records(sat_args: MakeArgs, demo: Path) -> None:
-    args = sat_args(iterable_dataset=False, iterable_dataset_eval="", batch_size=1)
-    lengths = []
-    for sampler in ("start", "all_windows"):
-        sources = [{"path": str(demo / "train" / "videos"), "sampler": sampler}]
-        params = {
-            **PARAMS,
-            "sources": sources,
-            "max_num_frames": 5,
-            "buckets": {"frames": [5]},
-            "short_clips": "loop",
-        }
-        run_of(args).built, run_of(args).recipe = 0, None
-        lengths.append(len(sat_ext.JointImageVideoDataset.create_dataset_function("", args, **params)))
-    assert lengths[1] > lengths[0] == 12
 
 
 def test_a_progress_bar_is_shown_where_there_is_something_to_wait_for(
@@ -222,25 +194,9 @@ def test_the_second_of_the_two_lines_is_missed_as_well(sat_args: MakeArgs) -> No
     args = sat_args(iterable_dataset_eval="", eval_interval=100, epochs=None, train_iters=5)
     with pytest.raises(
         ConfigError,
-        match=r"iterable_dataset_eval: missing, which makes SAT stack .*; add .* set args\.eval_batch_size to 1",
+        match=r"args\.iterable_dataset_eval: '' makes SAT stack .*; add the two lines 'iterable_dataset: custom'",
     ):
         sat_iterator(args, split="val")
-
-
-def test_a_full_checkpoint_needs_the_stream(sat_args: MakeArgs) -> None:
-    args = sat_args(iterable_dataset=False, iterable_dataset_eval="", batch_size=1)
-    settings = {"checkpoint": "full", "without_fixes": ["cpu_training", "no_compiler"]}
-    vars(args).update({**dict.fromkeys(NAMES), **settings})
-    with pytest.raises(
-        ConfigError, match=r"leaves the order to SAT, and 'checkpoint: full' cannot go on in it; add"
-    ):
-        sat_ext.JointImageVideoDataset.create_dataset_function(args.train_data[0], args, **PARAMS)
-
-
-def test_a_micro_batch_of_one_works_map_style(sat_args: MakeArgs) -> None:
-    args = sat_args(iterable_dataset=False, iterable_dataset_eval="", epochs=None, train_iters=5, batch_size=1)
-    shapes = {tuple(b["mp4"].shape) for b in islice(sat_iterator(args), 12)}
-    assert shapes == {(1, 1, 3, 64, 64), (1, 9, 3, 64, 64)}
 
 
 def test_an_unknown_key_names_the_nearest(sat_args: MakeArgs) -> None:

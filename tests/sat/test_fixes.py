@@ -22,7 +22,7 @@ from torch import nn
 
 from sat_ext.errors import ConfigError
 from sat_ext.sat import hooks
-from sat_ext.sat.fixes import memory, optimizer, sizes
+from sat_ext.sat.fixes import memory, sizes
 from sat_ext.sat.fixes.memory import COLLECT_EVERY
 from sat_ext.sat.run import RunState
 from sat_ext.sat.settings import NAMES, Settings
@@ -77,7 +77,7 @@ def test_an_unknown_name_is_an_error_that_lists_them(sat_training: Any) -> None:
         ConfigError, match="args.without_fixes: unknown key 'lr_sched'; did you mean 'lr_schedule'"
     ):
         hooks.install(make_args(without_fixes=["lr_sched"]))
-    with pytest.raises(ConfigError, match="valid keys: auto_sizes, cpu_training, ema_optimizer, empty_cache, "):
+    with pytest.raises(ConfigError, match="valid keys: auto_sizes, cpu_training, empty_cache, "):
         hooks.install(make_args(without_fixes=["xyz"]))
 
 
@@ -287,44 +287,7 @@ def test_other_engines_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> 
     assert not repair("empty_cache", make_args())
 
 
-# FusedEmaAdam
-
-
-def with_optimizer(kind: str = "sat.ops.FusedEmaAdam", **zero: Any) -> Namespace:
-    return make_args(deepspeed_config={"optimizer": {"type": kind}, "zero_optimization": {"stage": 2, **zero}})
-
-
-def test_sats_optimizer_without_a_gpu_is_told_before_the_model_is_built() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(
-        ConfigError,
-        match="^deepspeed.optimizer.type: sat.ops.FusedEmaAdam runs on a GPU, and there is none; write "
-        "'type: AdamW' and 'torch_adam: true' under its params, which keeps no average of the weights.$",
-    ):
-        optimizer.ema_optimizer(with_optimizer())
-    assert not optimizer.ema_optimizer(with_optimizer("AdamW"))
-    assert not optimizer.ema_optimizer(make_args())
-
-
-@pytest.mark.parametrize(
-    ("zero", "message"),
-    [
-        ({"stage": 3}, "needs ZeRO stage 1 or 2, where SAT finds its average of the weights, and the YAML has 3"),
-        ({"stage": 0}, "and the YAML has 0; write 'type: AdamW'"),
-        (
-            {"offload_optimizer": {"device": "cpu"}},
-            r"keeps the optimizer's on the CPU; write 'type: AdamW' \(DeepSpeed then takes its DeepSpeedCPUAdam\)",
-        ),
-        ({"cpu_offload": True}, "updates weights on the GPU"),
-    ],
-)
-def test_sats_optimizer_under_a_zero_that_it_does_not_know(
-    zero: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=message):
-        optimizer.ema_optimizer(with_optimizer(**zero))
+# The allocator, and offload to a disk
 
 
 @pytest.mark.parametrize("initialized", [False, True])

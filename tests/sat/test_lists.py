@@ -9,7 +9,7 @@ import pytest
 
 import sat_ext
 from sat_ext.errors import ConfigError
-from sat_ext.sat.lists import fill_in
+from sat_ext.sat.arguments import fill_in_lists
 
 
 def lists(**given: Any) -> Namespace:
@@ -18,22 +18,22 @@ def lists(**given: Any) -> Namespace:
 
 def test_an_empty_list_is_none() -> None:
     args = lists(valid_data=[], test_data=[])
-    fill_in(args)
+    fill_in_lists(args)
     assert (args.train_data, args.valid_data, args.test_data) == (["a"], None, None)
 
 
 @pytest.mark.parametrize("train_data", [None, []])
 def test_sources_stand_for_one_entry(train_data: Any) -> None:
     args = lists(train_data=train_data, data_config={"params": {"sources": [{"path": "b"}]}})
-    fill_in(args)
+    fill_in_lists(args)
     assert args.train_data == ["data.params.sources"]
     with pytest.raises(ConfigError, match=r"args\.train_data: nothing to train on; name a folder or table"):
-        fill_in(lists(train_data=train_data))
+        fill_in_lists(lists(train_data=train_data))
 
 
 def test_a_text_is_no_list() -> None:
     with pytest.raises(ConfigError, match=r"""args\.valid_data: 'b' is a string, not a list; write \["b"\]\."""):
-        fill_in(lists(valid_data="b"))
+        fill_in_lists(lists(valid_data="b"))
 
 
 def test_sat_asks_for_them_before_it_builds_any() -> None:

@@ -20,7 +20,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from sat_ext.errors import ConfigError
 from sat_ext.sat.checkpoint.optimizer_state import check_same_weights, with_own_scaler
 from sat_ext.sat.checkpoint.reshard import Piece, Shard, cut
-from sat_ext.sat.fixes.optimizer_path import check_sizes
+from sat_ext.sat.fixes.optimizer import check_sizes
 from tests.sat.ranks import Running, Server, finish, folder_of
 from tests.sat.runs import QUICK, SAVE, STEPS
 

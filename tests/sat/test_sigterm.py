@@ -23,8 +23,8 @@ from torch.distributed import distributed_c10d
 from torch.utils.data import DataLoader, IterableDataset
 
 from sat_ext.errors import ConfigError, DataError
+from sat_ext.sat import peers
 from sat_ext.sat.excepthook import sentence_of
-from sat_ext.sat.fixes import timeout
 from sat_ext.sat.settings import NAMES, Settings
 from sat_ext.sat.sigterm import Spared, end_workers
 from tests.sat.ranks import Server, folder_of
@@ -132,7 +132,7 @@ def test_the_time_limit_reaches_every_group(process_group: None) -> None:
     before = distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout
     early = dist.new_group([0])
     try:
-        timeout.timeout(Namespace(**{**dict.fromkeys(NAMES), "timeout_minutes": 90.0}))
+        peers.timeout(Namespace(**{**dict.fromkeys(NAMES), "timeout_minutes": 90.0}))
         groups = [dist.group.WORLD, early, mpu.get_data_parallel_group(), dist.new_group([0])]
         limits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
         assert limits == [timedelta(minutes=90)] * 4
@@ -164,7 +164,7 @@ rank.wait()
 RANK = """
 import os, time
 from sat_ext.sat.fixes import launcher
-print(os.getppid(), launcher.launcher(), flush=True)
+print(os.getppid(), launcher.launcher(None), flush=True)
 time.sleep(60)
 """
 

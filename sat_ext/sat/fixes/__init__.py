@@ -1,6 +1,5 @@
-"""Repairs of SAT and DeepSpeed, a file for each symptom. `sat_ext.sat.hooks` makes them.
+"""Repairs of SAT and DeepSpeed, made by `sat_ext.sat.hooks`.
 
-The function that a repair is named after returns whether this machine and run need it; its docstring begins with
-the symptom. What the repair puts around a function of theirs is another function of its file, in the table of
-hooks; a repair that puts nothing there is made by the first function itself.
+The function that a repair is named after returns whether this run needs it; its docstring begins with the symptom.
+Functions of the same file are put around SAT's as the table of hooks says.
 """

@@ -9,7 +9,7 @@ import torch
 from sat_ext.sat.standin import StandIn
 
 
-def cpu_training(args: argparse.Namespace) -> bool:
+def cpu_training(_args: argparse.Namespace) -> bool:
     """Symptom: without CUDA, SAT's timers and checkpoints die in `torch.cuda.synchronize` and `get_rng_state`."""
     return not torch.cuda.is_available()
 
@@ -19,13 +19,13 @@ def without_gpu(torch: Any) -> StandIn:
     cuda = StandIn(
         torch.cuda,
         synchronize=lambda *_: None,
-        get_rng_state=lambda *_: torch.empty(0, dtype=torch.uint8),  # no GPU whose state could be kept
+        get_rng_state=lambda *_: torch.empty(0, dtype=torch.uint8),  # SAT puts it into its checkpoints
         set_rng_state=lambda *_: None,
     )
     return StandIn(torch, cuda=cuda)
 
 
-def no_compiler(args: argparse.Namespace) -> bool:
+def no_compiler(_args: argparse.Namespace) -> bool:
     """Symptom: on a CPU, DeepSpeed compiles an operator at its first start, and a start killed meanwhile leaves
     a lock that every later one waits for without end.
     """

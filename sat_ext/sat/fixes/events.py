@@ -9,19 +9,20 @@ from sat_ext.sat.side_files import side_file
 NAME = "TensorBoard's events"
 
 
-def events(args: argparse.Namespace) -> bool:
-    """Symptom: a disk that is full ends the thread that writes TensorBoard's events, and ten values later the run
-    hangs for ever, deaf to SIGTERM; at the start it ends in a traceback.
+def events(_args: argparse.Namespace) -> bool:
+    """Symptom: a full disk ends the thread that writes TensorBoard's events, and ten values later the run hangs
+    for ever, deaf to SIGTERM; at the start it ends in a traceback.
     """
     return True
 
 
-def spared(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the writer's thread, which lives on after an error and writes no more."""
+def until_it_fails(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the events writer that does nothing more after an error, so that its thread keeps emptying the
+    queue that the training puts values into."""
 
     def call(self: Any, *arguments: Any) -> Any:
         if not getattr(self, "sat_ext_ended", False):
-            # what a failed write left may be half a value, behind which nothing could be read
+            # set before the write: one that failed may leave half a record, after which nothing could be read
             self.sat_ext_ended = True
             with side_file(NAME):
                 result = method(self, *arguments)
@@ -33,7 +34,7 @@ def spared(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def or_none(get_sample_writer: Callable[..., Any]) -> Callable[..., Any]:
-    """None where no file can be made: SAT then writes none."""
+    """None if the file cannot be made; SAT then writes no events."""
 
     def make(*arguments: Any, **options: Any) -> Any:
         with side_file(NAME):
@@ -44,7 +45,7 @@ def or_none(get_sample_writer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def or_unwritten(print_args: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """SAT prints the arguments into a file too."""
+    """SAT also writes the arguments to a file, on the same disk."""
 
     def show(args: argparse.Namespace) -> None:
         with side_file("the list of arguments"):

@@ -1,68 +1,55 @@
-"""The end of a run whose launcher was ended."""
+"""The end of a run whose launcher was killed."""
 
 import argparse
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-_DEEPSPEED = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner", "runner.py"}  # as it may be called
+DEEPSPEED = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner", "runner.py"}  # names of its command
 LAST_SAVE = 600.0  # seconds; torchrun itself gives its ranks 30, in which a large checkpoint is not written
 
 
-def launcher(args: argparse.Namespace | None = None) -> bool:
+def launcher(_args: argparse.Namespace) -> bool:
     """Symptom: SIGKILL of `torchrun`, and SIGTERM or SIGKILL of the `deepspeed` command, leave the ranks of its
     machine training on.
 
-    torchrun starts the ranks itself: each checks every second that it is still there, and otherwise sends itself
-    SIGTERM, on which it saves and ends. DeepSpeed's command starts a launcher process, which ends the ranks when
-    it is ended, but gets no signal from the command: the first rank checks that the command is there, and
-    otherwise ends the launcher. What anything else started (a shell on another machine) is left alone.
+    Each rank checks every second that the launcher is still there, and otherwise sends itself SIGTERM, on which it
+    saves and ends. Ranks that anything else started (a shell on another machine) are left alone.
     """
-    process = os.getppid()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # which torchrun sets
-        _start(_follow, process)
-        return True
-    command = _parent(process)
-    if int(os.environ.get("LOCAL_RANK", 0)) or command is None:
+    parent, command = _ancestors(2)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, which starts the ranks itself
+        generations = 1
+    elif "deepspeed.launcher.launch" in _arguments(parent) and DEEPSPEED & set(_arguments(command)):
+        generations = 2  # the command starts a launcher process, which gets no signal when the command is killed
+    else:
         return False
-    if "deepspeed.launcher.launch" not in _arguments(process) or not _DEEPSPEED & set(_arguments(command)):
-        return False
-
-    def watch() -> None:
-        while _parent(process) == command:
-            time.sleep(1)
-        if os.getppid() == process:
-            os.kill(process, signal.SIGTERM)
-
-    _start(watch)
+    threading.Thread(target=_follow, args=[(parent, command)[:generations]], daemon=True).start()
     return True
 
 
-def _follow(parent: int) -> None:
-    """End this process some time after its parent."""
-    while os.getppid() == parent:
+def _follow(ancestors: tuple[int, ...]) -> None:
+    while _ancestors(len(ancestors)) == ancestors:  # a process whose parent dies gets another one
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LAST_SAVE)
     os.kill(os.getpid(), signal.SIGKILL)  # it hangs, or waits for a rank that does
 
 
-def _start(watch: Callable[..., None], *arguments: int) -> None:
-    threading.Thread(target=watch, args=arguments, daemon=True).start()
-
-
-def _parent(pid: int) -> int | None:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return None
+def _ancestors(generations: int) -> tuple[int, ...]:
+    """The process ids of parent, grandparent, ...; 0 for those that are gone."""
+    pids = [os.getpid()]
+    for _ in range(generations):
+        pids.append(0)
+        with suppress(OSError):
+            pids[-1] = int(Path(f"/proc/{pids[-2]}/stat").read_text().rpartition(")")[2].split()[1])
+    return tuple(pids[1:])
 
 
 def _arguments(pid: int) -> list[str]:
-    """The command line of a process, folders left out."""
+    """The command line of a process, without folders."""
     with suppress(OSError):
         return [os.path.basename(a) for a in os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")]
     return []

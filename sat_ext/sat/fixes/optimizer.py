@@ -1,36 +1,110 @@
-"""What SAT's own optimizer needs, checked before a model is built."""
+"""Optimizers of other libraries, by their dotted path."""
 
 import argparse
+import inspect
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 
 from sat_ext.errors import ConfigError
+from sat_ext.sat.standin import StandIn, replaced
 from sat_ext.zero import offloads_optimizer, zero_of
 
+WHERE = "deepspeed.optimizer"
+FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that choose among DeepSpeed's Adams
+MOST_AT_ONCE = 2**31 - 1  # numbers in a tensor of bitsandbytes' optimizers
 
-def ema_optimizer(args: argparse.Namespace) -> bool:
-    """Symptom: `sat.ops.FusedEmaAdam`, the optimizer of CogVideo's YAML, fails after the model is loaded, at the
-    first step, or at the first checkpoint where its needs are not met.
 
-    The error comes at once, with an optimizer that runs here. Raises `ConfigError`.
+def optimizer_path(args: argparse.Namespace) -> bool:
+    """Symptom: SAT takes an optimizer by its dotted path only where that begins with `sat.`; DeepSpeed looks for
+    `bitsandbytes.optim.AdamW8bit` in torch, and dies after the model is loaded.
+
+    Raises `ConfigError` for a path that cannot be imported, and for parameters or a place it does not support.
     """
     config = getattr(args, "deepspeed_config", None) or {}
-    if (config.get("optimizer") or {}).get("type") != "sat.ops.FusedEmaAdam":
+    section = config.get("optimizer") or {}
+    name, params = str(section.get("type", "")), section.get("params") or {}
+    if "." not in name or name.startswith("sat."):
+        if params:  # YAML files merge: those of configs/zero/ have parameters of PyTorch's Adam
+            section["params"] = {k: v for k, v in params.items() if k not in _foreign(name, params)}
         return False
-    stage, offloaded = zero_of(args).get("stage", 0), offloads_optimizer(zero_of(args))
-    if stage not in (1, 2):
-        missing = f"needs ZeRO stage 1 or 2, where SAT finds its average of the weights, and the YAML has {stage}"
-    elif offloaded:
-        missing = "updates weights on the GPU, and the YAML keeps the optimizer's on the CPU"
-    elif not torch.cuda.is_available():
-        missing = "runs on a GPU, and there is none"
-    else:
-        return True
-    # with offload DeepSpeed has an optimizer for the CPU; PyTorch's own needs no compiler
-    more = (
-        " (DeepSpeed then takes its DeepSpeedCPUAdam)" if offloaded else " and 'torch_adam: true' under its params"
-    )
-    raise ConfigError(
-        f"deepspeed.optimizer.type: sat.ops.FusedEmaAdam {missing}; write 'type: AdamW'{more}, which keeps no "
-        "average of the weights."
-    )
+    _optimizer(name, params)
+    if name.startswith("bitsandbytes."):
+        _check_place(name, offloaded=offloads_optimizer(zero_of(args)))
+    config["zero_force_ds_cpu_optimizer"] = False  # under offload, DeepSpeed would refuse any but its own
+    return True
+
+
+def of_its_path(set_up: Callable[..., Any]) -> Callable[..., Any]:
+    """SAT's set-up, with the optimizer's class handed to DeepSpeed."""
+    from sat.training import deepspeed_training
+
+    def set_up_optimizer(args: argparse.Namespace, model: Any, *rest: Any, **options: Any) -> Any:
+        section = args.deepspeed_config.pop("optimizer")  # DeepSpeed would make a second one from it
+        name, module = str(section["type"]), deepspeed_training.deepspeed
+        make = _optimizer(name, section.get("params") or {})
+
+        def initialize(**arguments: Any) -> Any:
+            return module.initialize(**{**arguments, "optimizer": make})
+
+        with replaced(deepspeed_training, "deepspeed", StandIn(module, initialize=initialize)):
+            engine, optimizer = set_up(args, model, *rest, **options)
+        check_sizes(name, optimizer)
+        return engine, optimizer
+
+    return set_up_optimizer
+
+
+def _foreign(name: str, params: dict[str, Any]) -> list[str]:
+    """Parameters of PyTorch's Adam that an optimizer without a path does not take."""
+    if name.lower() in ("adam", "adamw", "muon"):
+        return [] if params.get("torch_adam") else ["fused"]
+    cls = getattr(torch.optim, name, None)
+    takes_fused = inspect.isclass(cls) and "fused" in inspect.signature(cls).parameters
+    return [*FOR_DEEPSPEED, *([] if takes_fused else ["fused"])]
+
+
+def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+    module, _, attribute = name.rpartition(".")
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{WHERE}.type: '{name}' cannot be imported ({error}); pip install {name.split('.')[0]}, or check the "
+            "spelling."
+        ) from error
+    if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(f"{WHERE}.type: '{name}' is not a torch.optim.Optimizer; name one.")
+    known = inspect.signature(cls).parameters
+    params = {k: v for k, v in params.items() if k in known or k not in (*FOR_DEEPSPEED, "fused")}
+    if unknown := [key for key in params if key not in known]:
+        raise ConfigError(f"{WHERE}.params: {name} takes no '{unknown[0]}'; it takes {', '.join(known)}.")
+    return partial(cls, **params)
+
+
+def check_sizes(name: str, optimizer: Any) -> None:
+    """Raise `ConfigError` if bitsandbytes gets more numbers at once than its kernels count: they take an int32
+    (`backends/cuda/ops.py`), and the rest would never train."""
+    if not name.startswith("bitsandbytes."):
+        return
+    inner = getattr(optimizer, "optimizer", optimizer)
+    flat = [p for group in inner.param_groups for p in group["params"]]
+    flat += getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3's, which take turns in the groups
+    if (most := max((p.numel() for p in flat), default=0)) > MOST_AT_ONCE:
+        raise ConfigError(
+            f"{WHERE}.type: '{name}' would get {most:,} numbers in one group, but counts to {MOST_AT_ONCE:,}; "
+            "use more GPUs, ZeRO-3 (whose zero_optimization.sub_group_size is 1e9), a LoRA, or 'type: AdamW'."
+        )
+
+
+def _check_place(name: str, *, offloaded: bool) -> None:
+    if offloaded:
+        raise ConfigError(
+            f"{WHERE}.type: '{name}' updates on the GPU, and zero_optimization.offload_optimizer keeps its states "
+            "on the CPU; write 'type: AdamW' (DeepSpeed's own for the CPU), or take offload_optimizer out."
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{WHERE}.type: '{name}' updates on the GPU, and there is none; write 'type: AdamW'.")

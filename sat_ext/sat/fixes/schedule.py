@@ -9,24 +9,22 @@ from sat_ext.sat.run import run_of
 WARM_UP = ("init_step", "auto_warmup_steps", "auto_warmup_rate")  # of AnnealingLR, and not in its own state
 
 
-def lr_schedule(args: argparse.Namespace) -> bool:
+def lr_schedule(_args: argparse.Namespace) -> bool:
     """Symptom: a resumed run warms up again for 100 steps, and divides by zero where `warmup` is 0; the last step
     of the linear decay has a learning rate below zero.
-
-    The 100 first steps of `mode: finetune` at 5 % of the rate are SAT's intention, and stay; a run resumed within
-    them finds them in its checkpoint.
     """
     return True
 
 
 def continued(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A resumed run gets the rate that it would have had."""
+    """A resumed run gets the rate that it would have had without the interruption."""
 
     def get_learning_rate_scheduler(optimizer: Any, iteration: int, args: Any, **kwargs: Any) -> Any:
         if iteration == 0:
             return make(optimizer, iteration, args, **kwargs)
-        kwargs["auto_warmup_steps"] = 0
-        scheduler = make(optimizer, iteration, args, **kwargs)
+        scheduler = make(optimizer, iteration, args, **{**kwargs, "auto_warmup_steps": 0})
+        # SAT's 100 first steps of `mode: finetune` at 5 % of the rate are meant: a run stopped within them, which
+        # has them in its checkpoint, ends them
         saved = run_of(args).schedule
         for name in WARM_UP:
             setattr(scheduler, name, saved.get(name, getattr(scheduler, name)))
