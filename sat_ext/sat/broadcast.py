@@ -9,6 +9,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,68 +58,56 @@ def require_everywhere(paths: Sequence[str], place: str) -> None:
     for path in paths:
         without = [f"rank {rank} ({host})" for rank, (host, lacks) in enumerate(found) if path in lacks]
         if 0 < len(without) < len(found):
-            others = f"{len(found) - len(without)} of {len(found)} ranks have it"
             raise DataError(
-                f"{place}: {path} does not exist on {', '.join(without)}, but {others}; a mount may be missing on "
-                "that machine."
+                f"{place}: {path} does not exist on {', '.join(without)}, but {len(found) - len(without)} of "
+                f"{len(found)} ranks have it; a mount may be missing on that machine."
             )
 
 
 def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat: float) -> Any:
     """On rank 0: call `make`, and send the message that the others wait for. `buffers` gets the arrays."""
-    result: list[Any] = []
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            result.append(make())
+            future.set_result(make())
         except BaseException as error:
-            result.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # daemon, so that Ctrl-C ends the run at once
-    thread.start()
-    while thread.is_alive():
-        thread.join(heartbeat)
-        if thread.is_alive():
-            _broadcast(None)
-    if isinstance(result[0], BaseException) and not isinstance(result[0], SatExtError):
-        raise result[0]
-    message = result[0]
-    if not isinstance(message, SatExtError):
-        header = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
-        message = header, _spans([b.raw().nbytes for b in buffers]), f"sat_ext-{uuid.uuid4().hex}"
-    return _broadcast(message)
-
-
-def _spans(sizes: list[int]) -> list[tuple[int, int]]:
-    """Where buffers of these sizes start and end in one file."""
+    threading.Thread(target=run, daemon=True).start()  # no executor: it would hold up the end on Ctrl-C
+    while not wait([future], timeout=heartbeat).done:
+        _broadcast(None)  # or the others, whose collective has a time limit, would give up
+    if isinstance(error := future.exception(), SatExtError):
+        return _broadcast(error)
+    header = pickle.dumps(future.result(), protocol=5, buffer_callback=buffers.append)
     spans, end = [], 0
-    for size in sizes:
+    for buffer in buffers:
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + size
+        end = start + buffer.raw().nbytes
         spans.append((start, end))
-    return spans
+    return _broadcast((header, spans, f"sat_ext-{uuid.uuid4().hex}"))
 
 
 def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], path: Path) -> memoryview:
     """The memory of all buffers, which rank 0 has: on each machine a file at `path`, if one can be made there."""
     first, size = dist.get_rank() == 0, max(1, spans[-1][1] if spans else 0)
-    memory = None
+    memory: Any = None
     if first:
         memory = _create(path, size)
         for buffer, (start, end) in zip(buffers, spans):
-            memory[start:end] = buffer.raw()  # type: ignore[index]
+            memory[start:end] = buffer.raw()
     dist.barrier()  # so that rank 0's machine maps rank 0's file
     if not first:
         memory = _create(path, size)
-    dist.barrier()
+    dist.barrier()  # so that a rank without memory sees whether there is a file
     if memory is None and not path.exists():  # the rank that made it found the disk full
         memory = mmap.mmap(-1, size)
     is_filled = first or memory is None
     if not all(gather(is_filled)):
         for start in range(0, size, _CHUNK):
-            chunk = _broadcast(memory[start : start + _CHUNK] if first else None)  # type: ignore[index]
+            chunk = _broadcast(memory[start : start + _CHUNK] if first else None)
             if not is_filled:
-                memory[start : start + _CHUNK] = chunk  # type: ignore[index]
+                memory[start : start + _CHUNK] = chunk
         dist.barrier()
     if memory is None:
         with open(path, "rb") as file:

@@ -13,35 +13,33 @@ ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None]
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """The sentence of an error that a user can fix; None for any other.
-
-    PyTorch puts a data worker's traceback before the sentence that ended it. When a worker is killed, it raises
-    wherever the training is.
-    """
+    """The sentence of an error that a user can fix; None for any other."""
     text = str(error)
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
-        return (  # PyTorch's words depend on who notices first
+    if isinstance(error, SatExtError):
+        # PyTorch puts a data worker's traceback before the sentence that ended it
+        kind = type(error)
+        return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+    if not isinstance(error, RuntimeError):
+        return None
+    if text.startswith("DataLoader worker (pid"):  # raised wherever the training is when a worker is killed
+        return (
             f"a data worker of rank {rank_and_world()[0]} was killed, perhaps by the kernel for lack of memory; "
             f"lower args.num_workers or args.prefetch_factor ({' '.join(text.split()).rstrip('.')})."
         )
-    if isinstance(error, RuntimeError) and dist.is_initialized():
-        from sat_ext.sat.peers import sentence_of_lost  # and SAT, which most errors do without
+    if dist.is_initialized():
+        from sat_ext.sat.peers import sentence_of_lost  # imports SAT, which takes seconds
 
         return sentence_of_lost(error)
-    if not isinstance(error, SatExtError):
-        return None
-    kind = type(error)
-    return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+    return None
 
 
 def in_a_sentence(show: ExceptHook) -> ExceptHook:
     """`sys.excepthook` that prints `error: <sentence>` for such an error, and shows any other as before."""
 
     def show_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        sentence = sentence_of(error)
-        if sentence is None:
-            show(kind, error, traceback)
-        else:
+        if sentence := sentence_of(error):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
+        else:
+            show(kind, error, traceback)
 
     return show_error

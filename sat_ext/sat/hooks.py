@@ -24,8 +24,8 @@ from sat_ext.config import reject_unknown_keys
 from sat_ext.sat import excepthook, peers, steps
 from sat_ext.sat.arguments import fill_in_lists
 from sat_ext.sat.checkpoint import wrappers
-from sat_ext.sat.fixes import cpu, evaluation, events, launcher, memory, optimizer, sampling, schedule, sizes
-from sat_ext.sat.fixes import weights, zero3
+from sat_ext.sat.fixes import cpu, evaluation, events, launcher, memory, optimizer, schedule, sizes, weights, zero3
+from sat_ext.sat.memory_report import report_of
 from sat_ext.sat.settings import settings_of
 
 SAT = "sat.training.deepspeed_training:"
@@ -38,7 +38,7 @@ FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
     fix.__name__: fix
     for fix in (
         cpu.cpu_training, cpu.no_compiler, weights.resume, weights.load, weights.save, zero3.parallel_layers,
-        zero3.zero3_build, evaluation.evaluation, sampling.zero3_sampling, schedule.lr_schedule,
+        zero3.zero3_build, evaluation.evaluation, zero3.zero3_sampling, schedule.lr_schedule,
         memory.empty_cache, memory.expandable_segments, optimizer.optimizer_path, sizes.auto_sizes,
         launcher.launcher, peers.timeout, events.events,
     )
@@ -62,7 +62,7 @@ def begun(make_loaders: Callable[..., Any]) -> Callable[..., Any]:
 
     def make(args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
         install(args)
-        steps.report_of(args)
+        report_of(args)
         fill_in_lists(args)  # SAT's own divides by the number of entries in each list
         return make_loaders(args, *rest, **options)
 
@@ -117,9 +117,7 @@ HOOKS = (
     Hook(SAT + "train", steps.with_spared_workers, "data workers start here, and must not get SIGTERM"),
     Hook(SAT + "train_step", steps.counted_step, "between steps all ranks agree whether to stop and save"),
     Hook(SAT + "evaluate", evaluation.of_all_samples, "SAT's shows the first rank's losses only", "evaluation"),
-    Hook(
-        SAT + "evaluate", sampling.as_first_rank, "its steps sample, whichever `evaluate` it is", "zero3_sampling"
-    ),
+    Hook(SAT + "evaluate", zero3.as_first_rank, "its steps sample, whichever `evaluate` it is", "zero3_sampling"),
     Hook(SAT + "evaluate", steps.untouched, "outermost: restores the random numbers that the others draw"),
     Hook(SAT + "save_checkpoint", weights.whole_weights, "for weights alone: ZeRO-3's from all ranks", "save"),
     Hook(SAT + "save_checkpoint", wrappers.save_sound, "around both kinds: only finite numbers are saved"),

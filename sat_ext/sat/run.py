@@ -18,7 +18,6 @@ from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.recipe import TARGETS, Recipe, recipe_of
 from sat_ext.sat.checkpoint.epoch import Epoch
-from sat_ext.sat.memory_report import MemoryReport
 from sat_ext.sat.section import TWICE, check_keys, check_section
 from sat_ext.sat.settings import Settings, settings_of
 from sat_ext.zero import zero_of
@@ -61,7 +60,7 @@ class RunState:
     evaluated: str = "val"
     engine: Any = field(default=None, repr=False)
     recipe: Recipe | None = field(default=None, repr=False)
-    memory: MemoryReport | None = field(default=None, repr=False)
+    memory: Any = field(default=None, repr=False)
 
     @property
     def cache_folder(self) -> str | None:

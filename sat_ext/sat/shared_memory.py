@@ -20,20 +20,18 @@ MB = 1_000_000
 def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
     """Raise `ConfigError` on every rank if this list of data, with those before it, could fill /dev/shm.
 
-    PyTorch would end in a traceback, or wait forever for the batch that a worker could not hand over. Counted are
-    the largest batches, as many as the workers of all ranks of a machine may have ready at once.
+    PyTorch would end in a traceback, or wait forever for the batch that a worker could not hand over. It counts as
+    many of the largest batches as the workers of all ranks of a machine may have ready at once.
     """
     if not args.num_workers:
         return
-    size = stream.dtype.itemsize
-    largest = max(size * c.batch * 3 * prod((c.bucket.frames, c.bucket.height, c.bucket.width))
-                  for c in stream.schedule.cells)  # fmt: skip
+    cells = stream.schedule.cells
+    numbers = max(3 * c.batch * prod((c.bucket.frames, c.bucket.height, c.bucket.width)) for c in cells)
+    largest = numbers * stream.dtype.itemsize
     world = dist.get_world_size()
     local = min(world, local_ranks(torch.cuda.device_count() or world))
-    batches = local * args.num_workers * args.prefetch_factor
     run = run_of(args)
-    run.shared_memory += batches * largest
-    needed = run.shared_memory
+    needed = run.shared_memory = run.shared_memory + local * args.num_workers * args.prefetch_factor * largest
 
     def look() -> None:
         free = _free()
@@ -50,7 +48,7 @@ def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
 
 
 def _free() -> int | None:
-    """Bytes; None where the system has no such folder."""
+    """Bytes; None if the system has no such folder."""
     try:
         found = os.statvfs(FOLDER)
     except OSError:

@@ -56,9 +56,9 @@ def stop_asked(device: torch.device) -> bool:
 
 
 def stop() -> NoReturn:
-    """End this process with status 143. A SIGTERM that comes now must not end it earlier with another."""
+    """End this process with status 143."""
     end_workers()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one now must not end it with a different status
     sys.exit(EXIT_STATUS)
 
 

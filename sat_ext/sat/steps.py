@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from sat.helpers import print_rank0
+from sat.training import deepspeed_training
 from torch import Tensor
 
 from sat_ext.models.config import ABSENT
-from sat_ext.ranks import rank_and_world
 from sat_ext.sat import divergence, sigterm
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.claim import claim
 from sat_ext.sat.checkpoint.load import restore_rng
-from sat_ext.sat.memory_report import MemoryReport, plan_of, show_plan
-from sat_ext.sat.run import RunState, micro_steps, recipe_in, run_of
+from sat_ext.sat.memory_report import measuring, report_of
+from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
 def with_spared_workers(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,21 +42,23 @@ def counted_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
 
     def step(
         data: Iterator[Any], model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace, timers: Any,
-        hooks: dict[str, Any] | None = None, **options: Any,
+        hooks: dict[str, Any], **options: Any,
     ) -> Any:  # fmt: skip
-        from sat.training import deepspeed_training
-
         run = run_of(args)
         if not run.began:
             _begin(run, args)
             divergence.begin(model)
         # a stop waits for a step that can be saved: one bad batch must not cost all since the last checkpoint
-        if _saves(run, args) and sigterm.stop_asked(model.device) and run.bad_steps == 0:
-            _stop(model, optimizer, lr_scheduler, args)
-        if run.save_owed and run.bad_steps == 0:
+        stops = _saves(run, args) and sigterm.stop_asked(model.device) and run.bad_steps == 0
+        if stops:
+            run.stopping = True
+            print_rank0(f"SIGTERM: saving iteration {args.iteration}, then ending")
+        if (stops and args.iteration > 0) or (run.save_owed and run.bad_steps == 0):
             deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
-        hooks, before = {**(hooks or {})}, divergence.attempts(model)
-        hooks["forward_step"] = measuring(_counted(hooks["forward_step"]))
+        if stops:
+            sigterm.stop()
+        before = divergence.attempts(model)
+        hooks = {**hooks, "forward_step": measuring(_counted(hooks["forward_step"]))}
         result = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
         report_of(args).close()
         divergence.count(run, model, args, before)
@@ -67,7 +68,7 @@ def counted_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def untouched(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """An evaluation leaves the random numbers as they were: a run is the same, however many it has."""
+    """An evaluation that leaves the random numbers as they were: how many a run has does not change it."""
 
     def evaluate_untouched(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
         hooks = {**hooks, "forward_step_eval": _with_losses_by_kind(hooks["forward_step_eval"])}
@@ -89,8 +90,8 @@ def _saves(run: RunState, args: argparse.Namespace) -> bool:
 
 
 def _begin(run: RunState, args: argparse.Namespace) -> None:
-    """Just before the first step, after SAT's seeds and what the data loaders draw from them: random numbers that
-    were restored earlier would be overwritten."""
+    """Just before the first step: SAT seeds, and the data loaders draw, until then, so random numbers that were
+    restored earlier would be overwritten."""
     run.began = True
     run.micro_steps = micro_steps(args)
     if _saves(run, args):
@@ -102,18 +103,8 @@ def _begin(run: RunState, args: argparse.Namespace) -> None:
         restore_rng(run, args)
 
 
-def _stop(model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace) -> None:
-    from sat.training import deepspeed_training
-
-    run_of(args).stopping = True
-    print_rank0(f"SIGTERM: saving iteration {args.iteration}, then ending")
-    if args.iteration > 0:
-        deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
-    sigterm.stop()
-
-
 def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Counts a batch as soon as it was taken, finite loss or not: a resumed run must not repeat it."""
+    """Counts a batch as soon as it is taken, finite loss or not: a resumed run must not repeat it."""
     forward = _with_losses_by_kind(forward_step)
 
     def step(data: Iterator[Any], model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
@@ -133,33 +124,7 @@ def _with_losses_by_kind(forward_step: Callable[..., Any]) -> Callable[..., Any]
         if loss_fn is None or not hasattr(loss_fn, "metrics"):
             return result
         loss, metrics = result if isinstance(result, tuple) else (result, {})
-        own: dict[str, torch.Tensor] = loss_fn.metrics()
+        own: dict[str, Tensor] = loss_fn.metrics()
         return loss, {**metrics, **{k: v.detach().float() for k, v in own.items() if k not in metrics}}
-
-    return step
-
-
-def report_of(args: argparse.Namespace) -> MemoryReport:
-    """The run's report. The first call on the first rank shows the plan, and warns where it does not fit."""
-    run, recipe = run_of(args), recipe_in(args)
-    if run.memory is None:
-        first = rank_and_world()[0] == 0
-        run.memory = MemoryReport(plan_of(recipe) if first else None)
-        if first:
-            atexit.register(run.memory.show)
-            if run.memory.plan is not None:
-                show_plan(run.memory.plan)
-    return run.memory
-
-
-def measuring(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """SAT's `forward_step`. The previous micro-step is measured up to here: with the backward pass and the update,
-    which SAT runs after its own `forward_step`."""
-
-    def step(data: Any, model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
-        report = report_of(args)
-        report.close()
-        report.folder = Path(args.save) if args.save and rank_and_world()[0] == 0 else None
-        return forward_step(report.seeing(data), model, args, *rest, **options)
 
     return step

@@ -4,8 +4,10 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -30,13 +32,12 @@ PROGRESS_SECONDS = 5.0
 
 
 def get_target(name: str) -> Any:
-    """The object of a YAML `target`: a dotted path, or a name in the data set registry. Raises `ConfigError`."""
+    """The data set class of a `data.target`: a dotted path, or a registered name. Raises `ConfigError`."""
     if "." not in name:
         import_module("sat_ext.sat.dataset")  # registers ours
         return get_dataset(name)
-    module, _, attribute = name.rpartition(".")
     try:
-        target = getattr(import_module(module), attribute)
+        target = resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"data.target: '{name}' cannot be imported ({error}); check the spelling.") from error
     if not hasattr(target, "create_dataset_function"):
@@ -68,7 +69,8 @@ class TrainingHooks:
         seeds = np.random.SeedSequence([args.seed, micro_steps(args), dist.get_rank()])
         batch["seed"] = int(seeds.generate_state(1)[0])
         loss, metrics = model(batch)
-        self._progress.update(metrics, len(batch["txt"]) * mpu.get_data_parallel_world_size(), args)
+        if dist.get_rank() == 0:
+            self._progress.update(metrics, len(batch["txt"]) * mpu.get_data_parallel_world_size(), args)
         return loss, metrics
 
     def forward_step_eval(
@@ -80,11 +82,11 @@ class TrainingHooks:
         if self._sampled.get(kind) != args.iteration:
             self._sampled[kind] = args.iteration
             self._write_samples(getattr(model, "module", model), batch, kind)
-        loss, metrics = model(batch)
-        return loss, metrics
+        loss_and_metrics: tuple[torch.Tensor, dict[str, torch.Tensor]] = model(batch)
+        return loss_and_metrics
 
     def handle_metrics(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Write down the held-out losses, and whether they are `test_data`'s. SAT calls it on the first rank."""
+        """Write down the held-out losses. SAT calls it on the first rank."""
         means = mean_metrics(gathered)
         record = {"iteration": self.args.iteration, **{k: round(float(v), 6) for k, v in means.items()}}
         if run_of(self.args).evaluated == "test":
@@ -100,10 +102,11 @@ class TrainingHooks:
         """`result.json` in the folder of `args.save`: held-out loss by kind, first and last, and seconds."""
         if self.root is None or not self.evaluations or dist.get_rank() != 0:
             return
-        kinds = {k: k.removeprefix("loss_") for k in self.evaluations[0] if k.startswith("loss_")}
+        first, last = self.evaluations[0], self.evaluations[-1]
+        losses = [name for name in first if name.startswith("loss_")]
         result = {
-            "before": {kind: self.evaluations[0].get(k) for k, kind in kinds.items()},
-            "after": {kind: self.evaluations[-1].get(k) for k, kind in kinds.items()},
+            "before": {name.removeprefix("loss_"): first[name] for name in losses},
+            "after": {name.removeprefix("loss_"): last.get(name) for name in losses},
             "seconds": round(time.time() - self._started, 1),
             "run": str(self.args.save),
         }
@@ -139,14 +142,14 @@ class TrainingHooks:
                 OmegaConf.save(OmegaConf.create(self.args.resolved_config), folder / CONFIG_NAME)
 
     def _evaluate_first(self, model: Any, timers: Any) -> None:
-        """Held-out loss before the first step. SAT evaluates after steps only."""
+        """Held-out loss before the first step: SAT evaluates after steps only."""
         streams = run_of(self.args).streams
         if "valid_data" in streams and self.args.eval_interval:
             batches = streams["valid_data"][0].batches(rank=mpu.get_data_parallel_rank())
-            hooks = {"forward_step_eval": self.forward_step_eval, "handle_metrics": self.handle_metrics}
             evaluate_and_print_results(
                 f"iteration {self.args.iteration}", batches, model, self.args.eval_iters, self.args, timers,
-                False, split="val", step=self.args.iteration, hooks=hooks,
+                False, split="val", step=self.args.iteration,
+                hooks={"forward_step_eval": self.forward_step_eval, "handle_metrics": self.handle_metrics},
             )  # fmt: skip
 
 
@@ -161,23 +164,19 @@ class Progress:
 
     def update(self, metrics: dict[str, torch.Tensor], samples: int, args: argparse.Namespace) -> None:
         """Count one micro-step of `samples` samples over all ranks."""
-        if dist.get_rank() != 0:
-            return
         for name, value in metrics.items():
             if (loss := float(value.detach())) != ABSENT:
                 self._losses[name] = 0.95 * self._losses.get(name, loss) + 0.05 * loss
         now = time.monotonic()
-        if self._begin is None:
-            self._begin = now, args.iteration  # the first step pays for warming up
+        if self._begin is None:  # the first micro-step is left out: it warms up
+            self._begin = now, args.iteration
             return
         self._samples += samples
-        steps, seconds = args.iteration - self._begin[1], now - self._begin[0]
+        seconds, steps = now - self._begin[0], args.iteration - self._begin[1]
         if now - self._shown < PROGRESS_SECONDS or steps == 0:
             return
         self._shown = now
-        left = int((args.train_iters - args.iteration) * seconds / steps)
+        left = timedelta(seconds=int((args.train_iters - args.iteration) * seconds / steps))
         losses = "  ".join(f"{k} {v:.3f}" for k, v in sorted(self._losses.items()))
-        print_rank0(
-            f"step {args.iteration}/{args.train_iters}  {losses}  {self._samples / seconds:.1f} samples/s  "
-            f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        )
+        rate = f"{self._samples / seconds:.1f} samples/s"
+        print_rank0(f"step {args.iteration}/{args.train_iters}  {losses}  {rate}  ETA {left}")

@@ -36,11 +36,14 @@ DATA = """
 import torch
 import torch.distributed as dist
 import sat_ext, sat_ext.cogvideo
+from sat_ext.sat.memory_report import report_of
 
 args, params, store = json.loads(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(store, 1), rank=0, world_size=1)
 mpu.initialize_model_parallel(1)
-data = sat_ext.JointImageVideoDataset.create_dataset_function(args["train_data"][0], Namespace(**args), **params)
+args = Namespace(**args)
+report_of(args)
+data = sat_ext.JointImageVideoDataset.create_dataset_function(args.train_data[0], args, **params)
 print("batch", tuple(next(iter(data))["mp4"].shape[1:]))
 
 class Parent(torch.nn.Module):

@@ -9,17 +9,16 @@ import pytest
 import torch
 
 from sat_ext.errors import ConfigError
-from sat_ext.sat import steps
-from sat_ext.sat.memory_report import MemoryReport, bucket_of
-from sat_ext.sat.steps import measuring
-from sat_ext.sat.steps import report_of as begin
+from sat_ext.sat import memory_report
+from sat_ext.sat.memory_report import MemoryReport, bucket_of, measuring
+from sat_ext.sat.memory_report import report_of as begin
 from sat_ext.types import Bucket
 from tests.sat.runs import MODEL
 
 
 @pytest.fixture(autouse=True)
 def nothing_at_exit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps.atexit, "register", lambda function: None)
+    monkeypatch.setattr(memory_report.atexit, "register", lambda function: None)
 
 
 def args_of(**changes: Any) -> Namespace:
@@ -46,7 +45,7 @@ def test_the_plan_is_shown_once_and_by_the_first_rank(
     shown = capsys.readouterr().out
     assert "activations" in shown and "5x32x32" in shown
     assert begin(args) is report
-    monkeypatch.setattr(steps, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(memory_report, "rank_and_world", lambda: (1, 2))
     begin(args_of())
     assert capsys.readouterr().out == ""
 
@@ -134,5 +133,5 @@ def test_a_cached_batch_is_of_the_bucket_that_its_latents_stand_for() -> None:
 
 
 def test_the_entry_script_plans_before_it_loads() -> None:
-    lines = (Path(steps.__file__).parents[2] / "train_video.py").read_text()
+    lines = (Path(memory_report.__file__).parents[2] / "train_video.py").read_text()
     assert lines.index("hooks.install(args)") < lines.index("training_main(\n")

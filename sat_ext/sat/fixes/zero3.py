@@ -1,13 +1,21 @@
-"""ZeRO-3 from the first layer on: SAT's layers in `zero.Init`, and networks that are never whole on a rank."""
+"""ZeRO-3: networks that are never whole on a rank, SAT's layers in `zero.Init`, and samples from all ranks."""
 
 import argparse
 import inspect
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import Init
+from sat import mpu
+from sat.model.base_model import BaseModel
+from sat.model.finetune import lora2
+from sat.model.transformer import BaseTransformerLayer
+from sat.mpu.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from sat_ext.engines import engine_of
@@ -16,17 +24,12 @@ from sat_ext.zero import zero_of
 
 
 def parallel_layers(args: argparse.Namespace) -> bool:
-    """Symptom: in `deepspeed.zero.Init`, SAT's parallel layers die with "multiple values for argument 'module'".
-
-    DeepSpeed wraps the constructor of every layer in `wrapper(module, *args, **kwargs)`, and SAT hands its layers
-    an argument of that very name. Their arguments are given by position instead.
-    """
+    """Symptom: SAT's parallel layers die in `deepspeed.zero.Init`: "multiple values for argument 'module'"."""
     return zero_of(args).get("stage") == 3
 
 
 def arguments_by_position(patch: Callable[[Any], None]) -> Callable[[Any], None]:
     """DeepSpeed's patch of all constructors, and ours on top of it for SAT's layers."""
-    from sat.mpu.layers import ColumnParallelLinear, RowParallelLinear
 
     def patch_init_and_builtins(self: Any) -> None:
         patch(self)
@@ -37,6 +40,7 @@ def arguments_by_position(patch: Callable[[Any], None]) -> Callable[[Any], None]
 
 
 def _by_position(wrapped: Callable[..., None], original: Callable[..., None]) -> Callable[..., None]:
+    """DeepSpeed's `wrapper(module, *args, **kwargs)` of a constructor that has a keyword argument `module` too."""
     signature = inspect.signature(original)
 
     @wraps(original)
@@ -51,33 +55,34 @@ def _by_position(wrapped: Callable[..., None], original: Callable[..., None]) ->
 def zero3_build(args: argparse.Namespace) -> bool:
     """Symptom: under ZeRO-3, SAT builds the model inside `deepspeed.zero.Init()` without a configuration, which
     rounds every weight to fp16 whatever the training dtype, and no `from_pretrained` works inside it.
-
-    A network of SAT's layers is split up layer by layer while it is built, everything else as soon as it is
-    whole: no rank ever holds a network's every weight, in its own memory or on its GPU.
     """
     return zero_of(args).get("stage") == 3
 
 
 def split_while_built(get_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """SAT's `get_model`, with a `Partition` in place of DeepSpeed's `Init`."""
+    """SAT's `get_model`. A network of SAT's layers is split layer by layer while it is built, everything else as
+    soon as it is whole: no rank ever holds all weights of a network, in its own memory or on its GPU."""
 
     def build_model(args: argparse.Namespace, model_cls: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
         def build(*arguments: Any, **options: Any) -> nn.Module:
             partition = Partition(args)
-            with _layer_by_layer(args, partition):
+            # Other models may change their layers after they are built, and a layer that is split has no shape.
+            # CogVideo's network has one such change, LoRA.
+            is_cogvideos = engine_of(getattr(args, "model_config", None)).has_sat_network
+            with _layer_by_layer(partition) if is_cogvideos else nullcontext():
                 model = model_cls(*arguments, **options)
             partition(model)
             return model
 
         build.__name__ = model_cls.__name__  # SAT shows it
-        with replaced(_deepspeed_zero(), "Init", nullcontext):
+        with replaced(deepspeed.zero, "Init", nullcontext):
             return get_model(args, build, **kwargs)
 
     return build_model
 
 
 class Partition:
-    """Splits parameters up among the ranks, in the training dtype and where the YAML puts them.
+    """Splits parameters among the ranks, in the training dtype and where the YAML puts them.
 
     One for a model: it has one set of buffers where the YAML keeps parameters in files.
     """
@@ -88,46 +93,27 @@ class Partition:
         self._convert: Callable[..., None] | None = None
 
     def __call__(self, module: nn.Module) -> None:
-        """Split `module` up but for what is already. Every rank must take part; the first rank's values win."""
+        """Split what is still whole in `module`. Every rank must take part; the first rank's values win."""
         whole = [p for p in module.parameters() if not hasattr(p, "ds_id")]
         for parameter in whole:
             if self.dtype is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.dtype)  # as SAT does with a whole model after it is built
         if whole and self._convert is None:
-            self._begin(module)
+            # as DeepSpeed's engine does with a whole model; it also gives parameters the method for the next ones
+            Init(
+                module=module,
+                data_parallel_group=mpu.get_data_parallel_group(),
+                config_dict_or_path=self.args.deepspeed_config,
+                mpu=mpu,
+            )
             self._convert = whole[0].convert_to_zero_parameters  # type: ignore[attr-defined]
         elif whole and self._convert is not None:
             self._convert(param_list=whole)
 
-    def _begin(self, module: nn.Module) -> None:
-        """As DeepSpeed's engine does with a whole model."""
-        from deepspeed.runtime.zero.partition_parameters import (
-            Init,
-        )  # `deepspeed.zero.Init` itself is replaced meanwhile
-        from sat import mpu
-
-        Init(
-            module=module,
-            data_parallel_group=mpu.get_data_parallel_group(),
-            config_dict_or_path=self.args.deepspeed_config,
-            mpu=mpu,
-        )
-
 
 @contextmanager
-def _layer_by_layer(args: argparse.Namespace, partition: Partition) -> Iterator[None]:
-    """Inside, the layers and mixins of CogVideo's network are split up as soon as each is built.
-
-    Other models of SAT's may change their layers after they are built, and a layer that is split up has no shape.
-    CogVideo's network has one such change, LoRA, which is given whole layers to change.
-    """
-    if not engine_of(getattr(args, "model_config", None)).has_sat_network:
-        yield
-        return
-    from sat.model.base_model import BaseModel
-    from sat.model.finetune import lora2
-    from sat.model.transformer import BaseTransformerLayer
-
+def _layer_by_layer(partition: Partition) -> Iterator[None]:
+    """Inside, SAT's layers and mixins are split as soon as each is built."""
     build, add_mixin = BaseTransformerLayer.__init__, BaseModel.add_mixin
     with_lora = lora2.replace_linear_with_lora
 
@@ -143,7 +129,7 @@ def _layer_by_layer(args: argparse.Namespace, partition: Partition) -> Iterator[
 
     @wraps(with_lora)
     def replace(linear: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
-        with _deepspeed_zero().GatheredParameters(list(linear.parameters())):
+        with deepspeed.zero.GatheredParameters(list(linear.parameters())):  # LoRA reads the shape of its base
             layer: nn.Module = with_lora(linear, *arguments, **options)
         partition(layer)
         return layer
@@ -156,7 +142,39 @@ def _layer_by_layer(args: argparse.Namespace, partition: Partition) -> Iterator[
         yield
 
 
-def _deepspeed_zero() -> Any:
-    import deepspeed
+def zero3_sampling(args: argparse.Namespace) -> bool:
+    """Symptom: under ZeRO-3, an evaluation of CogVideo's hangs: its first rank alone samples videos, and waits for
+    the others' parts of the weights.
+    """
+    samples = engine_of(getattr(args, "model_config", None)).samples_on_first_rank
+    return zero_of(args).get("stage") == 3 and samples and getattr(args, "model_parallel_size", 1) == 1
 
-    return deepspeed.zero
+
+def as_first_rank(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """An evaluation in which every rank samples its own batch, as CogVideo's script has its first rank do."""
+
+    def evaluate_as_first(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
+        hooks = {**hooks, "forward_step_eval": _as_first_rank(hooks["forward_step_eval"])}
+        return evaluate(*arguments, hooks=hooks, **options)
+
+    return evaluate_as_first
+
+
+def _as_first_rank(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    def step(data: Iterator[Any], *rest: Any, **options: Any) -> Any:
+        batch = next(data)  # before, because SAT's loader asks for the rank too, and must get the true one
+        rank, script = mpu.get_data_parallel_rank, sys.modules["__main__"]
+
+        def first() -> int:
+            mpu.get_data_parallel_rank = (
+                rank  # the script asks once before it samples; the loss needs the true one
+            )
+            return 0
+
+        with ExitStack() as stack:
+            if hasattr(script, "save_texts") and rank() != 0:  # all ranks would write the same file of captions
+                stack.enter_context(replaced(script, "save_texts", lambda *texts: None))
+            stack.enter_context(replaced(mpu, "get_data_parallel_rank", first))
+            return forward_step(iter([batch]), *rest, **options)
+
+    return step
