@@ -23,7 +23,7 @@ import sys
 from functools import partial
 
 from sat_ext.cogvideo.script import is_for_script, run_script
-from sat_ext.sat.excepthook import in_a_sentence
+from sat_ext.sat.excepthook import sentence_of
 
 
 def main() -> None:
@@ -55,8 +55,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.excepthook = in_a_sentence(sys.excepthook)
     try:
         run_script() if is_for_script(sys.argv[1:]) else main()
     except KeyboardInterrupt:
         sys.exit(130)  # as the shell has it: 128 + SIGINT
+    except Exception as error:  # not left to `sys.excepthook`: torch.distributed's puts the rank before the sentence
+        if sentence := sentence_of(error):
+            sys.exit(f"error: {sentence}")
+        raise
