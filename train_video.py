@@ -59,7 +59,7 @@ if __name__ == "__main__":
         run_script() if is_for_script(sys.argv[1:]) else main()
     except KeyboardInterrupt:
         sys.exit(130)  # as the shell has it: 128 + SIGINT
-    except Exception as error:  # here, because torch.distributed's excepthook would put the rank before the sentence
+    except Exception as error:  # here: torch.distributed's excepthook would put the rank before the sentence
         if sentence := sentence_of(error):
             sys.exit(f"error: {sentence}")
         raise
