@@ -67,8 +67,7 @@ def build(*paths: Path | str, config: DataConfig = CONFIG) -> tuple[Index, int]:
 
 
 def cached(folder: Path) -> pa.Table:
-    (table,) = probe_cache.load(str(folder))
-    return table
+    return probe_cache.load(str(folder))
 
 
 def keys(index: Index) -> set[str]:
@@ -200,7 +199,7 @@ def test_a_flipped_bit_anywhere_is_found(folder: Path, caplog: pytest.LogCapture
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.randrange(8)
         file.write_bytes(flipped)
-        assert probe_cache.load(str(folder)) == []
+        assert probe_cache.load(str(folder)).num_rows == 0
     assert caplog.text.count("not a readable cache") == 216
     file.write_bytes(content)
     assert cached(folder).equals(expected)

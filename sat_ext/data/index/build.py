@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sat_ext.data.index.columns import FILE_COLUMNS, ITEM_COLUMNS, item_batches, to_info, to_item
 from sat_ext.data.index.place import Placed, place_rows, placer, visits_by_weight
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 COLUMNS = pa.schema([("source", pa.dictionary(pa.int16(), pa.string())), *ITEM_COLUMNS, *FILE_COLUMNS])
 
-MOST_VISITS = 1000  # of one record in an epoch: each takes room
+MOST_VISITS = 1000  # of one record in an epoch: each takes bytes in the index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,8 @@ class Group:
     """The records of one source that fall into one bucket.
 
     `rows` (uint32, into `Index.table`) has an entry for each record: a row occurs once for each of its windows
-    (sampler `all_windows`), times its visits (`visits_by_weight`). `windows` (uint16 or uint32, as long as `rows`)
-    is the window of each record; None if every row has one.
+    (sampler `all_windows`), times its visits (`visits_by_weight`). `windows` (uint16 or uint32) is the window of
+    each record; None if every row has one.
     """
 
     source: str
@@ -42,12 +41,12 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """`table` holds every row of a source that can be trained on; `groups` sorts them by source and bucket.
+    """`table` holds every row that can be trained on; `groups` sorts them by source and bucket.
 
     `samplers` and `shares` are by source name; the default share is the number of the source's records. `bad` are
-    the files, or parts of files, that cannot be read, and `dropped` those that fit no bucket or have the weight 0,
-    each as (path, reason). `made` is when the files were probed, in seconds of `time.time`. `unread` counts, by
-    suffix, files that may be media and are not read.
+    files, or parts of files, that cannot be read, `dropped` those that fit no bucket or have the weight 0, each as
+    (path, reason). `made` is the time (`time.time`) of indexing. `unread` counts files that may be media but are
+    not read, by suffix.
     """
 
     table: pa.Table
@@ -65,7 +64,7 @@ class Index:
         return to_item(values), to_info(values)
 
     def seen(self, row: int) -> tuple[str, float]:
-        """Which file a row's was, and when: the arguments of `sat_ext.files.require_unchanged`."""
+        """The fingerprint of a row's file, and its time: the arguments of `sat_ext.files.require_unchanged`."""
         return self.table["fingerprint"][row].as_py(), self.made
 
     def summary(self) -> str:
@@ -81,12 +80,11 @@ class Index:
 def build_index(
     sources: Sequence[SourceConfig], config: DataConfig, *, probing: Probing = lambda outcomes, total: outcomes
 ) -> Index:
-    """Read and probe `sources`, and put each record into its bucket.
+    """Read and probe `sources`, and put each record into its bucket, in the order of the sources' items.
 
     Files that have not changed since an earlier run are not probed again (see `probe_cache`). `probing` wraps the
-    iteration over the others, given their number: a progress bar. Rows and records keep the order of the sources'
-    items. Raises `DataError` if a source is empty, if more files are unreadable than `on_bad_sample.skip` allows,
-    if no record of a source fits a bucket, or if weights are too far apart.
+    iteration over the others. Raises `DataError` if a source is empty, if more files are unreadable than
+    `on_bad_sample.skip` allows, if no record of a source fits a bucket, or if weights are too far apart.
     """
     made = time.time()
     named = name_sources(tuple(sources), "sources")
@@ -97,20 +95,21 @@ def build_index(
     infos = _infos(items, config, probing)
     names = pa.array(list(named))
     buckets = config.make_buckets()
-    batches: list[pa.RecordBatch] = []
-    placed: dict[str, Placed] = {}
-    groups: list[Group] = []
-    for number, (name, source) in enumerate(named.items()):
-        place = placer(source.sampler, buckets, config)
-        found = placed[name] = place_rows(items[source.path], infos[source.path], place)
-        groups += _groups(name, found, buckets, first_row=sum(batch.num_rows for batch in batches))
-        for batch in found.batches:
-            source_column = pa.DictionaryArray.from_arrays(np.full(batch.num_rows, number, np.int16), names)
-            batches.append(pa.record_batch([source_column, *batch.columns], schema=COLUMNS))
+    placed = {
+        name: place_rows(items[s.path], infos[s.path], placer(s.sampler, buckets, config))
+        for name, s in named.items()
+    }
     bad = tuple(dict.fromkeys(entry for found in placed.values() for entry in found.bad))  # each file once
     for path, reason in bad:
         log.warning("left out, fix or remove it: %s: %s", path, reason)
     _refuse_if_spoilt(named, placed, bad, config)
+    batches: list[pa.RecordBatch] = []
+    groups: list[Group] = []
+    for number, (name, found) in enumerate(placed.items()):
+        groups += _groups(name, found, buckets, first_row=sum(batch.num_rows for batch in batches))
+        for batch in found.batches:
+            source_column = pa.DictionaryArray.from_arrays(np.full(batch.num_rows, number, np.int16), names)
+            batches.append(pa.record_batch([source_column, *batch.columns], schema=COLUMNS))
     counts = {name: sum(len(g.rows) for g in groups if g.source == name) for name in named}
     return Index(
         table=pa.Table.from_batches(batches, COLUMNS),
@@ -128,23 +127,21 @@ def _infos(
     items: dict[str, list[pa.RecordBatch]], config: DataConfig, probing: Probing
 ) -> dict[str, list[pa.Table]]:
     """For each batch of items, by source path: `FILE_COLUMNS` and `reason` of its files."""
-    columns = [batch.column("path").cast(pa.large_string()) for batches in items.values() for batch in batches]
-    every = pa.chunked_array(columns)
-    unique = pc.unique(every)
-    codes = pc.index_in(every, value_set=unique).to_numpy()
-    split = iter(np.split(codes, np.cumsum([len(column) for column in columns])))
-    by_source = {path: [next(split) for _ in batches] for path, batches in items.items()}
-    members = {path: np.unique(np.concatenate(own)).astype(np.int64) for path, own in by_source.items()}
+    columns = [batch["path"].cast(pa.large_string()) for batches in items.values() for batch in batches]
+    coded = pa.chunked_array(columns).dictionary_encode().unify_dictionaries()
+    codes = (chunk.indices.to_numpy() for chunk in coded.chunks)
+    by_source = {path: [next(codes) for _ in batches] for path, batches in items.items()}
+    members = {path: np.unique(np.concatenate(own)) for path, own in by_source.items()}
+    unique = coded.chunk(0).dictionary
     entries = read_files(unique, members, timeout=config.on_bad_sample.timeout, probing=probing)
-    entries = entries.select([*FILE_COLUMNS.names, "reason"])
-    entries = entries.combine_chunks()  # or every `take` would
-    return {path: [entries.take(pa.array(part)) for part in own] for path, own in by_source.items()}
+    entries = entries.select([*FILE_COLUMNS.names, "reason"]).combine_chunks()  # or every `take` would
+    return {path: [entries.take(part) for part in own] for path, own in by_source.items()}
 
 
 def _groups(name: str, found: Placed, buckets: Sequence[Bucket], first_row: int) -> list[Group]:
     """The records of a source by bucket; its rows in the index's table start at `first_row`."""
-    visits = visits_by_weight(found.weight) if len(found.weight) else found.windows
-    if len(visits) and visits.max() > MOST_VISITS:
+    visits = visits_by_weight(found.weight)
+    if visits.max() > MOST_VISITS:
         raise DataError(
             f"source '{name}': its weights reach from {found.weight.min():g} to {found.weight.max():g}, so that a "
             f"record would come {visits.max()} times in an epoch (at most {MOST_VISITS}); bring them closer "
@@ -153,11 +150,9 @@ def _groups(name: str, found: Placed, buckets: Sequence[Bucket], first_row: int)
     groups = []
     for number in np.unique(found.bucket):
         rows = np.flatnonzero(found.bucket == number)
-        windows = found.windows[rows]
-        one = windows.max() == 1
-        rows, windows = np.repeat(rows, visits[rows]), np.repeat(windows, visits[rows])
-        which = None
-        if not one:
+        rows = np.repeat(rows, visits[rows])
+        windows, which = found.windows[rows], None
+        if windows.max() > 1:
             ends = np.cumsum(windows)  # `which` counts from 0 within each row's windows
             which = np.arange(ends[-1]) - np.repeat(ends - windows, windows)
             which = which.astype(np.uint16 if windows.max() <= 1 << 16 else np.uint32)

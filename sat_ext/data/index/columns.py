@@ -1,7 +1,6 @@
 """Items of sources to Arrow columns and back, because a million Python objects would take gigabytes."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -44,12 +43,12 @@ _FIELDS = attrgetter(*("fps" if name == "item_fps" else name for name in ITEM_CO
 _ROWS = 4096  # in a batch: Arrow's strings end at 2 GiB, and a caption may have 100 kB
 
 
-def item_batches(items: Iterable[Item]) -> Iterator[pa.RecordBatch]:
+def item_batches(items: Sequence[Item]) -> Iterator[pa.RecordBatch]:
     """The items in their order, as batches of `ITEM_COLUMNS`. Raises `DataError` for text that is not UTF-8."""
-    remaining = iter(items)
-    while part := list(islice(remaining, _ROWS)):
+    for first in range(0, len(items), _ROWS):
+        values = zip(*map(_FIELDS, items[first : first + _ROWS]))
         try:
-            columns = [pa.array(v, f.type) for v, f in zip(zip(*map(_FIELDS, part)), ITEM_COLUMNS)]
+            columns = [pa.array(column, field.type) for column, field in zip(values, ITEM_COLUMNS)]
         except UnicodeEncodeError as error:
             raise DataError(f"{error.object!r}: not valid UTF-8; rename the file, or fix its caption.") from None
         yield pa.record_batch(columns, schema=ITEM_COLUMNS)
@@ -57,11 +56,9 @@ def item_batches(items: Iterable[Item]) -> Iterator[pa.RecordBatch]:
 
 def to_item(values: Mapping[str, Any]) -> Item:
     """The item of one row of `ITEM_COLUMNS`."""
-    fields: dict[str, Any] = {}
-    for name in ITEM_COLUMNS.names:
-        value = values[name]
-        fields["fps" if name == "item_fps" else name] = tuple(value) if isinstance(value, list) else value
-    return Item(**fields)
+    fields: dict[str, Any] = {name: values[name] for name in ITEM_COLUMNS.names}
+    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return Item(fps=fields.pop("item_fps"), **fields)
 
 
 def to_info(values: Mapping[str, Any]) -> MediaInfo:

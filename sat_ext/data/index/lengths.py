@@ -38,7 +38,9 @@ def longest_is_rare(clips: Mapping[int, int], config: DataConfig) -> tuple[str, 
     filled = clips.get(longest, 0)
     if longest == 1 or not total or filled > NEARLY_EMPTY * total:
         return None
-    others = ", ".join(_fate(n, clips[n]) for n in sorted(clips, reverse=True) if clips[n] and n != longest)
+    fates = {LEFT_OUT: "left out", 1: "as stills"}
+    shorter = [n for n in sorted(clips, reverse=True) if clips[n] and n != longest]
+    others = ", ".join(f"{clips[n]:,} {fates.get(n, f'at {n} frames')}" for n in shorter)
     start = f"none of the {total:,} clips is" if not filled else f"only {filled:,} of the {total:,} clips are"
     seconds = f"{(longest - 1) / config.fps:.3g} s"
     what = (
@@ -53,8 +55,3 @@ def longest_is_rare(clips: Mapping[int, int], config: DataConfig) -> tuple[str, 
     else:
         change = f"take the lengths above {max(enough)} out of data.params.buckets.frames"
     return what, f"add clips of {seconds} or more, or {change}"
-
-
-def _fate(frames: int, count: int) -> str:
-    what = {LEFT_OUT: "left out", 1: "as stills"}.get(frames, f"at {frames} frames")
-    return f"{count:,} {what}"

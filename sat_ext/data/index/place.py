@@ -47,14 +47,13 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
     dropped: list[tuple[str, str]] = []
     for batch, info in zip(items, infos):
         found = np.full((batch.num_rows, 2), -1, np.int64)
-        for row, (path, weight, part, whole) in enumerate(_rows(batch, info)):
-            if isinstance(whole, str):
-                bad.append((path, whole))
-                continue
+        for row, (path, weight, reason, whole, part) in enumerate(_rows(batch, info)):
             try:
+                if reason is not None:
+                    raise MediaError(path, reason)
                 verdict = place(part_info(part, whole) if part else whole) if weight else "its weight is 0"
             except MediaError as error:
-                bad.append((error.path, error.reason))
+                bad.append((path, error.reason))
                 continue
             if isinstance(verdict, str):
                 dropped.append((path, verdict))
@@ -110,25 +109,24 @@ def visits_by_weight(weights: np.ndarray) -> np.ndarray:
     return np.rint(wanted).astype(np.int64)[places]
 
 
-def _rows(batch: pa.RecordBatch, info: pa.Table) -> Iterator[tuple[str, float, Item | None, MediaInfo | str]]:
-    """Path, weight, the item if it names a part of its file, and what the whole file holds or why it is bad."""
+def _rows(
+    batch: pa.RecordBatch, info: pa.Table
+) -> Iterator[tuple[str, float, str | None, MediaInfo, Item | None]]:
+    """Path, weight, why the file is bad, what it holds, and the item if it names a part of the file."""
     items = zip(*(_values(batch.column(name)) for name in ("path", "weight", *_PART)))
     wholes = zip(*(_values(info[name].combine_chunks()) for name in ("reason", *INFO_COLUMNS.names)))
     for (path, weight, *part), (reason, width, height, frames, fps, duration, codec) in zip(items, wholes):
         item = None
         if part != [0.0, None, None, None]:
             start, end, crop, speed = part
-            crop = None if crop is None else tuple(crop)
             item = Item(path=path, key="", captions=(), start=start, end=end, crop=crop, fps=speed)
         whole = MediaInfo(width=width, height=height, frames=frames, fps=fps, duration=duration, codec=codec)
-        yield path, weight, item, whole if reason is None else reason
+        yield path, weight, reason, whole, item
 
 
 def _values(column: pa.Array) -> list[Any]:
     """`to_pylist`, in a tenth of its time for most columns."""
     if column.null_count == len(column):
         return [None] * len(column)
-    if pa.types.is_primitive(column.type) and not column.null_count:
-        column = column.to_numpy()
-        return list(column.tolist())
-    return list(column.to_pylist())
+    numbers = pa.types.is_primitive(column.type) and not column.null_count
+    return column.to_numpy().tolist() if numbers else column.to_pylist()

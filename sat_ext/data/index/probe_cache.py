@@ -40,26 +40,15 @@ _TRAILER = struct.Struct("<12sI")  # after the Arrow file: a mark, and the CRC-3
 _MARK = b"sat_ext CRC:"
 
 
-def libraries() -> str:
-    """What reads media. When it changes, files that could not be read are probed again."""
-    return f"av {av.__version__}, Pillow {PIL.__version__}, {' '.join(image_formats())}"
+def load(source: str) -> pa.Table:
+    """The entries (`ENTRIES`) kept for `source`, a `SourceConfig`'s path or URL; mapped into memory, not read.
 
-
-def places(source: str) -> tuple[Path, ...]:
-    """Where the cache of `source`, a `SourceConfig`'s path or URL, may be, best first."""
-    name = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
-    own = cache_folder() / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.arrow"
-    beside = Path(name, ".sat_ext")
-    # a link could lead anywhere, and a data set's content is not trusted
-    return (beside / "index.arrow", own) if os.path.isdir(name) and not beside.is_symlink() else (own,)
-
-
-def load(source: str) -> list[pa.Table]:
-    """The entries (`ENTRIES`) kept for `source`, mapped into memory, not read.
-
-    Skips a broken cache with a warning, and one of another prober.
+    A broken cache is skipped with a warning. Entries of another prober do not count.
     """
-    return [table for place in places(source) if (table := _load(place)) is not None]
+    # Whoever may write beside the data does, so either cache may be the newer one.
+    newest_first = sorted(_places(source), key=lambda p: os.path.exists(p) and os.path.getmtime(p), reverse=True)
+    tables = (_load(place) for place in newest_first)
+    return next((table for table in tables if table is not None), ENTRIES.empty_table())
 
 
 def find(table: pa.Table, source: str, paths: pa.Array, fingerprints: pa.Array) -> np.ndarray:
@@ -72,9 +61,9 @@ def find(table: pa.Table, source: str, paths: pa.Array, fingerprints: pa.Array) 
 def save(source: str, table: pa.Table) -> None:
     """Keep `table` (columns of `ENTRIES`) for `source`, in the first place that can be written."""
     table = table.set_column(0, ENTRIES.field("path"), _relative(table["path"], source))
-    kept = {"prober": str(PROBER_VERSION), "libraries": libraries(), "source": source}
+    kept = {"prober": str(PROBER_VERSION), "libraries": _libraries(), "source": source}
     table = table.cast(ENTRIES).replace_schema_metadata(kept)
-    for place in places(source):
+    for place in _places(source):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with written_aside(place, shared=True) as draft:  # other runs of this data may write it now
@@ -93,6 +82,19 @@ def save(source: str, table: pa.Table) -> None:
     )  # fmt: skip
 
 
+def _libraries() -> str:
+    return f"av {av.__version__}, Pillow {PIL.__version__}, {' '.join(image_formats())}"
+
+
+def _places(source: str) -> tuple[Path, ...]:
+    """Where the cache of `source` may be, best first."""
+    name = source if is_url(source) else os.path.abspath(os.path.expanduser(source))
+    own = cache_folder() / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.arrow"
+    beside = Path(name, ".sat_ext")
+    # a link could lead anywhere, and a data set's content is not trusted
+    return (beside / "index.arrow", own) if os.path.isdir(name) and not beside.is_symlink() else (own,)
+
+
 def _load(place: Path) -> pa.Table | None:
     try:
         if not stat.S_ISREG(place.stat().st_mode):  # opening a pipe could block forever
@@ -109,7 +111,8 @@ def _load(place: Path) -> pa.Table | None:
     metadata = table.schema.metadata or {}
     if metadata.get(b"prober") != str(PROBER_VERSION).encode():
         return None
-    if metadata.get(b"libraries") != libraries().encode():
+    # Another version of a library, or a new format, may read what could not be read.
+    if metadata.get(b"libraries") != _libraries().encode():
         return table.filter(pc.is_null(table["reason"]))
     return table
 
@@ -131,12 +134,10 @@ def _require_sound(table: pa.Table) -> None:
         raise ValueError("its columns are others")
     table.validate(full=True)
     good = table.filter(pc.is_null(table["reason"]))
-    counts = [good[name].to_numpy() for name in ("width", "height", "frames")]
-    measures = [good[name].to_numpy() for name in ("fps", "duration")]
-    if (
-        any(table[name].null_count for name in ENTRIES.names if name != "reason")
-        or any((values < 1).any() for values in counts)
-        or not all((np.isfinite(values) & (values >= 0)).all() for values in measures)
+    least = {"width": 1, "height": 1, "frames": 1, "fps": 0, "duration": 0}
+    measures = ((good[name].to_numpy(), low) for name, low in least.items())
+    if any(table[name].null_count for name in ENTRIES.names if name != "reason") or not all(
+        (np.isfinite(values) & (values >= low)).all() for values, low in measures
     ):
         raise ValueError("it has values that no file can have")
 

@@ -2,13 +2,14 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import asdict
+from functools import lru_cache, partial
 from itertools import islice
-from queue import LifoQueue
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from sat_ext.types import MediaInfo
 log = logging.getLogger(__name__)
 
 # What a file holds, or why it cannot be read; and whether that stays true until the file changes, unlike
-# time-outs, and errors of the network or of permissions.
+# timeouts, and errors of the network or of permissions.
 Outcome = tuple["MediaInfo | MediaError", bool]
 
 # Wraps the iteration over the files to be probed, given their number: a progress bar.
@@ -35,7 +36,7 @@ Probing = Callable[[Iterable[Any], int], Iterable[Any]]
 _SLICE = 4096  # files handed to the threads at once: a million futures would take 1 GB
 _TOGETHER = 16  # files in a message to a process: a round trip takes 0.4 ms, probing an image 0.1 ms
 _STATS = 256  # fingerprints in one task of a thread: for a local file, submitting costs more than `stat`
-_ROWS = 1 << 16  # outcomes held as Python objects
+_ROWS = 1 << 14  # outcomes held as Python objects
 _SAVE_EVERY = 300.0  # seconds of probing that a killed run may lose
 
 
@@ -48,33 +49,33 @@ def probe_files(
 ) -> Iterator[Outcome]:
     """What each of `paths` holds, in their order, probed in parallel; `timeout` is for one file, in seconds.
 
-    `look` replaces `probe`, and `setting` says where the user can change the time-out. Every thread has its own
-    process (see `Guard`), so a file at which the prober crashes or hangs is a bad file like others.
+    `look` replaces `probe`, and `setting` says where the user can change the timeout. Every thread has its own
+    process (see `Guard`), so a file that crashes or hangs the prober is a bad file like others.
     """
     workers = min(16, 2 * len(os.sched_getaffinity(0)))
-    guards: LifoQueue[Guard[list[Outcome]]] = LifoQueue()  # last in, first out, so few files start few processes
-    with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
-        for _ in range(workers):
-            guard = Guard(partial(_outcomes, look or probe), timeout=timeout, setting=setting)
-            guards.put(stack.enter_context(guard))
+    own = threading.local()
+
+    def make_guard() -> None:
+        guard = Guard(partial(_outcomes, look or probe), timeout=timeout, setting=setting)
+        own.guard = stack.enter_context(guard)
+
+    # The pool starts a thread only when all others are busy, so few files start few processes.
+    with ExitStack() as stack, ThreadPoolExecutor(workers, initializer=make_guard) as pool:
         remaining = iter(paths)
         while part := list(islice(remaining, _SLICE)):
             together = min(_TOGETHER, 1 + len(part) // (4 * workers)) if look is None else 1
             runs = [part[i : i + together] for i in range(0, len(part), together)]
-            for outcomes in pool.map(partial(_guarded, guards), runs):
+            for outcomes in pool.map(lambda run: _guarded(own.guard, run), runs):
                 yield from outcomes
 
 
-def _guarded(guards: LifoQueue[Guard[list[Outcome]]], paths: list[str]) -> list[Outcome]:
-    guard = guards.get()
+def _guarded(guard: Guard[list[Outcome]], paths: list[str]) -> list[Outcome]:
     try:
         return guard(*paths)
-    except MediaError as error:  # the time-out, or the end of the process
+    except MediaError as error:  # the timeout, or the end of the process
         if len(paths) == 1:
             return [(error, False)]
-    finally:
-        guards.put(guard)
-    return [outcome for path in paths for outcome in _guarded(guards, [path])]  # which of them was it?
+    return [outcome for path in paths for outcome in _guarded(guard, [path])]  # which of them was it?
 
 
 def _outcomes(look: Callable[[str], MediaInfo], *paths: str) -> list[Outcome]:
@@ -93,125 +94,92 @@ def _outcome(look: Callable[[str], MediaInfo], path: str) -> Outcome:
 def read_files(
     paths: pa.Array, sources: Mapping[str, np.ndarray], *, timeout: float, probing: Probing
 ) -> pa.Table:
-    """One row (columns `probe_cache.ENTRIES`) for each of `paths` (large_string, no doubles), in their order.
+    """One row (columns `probe_cache.ENTRIES`) for each of `paths` (large_string, no duplicates), in their order.
 
-    `sources` says which of the paths (their numbers, int64) belong to which source; each has its own cache, which
-    is updated, also when the run is stopped while probing.
+    `sources` says which of the paths (their numbers) belong to which source. Each source has its own cache, which
+    is updated, even if the run is stopped while probing.
     """
     fingerprints, missing = _fingerprints(paths)
-    tables = [ENTRIES.empty_table()]
-    where = np.full(len(paths), -1, np.int64)  # the row of each path in `tables`, taken as one
-    kept: dict[str, set[int]] = {}  # sizes of a source's caches of which every entry is in use
+    tables: list[pa.Table] = []
+    where = np.full(len(paths), -1, np.int64)  # the row of each path in `tables`, taken as one; -1: not yet known
+    complete: dict[str, int] = {}  # entries of a source's cache, if all of them are in use
     for source, own in sources.items():
-        caches = probe_cache.load(source)
-        kept[source] = set()
-        for table in caches:
-            rows = probe_cache.find(table, source, paths.take(pa.array(own)), fingerprints.take(pa.array(own)))
-            new = (rows >= 0) & (where[own] < 0)
-            where[own[new]] = rows[new] + sum(t.num_rows for t in tables)
-            tables.append(table)
-            if np.count_nonzero(rows >= 0) == table.num_rows:
-                kept[source].add(table.num_rows)
-    misses = np.flatnonzero(where < 0)
-    probed = _Entries()
+        table = probe_cache.load(source)
+        rows = probe_cache.find(table, source, paths.take(own), fingerprints.take(own))
+        new = (rows >= 0) & (where[own] < 0)
+        where[own[new]] = rows[new] + sum(t.num_rows for t in tables)
+        tables.append(table)
+        if np.count_nonzero(rows >= 0) == table.num_rows:
+            complete[source] = table.num_rows
+    unknown = np.flatnonzero(where < 0).tolist()
+    to_probe = [i for i in unknown if i not in missing]
+    probed = {i: _entry(error, "") for i, error in missing.items()}  # not in `tables` yet
 
-    def entries(*, save: bool) -> pa.Table:
-        """One row for every path; unknown ones have an empty row without a fingerprint."""
-        known = pa.concat_tables([*tables, probed.table(), _empty_row()])
-        rows = where.copy()
-        rows[misses] = np.minimum(np.arange(len(misses)) + sum(t.num_rows for t in tables), known.num_rows - 1)
-        table = known.take(pa.array(rows)).set_column(0, ENTRIES.field("path"), paths)
-        lasting = pc.not_equal(table["fingerprint"], "").to_numpy()
-        for source, own in sources.items() if save else ():
-            worth_keeping = own[lasting[own]]
-            if len(worth_keeping) not in kept[source]:
-                probe_cache.save(source, table.take(pa.array(worth_keeping)))
-        return table
+    def collect() -> None:
+        where[list(probed)] = np.arange(len(probed)) + sum(t.num_rows for t in tables)
+        tables.append(pa.Table.from_pylist(list(probed.values()), ENTRIES))
+        probed.clear()
 
-    to_probe = [i for i in misses.tolist() if i not in missing]
-    found = probe_files((paths[i].as_py() for i in to_probe), timeout=timeout)
-    outcomes = iter(probing(found, len(to_probe)))
+    def save() -> pa.Table:
+        """Update the caches; returns everything known."""
+        collect()
+        known = pa.concat_tables(tables)
+        for source, own in sources.items():
+            own = own[where[own] >= 0]
+            table = known.take(where[own]).set_column(0, ENTRIES.field("path"), paths.take(own))
+            table = table.filter(pc.not_equal(table["fingerprint"], ""))
+            if table.num_rows != complete.get(source):  # else another file would be written with the same content
+                probe_cache.save(source, table)
+        return known
+
     saved = time.monotonic()
+    found = probing(probe_files((paths[i].as_py() for i in to_probe), timeout=timeout), len(to_probe))
     try:
-        for i in misses.tolist():
-            if i in missing:
-                probed.add(missing[i], "")
-            else:
-                outcome, lasting = next(outcomes)
-                probed.add(outcome, fingerprints[i].as_py() if lasting else "")
+        for (outcome, lasting), i in zip(found, to_probe):  # `found` first: a progress bar must see its end
+            probed[i] = _entry(outcome, fingerprints[i].as_py() if lasting else "")
+            if len(probed) == _ROWS:
+                collect()
             if time.monotonic() - saved > _SAVE_EVERY:
-                entries(save=True)
+                save()
                 saved = time.monotonic()
-        next(outcomes, None)  # a progress bar completes when it is asked for one more
     finally:
-        table = entries(save=True)
+        known = save()
     if len(paths) > len(to_probe):
-        log.info("%d files probed, %d known from earlier runs", len(to_probe), len(paths) - len(misses))
-    return table
+        log.info("%d files probed, %d known from earlier runs", len(to_probe), len(paths) - len(unknown))
+    return known.take(where).set_column(0, ENTRIES.field("path"), paths)
 
 
-class _Entries:
-    """Outcomes as Arrow batches of `ENTRIES`, without paths."""
-
-    def __init__(self) -> None:
-        self._batches: list[pa.RecordBatch] = []
-        self._rows: list[tuple[Any, ...]] = []
-
-    def add(self, found: MediaInfo | MediaError, fingerprint: str) -> None:
-        if isinstance(found, MediaError):
-            self._rows.append(("", fingerprint, 0, 0, 0, 0.0, 0.0, "", found.reason))
-        else:
-            size = found.width, found.height, found.frames
-            self._rows.append(("", fingerprint, *size, found.fps, found.duration, found.codec, None))
-        if len(self._rows) == _ROWS:
-            self._flush()
-
-    def table(self) -> pa.Table:
-        self._flush()
-        return pa.Table.from_batches(self._batches, ENTRIES)
-
-    def _flush(self) -> None:
-        if self._rows:
-            columns = zip(*self._rows)
-            arrays = [pa.array(values, field.type) for values, field in zip(columns, ENTRIES)]
-            self._batches.append(pa.record_batch(arrays, schema=ENTRIES))
-            self._rows = []
+_NOTHING = MediaInfo(width=0, height=0, frames=0, fps=0.0, duration=0.0, codec="")
 
 
-def _empty_row() -> pa.Table:
-    rows = _Entries()
-    rows.add(MediaError("", "not probed yet"), "")
-    return rows.table()
+def _entry(found: MediaInfo | MediaError, fingerprint: str) -> dict[str, Any]:
+    """A row of `ENTRIES` without its path. One without a fingerprint is not kept for the next run."""
+    reason = found.reason if isinstance(found, MediaError) else None
+    info = _NOTHING if isinstance(found, MediaError) else found
+    return {"fingerprint": fingerprint, **asdict(info), "reason": reason}
 
 
 def _fingerprints(paths: pa.Array) -> tuple[pa.Array, dict[int, MediaError]]:
-    """The fingerprint of each path, and what went wrong where it is empty, by the path's number."""
+    """The fingerprint of each path, empty for those that cannot be read, and the errors of these by number."""
+    # A container's members follow each other, so few containers need to be remembered.
+    fingerprint_of = lru_cache(maxsize=1024)(_fingerprint)
+
+    def run(first: int) -> tuple[pa.Array, dict[int, MediaError]]:
+        containers = map(files.container_of, paths[first : first + _STATS].to_pylist())
+        found = [fingerprint_of(container) for container in containers]
+        errors = {first + n: f for n, f in enumerate(found) if isinstance(f, MediaError)}
+        return pa.array([f if isinstance(f, str) else "" for f in found], pa.string()), errors
+
     parts, missing = [pa.array([], pa.string())], {}
-    known: dict[str, str | MediaError] = {}  # of containers, which may have many members
     with ThreadPoolExecutor(16) as pool:
-        for first in range(0, len(paths), _SLICE):
-            part = paths[first : first + _SLICE].to_pylist()
-            outer = [files.container_of(path) for path in part]
-            wanted = [c for c in dict.fromkeys(outer) if c not in known]
-            runs = [wanted[i : i + _STATS] for i in range(0, len(wanted), _STATS)]
-            found = dict(zip(wanted, (f for run in pool.map(_fingerprints_of, runs) for f in run)))
-            found.update((c, known[c]) for c in outer if c in known)
-            known.update((c, found[c]) for c, path in zip(outer, part) if c != path)
-            texts = []
-            for number, (path, container) in enumerate(zip(part, outer), start=first):
-                text = found[container]
-                if isinstance(text, MediaError):
-                    missing[number] = MediaError(path, text.reason)
-                texts.append("" if isinstance(text, MediaError) else text)
-            parts.append(pa.array(texts, pa.string()))
+        for part, errors in pool.map(run, range(0, len(paths), _STATS)):
+            parts.append(part)
+            missing.update(errors)
     return pa.concat_arrays(parts), missing
 
 
-def _fingerprints_of(paths: list[str]) -> list[str | MediaError]:
-    found: list[str | MediaError] = []
-    for path in paths:
-        try:
-            found.append(files.fingerprint(path))
-        except MediaError as error:
-            found.append(error)
-    return found
+def _fingerprint(path: str) -> str | MediaError:
+    try:
+        return files.fingerprint(path)
+    except MediaError as error:
+        return error
