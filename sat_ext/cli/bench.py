@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,6 +23,7 @@ from sat_ext.data.stream import JointStream
 from sat_ext.data.transform import Fit
 from sat_ext.data.visits import MediaReader, read_pixels
 from sat_ext.recipe import Recipe, read_recipe
+from sat_ext.types import Bucket
 
 
 def bench(
@@ -43,45 +45,51 @@ def bench(
     )
     buckets = _by_stage(index, run, steps, console)
     seconds = _through_a_worker(index, run, steps, console)
-    seen = {times.bucket for times in buckets}
-    unseen = sorted({str(group.bucket) for group in index.groups} - seen)
+    unseen = sorted({str(group.bucket) for group in index.groups} - {times.bucket for times in buckets})
+    # an optimizer step consumes a batch for each micro-step whose gradients it accumulates
+    needed = step_time and math.ceil(run.accumulation * seconds / step_time)
     if as_json:
-        facts = _advice(seconds, run, step_time)
-        print(json.dumps({"steps": steps, "buckets": [asdict(b) for b in buckets], "unseen": unseen, **facts}))
+        facts = {"steps": steps, "buckets": [asdict(b) for b in buckets], "unseen": unseen}
+        facts |= {"seconds_per_batch": seconds, "workers": run.num_workers, "workers_needed": needed}
+        print(json.dumps({**facts, "batches_per_step": run.accumulation, "step_time": step_time}))
         return
     _show_stages(buckets)
     if unseen:
         print(f"Not among these {steps} batches, and not counted: {', '.join(unseen)}; raise --steps.")
-    _show_advice(seconds, run, step_time)
+    print(f"One worker makes a batch in {seconds:.3f} s, all included.")
+    workers, of = run.num_workers, f" of {run.accumulation} batches" if run.accumulation > 1 else ""
+    if needed:
+        whose = f"args.num_workers, per rank; it is {workers}"
+        print(f"Steps of {step_time:g} s{of} are fed by {needed} worker{'s' * (needed > 1)} ({whose}).")
+    elif workers:
+        least = run.accumulation * seconds / workers
+        print(f"The {workers} of args.num_workers feed steps{of} of {least:.3f} s or more.")
+    else:
+        print("args.num_workers is 0: each step waits for its batch.")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BucketTimes:
-    """What the samples of one bucket took, in milliseconds each on average."""
+    """Average milliseconds that a sample of one bucket took in each stage."""
 
     bucket: str
     kind: str
-    samples: int = 0
-    decode: float = 0.0
-    fit: float = 0.0
-    collate: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """All stages together."""
-        return self.decode + self.fit + self.collate
+    samples: int
+    decode: float
+    fit: float
+    collate: float
 
 
 class _TimedRead:
-    """`read_pixels` in this process, with a clock on it."""
+    """`read_pixels` in this process, which notes how many seconds decoding and fitting took."""
 
     def __init__(self) -> None:
         self.decoding = self.fitting = 0.0
 
-    def __call__(self, path: str, *args: Any) -> np.ndarray:
-        times, decoder, fit, seen = args
+    def __call__(self, path: str, times: Any, decoder: Any, fit: Fit, *rest: Any) -> np.ndarray:
         start, before = time.perf_counter(), self.fitting
-        pixels = read_pixels(path, times, decoder, _TimedFit(fit, self), seen)  # type: ignore[arg-type]
+        pixels = read_pixels(path, times, decoder, _TimedFit(fit, self), *rest)  # type: ignore[arg-type]
+        # frames are fitted one by one while others are decoded
         self.decoding += time.perf_counter() - start - (self.fitting - before)
         return pixels
 
@@ -98,24 +106,24 @@ class _TimedFit:
 
 
 def _by_stage(index: Index, run: Recipe, steps: int, console: Console) -> list[BucketTimes]:
-    """The first steps' batches, made here and without a guard."""
+    """The first steps' batches, made in this process and without a guard."""
     read = _TimedRead()
     stream = _stream(index, run, MediaReader(index, run.data, read))
     torch.set_num_threads(1)  # as PyTorch sets it in data workers
-    found: dict[str, BucketTimes] = {}
+    spent: dict[Bucket, np.ndarray] = defaultdict(lambda: np.zeros(4))  # samples, and seconds by stage
     for step in track(islice(stream.schedule.steps(0), steps), "by stage", total=steps, console=console):
         read.decoding = read.fitting = 0.0
         start = time.perf_counter()
         samples = len(stream.batch(step, 0)["txt"])
         rest = time.perf_counter() - start - read.decoding - read.fitting
-        bucket = stream.index.groups[step.cell].bucket
+        spent[index.groups[step.cell].bucket] += samples, read.decoding, read.fitting, rest
+    found = []
+    for bucket, (samples, *stages) in sorted(spent.items()):
+        decode, fit, collate = (float(1e3 * seconds / samples) for seconds in stages)
         kind = "image" if bucket.frames == 1 else "video"
-        times = found.setdefault(str(bucket), BucketTimes(bucket=str(bucket), kind=kind))
-        for name, spent in (("decode", read.decoding), ("fit", read.fitting), ("collate", rest)):
-            mean = getattr(times, name)
-            setattr(times, name, mean + (1e3 * spent - samples * mean) / (times.samples + samples))
-        times.samples += samples
-    return [found[name] for name in sorted(found, key=lambda n: [int(part) for part in n.split("x")])]
+        times = {"decode": decode, "fit": fit, "collate": collate}
+        found.append(BucketTimes(bucket=str(bucket), kind=kind, samples=int(samples), **times))
+    return found
 
 
 class _Batches(IterableDataset[dict[str, Any]]):
@@ -129,16 +137,13 @@ class _Batches(IterableDataset[dict[str, Any]]):
 
 
 def _through_a_worker(index: Index, run: Recipe, steps: int, console: Console) -> float:
-    """Seconds a batch, on average, of one data worker: read under guard, collated and handed over.
+    """Average seconds per batch of one data worker: read under guard, collated and handed over.
 
-    They are the steps after those of `_by_stage`, whose files are in the system's cache by now.
+    These are the steps after those of `_by_stage`, whose files the system has cached by now.
     """
     batches = DataLoader(_Batches(_stream(index, run), steps, steps + 1), batch_size=None, num_workers=1)
-    start = end = 0.0
-    for number, _ in enumerate(track(batches, "through a worker", total=steps + 1, console=console)):
-        end = time.perf_counter()
-        start = end if number == 0 else start  # what starting a worker takes is not counted
-    return (end - start) / steps
+    times = [time.perf_counter() for _ in track(batches, "through a worker", total=steps + 1, console=console)]
+    return (times[-1] - times[0]) / steps  # without the first, which waits for the worker to start
 
 
 def _stream(index: Index, run: Recipe, reader: MediaReader | None = None) -> JointStream:
@@ -146,34 +151,12 @@ def _stream(index: Index, run: Recipe, reader: MediaReader | None = None) -> Joi
     return JointStream(index, run.data, batch_sizes=run.batch_sizes, world=1, dtype=dtype, reader=reader)
 
 
-def _advice(seconds: float, run: Recipe, step_time: float | None) -> dict[str, float]:
-    """A training step of `step_time` seconds takes as many batches as the run accumulates gradients of."""
-    facts: dict[str, float] = {"seconds_per_batch": seconds, "workers": run.num_workers}
-    if step_time is not None:
-        needed = math.ceil(run.accumulation * seconds / step_time)
-        facts |= {"batches_per_step": run.accumulation, "step_time": step_time, "workers_needed": needed}
-    return facts
-
-
 def _show_stages(buckets: list[BucketTimes]) -> None:
     table = Table("bucket", "kind", box=None)
     for column in ("samples", "decode ms", "fit ms", "collate ms", "samples/s"):
         table.add_column(column, justify="right")
     for times in buckets:
-        shown = [f"{ms:,.1f}" for ms in (times.decode, times.fit, times.collate)]
-        table.add_row(times.bucket, times.kind, str(times.samples), *shown, f"{1e3 / times.total:,.1f}")
+        stages = times.decode, times.fit, times.collate
+        shown = [f"{ms:,.1f}" for ms in (*stages, 1e3 / sum(stages))]
+        table.add_row(times.bucket, times.kind, str(times.samples), *shown)
     Console().print(table)
-
-
-def _show_advice(seconds: float, run: Recipe, step_time: float | None) -> None:
-    workers, batches = run.num_workers, run.accumulation
-    print(f"One worker makes a batch in {seconds:.3f} s, all included.")
-    of = f" of {batches} batches" if batches > 1 else ""
-    if step_time is not None:
-        needed = int(_advice(seconds, run, step_time)["workers_needed"])
-        whose = f"args.num_workers, per rank; it is {workers}"
-        print(f"Steps of {step_time:g} s{of} are fed by {needed} worker{'s' * (needed > 1)} ({whose}).")
-    elif workers:
-        print(f"The {workers} of args.num_workers feed steps{of} of {batches * seconds / workers:.3f} s or more.")
-    else:
-        print("args.num_workers is 0: each step waits for its batch.")

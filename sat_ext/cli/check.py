@@ -1,6 +1,6 @@
 """`sat-ext check`: what there is in a data set, what is broken, why, and what to do about it."""
 
-import json as json_text
+import json
 import os
 import sys
 from bisect import bisect_right
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
@@ -35,9 +35,10 @@ from sat_ext.recipe import Recipe, read_recipe
 from sat_ext.types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Item, MediaInfo
 
 TIMEOUT, FULL_TIMEOUT = 60.0, 1800.0  # seconds a file: an hour of 1080p takes about ten minutes to decode
-# What a still is decoded to: a JPEG's scan is read to its end, but its pixels are not all made.
-_THUMB = Fit(16, 16)
+_THUMB = Fit(16, 16)  # a JPEG's scan is read to its end for it, but most of its pixels are never made
 _MOST_ROWS = 12  # of a table
+_LENGTHS = (1, 2, 5, 10, 30, 60)  # seconds
+_LENGTH_NAMES = (*(f"{a} to {b} s" for a, b in pairwise((0, *_LENGTHS))), f"{_LENGTHS[-1]} s and longer")
 
 # What to do, by what a reason says; the first that fits.
 _REMEDIES = (
@@ -53,7 +54,7 @@ _OTHERWISE = "copy it again, convert it, or remove it"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """One file: what it holds, or why it is bad. `caption` is None where it has none."""
+    """One file: what it holds, or why it is bad. `caption` is None if it has none."""
 
     path: str
     caption: str | None
@@ -69,8 +70,7 @@ class Checked:
 
     def row(self) -> dict[str, object]:
         """The object that `--json` prints."""
-        names = ("width", "height", "frames", "fps", "codec")
-        held = {name: getattr(self.info, name) if self.info else None for name in names}
+        held = {n: getattr(self.info, n, None) for n in ("width", "height", "frames", "fps", "codec")}
         return {"path": self.path, "kind": self.kind, **held, "caption": self.caption, "reason": self.reason}
 
 
@@ -83,7 +83,7 @@ def check(
         list[str] | None,
         typer.Option("--base", metavar="YAML...", help="check all data of a run's YAML files instead"),
     ] = None,
-    json: Annotated[
+    as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object a line for each file, and nothing else")
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="decode every frame of every clip, too (slow)")] = False,
@@ -104,26 +104,23 @@ def check(
     items: dict[str, list[Item]] = {}
     for item in (item for own in sources.values() for item in own):
         items.setdefault(item.path, []).append(item)
-    seconds = timeout or (FULL_TIMEOUT if full else TIMEOUT)
-    console = Console(stderr=True)
-    found = check_items(items, full=full, timeout=seconds)
+    found = _check_items(items, full=full, timeout=timeout or (FULL_TIMEOUT if full else TIMEOUT))
     files = []
-    for file in track(found, "checking files", total=len(items), console=console):
-        if json:
-            sys.stdout.write(json_text.dumps(file.row()) + "\n")
+    for file in track(found, "checking files", total=len(items), console=Console(stderr=True)):
+        if as_json:
+            print(json.dumps(file.row()))
         files.append(file)
-    sys.stdout.flush()
-    if not json:
+    if not as_json:
         _print_summary(files)
-    bare = [f for f in files if f.caption is None]
-    if bare:
+    warnings = [*run.doubts] if run else []
+    if bare := [f for f in files if f.caption is None]:
         verdict = "training refuses the source" if run else "it cannot be trained on as it is"
         text = f"{len(bare)} of {len(files)} files have no caption ({bare[0].path} for one): {verdict}"
-        print(f"warning: {_printable(text)}; write a text file beside each, or a table.", file=sys.stderr)
-    for sentence in run.doubts if run else ():
-        print(f"warning: {sentence}", file=sys.stderr)
+        warnings.insert(0, f"{_printable(text)}; write a text file beside each, or a table.")
     if run and (rare := longest_is_rare(_clip_lengths(run, sources, files), run.data)):
-        print(f"warning: {'; '.join(rare)}.", file=sys.stderr)
+        warnings.append(f"{'; '.join(rare)}.")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if any(f.kind == "bad" for f in files) or (bare and run):
         raise typer.Exit(1)
 
@@ -147,14 +144,19 @@ def _read(source: str, allow: Sequence[str]) -> list[Item]:
     return read_source(source, captions_required=False, allowed_roots=allow)
 
 
-def check_items(items: dict[str, list[Item]], *, full: bool, timeout: float) -> Iterator[Checked]:
+def _check_items(items: dict[str, list[Item]], *, full: bool, timeout: float) -> Iterator[Checked]:
     """Each file, in order, looked at in a process of its own, many side by side. `timeout` is in seconds."""
     outcomes = probe_files(items, timeout=timeout, look=partial(look, full=full), setting="--timeout")
     for (path, own), (outcome, _) in zip(items.items(), outcomes):
         caption = next((c for item in own for c in item.captions), None)
-        reason = outcome.reason if isinstance(outcome, MediaError) else _part_reason(own, outcome)
-        info = None if reason is not None or isinstance(outcome, MediaError) else outcome
-        yield Checked(path=path, caption=caption, info=info, reason=reason)
+        try:
+            if isinstance(outcome, MediaError):
+                raise outcome
+            for item in own:  # a row's start, end or crop may not fit its file
+                part_info(item, outcome)
+            yield Checked(path=path, caption=caption, info=outcome, reason=None)
+        except MediaError as error:
+            yield Checked(path=path, caption=caption, info=None, reason=error.reason)
 
 
 def look(path: str, *, full: bool) -> MediaInfo:
@@ -179,18 +181,8 @@ def _decode_all(path: str) -> None:
                 raise MediaError(path, f"the data of its frame at {frame.time or 0:.3f} s is damaged")
 
 
-def _part_reason(items: Iterable[Item], info: MediaInfo) -> str | None:
-    """Why a row's start, end or crop does not fit its file."""
-    for item in items:
-        try:
-            part_info(item, info)
-        except MediaError as error:
-            return error.reason
-    return None
-
-
 def _clip_lengths(run: Recipe, sources: Mapping[str, Sequence[Item]], files: Iterable[Checked]) -> Counter[int]:
-    """As `data.index.clip_lengths`, of what the run trains on."""
+    """As `data.index.clip_lengths`, of what the run trains on, without the index that probes every file again."""
     infos = {f.path: f.info for f in files}
     lengths: Counter[int] = Counter()
     for source in run.sources:
@@ -209,27 +201,25 @@ def _clip_lengths(run: Recipe, sources: Mapping[str, Sequence[Item]], files: Ite
 
 def _print_summary(files: Sequence[Checked]) -> None:
     """Tables of what there is, and each bad file with its reason and remedy."""
-    console = Console()
     held = [f.info for f in files if f.info is not None]
     clips = [i for i in held if i.kind == "video"]
     tables = []
     if held:
-        tables.append(_table("Codec", Counter((f.kind, f.info.codec) for f in files if f.info), "Kind"))
-        tables.append(_table("Size", Counter(f"{i.width}x{i.height}" for i in held)))
+        tables.append(_table("Codec", Counter(f"{f.kind} {f.info.codec}" for f in files if f.info).most_common()))
+        tables.append(_table("Size", Counter(f"{i.width}x{i.height}" for i in held).most_common()))
     if clips:
-        tables.append(_table("Length", Counter(_length(i.duration) for i in clips), order=_LENGTH_NAMES))
-        tables.append(_table("Frames a second", Counter(f"{i.fps:.4g}" for i in clips)))
-    console.print(Columns(tables))
-    bad = [f for f in files if f.reason is not None]
+        lengths = Counter(_LENGTH_NAMES[bisect_right(_LENGTHS, i.duration)] for i in clips)
+        tables.append(_table("Length", [(n, lengths[n]) for n in _LENGTH_NAMES if lengths[n]]))
+        tables.append(_table("Frames a second", Counter(f"{i.fps:.4g}" for i in clips).most_common()))
+    Console().print(Columns(tables))
+    bad = [(f.path, f.reason) for f in files if f.reason is not None]
     if bad:
         print("Bad files")
-    for file in bad:
-        assert file.reason is not None
-        advice = "" if ";" in file.reason else f"; {remedy(file.reason)}"
-        print(f"  {_printable(file.path)}\n    {_printable(file.reason)}{advice}")
-    images, seconds = len(held) - len(clips), sum(i.duration for i in clips)
-    length = f" of {seconds:,.1f} s together" if clips else ""
-    print(f"{len(files)} files: {len(clips)} clips{length}, {images} images, {len(bad)} bad")
+    for path, reason in bad:
+        advice = "" if ";" in reason else f"; {remedy(reason)}"
+        print(f"  {_printable(path)}\n    {_printable(reason)}{advice}")
+    length = f" of {sum(i.duration for i in clips):,.1f} s together" if clips else ""
+    print(f"{len(files)} files: {len(clips)} clips{length}, {len(held) - len(clips)} images, {len(bad)} bad")
 
 
 def remedy(reason: str) -> str:
@@ -242,34 +232,13 @@ def remedy(reason: str) -> str:
     return next((what for words, what in _REMEDIES if any(w in lower for w in words)), _OTHERWISE)
 
 
-_LENGTHS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds
-_LENGTH_NAMES = (
-    f"under {_LENGTHS[0]:g} s",
-    *(f"{a:g} to {b:g} s" for a, b in pairwise(_LENGTHS)),
-    f"{_LENGTHS[-1]:g} s and longer",
-)
-
-
-def _length(seconds: float) -> str:
-    return _LENGTH_NAMES[bisect_right(_LENGTHS, seconds)]
-
-
-def _table(
-    title: str, counts: Mapping[Any, int], first: str | None = None, order: Sequence[str] | None = None
-) -> Table:
-    """Counts by value, the most frequent first or in `order`; a value of two parts has two columns."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in (first, title) if first else (title,):
-        table.add_column(name)
+def _table(title: str, counts: Sequence[tuple[str, int]]) -> Table:
+    table = Table(title, box=box.SIMPLE_HEAD)
     table.add_column("Files", justify="right")
-    values = sorted(counts, key=lambda v: (-counts[v], v)) if order is None else [v for v in order if counts[v]]
-    for value in values[:_MOST_ROWS]:
-        cells = value if isinstance(value, tuple) else (value,)
-        table.add_row(*(Text(str(c)) for c in cells), f"{counts[value]:,}")
-    if len(values) > _MOST_ROWS:
-        rest = values[_MOST_ROWS:]
-        cells = ("",) * (1 if first else 0)
-        table.add_row(*cells, f"{len(rest)} others", f"{sum(counts[v] for v in rest):,}")
+    for value, files in counts[:_MOST_ROWS]:
+        table.add_row(Text(value), f"{files:,}")
+    if rest := counts[_MOST_ROWS:]:
+        table.add_row(f"{len(rest)} others", f"{sum(files for _, files in rest):,}")
     return table
 
 

@@ -1,10 +1,9 @@
 """`sat-ext sample`: generate from a run's newest checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
@@ -39,7 +38,7 @@ def sample(
     clip: Annotated[Path, typer.Option(help="clips side by side (MP4)")] = Path("samples.mp4"),
 ) -> None:
     """Generate stills and clips from captions, and show them beside what was asked for."""
-    # here, because diffusers and transformers take seconds to import, which the other subcommands do without
+    # imported here: diffusers and transformers take seconds, which --help and a wrong call need not wait for
     from sat_ext.checkpoint.layout import find_run, read_run_config
     from sat_ext.models.generate import load_engine
 
@@ -61,28 +60,22 @@ def sample(
 
 
 def _bucket(recipe: Recipe, frames: int | None) -> Bucket:
-    buckets = recipe.buckets
-    length = max(b.frames for b in buckets) if frames is None else frames
-    fitting = [b for b in buckets if b.frames == length]
-    if not fitting:
+    buckets = {b.frames: b for b in reversed(recipe.buckets)}  # the first of each length
+    length = max(buckets) if frames is None else frames
+    if length not in buckets:
         raise ConfigError(
             f"--frames: the model was not trained on {length} frames; use one of "
-            f"{', '.join(str(f) for f in sorted({b.frames for b in buckets}))}."
+            f"{', '.join(map(str, sorted(buckets)))}."
         )
-    return fitting[0]
+    return buckets[length]
 
 
 def _from_prompt(
-    engine: VideoDiffusionEngine,
-    prompt: str,
-    bucket: Bucket,
-    image: Path | None,
-    options: dict[str, Any],
+    engine: "VideoDiffusionEngine", prompt: str, bucket: Bucket, image: Path | None, options: dict[str, Any]
 ) -> SheetRow:
     from sat_ext.models.generate import generate
 
-    first = None
-    strips = {}
+    first, strips = None, {}
     if image is not None:
         pixels = read_still(str(image), fit=Fit(bucket.height, bucket.width))
         first = pixels.float() / 127.5 - 1
@@ -95,33 +88,20 @@ def _from_prompt(
 
 
 def _held_out(
-    engine: VideoDiffusionEngine,
-    recipe: Recipe,
-    number: int,
-    options: dict[str, Any],
+    engine: "VideoDiffusionEngine", recipe: Recipe, number: int, options: dict[str, Any]
 ) -> list[SheetRow]:
-    """Captions of `args.valid_data`, `number` of each kind."""
+    """Captions of `args.valid_data`, up to `number` of each kind, and all of one kind from one bucket."""
     from sat_ext.models.generate import sample_rows
 
     sources, data = recipe.lists["valid_data"], recipe.data
     if not sources:
         raise ConfigError("--prompt: missing, and the run has no args.valid_data to take captions from.")
-    index = build_index(sources, data)
     sizes = dict.fromkeys(recipe.buckets, number)
-    stream = JointStream(index, data, batch_sizes=sizes, world=1, dtype=torch.float32)
-    rows = []
-    for kind in ("image", "video"):
-        batch = _first_batch(stream, kind)
-        if batch is None:
-            continue
-        rows += sample_rows(engine, batch, **options)
+    stream = JointStream(build_index(sources, data), data, batch_sizes=sizes, world=1, dtype=torch.float32)
+    rows, kinds = [], set()
+    for cell, held in enumerate(stream.schedule.cells):
+        is_still = held.bucket.frames == 1
+        if is_still not in kinds:
+            kinds.add(is_still)
+            rows += sample_rows(engine, stream.collated(cell, np.arange(held.batch)), **options)
     return rows
-
-
-def _first_batch(stream: JointStream, kind: str) -> dict[str, Any] | None:
-    if not any((g.bucket.frames == 1) == (kind == "image") for g in stream.index.groups):
-        return None
-    steps = stream.schedule.steps()  # every cell's turn comes
-    return stream.batch(
-        next(s for s in steps if (stream.schedule.cells[s.cell].bucket.frames == 1) == (kind == "image")), rank=0
-    )
