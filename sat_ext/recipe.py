@@ -3,6 +3,7 @@
 The data class of a training run, the subcommands and the planner start from it, with the same defaults and errors.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,17 +15,21 @@ from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import convert, load, read_yaml, reject_unknown_keys
 from sat_ext.data.params import DataConfig, name_sources, sources_of
 from sat_ext.data.sources import SourceConfig
-from sat_ext.doubts import doubts
 from sat_ext.engines import Engine, engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
-from sat_ext.zero import precision, training_dtype
+from sat_ext.zero import precision
 
 # Our data classes, and the sampler that each gives to every source.
 TARGETS = {"sat_ext.JointImageVideoDataset": None, "sat_ext.FirstFrameDataset": "first_frame"}
 LISTS = ("train_data", "valid_data", "test_data")  # of SAT's args, in the order in which SAT builds them
 # SAT's own defaults (sat/arguments.py, add_training_args and add_data_args, 0.4.12).
 SAT_DEFAULTS = {"batch_size": 4, "gradient_accumulation_steps": 1, "num_workers": 1}
+SAT_LR = 1e-4
+# A LoRA's step is the learning rate times the factor on its product. The least that CogVideo trains one with: lr
+# 5e-4 (the comment at `lr` in sat/configs/sft.yaml: "Between 1E-3 and 5E-4 For Lora and 1E-5 For SFT") times 1/256
+# (`r: 256` in sat/configs/cogvideox_5b_i2v_lora.yaml, and alpha 1, the default of sat.model.finetune.lora2).
+LEAST_LORA_STEP = 5e-4 / 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class Recipe:
 
     `target` names the data class, and `lists` holds the sources of each of `LISTS`. `micro_batch` is in samples of
     the costliest bucket per rank and step. `train_iters` counts optimizer steps (None: not set), each of
-    `accumulation` steps of the data. `doubts` are sentences about what trains, but hardly as it is meant.
+    `accumulation` steps of the data. `doubts` are warnings about what trains, but probably not as intended.
     """
 
     target: str
@@ -60,8 +65,8 @@ class Recipe:
 
     @cached_property
     def batch_sizes(self) -> dict[Bucket, int]:
-        """Samples per rank and step by bucket; CogVideo's own data class pads every clip to the longest one."""
-        if self.target not in TARGETS:
+        """Samples per rank and step, by bucket."""
+        if self.target not in TARGETS:  # CogVideo's own data class pads every clip to the longest length
             return {max(self.buckets, key=lambda b: b.frames): self.micro_batch}
         return self.data.batch_sizes(self.buckets, largest=self.micro_batch, shape=self.shape)
 
@@ -98,10 +103,7 @@ def read_recipe(paths: Sequence[str]) -> Recipe:
 
 
 def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
-    """The recipe in merged sections. Folders that they name need not be on this machine.
-
-    Raises `ConfigError`, one sentence, for an unknown key and for a value that cannot be.
-    """
+    """The recipe in merged sections. Folders that they name need not be on this machine. Raises `ConfigError`."""
     if not config.get("data"):
         raise ConfigError(f"--base: no 'data' section{where}; add a file of configs/data/.")
     section, deepspeed, args = (_section(config, name) for name in ("data", "deepspeed", "args"))
@@ -109,10 +111,11 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
     target = section.get("target") or next(iter(TARGETS))
     data = load(DataConfig, section.get("params") or {}, "data.params")
     engine = engine_of(config.get("model"))
-    sampler = TARGETS.get(target)
+    fp16, bf16 = precision(deepspeed)
 
     def sources(name: str) -> tuple[SourceConfig, ...]:
         found = data.sources if name == "train_data" and data.sources else _of_list(args, name)
+        sampler = TARGETS.get(target)
         return found if sampler is None else tuple(replace(s, sampler=sampler) for s in found)
 
     return Recipe(
@@ -121,13 +124,35 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
         lists={name: sources(name) for name in LISTS},
         engine=engine,
         deepspeed=deepspeed,
-        micro_batch=_count("batch_size", args, deepspeed, "train_micro_batch_size_per_gpu"),
-        accumulation=_count("gradient_accumulation_steps", args, deepspeed, "gradient_accumulation_steps"),
+        micro_batch=_count("batch_size", args, deepspeed.get("train_micro_batch_size_per_gpu")),
+        accumulation=_count("gradient_accumulation_steps", args, deepspeed.get("gradient_accumulation_steps")),
         num_workers=_count("num_workers", args, least=0),
-        dtype=training_dtype(*precision(deepspeed)),
+        dtype=torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32,  # in SAT's order
         train_iters=convert(int | None, args.get("train_iters"), "args.train_iters"),
-        doubts=tuple(doubts(engine, deepspeed, args)),
+        doubts=tuple(doubts_of(engine, deepspeed, args)),
     )
+
+
+def doubts_of(engine: Engine, deepspeed: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
+    """A sentence for each value that trains without an error, but probably not as intended."""
+    found = []
+    given = ((deepspeed.get("optimizer") or {}).get("params") or {}).get("lr")
+    lr = float(args.get("lr") or SAT_LR if given is None else given)
+    factor, written = engine.lora_scale or (math.inf, "")
+    if lr * factor < LEAST_LORA_STEP:
+        found.append(
+            f"deepspeed.optimizer.params.lr: {lr:g} is a rate for tuning every weight; a LoRA scaled by {written} "
+            f"hardly learns at it (lr x scale is {lr * factor:.1e}, and the least that CogVideo trains one with "
+            f"is {LEAST_LORA_STEP:.1e}: 5e-4 at 1/256); {engine.lora_remedy}."
+        )
+    if (doubt := engine.doubt()) is not None:
+        found.append(doubt)
+    if engine.is_2b and (deepspeed.get("bf16") or {}).get("enabled"):
+        found.append(
+            "deepspeed.bf16.enabled: true, but CogVideoX-2B was published in fp16; bf16 keeps three bits less; "
+            "append configs/train/fp16.yaml."
+        )
+    return found
 
 
 def nothing_to_train_on() -> ConfigError:
@@ -158,7 +183,7 @@ def weights_of(args: Mapping[str, Any], paths: Sequence[str]) -> list[float] | N
 
 def _of_list(args: Mapping[str, Any], name: str) -> tuple[SourceConfig, ...]:
     paths = paths_of(args, name)
-    return tuple(sources_of(paths, weights_of(args, paths) if name == LISTS[0] else None))
+    return tuple(sources_of(paths, weights_of(args, paths) if name == "train_data" else None))
 
 
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -168,13 +193,12 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-def _count(
-    name: str, args: Mapping[str, Any], deepspeed: Mapping[str, Any] | None = None, key: str = "", least: int = 1
-) -> int:
-    """A whole number of the deepspeed section (`key`) where it is there, else of `args`, else SAT's default."""
+def _count(name: str, args: Mapping[str, Any], deepspeed: Any = None, *, least: int = 1) -> int:
+    """DeepSpeed's value, which wins as in SAT, else that of `args`, else SAT's default."""
     where, value = f"args.{name}", args.get(name)
-    if (deepspeed or {}).get(key) is not None:
-        where, value = f"deepspeed.{key}", (deepspeed or {})[key]
+    if deepspeed is not None:
+        key = "train_micro_batch_size_per_gpu" if name == "batch_size" else name
+        where, value = f"deepspeed.{key}", deepspeed
     count: int = convert(int, SAT_DEFAULTS[name] if value is None else value, where)
     if count < least:
         raise ConfigError(f"{where}: {count}; use {least} or more.")

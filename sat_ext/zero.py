@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
-import torch
-
 from sat_ext.errors import ConfigError
 
 AUTO = "auto"
@@ -94,11 +92,6 @@ def precision(deepspeed: Mapping[str, Any]) -> tuple[bool, bool]:
             )
         found.append(bool(section.get("enabled")))
     return found[0], found[1]
-
-
-def training_dtype(fp16: bool, bf16: bool) -> torch.dtype:
-    """What a run trains in, as SAT reads `precision`."""
-    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
 
 
 def zero_of(args: Any) -> Mapping[str, Any]:

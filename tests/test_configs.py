@@ -10,11 +10,11 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from sat_ext.config import load
 from sat_ext.data.params import DataConfig
-from sat_ext.doubts import doubts
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, check_bucket
 from sat_ext.models.folder import load_model_config
+from sat_ext.recipe import doubts_of
 from sat_ext.sat import hooks
 from sat_ext.sat.arguments import parse_args, read_yaml
 from sat_ext.sat.settings import Settings, settings_of
@@ -88,8 +88,8 @@ def test_fp16_lies_over_every_zero_file_that_scales_the_loss(zero: str) -> None:
     DeepSpeedConfig({"train_batch_size": 1, **{k: merged[k] for k in ("fp16", "bf16")}})
     model = read_yaml([str(CONFIGS / "model" / "cogvideox-2b.yaml")])["model"]
     lora = {"optimizer": {"params": {"lr": 1e-4}}}
-    assert doubts(engine_of(model), {**merged, **lora}, {}) == []
-    assert "published in fp16" in doubts(engine_of(model), {**lora, "bf16": {"enabled": True}}, {})[0]
+    assert doubts_of(engine_of(model), {**merged, **lora}, {}) == []
+    assert "published in fp16" in doubts_of(engine_of(model), {**lora, "bf16": {"enabled": True}}, {})[0]
 
 
 TINY = [str(CONFIGS / f) for f in ("model/tiny.yaml", "data/joint.yaml", "zero/zero1.yaml", "train/full.yaml")]

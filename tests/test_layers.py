@@ -42,7 +42,6 @@ LAYERS = [
     ("demo_data", 1),
     ("models", 2),
     ("engines", 3),
-    ("doubts", 3),
     ("recipe", 3),
     ("convert", 3),
     ("cogvideo", 3),

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from sat_ext.cogvideo.check import check_model
 from sat_ext.config import load, read_yaml
 from sat_ext.data.params import DataConfig
-from sat_ext.doubts import doubts
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
+from sat_ext.recipe import doubts_of
 from sat_ext.sat.section import DEEPSPEED_KEYS
 from sat_ext.sat.settings import settings_of
 
@@ -164,16 +164,16 @@ def test_a_lora_of_every_generation_trains_at_cogvideos_own_rate_for_it(model: P
     assert 5e-4 <= merged["deepspeed"]["optimizer"]["params"]["lr"] <= 1e-3
     assert "Between 1E-3 and 5E-4 For Lora and 1E-5 For SFT" in model.with_name("sft.yaml").read_text()
     if "2b" in model.name:
-        assert doubts(engine_of(merged["model"]), merged["deepspeed"], {})[0].endswith(
+        assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {})[0].endswith(
             "append configs/train/fp16.yaml."
         )
         fp16 = str(FOLDER.parent / "train" / "fp16.yaml")
         merged = read_yaml([*theirs(model), *map(path_of, fitting(model)), fp16])
         assert not merged["deepspeed"]["bf16"]["enabled"] and merged["deepspeed"]["fp16"]["enabled"]
-    assert doubts(engine_of(merged["model"]), merged["deepspeed"], {}) == []
+    assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {}) == []
     assert engine_of(merged["model"]).lora_scale is not None
     without = read_yaml([*theirs(model), *map(path_of, fitting(model)[:-1])])
-    found = doubts(engine_of(without["model"]), without["deepspeed"], {})
+    found = doubts_of(engine_of(without["model"]), without["deepspeed"], {})
     if "lora" not in model.name:
         assert not any("a LoRA" in sentence for sentence in found)
         with pytest.raises(ConfigError, match="'all' leaves only LoRA to train, and the network has none"):
@@ -189,7 +189,7 @@ def test_a_lora_of_every_generation_trains_at_cogvideos_own_rate_for_it(model: P
 def test_a_rate_is_doubted_for_the_built_in_lora_too_and_never_for_full_tuning() -> None:
     def found(lr: float | None, **train: Any) -> list[str]:
         optimizer = {} if lr is None else {"params": {"lr": lr}}
-        return doubts(engine_of({"train": train}), {"optimizer": optimizer}, {"lr": 1e-7})
+        return doubts_of(engine_of({"train": train}), {"optimizer": optimizer}, {"lr": 1e-7})
 
     assert found(1e-4, mode="lora") == found(1e-5, mode="full") == found(None) == []
     assert "a LoRA scaled by 64/128 hardly learns" in found(1e-6, mode="lora")[0]
@@ -203,9 +203,11 @@ def test_a_condition_that_no_sampler_uses_is_doubted(model: Path) -> None:
     merged = read_yaml([*theirs(model), *map(path_of, ["joint", "1.5", "i2v"])])
     params = merged["model"]["loss_fn_config"]["params"]
     assert params["condition_scale"] == merged["model"]["sampler_config"]["params"]["condition_scale"] == 1.0
-    assert doubts(engine_of(merged["model"]), merged["deepspeed"], {}) == []
+    assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {}) == []
     del params["condition_scale"]
-    assert "the condition trains at scale_factor (0.7), which no" in doubts(engine_of(merged["model"]), {}, {})[0]
+    assert (
+        "the condition trains at scale_factor (0.7), which no" in doubts_of(engine_of(merged["model"]), {}, {})[0]
+    )
 
 
 @needs_checkout
