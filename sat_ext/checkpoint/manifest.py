@@ -72,10 +72,15 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync `sat_ext.json`."""
     content = dataclasses.asdict(manifest)
-    with open(folder / MANIFEST_NAME, "w") as file:
-        json.dump({**content, CHECKSUM: _checksum_of(content)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(folder / MANIFEST_NAME, json.dumps({**content, CHECKSUM: _checksum_of(content)}, indent=1))
+
+
+def write_synced(file: Path, text: str) -> None:
+    """Returns when `text` is on the disk, the file's name aside."""
+    with open(file, "w") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def read_manifest(folder: Path, *, sizes: bool = True) -> Manifest | None:
@@ -111,14 +116,6 @@ def is_sound(folder: Path) -> bool:
     return True
 
 
-def size_of(file: Path) -> int | None:
-    """In bytes; None for a file that is not there."""
-    try:
-        return file.stat().st_size
-    except OSError:
-        return None
-
-
 def _checked(folder: Path, *, sizes: bool = True) -> Manifest:
     """Raises `ValueError` for damage, `ConfigError` for the manifest of another version."""
     file = folder / MANIFEST_NAME
@@ -131,10 +128,9 @@ def _checked(folder: Path, *, sizes: bool = True) -> Manifest:
         raise ValueError(f"{file}: truncated or changed ({error})") from error
     manifest = load(Manifest, content, str(file))
     for name, size in manifest.files.items() if sizes else ():
-        found = size_of(folder / name)
-        if found is None:
+        if not (folder / name).is_file():
             raise ValueError(f"{folder}: {name} is missing, so the checkpoint is not whole")
-        if found != size:
+        if (found := (folder / name).stat().st_size) != size:
             raise ValueError(f"{folder / name}: truncated or changed, {found} bytes where {size} were written")
     return manifest
 

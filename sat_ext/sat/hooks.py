@@ -23,7 +23,7 @@ from sat.helpers import print_rank0
 from sat_ext.config import reject_unknown_keys
 from sat_ext.sat import excepthook, peers, steps
 from sat_ext.sat.arguments import fill_in_lists
-from sat_ext.sat.checkpoint import wrappers
+from sat_ext.sat.checkpoint import load, save
 from sat_ext.sat.fixes import cpu, evaluation, events, launcher, memory, optimizer, schedule, sizes, weights, zero3
 from sat_ext.sat.memory_report import report_of
 from sat_ext.sat.settings import settings_of
@@ -84,7 +84,7 @@ HOOKS = (
         "parallel_layers",
     ),
     Hook(SAT + "load_checkpoint", weights.mapped_and_checked, "for SAT's own checkpoints", "load"),
-    Hook(SAT + "load_checkpoint", wrappers.load_full, "full checkpoints bypass SAT's load, repaired or not"),
+    Hook(SAT + "load_checkpoint", load.load_full, "full checkpoints bypass SAT's load, repaired or not"),
     Hook(
         SAT + "setup_model_untrainable_params_and_optimizer",
         optimizer.of_its_path,
@@ -93,7 +93,7 @@ HOOKS = (
     ),
     Hook(
         SAT + "setup_model_untrainable_params_and_optimizer",
-        wrappers.set_up_resumable,
+        load.set_up_resumable,
         "before an optimizer is made, what trains must be in the checkpoint",
     ),
     Hook(
@@ -104,7 +104,7 @@ HOOKS = (
     ),
     Hook(
         SAT + "get_learning_rate_scheduler",
-        wrappers.with_saved_state,
+        load.with_saved_state,
         "the last call before the steps: SAT has read the optimizer's rates as scales by now",
     ),
     Hook(RATE + "get_lr", schedule.never_negative, "no division by zero, and no rate below it", "lr_schedule"),
@@ -120,7 +120,7 @@ HOOKS = (
     Hook(SAT + "evaluate", zero3.as_first_rank, "its steps sample, whichever `evaluate` it is", "zero3_sampling"),
     Hook(SAT + "evaluate", steps.untouched, "outermost: restores the random numbers that the others draw"),
     Hook(SAT + "save_checkpoint", weights.whole_weights, "for weights alone: ZeRO-3's from all ranks", "save"),
-    Hook(SAT + "save_checkpoint", wrappers.save_sound, "around both kinds: only finite numbers are saved"),
+    Hook(SAT + "save_checkpoint", save.save_sound, "around both kinds: only finite numbers are saved"),
     Hook(SAT + "torch", cpu.without_gpu, "calls to a GPU that is not there", "cpu_training"),
     Hook("sat.training.model_io:torch", cpu.without_gpu, "the same", "cpu_training"),
     Hook("sat.training.utils:torch", cpu.without_gpu, "the same", "cpu_training"),

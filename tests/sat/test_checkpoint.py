@@ -17,7 +17,7 @@ from sat_ext.checkpoint.reading import read_file, read_weights
 from sat_ext.errors import ConfigError
 from sat_ext.models.generate import load_engine
 from sat_ext.sat import steps
-from sat_ext.sat.checkpoint.load import SHARD_TYPES
+from sat_ext.sat.checkpoint.optimizer_state import SHARD_TYPES
 from sat_ext.sat.checkpoint.publish import prune
 from sat_ext.sat.checkpoint.reshard import Piece, cut, saved_shards
 from tests.sat.ranks import Server, finish, folder_of

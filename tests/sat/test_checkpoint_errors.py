@@ -17,7 +17,7 @@ import torch
 from sat_ext.checkpoint.reading import read_file, read_weights
 from sat_ext.errors import ConfigError
 from sat_ext.models.generate import load_engine
-from sat_ext.sat.checkpoint.load import SHARD_TYPES
+from sat_ext.sat.checkpoint.optimizer_state import SHARD_TYPES
 from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import NAMES, settings_of
 from tests.sat.ranks import Server, finish, folder_of

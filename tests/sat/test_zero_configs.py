@@ -16,7 +16,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 from sat_ext.errors import ConfigError
-from sat_ext.sat.checkpoint.load import place_steps
+from sat_ext.sat.checkpoint.optimizer_state import place_steps
 from sat_ext.zero import ZERO_NAMES, fill_in_auto
 from tests.sat.ranks import Running, Server, finish, folder_of
 from tests.sat.repairs import repair

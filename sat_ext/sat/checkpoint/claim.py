@@ -18,7 +18,7 @@ LOOK_SECONDS = 3.0  # other machines may see a new name on a network file system
 
 
 def claim(folder: Path) -> None:
-    """Make `folder`, and lock it until this process ends. Called on every rank.
+    """Make `folder`, and lock it until the first rank's process ends. Called on every rank.
 
     Raises `ConfigError` on all ranks if one of them sees another folder, or another run holds the lock.
     """
@@ -61,25 +61,19 @@ def _sees(folder: Path, token: str) -> bool:
 def _lock(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
-        held = [os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)]
+        held = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     try:
-        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # not flock, which a forked data worker that outlives the run would keep
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(held[0])
+        os.close(held)
         raise ConfigError(
             f"args.save: another run is saving into {folder}; wait for its end, or change args.experiment_name."
         ) from None
     except OSError:  # a file system without locks
-        os.close(held[0])
-        return
-
-    def let_go() -> None:
-        while held:  # not again in the children of a child
-            os.close(held.pop())
-
-    os.register_at_fork(after_in_child=let_go)  # or a data worker that outlives the run would keep the lock
+        os.close(held)
 
 
 def _cannot_write(folder: Path, error: OSError) -> ConfigError:

@@ -1,6 +1,7 @@
 """Where a run is in its data: saved with a checkpoint, and restored from one."""
 
 import argparse
+from collections import Counter
 
 from sat.helpers import print_rank0
 
@@ -34,28 +35,26 @@ def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int]
         return None
     if seed != resumed.seed:
         print_rank0(f"resume: data.params.seed was {resumed.seed} and is {seed}; the epoch's order changes.")
-    cells = {(c.source, c.bucket): c for c in resumed.cells}
-    there = {g.source for g in index.groups}
-    known = {s: sum(c.used for c in resumed.cells if c.source == s) for s in there}
-    records = {s: sum(c.records for c in resumed.cells if c.source == s) for s in there}
-    for source in dict.fromkeys(c.source for c in resumed.cells if c.source not in there):
-        print_rank0(f"resume: source '{source}' is not in the data any more.")
-    if not any(records.values()):
+    cells = {(c.source, c.bucket): c.used for c in resumed.cells}
+    known, records, now = Counter[str](), Counter[str](), Counter[str]()
+    for cell in resumed.cells:
+        known[cell.source] += cell.used
+        records[cell.source] += cell.records
+    for group in index.groups:
+        now[group.source] += len(group.rows)
+    for source in records:
+        if source not in now:
+            print_rank0(f"resume: source '{source}' is not in the data any more.")
+    kept = [source for source in now if records[source]]
+    if not kept:
         print_rank0("resume: none of the checkpoint's sources is in the data any more; the new ones start.")
         return [0] * len(index.groups)
-    per_share = sum(known.values()) / sum(index.shares[s] for s in there if records[s])
-    used = []
-    for group in index.groups:
-        cell_state = cells.get((group.source, str(group.bucket)))
-        of_source = sum(len(g.rows) for g in index.groups if g.source == group.source)
-        epochs = (
-            known[group.source] / records[group.source]
-            if records[group.source]
-            else per_share * index.shares[group.source] / of_source
-        )
-        used.append(round(epochs * len(group.rows)) if cell_state is None else cell_state.used)
-    for source in dict.fromkeys(g.source for g in index.groups if not records[g.source]):
-        print_rank0(f"resume: source '{source}' is new; it joins from now on.")
+    per_share = sum(known[s] for s in kept) / sum(index.shares[s] for s in kept)
+    epochs = {s: known[s] / records[s] if s in kept else per_share * index.shares[s] / now[s] for s in now}
+    used = [cells.get((g.source, str(g.bucket)), round(epochs[g.source] * len(g.rows))) for g in index.groups]
+    for source in now:
+        if source not in kept:
+            print_rank0(f"resume: source '{source}' is new; it joins from now on.")
     _report_changes(run, index, used, seed)
     return used
 
@@ -76,11 +75,12 @@ def _report_changes(run: RunState, index: Index, used: list[int], seed: int) -> 
             "resume: the checkpoint is of an earlier version, which does not list its samples: if the data have "
             "changed since then, some of this epoch come twice, and some not at all."
         )
-    total = sum(index.shares.values())
-    samples = {s: sum(n for n, g in zip(used, index.groups) if g.source == s) for s in index.shares}
+    samples = Counter[str]()
+    for group, count in zip(index.groups, used, strict=True):
+        samples[group.source] += count
     for source, share in resumed.shares.items():
-        now = index.shares.get(source, 0) / total
-        behind = round(now * sum(samples.values()) - samples.get(source, 0))
+        now = index.shares.get(source, 0) / sum(index.shares.values())
+        behind = round(now * samples.total() - samples[source])
         if source in index.shares and abs(now - share) > 1e-9 and behind:
             print_rank0(
                 f"resume: the share of source '{source}' was {share:.3g} and is {now:.3g}; shares count from the "

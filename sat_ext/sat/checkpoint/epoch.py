@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,10 +37,12 @@ def epoch_of(index: Index, schedule: Schedule) -> Epoch:
     hashes, total = _hashes(index.table["key"]), sum(len(g.rows) for g in index.groups)
     keys, samples = [], []
     for cell, group in enumerate(index.groups):
-        keys.append(f"{zlib.crc32(_identities(hashes, group).data):08x}")
-        count = min(len(group.rows), max(1, SAMPLED * len(group.rows) // total))
-        records = schedule.records(cell, _places(len(group.rows), count))
-        samples.append(_samples(index, hashes, group, records))
+        own = _identities(hashes, group)
+        keys.append(f"{zlib.crc32(own.data):08x}")
+        count = min(len(own), max(1, SAMPLED * len(own) // total))
+        records = schedule.records(cell, _places(len(own), count))
+        found = {"keys": own[records].view(np.int64), **_contents(index, group.rows[records])}
+        samples.append({part: torch.from_numpy(values) for part, values in found.items()})
     return Epoch(keys=tuple(keys), samples=tuple(samples))
 
 
@@ -57,64 +58,65 @@ def changes(
     `schedule` is that of `index` with the present seed; `used` samples of each of its cells were trained on.
     """
     now = epoch_of(index, schedule)
-    old = {(c.source, c.bucket): (c.records, c.keys, samples) for c, samples in zip(cells, saved, strict=True)}
-    new = {
-        (g.source, str(g.bucket)): (len(g.rows), keys, samples)
-        for g, keys, samples in zip(index.groups, now.keys, now.samples, strict=True)
-    }
+    hashes = _hashes(index.table["key"])
     for source in dict.fromkeys(c.source for c in cells):
-        before = {k: v for k, v in old.items() if k[0] == source}
-        after = {k: v for k, v in new.items() if k[0] == source}
-        if after and not _same(before, after):
-            parts = [(c, s) for c, s in zip(cells, saved, strict=True) if c.source == source]
-            yield _compare(source, parts, index, schedule, used)
+        before = [(c, s) for c, s in zip(cells, saved, strict=True) if c.source == source]
+        after = {
+            str(g.bucket): (len(g.rows), keys, samples)
+            for g, keys, samples in zip(index.groups, now.keys, now.samples, strict=True)
+            if g.source == source
+        }
+        same = {c.bucket: (c.records, c.keys) for c, _ in before} == {k: v[:2] for k, v in after.items()} and all(
+            torch.equal(samples[part], after[c.bucket][2][part]) for c, samples in before for part in PARTS
+        )
+        if after and not same:
+            yield _compare(source, before, index, hashes, schedule, used)
 
 
 def _compare(
     source: str,
     parts: Sequence[tuple[CellState, Mapping[str, torch.Tensor]]],
     index: Index,
+    hashes: np.ndarray,
     schedule: Schedule,
     used: Sequence[int],
 ) -> str:
     """What has become of a source's samples, matched by key whatever their buckets."""
-    hashes = _hashes(index.table["key"])
     groups = [(cell, g) for cell, g in enumerate(index.groups) if g.source == source]
     keys = np.concatenate([_identities(hashes, g) for _, g in groups])
-    coming = np.concatenate([_coming(schedule, cell, used[cell]) for cell, _ in groups])
     rows = np.concatenate([g.rows for _, g in groups])
+    coming = np.concatenate([_coming(schedule, cell, used[cell]) for cell, _ in groups])
     order = np.argsort(keys)
     counts = dict.fromkeys(("gone", "captions", "files", "twice", "missed"), 0.0)
     for state, samples in parts:
-        wanted = samples["keys"].numpy().view(np.uint64)
-        weight = state.records / len(wanted)
-        seen = _places(state.records, len(wanted)) < state.used % state.records
-        at = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
-        here = keys[at] == wanted
+        known = samples["keys"].numpy().view(np.uint64)
+        weight = state.records / len(known)  # what each of the listed samples counts for
+        seen = _places(state.records, len(known)) < state.used % state.records
+        at = order[np.minimum(np.searchsorted(keys, known, sorter=order), len(keys) - 1)]
+        here = keys[at] == known
         counts["gone"] += weight * np.count_nonzero(~here)
         counts["twice"] += weight * np.count_nonzero(here & seen & coming[at])
         counts["missed"] += weight * np.count_nonzero(here & ~seen & ~coming[at])
         for part, values in _contents(index, rows[at[here]]).items():
             counts[part] += weight * np.count_nonzero(values != samples[part].numpy()[here])
     total, exact = sum(c.records for c, _ in parts), all(len(s["keys"]) == c.records for c, s in parts)
-    number = {name: f"{'' if exact or not count else 'about '}{count:.0f}" for name, count in counts.items()}
-    added = len(keys) - total + counts["gone"]
-    said = [f"{number['gone']} of its {total} samples are gone"] if counts["gone"] else []
-    said += [f"{'' if exact else 'about '}{added:.0f} are new"] if added >= 1 else []
-    said += [f"{number['captions']} have other captions"] if counts["captions"] else []
-    said += [f"{number['files']} have files of another size or modification time"] if counts["files"] else []
-    buckets = {c.bucket for c, _ in parts}, {str(g.bucket) for _, g in groups}
-    said += [f"its buckets were {', '.join(sorted(buckets[0]))}"] if buckets[0] != buckets[1] else []
+    counts["new"] = len(keys) - total + counts["gone"]
+    about = "" if exact else "about "
+    number = {name: f"{about if count else ''}{count:.0f}" for name, count in counts.items()}
+    sentences = {
+        "gone": f"{number['gone']} of its {total} samples are gone",
+        "new": f"{number['new']} are new",
+        "captions": f"{number['captions']} have other captions",
+        "files": f"{number['files']} have files of another size or modification time",
+    }
+    said = [sentence for name, sentence in sentences.items() if counts[name] >= 1]
+    buckets, now = {c.bucket for c, _ in parts}, {str(g.bucket) for _, g in groups}
+    if buckets != now:
+        said.append(f"its buckets were {', '.join(sorted(buckets))}")
     return (
         f"resume: source '{source}' has changed since the checkpoint: "
         f"{', '.join(said) or 'its samples are in another order'}; "
         f"in this epoch {number['twice']} samples come twice, and {number['missed']} not at all."
-    )
-
-
-def _same(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[k][:2] == other[k][:2] and all(torch.equal(one[k][2][p], other[k][2][p]) for p in PARTS) for k in one
     )
 
 
@@ -131,21 +133,16 @@ def _places(records: int, count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int64) * records // count
 
 
-def _samples(index: Index, hashes: np.ndarray, group: Group, records: np.ndarray) -> dict[str, torch.Tensor]:
-    found = {"keys": _identities(hashes, group)[records].view(np.int64)}
-    return {k: torch.from_numpy(v) for k, v in {**found, **_contents(index, group.rows[records])}.items()}
-
-
 def _contents(index: Index, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Hashes (int64) of the captions and the files of some rows."""
     found = {part: np.zeros(len(rows), np.int64) for part in ("captions", "files")}
     order = np.argsort(rows, kind="stable")
-    wanted, first, start = rows[order].astype(np.int64), 0, 0
+    ordered, first, start = rows[order].astype(np.int64), 0, 0
     # batch by batch: `take` on the whole column would concatenate it, and Arrow's strings end at 2 GiB
     for batch in index.table.select(["captions", "fingerprint"]).to_batches():
-        end = int(np.searchsorted(wanted, first + batch.num_rows))
+        end = int(np.searchsorted(ordered, first + batch.num_rows))
         if end > start:
-            part = batch.take(pa.array(wanted[start:end] - first))
+            part = batch.take(pa.array(ordered[start:end] - first))
             found["captions"][order[start:end]] = [_hash("\0".join(c)) for c in part["captions"].to_pylist()]
             found["files"][order[start:end]] = [_hash(text) for text in part["fingerprint"].to_pylist()]
         first, start = first + batch.num_rows, end

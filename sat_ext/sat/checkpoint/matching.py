@@ -7,7 +7,7 @@ from pathlib import Path
 from sat.helpers import print_rank0
 from torch import Tensor, nn
 
-from sat_ext.checkpoint.layout import MANIFEST_NAME, find_weights
+from sat_ext.checkpoint.layout import MANIFEST_NAME, WEIGHTS_NAME
 from sat_ext.checkpoint.reading import read_file, read_weights
 from sat_ext.errors import ConfigError
 from sat_ext.sat.run import RunState, run_of
@@ -35,29 +35,27 @@ def in_checkpoint(module: nn.Module) -> Callable[[str], bool]:
 
 
 def lacking(module: nn.Module, weights: Collection[str]) -> tuple[list[str], list[str]]:
-    """The parameters of `module` that belong in a checkpoint, except LoRA's own, and those that `weights` lacks.
-
-    A layer under LoRA renames its base weights, and also takes them from a file without LoRA.
-    """
+    """Which parameters of `module` a checkpoint holds, except LoRA's own, and which of them `weights` lacks."""
     belongs = in_checkpoint(module)
-    wanted = [
+    expected = [
         n for n, _ in module.named_parameters() if belongs(n) and not any(mark in n for mark in LORA_WEIGHTS)
     ]
-    plain = {n: n.replace(".original.", ".").replace(".base_layer.", ".") for n in wanted}
-    return wanted, [n for n in wanted if n not in weights and plain[n] not in weights]
+    # a layer under LoRA renames its base weights, and also takes them from a file without LoRA
+    plain = {n: n.replace(".original.", ".").replace(".base_layer.", ".") for n in expected}
+    return expected, [n for n in expected if n not in weights and plain[n] not in weights]
 
 
 def check_names(module: nn.Module, weights: Collection[str], args: argparse.Namespace) -> None:
     """Warn of weights of the network that a file lacks, which stay random. Raises `ConfigError` if it has none."""
-    wanted, missing = lacking(module, weights)
-    if wanted and len(missing) == len(wanted):
+    expected, missing = lacking(module, weights)
+    if expected and len(missing) == len(expected):
         raise ConfigError(
-            f"args.load: {args.load} is of another model than the YAML's: it has none of the {len(wanted)} "
+            f"args.load: {args.load} is of another model than the YAML's: it has none of the {len(expected)} "
             f"weights of the network (first: {missing[0]}); name a checkpoint of this model."
         )
     if missing:
         print_rank0(
-            f"warning: {len(missing)} of the network's {len(wanted)} weights are not in {args.load} and keep "
+            f"warning: {len(missing)} of the network's {len(expected)} weights are not in {args.load} and keep "
             f"their initial values (first: {missing[0]}).",
             level="WARNING",
         )
@@ -79,33 +77,31 @@ def check_fit(model: nn.Module, weights: dict[str, Tensor], own: dict[str, Tenso
     # SAT's LoRA also takes base weights from a file without LoRA (`LoraLinear` in lora2.py)
     shapes |= {n.replace(".original.", "."): s for n, s in shapes.items()}
     if foreign := [n for n in own if n not in shapes]:
-        raise _other_model(
-            file, f"{len(foreign)} of its {len(own)} weights are not in this one (first: {foreign[0]})"
-        )
+        what = f"{len(foreign)} of its {len(own)} weights are not in this one (first: {foreign[0]})"
+        raise _other_model(file, what)
     for name, value in weights.items():
         if name in shapes and tuple(value.shape) != tuple(shapes[name]):
-            raise _other_model(
-                file, f"{name} is {tuple(value.shape)} there, and {tuple(shapes[name])} in this one"
-            )
+            what = f"{name} is {tuple(value.shape)} there, and {tuple(shapes[name])} in this one"
+            raise _other_model(file, what)
 
 
 def check_whole(model: nn.Module, weights: dict[str, Tensor], args: argparse.Namespace, file: Path) -> None:
     """Raise `ConfigError` if weights of the model would stay random, unless `force_train` allows it."""
-    run, (wanted, missing) = run_of(args), lacking(model, weights)
+    run, (expected, missing) = run_of(args), lacking(model, weights)
     if not missing:
         return
     if run.resumed is None:
         if not getattr(args, "force_train", False):
-            raise lacks(args, f"{len(missing)} of {len(wanted)}, first: {missing[0]}")
+            raise lacks(args, f"{len(missing)} of {len(expected)}, first: {missing[0]}")
         check_names(model, weights, args)
     elif run.base is None:
-        lack = f"it lacks {len(missing)} of this one's {len(wanted)} weights (first: {missing[0]})"
-        raise _other_model(file, lack, START_OVER)
+        what = f"it lacks {len(missing)} of this one's {len(expected)} weights (first: {missing[0]})"
+        raise _other_model(file, what, START_OVER)
     else:
         raise ConfigError(
             f"{file.with_name(MANIFEST_NAME)}: neither the checkpoint nor its 'base', {run.base.path}, has "
-            f"{len(missing)} of this model's {len(wanted)} weights (first: {missing[0]}); write the folder of the "
-            "run's base weights there, or name the YAMLs that the run was started with."
+            f"{len(missing)} of this model's {len(expected)} weights (first: {missing[0]}); write the folder of "
+            "the run's base weights there, or name the YAMLs that the run was started with."
         )
 
 
@@ -121,11 +117,11 @@ def check_trained(model: nn.Module, run: RunState) -> None:
             run.base = None
         return
     assert run.folder is not None
-    file = find_weights(run.folder.parent, int(run.folder.name))
+    file = run.folder / WEIGHTS_NAME
     own = read_file(file)["module"]
     if missing := [n for n, p in model.named_parameters() if is_trained(p) and n not in own]:
-        lack = f"it lacks {len(missing)} weights that this run trains (first: {missing[0]})"
-        raise _other_model(file, lack, START_OVER)
+        what = f"it lacks {len(missing)} weights that this run trains (first: {missing[0]})"
+        raise _other_model(file, what, START_OVER)
 
 
 def _other_model(file: Path, what: str, also: str = "") -> ConfigError:

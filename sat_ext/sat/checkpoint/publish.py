@@ -10,24 +10,9 @@ from typing import Any
 from sat.helpers import print_rank0
 
 from sat_ext.checkpoint.layout import MANIFEST_NAME, drafts_of, full_checkpoints
-from sat_ext.checkpoint.manifest import Manifest, size_of, write_manifest
+from sat_ext.checkpoint.manifest import Manifest, write_manifest, write_synced
 from sat_ext.files.atomic import PARTIAL, written_aside
 from sat_ext.sat.checkpoint.writer import Writer
-
-
-def find_missing(partial: Path, written: list[dict[str, int]]) -> str | None:
-    """An error if the files of some rank, by name and size, are not in `partial`, as this rank sees it.
-
-    `claim` looks at the folder before the first step. A mount may be lost after that, and then publishing would
-    prune good checkpoints in favour of one that lacks a rank's files.
-    """
-    for rank, files in enumerate(written):
-        if any(size_of(partial / name) != size for name, size in files.items()):
-            return (
-                f"rank {rank}'s files are not in {partial}: it is not shared by all ranks; let args.save name a "
-                "folder that is"
-            )
-    return None
 
 
 def publish(
@@ -41,7 +26,7 @@ def publish(
     writer.attempt(partial.name, lambda: _sync(partial))
     writer.attempt("model_config.json", lambda: _replace(folder / "model_config.json", json.dumps(model_config)))
     # written now, while a full disk still does no harm, and renamed last
-    writer.attempt("latest", lambda: _write(latest, final.name))
+    writer.attempt("latest", lambda: write_synced(latest, final.name))
     writer.attempt(partial.name, lambda: _rename(partial, final), verb="rename")
     if writer.error is None:
         writer.placed = True
@@ -82,7 +67,8 @@ def prune(folder: Path, newest: int, keep_last: int | None) -> None:
 
 def _rename(partial: Path, final: Path) -> None:
     _, aside = drafts_of(final)
-    if moved := final.exists():  # of an earlier run, which was resumed from before it
+    # a rename does not replace a folder that is not empty: that of an earlier run, resumed from before it
+    if moved := final.exists():
         final.rename(aside)
     try:
         partial.rename(final)
@@ -94,14 +80,7 @@ def _rename(partial: Path, final: Path) -> None:
 
 def _replace(path: Path, text: str) -> None:
     with written_aside(path) as draft:
-        _write(draft, text)
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        write_synced(draft, text)
 
 
 def _sync(folder: Path) -> None:

@@ -42,12 +42,6 @@ class Shard:
     pieces: list[Piece]
     paddings: list[int] | None = None
 
-    def can_be_cut(self, group: int, value: Any) -> bool:
-        """Whether a tensor of the state has one value for each weight of the group."""
-        size = self.weights[group].numel()
-        padded = size + (self.paddings[group] if self.paddings else 0)
-        return isinstance(value, Tensor) and value.ndim == 1 and value.numel() in (size, padded)
-
 
 def shard_keys(stage: int) -> tuple[str, str]:
     """Under which keys DeepSpeed saves the state of PyTorch's optimizer, and the flat fp32 weights."""
@@ -57,22 +51,20 @@ def shard_keys(stage: int) -> tuple[str, str]:
 
 
 def saved_shards(states: list[Any], saved: Manifest, shapes: list[dict[str, torch.Size]] | None) -> list[Shard]:
-    """The shards in the `*_optim_states.pt` of all ranks; `shapes` are DeepSpeed's `param_shapes` of ZeRO-3."""
+    """The shards in the `*_optim_states.pt` of all ranks; `shapes`: DeepSpeed's `param_shapes`, under ZeRO-3."""
     shards = []
     inner, flat = shard_keys(saved.zero_stage)
     ends: dict[str, int] = {}  # how far into each parameter the shards so far reach: DeepSpeed does not say
     for rank, state in enumerate(states):
         pieces: list[Piece] = []
-        if saved.zero_stage == 3:
-            assert shapes is not None
+        if shapes is not None:
             pieces += _rows([{n: s.numel() for n, s in group.items()} for group in shapes], rank, len(states))
         else:
             for group, mapping in enumerate(state["param_slice_mappings"]):
                 for name, part in mapping.items():
                     pieces.append(Piece(name, group, part.start, ends.get(name, 0), part.numel))
                     ends[name] = ends.get(name, 0) + part.numel
-        paddings = state.get("group_paddings")
-        shards.append(Shard(list(state[flat]), state[inner]["state"], pieces, paddings))
+        shards.append(Shard(list(state[flat]), state[inner]["state"], pieces, state.get("group_paddings")))
     return shards
 
 
@@ -125,24 +117,28 @@ def cut(
     weights = [torch.zeros(size) for size in sizes]
     states: dict[int, dict[str, Any]] = {group: {} for group in range(len(sizes))}
     for piece in pieces:
-        shard, saved = found[piece.name][0]
-        for key, value in shard.states.get(saved.group, {}).items():
-            state = states[piece.group]
-            if _is_number(value) and all(
-                _equal(s.states.get(p.group, {}).get(key), value) for s, p in found[piece.name]
-            ):
+        sources = found[piece.name]
+        overlaps = list(_overlaps(sources, piece))
+        for shard, group, here, there in overlaps:
+            weights[piece.group][here] = shard.weights[group][there]
+        first, saved = sources[0]
+        state = states[piece.group]
+        for key, value in first.states.get(saved.group, {}).items():
+            # a number that differs between shards belongs to weights, and cannot be cut
+            others = [shard.states.get(part.group, {}).get(key) for shard, part in sources]
+            if _is_number(value) and all(type(o) is type(value) and bool(o == value) for o in others):
                 # cloned: a single number would keep its whole file mapped, and on the disk after its removal
                 state.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
                 continue
-            if not shard.can_be_cut(saved.group, value):
+            if not _is_one_per_weight(first, saved.group, value):
                 raise ConfigError(
                     f"{where}: the optimizer's '{key}' is not one value per weight, as with 8-bit optimizers, so "
                     "it cannot be split for another number of ranks or ZeRO stage; resume with those it was saved "
                     "with, or reset the optimizer with 'mode: finetune'."
                 )
             target = state.setdefault(key, torch.zeros(sizes[piece.group], dtype=value.dtype))
-            _copy(found[piece.name], piece, target, lambda s, g, key=key: s.states[g][key])
-        _copy(found[piece.name], piece, weights[piece.group], lambda s, g: s.weights[g])
+            for shard, group, here, there in overlaps:
+                target[here] = shard.states[group][key][there]
     return weights, states
 
 
@@ -150,17 +146,17 @@ def _is_number(value: Any) -> bool:
     return value is None or isinstance(value, (int, float, str)) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two numbers are the same. One that differs between shards belongs to weights, and cannot be cut."""
-    return type(one) is type(other) and bool(one == other)
+def _is_one_per_weight(shard: Shard, group: int, value: Any) -> bool:
+    size = shard.weights[group].numel()
+    padded = size + (shard.paddings[group] if shard.paddings else 0)
+    return isinstance(value, Tensor) and value.ndim == 1 and value.numel() in (size, padded)
 
 
-def _copy(sources: list[tuple[Shard, Piece]], piece: Piece, target: Tensor, values: Any) -> None:
-    """Fill the place of `piece` in `target` from the pieces of `sources` that overlap it."""
+def _overlaps(sources: list[tuple[Shard, Piece]], piece: Piece) -> Iterator[tuple[Shard, int, slice, slice]]:
+    """Those of `sources` that overlap `piece`: their shard and group, and the places in the new and old group."""
     for shard, source in sources:
         low = max(piece.first, source.first)
         high = min(piece.first + piece.numel, source.first + source.numel)
         if low < high:
-            place = piece.start + low - piece.first
-            start = source.start + low - source.first
-            target[place : place + high - low] = values(shard, source.group)[start : start + high - low]
+            here, there = piece.start + low - piece.first, source.start + low - source.first
+            yield shard, source.group, slice(here, here + high - low), slice(there, there + high - low)

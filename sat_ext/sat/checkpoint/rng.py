@@ -11,10 +11,8 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rn
 
 
 def capture() -> dict[str, Any]:
-    """The state of Python's, NumPy's and PyTorch's generators, and of those for model-parallel dropout.
-
-    In plain values and tensors, so that reading it back runs no code.
-    """
+    """The state of Python's, NumPy's and PyTorch's generators, and of those for model-parallel dropout, in plain
+    values and tensors, so that reading it back runs no code."""
     version, words, gauss = random.getstate()
     state: Any = np.random.get_state()
     kind, keys, place, has_gauss, cached = state
@@ -64,8 +62,8 @@ def untouched() -> Iterator[None]:
 
 
 class Unseen:
-    """A data loader whose iterator draws no random numbers. PyTorch's draws a seed for its workers, so that a run
-    with held-out data would train on other random numbers than one without."""
+    """A data loader whose iterator draws no random numbers. PyTorch's draws a seed for its workers, and a run with
+    held-out data would train on other random numbers than one without."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader

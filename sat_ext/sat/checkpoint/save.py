@@ -18,28 +18,48 @@ import sat_ext
 from sat_ext.checkpoint.layout import DATA_NAME, MANIFEST_NAME, WEIGHTS_NAME, drafts_of, full_checkpoints
 from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound
 from sat_ext.files.atomic import PARTIAL
+from sat_ext.sat import divergence
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.data_state import cells_of, data_of, stream_of
-from sat_ext.sat.checkpoint.load import round_robin
 from sat_ext.sat.checkpoint.matching import in_checkpoint, is_trained
+from sat_ext.sat.checkpoint.optimizer_state import round_robin
 from sat_ext.sat.checkpoint.partitions import gather_weights
-from sat_ext.sat.checkpoint.publish import find_missing, publish
+from sat_ext.sat.checkpoint.publish import publish
 from sat_ext.sat.checkpoint.writer import Writer
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
-def save_checkpoint(iteration: int, model: Any, lr_scheduler: Any, args: argparse.Namespace) -> None:
-    """In place of SAT's: the full state of the run, as `<args.save>/<iteration>/`. Called on every rank.
+def save_sound(save_weights: Callable[..., None]) -> Callable[..., None]:
+    """Around SAT's `save_checkpoint`: only finite numbers are saved, in full checkpoints by us, else by SAT."""
 
-    If it cannot be written, the earlier checkpoints stay and training continues; at the end of the run, the
-    process exits with status 1.
-    """
+    def save_checkpoint(
+        iteration: int, model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace
+    ) -> None:
+        run, last = run_of(args), _is_last(iteration, args)
+        if not divergence.may_save(run, args, last=last):
+            if last:
+                sys.exit(1)
+            return
+        model.empty_partition_cache()  # ZeRO-3 may still fetch ahead of an evaluation, and gathers no such weight
+        divergence.check_finite(model, args)
+        if run.settings.checkpoint == "full":
+            _save_full(iteration, model, lr_scheduler, args)
+        else:
+            with _out_of_the_way(Path(args.save) / str(iteration)):
+                save_weights(iteration, model, optimizer, lr_scheduler, args)
+
+    return save_checkpoint
+
+
+def _save_full(iteration: int, model: Any, rate: Any, args: argparse.Namespace) -> None:
+    """If it cannot be written, the earlier checkpoints stay and training continues; at the end of the run, the
+    process exits with status 1."""
     run, folder = run_of(args), Path(args.save)
     if run.saved == iteration and (folder / str(iteration)).is_dir():  # SAT saves the last step's again at the end
         return
     print_rank0(f"saving a full checkpoint of iteration {iteration}")
     writer = Writer(_kept(model.module, run))
-    _write(folder, iteration, model, lr_scheduler, args, run, writer)
+    _write(folder, iteration, model, rate, args, writer)
     if writer.error is None:
         run.saved = iteration
         return
@@ -48,12 +68,12 @@ def save_checkpoint(iteration: int, model: Any, lr_scheduler: Any, args: argpars
         last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier one"
         what = writer.error if writer.placed else f"not saved: {writer.error}; {last}"
         print_rank0(f"error: the checkpoint of iteration {iteration} was {what}.", level="ERROR")
-    if is_last(iteration, args):
+    if _is_last(iteration, args):
         sys.exit(1)
 
 
 @contextmanager
-def out_of_the_way(folder: Path) -> Iterator[None]:
+def _out_of_the_way(folder: Path) -> Iterator[None]:
     """Inside, weights alone are saved as `folder`. A full checkpoint there is replaced whole: its optimizer and
     random numbers would not belong to the new weights."""
     (_, aside), first = drafts_of(folder), dist.get_rank() == 0
@@ -67,20 +87,18 @@ def out_of_the_way(folder: Path) -> Iterator[None]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def is_last(iteration: int, args: argparse.Namespace) -> bool:
+def _is_last(iteration: int, args: argparse.Namespace) -> bool:
     """Whether no later checkpoint can make up for this one."""
     return iteration >= args.train_iters or run_of(args).stopping
 
 
-def _write(
-    folder: Path, iteration: int, model: Any, rate: Any, args: argparse.Namespace, run: RunState, writer: Writer
-) -> None:
+def _write(folder: Path, iteration: int, model: Any, rate: Any, args: argparse.Namespace, writer: Writer) -> None:
     """Write, rename and prune. `writer.error` is the same on every rank afterwards."""
-    partial, first = folder / f"{iteration}{PARTIAL}", dist.get_rank() == 0
+    partial, first, run = folder / f"{iteration}{PARTIAL}", dist.get_rank() == 0, run_of(args)
     if first:
         for leftover in folder.glob(f"*{PARTIAL}"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        writer.makedirs(str(partial))
+        writer.attempt(partial.name, partial.mkdir)
     dist.barrier()
     _write_engine(model, partial, iteration, writer, run)
     writer.write(rng.capture(), partial / f"rng_{dist.get_rank()}.pt")
@@ -88,15 +106,13 @@ def _write(
         writer.write(list(epoch.samples), partial / DATA_NAME)
     written = writer.agree()
     if writer.error is None:
-        if first and (missing := find_missing(partial, written)) is not None:
-            writer.error = missing
-        elif first:
+        if first:
             files = {name: size for of_rank in written for name, size in sorted(of_rank.items())}
-            manifest = _manifest(iteration, model, rate, args, run, files)
+            manifest = _manifest(iteration, model, rate, args, files)
             config = model_io.extract_model_specific_args_to_dump(args, model)
             publish(partial, manifest, config, run.settings.keep_last, writer)
         writer.agree()
-    if writer.error is not None:  # on every rank: each may have written to a disk of its own
+    if first and writer.error is not None:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
 
@@ -129,10 +145,8 @@ def _kept(module: torch.nn.Module, run: RunState) -> Callable[[str], bool]:
     return keep
 
 
-def _manifest(
-    iteration: int, model: Any, rate: Any, args: argparse.Namespace, run: RunState, files: dict[str, int]
-) -> Manifest:
-    stream = stream_of(args)
+def _manifest(iteration: int, model: Any, rate: Any, args: argparse.Namespace, files: dict[str, int]) -> Manifest:
+    run, stream = run_of(args), stream_of(args)
     shares = stream.index.shares if stream else {}
     return Manifest(
         sat_ext=sat_ext.__version__,

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from sat_ext.checkpoint.layout import OPTIMIZER_NAME, WEIGHTS_NAME
 from sat_ext.ranks import gather
 
 
-class Writer(CheckpointEngine):
+class Writer(TorchCheckpointEngine):
     """What DeepSpeed writes through. The first failure is kept in `error`, not raised, because the other ranks are
     already waiting in a barrier; nothing is attempted after it.
 
@@ -29,20 +29,9 @@ class Writer(CheckpointEngine):
         self.placed = False
         self.written: dict[str, int] = {}
 
-    def create(self, info: CheckpointCommitInfo) -> None:
-        """Nothing to announce."""
-
-    def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Nothing to do: a checkpoint counts from its rename on."""
-        return True
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Never called: `load.py` reads the files itself."""
-        raise AssertionError(path)
-
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder."""
-        self.attempt(path, lambda: os.makedirs(path, exist_ok=exist_ok))
+        """Do nothing: a rank that does not see the first one's folder, because it lost a mount, must fail rather
+        than write to a disk of its own."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Write one of DeepSpeed's files: of the weights those to `keep`, and an optimizer into its own file."""
