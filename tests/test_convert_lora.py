@@ -264,15 +264,12 @@ def test_a_lora_that_sat_cannot_have_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ("{oops", "its lora_adapter_metadata is '{oops', not a JSON object; copy or download it again."),
-        ("[1]", "its lora_adapter_metadata is '[1]', not a JSON object; copy or download it again."),
-        (
-            '{"transformer.lora_alpha": "x"}',
-            "transformer.lora_alpha of its lora_adapter_metadata is 'x', not a number; copy or download it again.",
-        ),
+        ("{oops", "its lora_adapter_metadata is '{oops', not what diffusers writes (Expecting property name"),
+        ("[1]", "its lora_adapter_metadata is '[1]', not what diffusers writes ('list' object has no attribute"),
+        ('{"transformer.lora_alpha": "x"}', 'alpha": "x"}\', not what diffusers writes (could not convert'),
         (
             '{"transformer.lora_alpha": null}',
-            "transformer.lora_alpha of its lora_adapter_metadata is None, not a number; copy or",
+            "alpha\": null}', not what diffusers writes (float() argument",
         ),
     ],
 )
@@ -281,7 +278,9 @@ def test_metadata_of_a_lora_that_is_none_is_one_sentence(metadata: str, message:
     pair = {"A": torch.randn(RANK, HIDDEN), "B": torch.randn(HIDDEN, RANK)}
     file = tmp_path / LORA_FILE
     save_file({name.format(k): t for k, t in pair.items()}, file, {"lora_adapter_metadata": metadata})
-    with pytest.raises(ConfigError, match=re.escape(f"{file}: {message}")):
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape(str(file))}: .*{re.escape(message)}.*; copy or download it"
+    ):
         convert(file, tmp_path / "out", "sat", ("transformer",), Options())
 
 

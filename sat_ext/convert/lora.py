@@ -111,34 +111,21 @@ def read(file: Path, alpha: float | None) -> Lora:
     if other is not None:
         raise ConfigError(f"{file}: holds {other}, not a transformer's LoRA; name the file of a CogVideoX LoRA.")
     lora = from_peft({name.removeprefix(_PREFIX): t for name, t in weights.items()}, alpha, str(file))
-    metadata = _metadata(file)
-    if metadata.get(f"{_PREFIX}use_rslora") or metadata.get(f"{_PREFIX}alpha_pattern"):
-        raise ConfigError(
-            f"{file}: its layers have scales of their own, which SAT's LoRA does not support; use another."
-        )
-    own = metadata.get(f"{_PREFIX}lora_alpha", lora.rank)
-    if isinstance(own, bool) or not isinstance(own, int | float):
-        raise ConfigError(
-            f"{file}: {_PREFIX}lora_alpha of its {LORA_ADAPTER_METADATA_KEY} is {own!r}, not a number; copy or "
-            "download it again."
-        )
-    return Lora(lora.pairs, float(own) if alpha is None else alpha)
-
-
-def _metadata(file: Path) -> dict[str, Any]:
-    """What diffusers wrote beside the tensors of a LoRA; may be empty."""
     with safe_open(file, framework="pt") as opened:
         text = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY) or "{}"
     try:
-        metadata = json.loads(text)
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
+        metadata = {key.removeprefix(_PREFIX): value for key, value in json.loads(text).items()}
+        own = float(metadata.get("lora_alpha", lora.rank))
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{file}: its {LORA_ADAPTER_METADATA_KEY} is {text[:40]!r}, not a JSON object; copy or download it "
-            "again."
+            f"{file}: its {LORA_ADAPTER_METADATA_KEY} is {text[:40]!r}, not what diffusers writes ({error}); copy "
+            "or download it again."
+        ) from error
+    if metadata.get("use_rslora") or metadata.get("alpha_pattern"):
+        raise ConfigError(
+            f"{file}: its layers have scales of their own, which SAT's LoRA does not support; use another."
         )
-    return metadata
+    return Lora(lora.pairs, own if alpha is None else alpha)
 
 
 def write(file: Path, lora: Lora) -> None:

@@ -5,6 +5,7 @@ import os
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.ranks import gather
 from sat_ext.sat.broadcast import share_from_first_rank
 
-LOOK_SECONDS = 3.0  # other machines may see a new name on a network file system only after a while
+LOOKS = 30  # for the token, a tenth of a second apart
 
 
 def claim(folder: Path) -> None:
@@ -46,16 +47,13 @@ def _leave_token(folder: Path) -> str:
 
 
 def _sees(folder: Path, token: str) -> bool:
-    deadline = time.monotonic() + LOOK_SECONDS
-    while True:
-        try:
+    # other machines may see a new name on a network file system only after a while
+    for _ in range(LOOKS):
+        with suppress(OSError):
             if token in os.listdir(folder):  # not exists(): NFS clients cache that a name is missing
                 return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
         time.sleep(0.1)
+    return False
 
 
 def _lock(folder: Path) -> None:
