@@ -239,7 +239,7 @@ def test_what_is_wrong_with_a_lora_is_one_sentence(tmp_path: Path) -> None:
     moved = {n.replace("attention.dense", "mlp.dense_h_to_4h"): t for n, t in lora.items()}
     write_sat(tmp_path / "moved", moved)
     with pytest.raises(
-        ConfigError, match=r"4 adapters have no place \(first: transformer.layers.0.mlp.dense_h_to_4h.mat"
+        ConfigError, match=r"4 LoRA matrices have no place \(first: transformer.layers.0.mlp.dense_h_to_4h.mat"
     ):
         export(tmp_path / "moved", tmp_path / "out", Options(alpha=1))
     assert not (tmp_path / "out").exists()
@@ -251,7 +251,7 @@ def test_a_lora_that_sat_cannot_have_is_refused(tmp_path: Path) -> None:
     name = "transformer.transformer_blocks.0.ff.net.0.proj.lora_{}.weight"
     save_file({name.format(letter): t for letter, t in pair.items()}, folder / LORA_FILE)
     with pytest.raises(
-        ConfigError, match=r"1 adapters have no place \(first: transformer_blocks.0.ff.net.0.proj\); SAT"
+        ConfigError, match=r"2 LoRA matrices have no place \(first: transformer_blocks.0.ff.net.0.proj.lora_A"
     ):
         convert(folder, tmp_path / "out", "sat", ("transformer",), Options())
     save_file({"unet.lora_A.weight": pair["A"]}, folder / LORA_FILE)

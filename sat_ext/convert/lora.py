@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")  # with peft's 
 class Lora:
     """Adapters: each layer's output gains `alpha` / rank * B @ A @ input.
 
-    `pairs` gives A (rank, in) and B (out, rank) by diffusers' name of the layer. `alpha` is None if it is not
-    known: SAT keeps it in the YAML.
+    `weights` are A (rank, in) and B (out, rank) of each layer by peft's names, such as `<layer>.lora_A.weight`, with
+    diffusers' name of the layer. `alpha` is None if it is not known: SAT keeps it in the YAML.
     """
 
-    pairs: dict[str, tuple[Tensor, Tensor]]
+    weights: dict[str, Tensor]
     alpha: float | None
 
     @property
     def rank(self) -> int:
         """Rows of A."""
-        return next(iter(self.pairs.values()))[0].shape[0]
+        return next(t for name, t in self.weights.items() if ".lora_A." in name).shape[0]
 
 
 def split_sat(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -47,61 +47,59 @@ def split_sat(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 def from_sat(rows: Iterable[LayerNames], weights: Mapping[str, Tensor], alpha: float | None, where: str) -> Lora:
     """SAT's matrices, by the rows that can have them."""
-    left = dict(weights)
-    pairs = {}
-    for layer, names in _sat_names(rows):
-        found = {name: left.pop(name) for name in names if name in left}
-        if found:
-            pairs[layer] = _pair(found, names, where)
-    _reject(left, where, "CogVideo's lora2 adapts attention layers only")
-    return Lora(pairs, alpha)
+    names = _sat_names(rows)
+    _reject(weights.keys() - names.values(), where, "CogVideo's lora2 adapts attention layers only")
+    found = {name: weights[sat] for name, sat in names.items() if sat in weights}
+    _require_pairs(found, names, where)
+    return Lora(found, alpha)
 
 
 def to_sat(rows: Iterable[LayerNames], lora: Lora, where: str) -> dict[str, Tensor]:
     """The matrices by SAT's names."""
-    left = dict(lora.pairs)
-    found: dict[str, Tensor] = {}
-    for layer, names in _sat_names(rows):
-        if layer in left:
-            found |= dict(zip(names, left.pop(layer), strict=True))
-    _reject(left, where, "SAT's lora2 adapts to_q, to_k, to_v and to_out.0 only")
-    return found
+    names = _sat_names(rows)
+    _reject(lora.weights.keys() - names, where, "SAT's lora2 adapts to_q, to_k, to_v and to_out.0 only")
+    return {names[name]: tensor for name, tensor in lora.weights.items()}
 
 
-def _sat_names(rows: Iterable[LayerNames]) -> Iterator[tuple[str, list[str]]]:
-    """diffusers' layers, and SAT's names of A and B in each."""
-    for row in rows:
-        for layer, (block,) in row.parts:
-            yield layer, [f"{row.sat}.matrix_{letter}.{block}" for letter in "AB"]
+def _sat_names(rows: Iterable[LayerNames]) -> dict[str, str]:
+    """SAT's name of each matrix by that of `Lora`."""
+    return {
+        f"{layer}.lora_{letter}.weight": f"{row.sat}.matrix_{letter}.{block}"
+        for row in rows
+        for layer, (block,) in row.parts
+        for letter in "AB"
+    }
+
+
+def _reject(left: Collection[str], where: str, why: str) -> None:
+    if left:
+        raise ConfigError(f"{where}: {len(left)} LoRA matrices have no place (first: {min(left)}); {why}.")
 
 
 def from_peft(weights: Mapping[str, Tensor], alpha: float | None, where: str) -> Lora:
-    """Matrices by peft's names, such as `<layer>.lora_A.weight`."""
-    found: dict[str, dict[str, Tensor]] = {}
+    """Matrices by peft's names."""
+    found = {}
     for name, tensor in weights.items():
         if not (match := _MATRIX.fullmatch(name)):
             raise ConfigError(
                 f"{where}: {name} is not a LoRA matrix of a linear layer; only lora_A and lora_B can be converted."
             )
-        found.setdefault(match[1], {})[f"{match[1]}.lora_{match[2]}.weight"] = tensor
-    return Lora(
-        {k: _pair(v, [f"{k}.lora_{letter}.weight" for letter in "AB"], where) for k, v in found.items()}, alpha
-    )
+        found[f"{match[1]}.lora_{match[2]}.weight"] = tensor
+    _require_pairs(found, {}, where)
+    return Lora(found, alpha)
 
 
-def _pair(found: Mapping[str, Tensor], names: list[str], where: str) -> tuple[Tensor, Tensor]:
-    for name in names:
-        if name not in found:
-            raise ConfigError(f"{where}: {name} is missing; copy or download the file again.")
-    a, b = (found[name] for name in names)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise ConfigError(f"{where}: {names[0]} {list(a.shape)} and {names[1]} {list(b.shape)} do not multiply.")
-    return a, b
-
-
-def _reject(left: Mapping[str, Any], where: str, why: str) -> None:
-    if left:
-        raise ConfigError(f"{where}: {len(left)} adapters have no place (first: {next(iter(left))}); {why}.")
+def _require_pairs(found: Mapping[str, Tensor], names: Mapping[str, str], where: str) -> None:
+    """Raise `ConfigError` unless each layer has an A and a B that multiply. `names`: what `where` calls them."""
+    for layer in dict.fromkeys(name.rpartition(".lora_")[0] for name in found):
+        pair = [f"{layer}.lora_{letter}.weight" for letter in "AB"]
+        shown = [names.get(name, name) for name in pair]
+        for name, other in zip(pair, shown, strict=True):
+            if name not in found:
+                raise ConfigError(f"{where}: {other} is missing; copy or download the file again.")
+        a, b = (found[name].shape for name in pair)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise ConfigError(f"{where}: {shown[0]} {list(a)} and {shown[1]} {list(b)} do not multiply.")
 
 
 def read(file: Path, alpha: float | None) -> Lora:
@@ -125,20 +123,16 @@ def read(file: Path, alpha: float | None) -> Lora:
         raise ConfigError(
             f"{file}: its layers have scales of their own, which SAT's LoRA does not support; use another."
         )
-    return Lora(lora.pairs, own if alpha is None else alpha)
+    return Lora(lora.weights, own if alpha is None else alpha)
 
 
 def write(file: Path, lora: Lora) -> None:
     """`file` as diffusers' `load_lora_weights` takes it, with rank and alpha."""
     # whole names, because peft would find a shorter one in layers that have no adapter
-    config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.pairs)}
+    layers = sorted({name.rpartition(".lora_")[0] for name in lora.weights})
+    config = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": layers}
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in config.items()})}
-    weights = {
-        f"{_PREFIX}{name}.lora_{letter}.weight": tensor
-        for name, pair in lora.pairs.items()
-        for letter, tensor in zip("AB", pair, strict=True)
-    }
-    write_tensors(file, weights, metadata)
+    write_tensors(file, {_PREFIX + name: tensor for name, tensor in lora.weights.items()}, metadata)
 
 
 def alpha_of(base: Mapping[str, Any]) -> float | None:
