@@ -26,7 +26,7 @@ _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")  # with peft's 
 class Lora:
     """Adapters: each layer's output gains `alpha` / rank * B @ A @ input.
 
-    `weights` are A (rank, in) and B (out, rank) of each layer by peft's names, such as `<layer>.lora_A.weight`, with
+    `weights` are A (rank, in) and B (out, rank) of each layer, by peft's names (`<layer>.lora_A.weight`) and
     diffusers' name of the layer. `alpha` is None if it is not known: SAT keeps it in the YAML.
     """
 
