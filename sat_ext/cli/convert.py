@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -70,7 +70,7 @@ def make_options(
     size: str | None = None,
     scale_factor: float | None = None,
     alpha: float | None = None,
-    **others: Any,
+    base_weights: Path | None = None,
 ) -> "ConvertOptions":
     """The options as the conversions take them; `more`: of `--base a.yaml b.yaml` all but the first file, which
     arrive as arguments after the source. Raises `ConfigError`."""
@@ -85,7 +85,9 @@ def make_options(
             raise ConfigError(f"{name}: {value:g} is not a scale; use a number above 0.")
     yaml = read_yaml([*base, *(more or [])]) if base else None
     bucket = None if size is None else _size(size)
-    return ConvertOptions(base=yaml, size=bucket, scale_factor=scale_factor, alpha=alpha, **others)
+    return ConvertOptions(
+        base=yaml, size=bucket, scale_factor=scale_factor, alpha=alpha, base_weights=base_weights
+    )
 
 
 def _size(text: str) -> Bucket:

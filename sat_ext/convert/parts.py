@@ -15,7 +15,7 @@ from sat_ext.convert.names import SUFFIXES, LayerNames, autoencoder_rows, to_dif
 from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
-Layout = Literal["sat", "diffusers", "engine"]  # CogVideo's, diffusers', and that of a run of the built-in engine
+Layout = Literal["sat", "diffusers"]
 UNREAD = "transformer.position_embeddings.weight"  # SAT's own, which no network of CogVideoX reads
 UNREAD_LENGTH = 64  # `max_sequence_length` of every YAML of CogVideo's
 

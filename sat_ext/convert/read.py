@@ -193,7 +193,7 @@ def _engine(file: Path, weights: Mapping[str, Tensor], options: ConvertOptions) 
     if config is None:
         sizes = asdict(model.transformer)
         config = config_of({"_class_name": TRANSFORMER, **sizes}, f"{CONFIG_NAME}: model.transformer")
-    weights = checked(names, config, where, layout="engine")
+    weights = checked(names, config, where, layout="diffusers")
     return Part(where=where, weights=weights, config=config, lora=lora)
 
 

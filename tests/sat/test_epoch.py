@@ -187,7 +187,7 @@ def test_other_buckets_shares_sources_and_seeds_are_told_apart(
     assert samples_used(args, shifted, SEED) == used_before
     assert said == [
         f"resume: the share of source '{name}' was 0.5 and is {share}; shares count from the beginning of the "
-        f"run, so it comes {how} often until 11 samples are made up for."
+        f"run, so it comes {how} often until it has made up for 11 samples."
         for name, share, how in (("stills", 0.6, "more"), ("two", 0.4, "less"))
     ]
     gone = index_of({"path": str(folder), "name": "three"})
@@ -210,7 +210,7 @@ def test_a_checkpoint_without_a_list_of_samples_is_gone_on_with(
     assert samples_used(Namespace(sat_ext=old), index, SEED) == [c.used for c in run.resumed.cells]
     assert said == [
         "resume: the checkpoint is of an earlier version, which does not list its samples: if the data have "
-        "changed since then, some of this epoch come twice, and some not at all."
+        "changed since then, some samples of this epoch come twice, and some not at all."
     ]
     content = bytearray((run.folder / "data.pt").read_bytes())
     content[content.find(torch.load(run.folder / "data.pt")[0]["keys"].numpy().tobytes())] ^= 1

@@ -25,9 +25,8 @@ def first_step(args: argparse.Namespace) -> int:
 def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int] | None:
     """Samples of each group of `index` that the run was trained on before it was resumed; None for a new run.
 
-    Groups are matched by source and bucket. A new bucket starts where its source is. A new source starts where it
-    would be had it been there from the beginning; otherwise it would be the only one until it had caught up.
-    Prints what has changed since the checkpoint. Raises `ConfigError` if its `data.pt` is damaged.
+    Groups are matched by source and bucket. Prints what has changed since the checkpoint. Raises `ConfigError` if
+    its `data.pt` is damaged.
     """
     run = run_of(args)
     resumed = run.resumed
@@ -49,6 +48,8 @@ def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int]
     if not kept:
         print_rank0("resume: none of the checkpoint's sources is in the data any more; the new ones start.")
         return [0] * len(index.groups)
+    # a new bucket starts where its source is; a new source where it would be had it been there from the beginning,
+    # because from 0 it would be the only one to train on until it had caught up
     per_share = sum(known[s] for s in kept) / sum(index.shares[s] for s in kept)
     epochs = {s: known[s] / records[s] if s in kept else per_share * index.shares[s] / now[s] for s in now}
     used = [cells.get((g.source, str(g.bucket)), round(epochs[g.source] * len(g.rows))) for g in index.groups]
@@ -73,7 +74,7 @@ def _report_changes(run: RunState, index: Index, used: list[int], seed: int) -> 
     else:
         print_rank0(
             "resume: the checkpoint is of an earlier version, which does not list its samples: if the data have "
-            "changed since then, some of this epoch come twice, and some not at all."
+            "changed since then, some samples of this epoch come twice, and some not at all."
         )
     samples = Counter[str]()
     for group, count in zip(index.groups, used, strict=True):
@@ -84,8 +85,8 @@ def _report_changes(run: RunState, index: Index, used: list[int], seed: int) -> 
         if source in index.shares and abs(now - share) > 1e-9 and behind:
             print_rank0(
                 f"resume: the share of source '{source}' was {share:.3g} and is {now:.3g}; shares count from the "
-                f"beginning of the run, so it comes {'more' if behind > 0 else 'less'} often until "
-                f"{abs(behind)} samples are made up for."
+                f"beginning of the run, so it comes {'more' if behind > 0 else 'less'} often until it has made up "
+                f"for {abs(behind)} samples."
             )
 
 

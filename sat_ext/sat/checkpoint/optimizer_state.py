@@ -23,7 +23,7 @@ from sat_ext.sat.run import RunState
 
 # The objects in DeepSpeed's shards; nothing else in one can run code.
 SHARD_TYPES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
-OTHER_PRECISION = "saved under another precision, in which DeepSpeed keeps its optimizer otherwise"
+OTHER_PRECISION = "saved under another precision, in which DeepSpeed keeps its optimizer in another form"
 
 
 def load_optimizer(run: RunState, scheduler: Any) -> None:
@@ -31,6 +31,7 @@ def load_optimizer(run: RunState, scheduler: Any) -> None:
     engine, saved = run.engine, run.resumed
     assert saved is not None
     optimizer = engine.optimizer
+    # DeepSpeed loads the saved options over the running ones, which are put back below
     options = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
     # read on all ranks before DeepSpeed has them wait for each other
     state, reason = on_every_rank(lambda: _read_own(run))
@@ -63,11 +64,10 @@ def round_robin(engine: Any) -> bool:
 
 
 def _read_own(run: RunState) -> tuple[dict[str, Any] | None, str | None]:
-    """This rank's optimizer state, or None if none of it can be used; and the reason if the moments in it cannot.
-    The random numbers are read too, and kept for the first step."""
+    """This rank's optimizer state, or None if none of it can be used, and why the moments in it cannot, if so."""
     engine, saved, folder = run.engine, run.resumed, run.folder
     assert saved is not None and folder is not None
-    if saved.world == dist.get_world_size():
+    if saved.world == dist.get_world_size():  # read with the rest, so that all ranks end if one cannot; used later
         file = folder / f"rng_{dist.get_rank()}.pt"
         run.random = read_file(file)
         if not rng.is_state(run.random):
@@ -91,7 +91,7 @@ def _cannot_load(engine: Any, saved: Manifest, folder: Path) -> str | None:
     """Why the running optimizer cannot take the saved one's state, if it cannot."""
     stage, robin = engine.zero_optimization_stage(), round_robin(engine)
     if (saved.zero_stage == 0) != (stage == 0):
-        return f"saved under ZeRO-{saved.zero_stage}, and ZeRO-{stage} keeps its optimizer otherwise"
+        return f"saved under ZeRO-{saved.zero_stage}, and ZeRO-{stage} keeps its optimizer in another form"
     # in bf16 DeepSpeed keeps ZeRO-0's optimizer in shards too
     if stage == 0 and (folder / OPTIMIZER_NAME).is_file() == hasattr(engine.optimizer, "_param_slice_mappings"):
         return OTHER_PRECISION
