@@ -98,7 +98,7 @@ def _write(folder: Path, iteration: int, model: Any, rate: Any, args: argparse.N
     if first:
         for leftover in folder.glob(f"*{PARTIAL}"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        writer.attempt(partial.name, partial.mkdir)
+        writer.attempt(partial.name, lambda: partial.mkdir(parents=True))
     dist.barrier()
     _write_engine(model, partial, iteration, writer, run)
     writer.write(rng.capture(), partial / f"rng_{dist.get_rank()}.pt")
