@@ -93,8 +93,6 @@ def full_checkpoints(run: Path) -> list[Path]:
 
 
 def drafts_of(folder: Path) -> tuple[Path, Path]:
-    """Where a checkpoint lies before it gets its name, and while another of its iteration takes its place.
-
-    After a kill between two renames there may be a whole one at either, and none at `folder`.
-    """
+    """Where a checkpoint lies before it gets its name, and while another of its iteration takes its place. After a
+    kill between two renames there may be a whole one at either, and none at `folder`."""
     return folder.with_name(folder.name + PARTIAL), folder.with_name(f"{folder.name}.old{PARTIAL}")

@@ -84,10 +84,8 @@ def write_synced(file: Path, text: str) -> None:
 
 
 def read_manifest(folder: Path, *, sizes: bool = True) -> Manifest | None:
-    """The manifest of a full checkpoint, None for one of weights alone.
-
-    Raises `ConfigError` if it is damaged or, with `sizes`, if a file is missing or of another size.
-    """
+    """The manifest of a full checkpoint, None for one of weights alone. Raises `ConfigError` if it is damaged or,
+    with `sizes`, if a file is missing or of another size."""
     if not (folder / MANIFEST_NAME).is_file():
         return None
     try:

@@ -29,15 +29,12 @@ RNG_STATE_TYPES: list[Any] = [
 ]
 _CHUNK = 1 << 20  # bytes read at a time
 
-_sound: set[tuple[str, int, int]] = set()  # files that this process has checked: path, size, modification time
+_sound: set[tuple[str, int, int]] = set()  # files that need no second check: path, size, modification time
 
 
 def read_file(file: Path, *, types: tuple[Any, ...] = ()) -> Any:
-    """What `torch.save` wrote to `file`, on the CPU; tensors are mapped if the format allows.
-
-    Only tensors, plain values, the state of NumPy's generator and objects of `types` are accepted. Raises
-    `ConfigError`.
-    """
+    """What `torch.save` wrote to `file`, on the CPU, mapped if the format allows. Raises `ConfigError` unless it
+    holds only tensors, plain values, the state of NumPy's generator and objects of `types`."""
     try:
         require_sound(file)
         with torch.serialization.safe_globals([*RNG_STATE_TYPES, *types]):
@@ -66,7 +63,7 @@ def read_file(file: Path, *, types: tuple[Any, ...] = ()) -> Any:
 def require_sound(file: Path, part: int = 0, parts: int = 1) -> None:
     """Raise `ConfigError` if a record of `file` does not match its checksum, `OSError` if it cannot be read.
 
-    A process checks a file once. Ranks may share the records: each of `parts` passes its own number as `part`.
+    Ranks may share the records: each of `parts` passes its own number as `part`.
     """
     status = file.stat()
     identity = (str(file.resolve()), status.st_size, status.st_mtime_ns)
@@ -115,10 +112,8 @@ def weight_files(run: Path, iteration: int | None = None) -> Iterator[Path]:
 
 
 def read_weights(run: Path, iteration: int | None = None) -> tuple[dict[str, Tensor], int]:
-    """All weights of a checkpoint by name, and its iteration. Those that it leaves out come from its base.
-
-    Raises `ConfigError`.
-    """
+    """All weights of a checkpoint by name, those that it leaves out from its base; and its iteration. Raises
+    `ConfigError`."""
     weights: dict[str, Tensor] = {}
     iterations = []
     for file in weight_files(run, iteration):

@@ -31,10 +31,8 @@ SECTION = f"{YAML}: model"
 
 
 def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
-    """The model that a config.json describes, without memory for its weights.
-
-    `ConfigError`, which begins with `where`, for another class and for invalid values.
-    """
+    """The model that a config.json describes, without memory for its weights. `ConfigError` for another class and
+    for invalid values."""
     classes = {c.__name__: c for c in (CogVideoXTransformer3DModel, AutoencoderKLCogVideoX)}
     name = config.get("_class_name")
     if name not in classes:

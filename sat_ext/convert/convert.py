@@ -86,17 +86,14 @@ def _reject_inside(target: Path, source: Path) -> None:
 
 
 def _write_diffusers(part: Part, folder: Path) -> list[Path]:
-    """The model's folder and its LoRA's file beside it, as far as there are any.
-
-    What diffusers has no place for is kept in the folder, so that the way back gives the same file.
-    """
+    """The model's folder and its LoRA's file beside it, as far as there are any."""
     written = []
     if part.weights and part.config is not None:
         with aside(folder) as draft:
             draft.mkdir()
             write_safetensors(draft, part.weights, str(folder))
             _write_json(draft / "config.json", part.config)
-            if part.sat_only:
+            if part.sat_only:  # kept, although diffusers has no place for it: the way back gives the same file
                 write_tensors(draft / SAT_ONLY_FILE, part.sat_only)
         written.append(folder)
     if part.lora is not None:
@@ -112,10 +109,8 @@ def _write_diffusers(part: Part, folder: Path) -> list[Path]:
 
 
 def _write_sat_transformer(part: Part, folder: Path) -> list[Path]:
-    """A folder as SAT's load_checkpoint reads it: `latest`, and iteration 1.
-
-    A LoRA is in the same file as the base weights, as in CogVideo's own; `lora.yaml` is what its YAML must say.
-    """
+    """A folder as SAT's load_checkpoint reads it: `latest`, and iteration 1. A LoRA is in the same file as the
+    base weights, as in CogVideo's own; `lora.yaml` is what its YAML must say."""
     if part.config is None:
         raise ConfigError(
             f"{part.where}: holds a LoRA and not the weights that it belongs to; name their folder with "

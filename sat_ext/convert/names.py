@@ -108,10 +108,8 @@ def _norm(sat: str, diffusers: str, spatial: bool) -> list[LayerNames]:
 
 
 def to_diffusers(rows: Iterable[LayerNames], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `weights`, by SAT's names, that the table has, by diffusers' names.
-
-    The modulation (14 % of a 5B model) is copied; all else are views.
-    """
+    """Those of `weights`, by SAT's names, that the table has, by diffusers' names. The modulation (14 % of a 5B
+    model) is copied; all else are views."""
     found: dict[str, Tensor] = {}
     for row in rows:
         for suffix in SUFFIXES:
@@ -122,10 +120,8 @@ def to_diffusers(rows: Iterable[LayerNames], weights: Mapping[str, Tensor]) -> d
 
 
 def to_sat(rows: Iterable[LayerNames], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`, for the layers of SAT's of which all parts are there.
-
-    What SAT stacks (q, k and v, and the modulation: 36 % of a 5B model) is copied.
-    """
+    """The inverse of `to_diffusers`, for SAT's layers whose parts are all there. What SAT stacks (q, k and v, and
+    the modulation: 36 % of a 5B model) is copied."""
     found = {}
     for row in rows:
         for suffix in SUFFIXES:

@@ -22,11 +22,8 @@ UNREAD_LENGTH = 64  # `max_sequence_length` of every YAML of CogVideo's
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What the weights do not show: CogVideo's YAML, the size of the video, the autoencoder's scale, LoRA's alpha.
-
-    `base_weights`: where the weights below a LoRA are; `with_base=False` converts the LoRA alone. `to`: the layout
-    to write.
-    """
+    """What the weights do not show. `base` is CogVideo's YAML, `size` that of the video in pixels, `base_weights`
+    where the weights below a LoRA are; without `with_base` the LoRA alone is read. `to` is the layout to write."""
 
     base: Mapping[str, Any] | None = None
     size: Bucket | None = None
@@ -97,10 +94,8 @@ def checked(
 
 
 def computed(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that SAT's transformer has beyond diffusers', by SAT's names, for a model of this config.json.
-
-    All are position embeddings, which CogVideo keeps in its checkpoints and diffusers computes.
-    """
+    """The tensors that SAT's transformer has beyond diffusers', by SAT's names, for a model of this config.json:
+    the position embeddings, which CogVideo keeps in its checkpoints and diffusers computes."""
     patch, head = config["patch_size"], config["attention_head_dim"]
     hidden = config["num_attention_heads"] * head
     grid = Grid(
@@ -120,9 +115,7 @@ def computed(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]
 
 def take_sat_only(plain: dict[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """Remove from `plain` what diffusers computes or never reads; return what cannot be computed bit for bit.
-
-    Raises `ConfigError` if the positions are not those that diffusers will compute.
-    """
+    Raises `ConfigError` if the positions are not those that diffusers will compute."""
     made, kept = computed(config, plain["time_embed.0.weight"].dtype), {}
     for name in sorted({*made, UNREAD, "transformer.word_embeddings.weight"} & plain.keys()):
         tensor, own = plain.pop(name), made.get(name)

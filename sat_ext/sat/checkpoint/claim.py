@@ -19,10 +19,8 @@ LOOKS = 30  # for the token, a tenth of a second apart
 
 
 def claim(folder: Path) -> None:
-    """Make `folder`, and lock it until the first rank's process ends. Called on every rank.
-
-    Raises `ConfigError` on all ranks if one of them sees another folder, or another run holds the lock.
-    """
+    """Make `folder`, and lock it until the first rank's process ends. Called on every rank. Raises `ConfigError`
+    on all if one of them sees another folder, or another run holds the lock."""
     token = share_from_first_rank(lambda: _leave_token(folder.parent))
     blind = gather(None if _sees(folder.parent, token) else socket.gethostname())
     if dist.get_rank() == 0:

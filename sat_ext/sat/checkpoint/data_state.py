@@ -24,10 +24,7 @@ def first_step(args: argparse.Namespace) -> int:
 
 def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int] | None:
     """Samples of each group of `index` that the run was trained on before it was resumed; None for a new run.
-
-    Groups are matched by source and bucket. Prints what has changed since the checkpoint. Raises `ConfigError` if
-    its `data.pt` is damaged.
-    """
+    Prints what has changed since the checkpoint. Raises `ConfigError` if its `data.pt` is damaged."""
     run = run_of(args)
     resumed = run.resumed
     if resumed is None or not resumed.cells:

@@ -62,10 +62,8 @@ def with_saved_state(make_scheduler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _load_weights(model: nn.Module, args: argparse.Namespace) -> int:
-    """Fill the model from the full checkpoint in `args.load`, and its base; the iteration to continue from.
-
-    Raises `ConfigError` if the checkpoint is damaged or of another model.
-    """
+    """Fill the model from the full checkpoint in `args.load`, and its base; the iteration to continue from. Raises
+    `ConfigError` if the checkpoint is damaged or of another model."""
     run, path = run_of(args), Path(args.load)
     file = find_weights(path)
     names = {name for name, _ in model.named_parameters()}

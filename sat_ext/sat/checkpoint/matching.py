@@ -23,10 +23,8 @@ def is_trained(parameter: Tensor) -> bool:
 
 
 def in_checkpoint(module: nn.Module) -> Callable[[str], bool]:
-    """Whether a checkpoint of `module`, our engine or CogVideo's, holds the weight of a given name.
-
-    It leaves out what the YAML alone restores: CogVideo's frozen T5 and autoencoder, which have their own files.
-    """
+    """Whether a checkpoint of `module`, our engine or CogVideo's, holds the weight of a given name. It leaves out
+    what the YAML alone restores: CogVideo's frozen T5 and autoencoder, which have their own files."""
     is_fixed = getattr(module, "is_fixed", None)
     if is_fixed is not None:
         return lambda name: not is_fixed(name)
@@ -106,11 +104,8 @@ def check_whole(model: nn.Module, weights: dict[str, Tensor], args: argparse.Nam
 
 
 def check_trained(model: nn.Module, run: RunState) -> None:
-    """Raise `ConfigError` if the checkpoint that is resumed lacks a weight that this run trains.
-
-    A run that starts forgets its base if all of the base's weights are trained, and therefore saved.
-    """
-    if run.resumed is None:
+    """Raise `ConfigError` if the checkpoint that is resumed lacks a weight that this run trains."""
+    if run.resumed is None:  # a new run, which needs no base if it trains, and therefore saves, all of its weights
         assert run.base is not None
         trained = {n for n, p in model.named_parameters() if is_trained(p)} | {n for n, _ in model.named_buffers()}
         if read_weights(Path(run.base.path), run.base.iteration)[0].keys() <= trained:

@@ -218,15 +218,13 @@ def check_same_weights(optimizer: Any, state: dict[str, Any], file: Path) -> Non
 
 
 def with_own_scaler(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """`state` with the running loss scaler, if the YAML asks for another kind than the saved one.
-
-    A static scale is an option of the YAML; a dynamic one has found its value during the run, and keeps it.
-    """
+    """`state` with the running loss scaler, if the YAML asks for another kind than the saved one."""
     saved, running = state.get("loss_scaler"), getattr(optimizer, "loss_scaler", None)
     if saved is None or running is None:
         return state
     dynamic = bool(optimizer.dynamic_loss_scale)
     same = type(saved) is type(running) and bool(state["dynamic_loss_scale"]) == dynamic
+    # a static scale is an option of the YAML; a dynamic one has found its value during the run, and keeps it
     if same and (dynamic or saved.cur_scale == running.cur_scale):
         return state
     print_rank0(

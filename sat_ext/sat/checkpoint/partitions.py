@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def gather_weights(module: nn.Module, kept: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of `module` whose names are `kept`, in CPU memory.
-
-    Every rank must call it. The first rank gets them, the others an empty dict.
-    """
+    """The parameters and persistent buffers of `module` whose names are `kept`, in CPU memory. Every rank must
+    call it; the first gets them, the others an empty dict."""
     weights: dict[str, Tensor] = {}
     first = torch.distributed.get_rank() == 0
     # module by module, so that no GPU holds more than one submodule's own parameters whole
@@ -34,9 +32,7 @@ def gather_weights(module: nn.Module, kept: Callable[[str], bool]) -> dict[str, 
 @contextmanager
 def gathered_loading(module: nn.Module) -> Iterator[None]:
     """Inside, `module.load_state_dict` fills parameters that ZeRO-3 has partitioned, from the first rank's state.
-
-    Every rank must call it with the same names.
-    """
+    Every rank must call it with the same names."""
     if not any(hasattr(p, "ds_id") for p in module.parameters()):
         yield
         return

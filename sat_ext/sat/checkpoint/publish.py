@@ -45,10 +45,7 @@ def publish(
 
 
 def prune(folder: Path, newest: int, keep_last: int | None) -> None:
-    """Remove all but the `keep_last` newest; those of later iterations, which a run left behind, go first.
-
-    A failure is a warning: the new checkpoint is good, and the next save tries again.
-    """
+    """Remove all but the `keep_last` newest; those of later iterations, which a run left behind, go first."""
     try:
         if keep_last is not None:
             found = full_checkpoints(folder)
@@ -57,7 +54,7 @@ def prune(folder: Path, newest: int, keep_last: int | None) -> None:
                 old.rename(old.with_name(old.name + PARTIAL))  # first: a kill leaves nothing that looks whole
         for leftover in folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
-    except OSError as error:
+    except OSError as error:  # no reason to end the run: the new checkpoint is good
         print_rank0(
             f"warning: {folder}: an old checkpoint could not be removed ({error.strerror}: {error.filename}); it "
             "is tried again at the next save.",

@@ -101,10 +101,7 @@ def cut(
     shards: list[Shard], pieces: list[Piece], sizes: list[int], where: Path
 ) -> tuple[list[Tensor], dict[int, Any]]:
     """The fp32 weights and the optimizer's state of a new shard, which consists of `pieces` in groups of `sizes`.
-
-    Raises `ConfigError` if the optimizer keeps something that is not one value per weight, or knows nothing of a
-    weight that trains now.
-    """
+    Raises `ConfigError` if the optimizer's state cannot be cut, or is not of a weight that trains now."""
     found: dict[str, list[tuple[Shard, Piece]]] = {}
     for shard in shards:
         for piece in shard.pieces:
