@@ -70,7 +70,7 @@ def _read_own(run: RunState) -> tuple[dict[str, Any] | None, str | None]:
     if saved.world == dist.get_world_size():  # read with the rest, so that all ranks end if one cannot; used later
         file = folder / f"rng_{dist.get_rank()}.pt"
         run.random = read_file(file)
-        if not rng.is_state(run.random):
+        if not isinstance(run.random, dict) or not rng.capture().keys() <= run.random.keys():
             raise ConfigError(f"{file}: holds no random number generators; name another checkpoint.")
     if reason := _cannot_load(engine, saved, folder):
         return None, reason
@@ -199,18 +199,12 @@ def _kept_of_a_weight(inner: Any) -> set[str] | None:
 
 def check_same_weights(optimizer: Any, state: dict[str, Any], file: Path) -> None:
     """Raise `ConfigError` if a state without ZeRO, which has no names, is not of the weights that train now."""
-    inner, groups = _inner_state(state), _inner(optimizer).param_groups
-    same = [len(g["params"]) for g in inner["param_groups"]] == [len(g["params"]) for g in groups]
-    if same:
-        numbers = [number for g in inner["param_groups"] for number in g["params"]]
-        shapes = dict(zip(numbers, (p.shape for g in groups for p in g["params"]), strict=True))
-        same = all(
-            value.shape == shapes[number]
-            for number, values in inner["state"].items()
-            for key, value in values.items()
-            if isinstance(value, Tensor) and key.startswith("exp_avg")
-        )
-    if not same:
+    saved, groups = _inner_state(state), _inner(optimizer).param_groups
+    sizes = [[len(g["params"]) for g in some] for some in (saved["param_groups"], groups)]
+    numbers = [number for g in saved["param_groups"] for number in g["params"]]
+    weights = [weight for g in groups for weight in g["params"]]
+    moments = [saved["state"].get(n, {}).get("exp_avg", w) for n, w in zip(numbers, weights)]
+    if sizes[0] != sizes[1] or any(m.shape != w.shape for m, w in zip(moments, weights)):
         raise ConfigError(
             f"{file}: holds the state of other weights than train now; train what was trained, or start over with "
             "'mode: finetune'."

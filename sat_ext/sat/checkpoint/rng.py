@@ -25,11 +25,6 @@ def capture() -> dict[str, Any]:
     }
 
 
-def is_state(state: Any) -> bool:
-    """Whether a file's content is what `capture` gives."""
-    return isinstance(state, dict) and {"python", "numpy", "torch", "cuda", "tracker"} <= state.keys()
-
-
 def restore(state: dict[str, Any]) -> None:
     """Undo whatever was drawn since `capture`."""
     version, words, gauss = state["python"]
