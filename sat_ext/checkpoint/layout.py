@@ -19,8 +19,7 @@ and of full checkpoints:
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
 from sat_ext.files.atomic import PARTIAL
 
@@ -52,9 +51,7 @@ def read_run_config(run: Path) -> dict[str, Any]:
     file = run / CONFIG_NAME
     if not file.is_file():
         raise ConfigError(f"{run}: there is no {CONFIG_NAME}; it is written beside the checkpoints of a run.")
-    config = yaml.safe_load(file.read_text())
-    assert isinstance(config, dict)
-    return config
+    return read_yaml([str(file)])
 
 
 def find_weights(run: Path, iteration: int | None = None) -> Path:
