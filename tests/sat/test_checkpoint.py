@@ -18,8 +18,8 @@ from sat_ext.errors import ConfigError
 from sat_ext.models.generate import load_engine
 from sat_ext.sat import steps
 from sat_ext.sat.checkpoint.optimizer_state import SHARD_TYPES
-from sat_ext.sat.checkpoint.publish import prune
 from sat_ext.sat.checkpoint.reshard import Piece, cut, saved_shards
+from sat_ext.sat.checkpoint.save import prune
 from tests.sat.ranks import Server, finish, folder_of
 from tests.sat.runs import QUICK
 from tests.sat_layout import write_base

@@ -14,7 +14,7 @@ import pytest
 from sat_ext.checkpoint.manifest import Manifest, read_manifest
 from sat_ext.checkpoint.reading import read_weights
 from sat_ext.errors import ConfigError
-from sat_ext.sat.checkpoint.publish import publish
+from sat_ext.sat.checkpoint.save import publish
 from sat_ext.sat.checkpoint.writer import Writer
 from tests.sat.ranks import Server, finish
 from tests.sat.runs import QUICK

@@ -27,7 +27,8 @@ OTHER_PRECISION = "saved under another precision, in which DeepSpeed keeps its o
 
 
 def load_optimizer(run: RunState, scheduler: Any) -> None:
-    """The optimizer's options (weight decay, betas) stay as the YAML has them now. Raises `ConfigError`."""
+    """Restore them all. The optimizer's options (weight decay, betas) stay as the YAML has them now. Raises
+    `ConfigError`."""
     engine, saved = run.engine, run.resumed
     assert saved is not None
     optimizer = engine.optimizer

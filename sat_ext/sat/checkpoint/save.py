@@ -1,10 +1,12 @@
 """Writes a full checkpoint aside, and renames it when every rank's files are on the disk."""
 
 import argparse
+import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,14 @@ from sat.training import model_io
 
 import sat_ext
 from sat_ext.checkpoint.layout import DATA_NAME, MANIFEST_NAME, WEIGHTS_NAME, drafts_of, full_checkpoints
-from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound
-from sat_ext.files.atomic import PARTIAL
+from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound, write_manifest, write_synced
+from sat_ext.files.atomic import PARTIAL, written_aside
 from sat_ext.sat import divergence
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.data_state import cells_of, data_of, stream_of
 from sat_ext.sat.checkpoint.matching import in_checkpoint, is_trained
 from sat_ext.sat.checkpoint.optimizer_state import round_robin
 from sat_ext.sat.checkpoint.partitions import gather_weights
-from sat_ext.sat.checkpoint.publish import publish
 from sat_ext.sat.checkpoint.writer import Writer
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
@@ -139,10 +140,7 @@ def _kept(module: torch.nn.Module, run: RunState) -> Callable[[str], bool]:
     """Which weights a checkpoint of the run holds: all, or those that its base does not give."""
     parameters, belongs = dict(module.named_parameters()), in_checkpoint(module)
 
-    def keep(name: str) -> bool:
-        return belongs(name) and (run.whole or name not in parameters or is_trained(parameters[name]))
-
-    return keep
+    return lambda n: belongs(n) and (run.whole or n not in parameters or is_trained(parameters[n]))
 
 
 def _manifest(iteration: int, model: Any, rate: Any, args: argparse.Namespace, files: dict[str, int]) -> Manifest:
@@ -166,3 +164,77 @@ def _manifest(iteration: int, model: Any, rate: Any, args: argparse.Namespace, f
         files=files,
         shares={source: share / sum(shares.values()) for source, share in shares.items()},
     )
+
+
+def publish(
+    partial: Path, manifest: Manifest, model_config: dict[str, Any], keep_last: int | None, writer: Writer
+) -> None:
+    """On the first rank. An error before the rename leaves things as they were; after it, the checkpoint stays."""
+    folder, final = partial.parent, partial.with_name(str(manifest.iteration))
+    latest = folder / "latest.new"
+    writer.attempt(MANIFEST_NAME, lambda: write_manifest(partial, manifest))
+    # names first: after a power failure, `final` must not lack a file
+    writer.attempt(partial.name, lambda: _sync(partial))
+    writer.attempt("model_config.json", lambda: _replace(folder / "model_config.json", json.dumps(model_config)))
+    # written now, while a full disk still does no harm, and renamed last
+    writer.attempt("latest", lambda: write_synced(latest, final.name))
+    writer.attempt(partial.name, lambda: _rename(partial, final), verb="rename")
+    if writer.error is None:
+        writer.placed = True
+        try:
+            _sync(folder)  # `latest` must not name a checkpoint whose rename could be lost
+            os.replace(latest, folder / "latest")
+            _sync(folder)
+        except OSError as error:
+            writer.error = (
+                f"saved as {final}, but 'latest' could not be written ({error.strerror}): write {final.name} there"
+            )
+    with suppress(OSError):
+        latest.unlink()
+    if writer.error is None:  # never while `latest` may name an old one
+        prune(folder, manifest.iteration, keep_last)
+
+
+def prune(folder: Path, newest: int, keep_last: int | None) -> None:
+    """Remove all but the `keep_last` newest; those of later iterations, which a run left behind, go first."""
+    try:
+        if keep_last is not None:
+            found = full_checkpoints(folder)
+            ranked = sorted(found, key=lambda p: (int(p.name) <= newest, int(p.name)), reverse=True)
+            for old in ranked[keep_last:]:
+                old.rename(old.with_name(old.name + PARTIAL))  # first: a kill leaves nothing that looks whole
+        for leftover in folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
+    except OSError as error:  # no reason to end the run: the new checkpoint is good
+        print_rank0(
+            f"warning: {folder}: an old checkpoint could not be removed ({error.strerror}: {error.filename}); it "
+            "is tried again at the next save.",
+            level="WARNING",
+        )
+
+
+def _rename(partial: Path, final: Path) -> None:
+    _, aside = drafts_of(final)
+    # a rename does not replace a folder that is not empty: that of an earlier run, resumed from before it
+    if moved := final.exists():
+        final.rename(aside)
+    try:
+        partial.rename(final)
+    except OSError:
+        if moved:
+            aside.rename(final)
+        raise
+
+
+def _replace(path: Path, text: str) -> None:
+    with written_aside(path) as draft:
+        write_synced(draft, text)
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's names on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
