@@ -15,7 +15,7 @@ from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.files.atomic import written_aside
 from sat_ext.preview.gather import gather
-from sat_ext.preview.page import render
+from sat_ext.preview.report import render
 from sat_ext.recipe import read_recipe
 
 
@@ -29,11 +29,11 @@ def preview(
     yaml = [*base, *(more or [])]
     run = read_recipe(yaml).checked()
     console = Console(stderr=True)
-    if output.exists() and not output.is_file():  # a device or a folder, which the page would take the place of
+    if output.exists() and not output.is_file():  # a device or a folder, which the page would replace
         raise ConfigError(f"-o: {output} is not a file; name one, such as report.html.")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"-o: there is no folder {output.absolute().parent}; make it, or name another.")
-    # what training would not endure is what the page has to show
+    # The page has to show the very files that would stop a training run.
     unlimited = replace(run.data.on_bad_sample, skip=sys.maxsize)
     index = build_index(
         run.sources,

@@ -23,25 +23,16 @@ Labels = Sequence[tuple[float, str]]  # rising places with their texts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bar:
-    """One bin: how many records it has of each category, and where that category's part of the bar begins."""
-
-    label: str
-    counts: dict[str, int]
-    tops: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """A stacked histogram with `totals` by category; the tallest bar has `highest` records.
-
-    `marks` are vertical lines (the buckets'), of which `mark_labels` are printed, and `ticks` labels below.
-    """
+    """A stacked histogram. `labels` name the bars; `counts` are, by category, the records in each bar, and `tops`
+    where the category's part of the bar begins; the tallest bar has `highest` records. `marks` are vertical lines
+    (the buckets'), of which `mark_labels` are printed, and `ticks` labels below."""
 
     title: str
     about: str
-    bars: Sequence[Bar]
-    totals: dict[str, int]
+    labels: Sequence[str]
+    counts: Mapping[str, Sequence[int]]
+    tops: Mapping[str, Sequence[float]]
     highest: int
     marks: Labels
     mark_labels: Labels
@@ -127,16 +118,13 @@ def _chart(
     counts = np.array([np.histogram(v, edges)[0] for v in values.values()])
     highest = max(1, int(counts.sum(axis=0).max()))
     tops = 100 * (1 - counts.cumsum(axis=0) / highest)
-    bars = [
-        Bar(label=text, counts=dict(zip(values, n.tolist())), tops=dict(zip(values, top.tolist())))
-        for text, n, top in zip(labels, counts.T, tops.T)
-    ]
     marks, ticks = ([(at, text) for x, text in each if 0 <= (at := place(x)) <= 100] for each in (marks, ticks))
     return Chart(
         title=title,
         about=about,
-        bars=bars,
-        totals=dict(zip(values, counts.sum(axis=1).tolist())),
+        labels=labels,
+        counts=dict(zip(values, counts.tolist())),
+        tops=dict(zip(values, tops.tolist())),
         highest=highest,
         marks=marks,
         mark_labels=_spread(marks),

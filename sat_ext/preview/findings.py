@@ -1,4 +1,4 @@
-"""What one should know of a data set before training on it, in plain words, the worst first."""
+"""What to know about a data set before training on it, in plain words, the worst first."""
 
 import re
 from collections import Counter
@@ -15,8 +15,7 @@ from sat_ext.data.index import clip_lengths, longest_is_rare
 from sat_ext.data.index.lengths import is_too_short
 from sat_ext.data.stream import JointStream
 from sat_ext.preview.charts import HEAVY_CUT
-from sat_ext.preview.page import count, percent
-from sat_ext.preview.report import Finding, SourcePart
+from sat_ext.preview.report import Finding, SourcePart, count, percent
 from sat_ext.preview.uses import Uses
 from sat_ext.recipe import Recipe
 from sat_ext.types import Bucket

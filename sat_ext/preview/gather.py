@@ -1,6 +1,7 @@
 """From a run's YAML and index to the preview page's contents."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from itertools import islice
 
 import numpy as np
@@ -43,7 +44,7 @@ def gather(yaml: Sequence[str], stream: JointStream, recipe: Recipe) -> Report:
         recipe=recipe,
         yaml=yaml,
         clips=clips,
-        clip_seconds=seconds,
+        clip_time=timedelta(seconds=round(seconds)),
         stills=stills,
         world=schedule.world,
         looked=LOOKED,

@@ -1,8 +1,11 @@
-"""The preview page's contents, ready to print: what the template needs and nothing of how it was found."""
+"""The preview's contents, ready to print, and the one HTML file that prints them: no network, no script."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
+
+import jinja2
 
 from sat_ext.preview.charts import Chart
 from sat_ext.recipe import Recipe
@@ -89,7 +92,7 @@ class Report:
     recipe: Recipe
     yaml: Sequence[str]
     clips: int
-    clip_seconds: float
+    clip_time: timedelta
     stills: int
     world: int
     looked: int
@@ -110,3 +113,41 @@ class Report:
             first = f"{problems}\u00a0problem{'' if problems == 1 else 's'} to fix first"
             return f"{first}, and {looks}." if looks else f"{first}."
         return f"Ready to train, with {looks}." if looks else "Ready to train."
+
+
+def render(report: Report) -> str:
+    """The page. All text is escaped: captions and file names may hold anything."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sat_ext.preview", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, count=count)
+    return environment.get_template("page.html.j2").render(report=report)
+
+
+def percent(share: float) -> str:
+    r"""A share of 1 in percent, never 0 for what is there and never 100 for what is not all.
+
+    >>> percent(0.4), percent(0.004), percent(0.0004), percent(0.9996), percent(0.0)
+    ('40\xa0%', '0.4\xa0%', 'under 0.1\xa0%', 'over 99.9\xa0%', '0\xa0%')
+    """
+    if 0 < share < 0.001:
+        return "under 0.1\u00a0%"
+    if 0.999 < share < 1 - 1e-9:
+        return "over 99.9\u00a0%"
+    digits = 1 if abs(100 * share - round(100 * share)) >= 0.05 and (share < 0.1 or share > 0.9) else 0
+    return f"{100 * share:.{digits}f}\u00a0%"
+
+
+def count(number: float) -> str:
+    """A number with its thousands apart; below 10 with a decimal where it is not whole.
+
+    >>> count(1234567), count(2.46), count(3.0)
+    ('1,234,567', '2.5', '3')
+    """
+    if number < 10 and abs(number - round(number)) >= 0.05:
+        return f"{number:.1f}"
+    return f"{number:,.0f}"
