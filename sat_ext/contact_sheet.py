@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
+from textwrap import fill
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CAPTION_WIDTH = 220
+from sat_ext.media import write_video
+
+CAPTION_WIDTH, CAPTION_LETTERS = 220, 30  # pixels, and what they hold of a line
 MARGIN = 6
 STRIP_FRAMES = 5  # of a clip, evenly spread from the first to the last
 CELL = 96  # pixels a side of one frame, at least; small frames are enlarged by whole numbers
@@ -39,7 +40,7 @@ def write_sheet(rows: Sequence[SheetRow], path: Path) -> None:
     top = 24
     for row, strips, height in zip(rows, shown, heights):
         draw.line((0, top, sheet.width, top), fill=(220, 220, 220))
-        draw.multiline_text((MARGIN, top + MARGIN), _wrapped(row.caption, draw, font), fill="black", font=font)
+        draw.multiline_text((MARGIN, top + MARGIN), fill(row.caption, CAPTION_LETTERS), fill="black", font=font)
         for title, strip in strips.items():
             sheet.paste(strip, (left[title], top + MARGIN))
         top += height
@@ -59,12 +60,7 @@ def write_clip(rows: Sequence[SheetRow], path: Path, fps: int, columns: int = 4)
     lines = [np.concatenate(tiles[i : i + columns], axis=2) for i in range(0, len(tiles), columns)]
     frames = np.concatenate(lines, axis=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+    write_video(path, list(frames), fps, crf=12)
 
 
 def _side_by_side(frames: np.ndarray) -> Image.Image:
@@ -77,14 +73,3 @@ def _side_by_side(frames: np.ndarray) -> Image.Image:
 def _enlarged(frames: np.ndarray) -> np.ndarray:
     factor = max(1, round(CELL / max(frames.shape[1:3])))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font=font) > CAPTION_WIDTH - 2 * MARGIN and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)

@@ -6,20 +6,16 @@ stills, and videos of a single frame.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw
 
 from sat_ext.errors import DataError
-
-Direction = Literal["right", "left", "up", "down"]
-T = TypeVar("T")
+from sat_ext.media import write_video
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
@@ -31,7 +27,7 @@ COLOURS = {
     "purple": (150, 50, 180),
 }
 BACKGROUNDS = {"black": (24, 24, 30), "white": (232, 232, 226)}
-MOTIONS: dict[Direction, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
+MOTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 
 # (width, height); the shape stays inside the centre square, so that no crop to another format hides it.
 CLIP_SIZES = ((96, 96), (128, 96), (96, 128), (160, 120), (128, 128), (120, 160), (176, 96))
@@ -63,11 +59,13 @@ class Scene:
     shape: str
     colour: str
     background: str
-    direction: Direction | None
+    direction: str | None  # None in a still
     size: tuple[int, int]  # width and height in pixels
     diameter: float
     start: tuple[float, float]
     velocity: tuple[float, float] = (0.0, 0.0)
+    frames: int = 1
+    fps: int = FRAME_RATES[0]
 
     @property
     def caption(self) -> str:
@@ -103,102 +101,74 @@ def write_demo(
     stills: int = 48,
     held_out: int = 16,
     seed: int = 0,
-    on_file: Callable[[], None] | None = None,
+    progress: Callable[[list[tuple[Path, Scene]]], Iterable[tuple[Path, Scene]]] = iter,
 ) -> None:
     """Create the data set in `folder`; the same `seed` gives the same pixels and captions.
 
-    `held_out` is the number of clips, and of stills, under heldout/. `on_file` is called after each medium, so
-    clips + stills + 2 * held_out times. Raises `DataError` if `folder` is not empty.
+    `held_out` is the number of clips, and of stills, under heldout/. `progress` wraps the iteration over all
+    files. Raises `DataError` if `folder` is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: something is there already; name a folder that is new or empty.")
-    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "heldout"):
+        for name in ("videos", "labels", "stills"):
+            (folder / part / name).mkdir(parents=True)
     readme = README.format(clips=clips, stills=stills, held_out=held_out)
     (folder / "README.txt").write_text(readme, encoding="utf-8")
-    on_file = on_file or (lambda: None)
-    _write_part(folder / "train", clips, stills, np.random.default_rng([seed, 0]), 8, on_file)
-    # no short clip here: a model for 9 frames at 8 fps is then measured on every clip as a clip
-    _write_part(folder / "heldout", held_out, held_out, np.random.default_rng([seed, 1]), None, on_file)
+    train = _files(folder / "train", clips, stills, np.random.default_rng([seed, 0]), short_every=8)
+    # No short clips here, so that a model for 9 frames at 8 fps is measured on every clip as a clip.
+    heldout = _files(folder / "heldout", held_out, held_out, np.random.default_rng([seed, 1]), short_every=None)
+    for path, scene in progress([*train, *heldout]):
+        pictures = [scene.draw(k / scene.fps) for k in range(scene.frames)]
+        if path.suffix == ".mp4":
+            write_video(path, [np.asarray(picture) for picture in pictures], scene.fps, crf=16)
+        else:
+            pictures[0].save(path, quality=92)  # PNG has no quality, and Pillow ignores it
+        labels = path.parent if path.parent.name == "stills" else path.parents[1] / "labels"
+        (labels / f"{path.stem}.txt").write_text(scene.caption + "\n", encoding="utf-8")
 
 
-def _write_part(
-    folder: Path,
-    clips: int,
-    stills: int,
-    rng: np.random.Generator,
-    short_every: int | None,
-    on_file: Callable[[], None],
-) -> None:
-    """`clips` into videos/ and labels/ (one in `short_every` under 9 frames), `stills` into stills/."""
-    for name in ("videos", "labels", "stills"):
-        (folder / name).mkdir(parents=True)
+def _files(
+    folder: Path, clips: int, stills: int, rng: np.random.Generator, *, short_every: int | None
+) -> Iterator[tuple[Path, Scene]]:
+    """`clips` in videos/ (one in `short_every` of fewer than 9 frames), and `stills` in stills/."""
     for i, scene in enumerate(_scenes(rng, clips, CLIP_SIZES, tuple(MOTIONS))):
         is_short = short_every is not None and i % short_every == short_every - 1
-        frames, fps = _length(rng, i, is_short)
-        scene = _moving(scene, (frames - 1) / fps, rng)
-        name = f"{i:03d}_{scene.colour}_{scene.shape}"
-        _write_video(folder / "videos" / f"{name}.mp4", [scene.draw(k / fps) for k in range(frames)], fps)
-        (folder / "labels" / f"{name}.txt").write_text(scene.caption + "\n", encoding="utf-8")
-        on_file()
+        yield folder / "videos" / f"{i:03d}_{scene.colour}_{scene.shape}.mp4", _moving(scene, i, is_short, rng)
     for i, scene in enumerate(_scenes(rng, stills, STILL_SIZES, (None,))):
-        path = folder / "stills" / f"{i:03d}_{scene.colour}_{scene.shape}{STILL_SUFFIXES[i % len(STILL_SUFFIXES)]}"
-        if path.suffix == ".mp4":
-            _write_video(path, [scene.draw()], FRAME_RATES[0])
-        else:
-            scene.draw().save(path, quality=92)  # PNG has no quality, and Pillow lets that pass
-        path.with_suffix(".txt").write_text(scene.caption + "\n", encoding="utf-8")
-        on_file()
+        suffix = STILL_SUFFIXES[i % len(STILL_SUFFIXES)]
+        yield folder / "stills" / f"{i:03d}_{scene.colour}_{scene.shape}{suffix}", scene
 
 
 def _scenes(
-    rng: np.random.Generator, count: int, sizes: Sequence[tuple[int, int]], directions: Sequence[Direction | None]
+    rng: np.random.Generator, count: int, sizes: Sequence[tuple[int, int]], directions: Sequence[str | None]
 ) -> Iterator[Scene]:
-    """`count` scenes at rest around the middle; every value of an attribute equally often."""
+    """`count` scenes at rest around the middle; every value of an attribute equally often, give or take one."""
     values: dict[str, Sequence[Any]] = {
         "shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "direction": directions,
         "size": sizes,
     }  # fmt: skip
-    for attributes in zip(*(_balanced(v, count, rng) for v in values.values())):
+    shuffled = [[v[int(i) % len(v)] for i in rng.permutation(count)] for v in values.values()]
+    for attributes in zip(*shuffled):
         diameter = float(rng.uniform(*DIAMETER))
         x, y = (float(v) for v in rng.uniform(*PLACE, size=2))
         yield Scene(**dict(zip(values, attributes)), diameter=diameter, start=(x, y))
 
 
-def _balanced(values: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
-    """`count` of the values in random order, each as often as the others, give or take one."""
-    return [values[int(i) % len(values)] for i in rng.permutation(count)]
-
-
-def _length(rng: np.random.Generator, index: int, is_short: bool) -> tuple[int, int]:
-    if is_short:
-        return int(rng.integers(5, 9)), 8  # too few for a bucket of 9 frames at 8 fps, enough to see a movement
-    fps = FRAME_RATES[index % len(FRAME_RATES)]
-    return int(rng.integers(math.ceil(SECONDS[0] * fps), int(SECONDS[1] * fps) + 1)), fps
-
-
-def _moving(scene: Scene, seconds: float, rng: np.random.Generator) -> Scene:
-    """The scene in motion for so many seconds, with the whole shape in the centre square throughout."""
+def _moving(scene: Scene, index: int, is_short: bool, rng: np.random.Generator) -> Scene:
+    """The scene in motion, with the whole shape in the centre square throughout."""
     assert scene.direction is not None
+    if is_short:
+        fps, frames = 8, int(rng.integers(5, 9))  # too few for a bucket of 9 frames, enough to see a movement
+    else:
+        fps = FRAME_RATES[index % len(FRAME_RATES)]
+        frames = int(rng.integers(math.ceil(SECONDS[0] * fps), int(SECONDS[1] * fps) + 1))
+    seconds = (frames - 1) / fps
     room = 1 - scene.diameter
     path = min(float(rng.uniform(*SPEED)) * seconds, room)
-    margin = scene.diameter / 2
-    along = margin + float(rng.uniform(0, room - path))  # the end of the path that is nearer to 0
+    along = scene.diameter / 2 + float(rng.uniform(0, room - path))  # the end of the path that is nearer to 0
     step_x, step_y = MOTIONS[scene.direction]
     first = along if step_x + step_y > 0 else along + path
     start = (first, scene.start[1]) if step_x else (scene.start[0], first)
-    return replace(scene, start=start, velocity=(step_x * path / seconds, step_y * path / seconds))
-
-
-def _write_video(path: Path, frames: Sequence[Image.Image], fps: int) -> None:
-    """H.264 in MP4, as cameras and sites write it: yuv420p, a key frame every second, B-frames."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height = frames[0].size
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "16", "preset": "veryfast", "threads": "1"}  # threads: same bytes every time
-        stream.codec_context.gop_size = fps
-        for k, image in enumerate(frames):
-            frame = av.VideoFrame.from_image(image)
-            frame.pts, frame.time_base = k, Fraction(1, fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    velocity = (step_x * path / seconds, step_y * path / seconds)
+    return replace(scene, start=start, velocity=velocity, frames=frames, fps=fps)

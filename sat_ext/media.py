@@ -1,14 +1,16 @@
-"""Opens media files for the stages of the data path, with `MediaError` for whatever fails."""
+"""Opens media files for the stages of the data path, with `MediaError` for whatever fails, and writes clips."""
 
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
@@ -22,11 +24,11 @@ from sat_ext.types import IMAGE_EXTENSIONS, MAX_PIXELS
 
 # FFmpeg's log lock can deadlock threads, and errors are raised here anyway.
 av.logging.set_level(None)
-# As they are for large images, by the limit below.
+# Images that are too large are refused below, by `MAX_PIXELS`.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# Containers without presentation times that can be trusted: FFmpeg's are guesses, out of order where the
-# frames are (AVI), or wrong at key frames (MPEG program streams). Their frames are counted, at an even rate.
+# Containers whose presentation times cannot be trusted: FFmpeg guesses them (AVI), or gets those of key frames
+# wrong (MPEG program streams). We count their frames instead, at an even rate.
 UNTIMED_FORMATS = frozenset({"avi", "mpeg"})
 
 # The containers that may be opened. FFmpeg knows more, and some of them are playlists (HLS, DASH, concat) that
@@ -42,18 +44,18 @@ _HEIF_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "mif2", "avif"
 
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
-_STREAMS = 32  # of a file to which `max_pixels` applies; the first is not always the video
+_STREAMS = 32  # `max_pixels` is set for so many streams of a file, as the first is not always the video
 
 _EXIF_ORIENTATION = 0x0112
 SIDEWAYS = frozenset({5, 6, 7, 8})
 
-# Their headers name every stream, so that no packet must be read to find them.
+# Headers of these name every stream, so no packets need to be read to find them.
 _FULL_HEADERS = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm"})
 
 
 @contextmanager
 def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream (of several, the one that players take), with one decoding thread.
+    """The container and its video stream (of several, the one that players choose), with one decoding thread.
 
     Raises `MediaError`, also for errors of FFmpeg inside the `with` block. FFmpeg decodes a few frames when it
     opens a file, to learn what the headers do not say, above all how far B-frames reach; without that the first
@@ -65,12 +67,12 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
         with ExitStack() as stack:
             container = _open_container(path, headers_only, stack)
             if container.metadata.get("major_brand") in _HEIF_BRANDS:
-                # FFmpeg gives each tile of it as a stream, and we would read the first tile only
+                # FFmpeg exposes each tile as a stream, so we would read only the first tile.
                 raise MediaError(path, "a HEIF or AVIF picture and not a video; name it .heic or .avif")
             streams = _streams(container)
             if headers_only and len(streams) > 1:
-                # FFmpeg ranks streams by their first frames too, so `probe` and decoders must both let it read
-                # them.
+                # FFmpeg ranks streams by their first frames too: without them, `probe` and the decoders could
+                # choose different streams.
                 container = _open_container(path, False, stack)
                 streams = _streams(container)
             if not streams:
@@ -84,11 +86,9 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
                 size = f"{context.width}x{context.height} pixels"
                 raise MediaError(path, f"{size}, over the limit of {MAX_PIXELS}; scale it down")
             context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame's own header may declare another size
-            context.skip_frame = "DEFAULT"
+            context.skip_frame = "DEFAULT"  # `headers_only` had set it
             context.thread_count = 1  # the data workers are the parallelism
             yield container, stream
-    except SatExtError:
-        raise
     except av.FFmpegError as error:
         raise MediaError(path, f"not a readable video: {error.strerror}") from error
 
@@ -163,6 +163,19 @@ def frames_of(image: Image.Image) -> Iterator[Image.Image]:
         image.seek(number)
         image.load()
         yield image
+
+
+def write_video(path: Path, frames: Sequence[np.ndarray], fps: int, *, crf: int) -> None:
+    """uint8 frames (H, W, 3) as H.264 in MP4, as cameras and sites write it; a lower `crf` is better."""
+    with av.open(str(path), "w") as container:
+        # threads: with more than one, the bytes differ from run to run
+        options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        stream.codec_context.gop_size = fps
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
 
 
 def is_webp(path: str) -> bool:

@@ -161,10 +161,11 @@ def test_the_seed_decides_every_pixel_and_caption(tmp_path):
     assert contents(tmp_path / "a") != contents(tmp_path / "c")
 
 
-def test_progress_is_told_once_for_every_medium(tmp_path: Path):
-    calls: list[None] = []
-    write_demo(tmp_path, clips=3, stills=2, held_out=2, on_file=lambda: calls.append(None))
-    assert len(calls) == 3 + 2 + 2 * 2
+def test_progress_counts_every_file(tmp_path: Path):
+    seen = []
+    write_demo(tmp_path, clips=3, stills=2, held_out=2, progress=lambda files: seen.extend(files) or files)
+    assert len(seen) == 3 + 2 + 2 * 2
+    assert all(path.exists() for path, _ in seen)
     readme = (tmp_path / "README.txt").read_text(encoding="utf-8")
     assert "3 H.264 clips" in readme and "2 stills" in readme
 

@@ -1,10 +1,11 @@
 """`sat-ext demo`: a small real data set to try things on."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.progress import track
 
 from sat_ext.demo_data import write_demo
 
@@ -17,14 +18,6 @@ def demo(
     seed: Annotated[int, typer.Option(help="another seed gives other shapes, places and captions")] = 0,
 ) -> None:
     """Write a mixed data set: H.264 clips, JPEG, PNG and WebP stills, one-frame MP4s, and a caption for each."""
-    with Progress() as progress:
-        task = progress.add_task("writing", total=clips + stills + 2 * held_out)
-        write_demo(
-            folder,
-            clips=clips,
-            stills=stills,
-            held_out=held_out,
-            seed=seed,
-            on_file=lambda: progress.advance(task),
-        )
+    bar = partial(track, description="writing")
+    write_demo(folder, clips=clips, stills=stills, held_out=held_out, seed=seed, progress=bar)
     print(f"{folder}: {clips} clips and {stills} stills in train/, {held_out} of each in heldout/")
