@@ -234,7 +234,7 @@ def first_frame_decord(path: str) -> None:
 
 def still(path: str) -> Tensor:
     """A picture, by the stages of `sat_ext.data`."""
-    return read_still(path, fit=Fit(HEIGHT, WIDTH))
+    return torch.from_numpy(read_still(path, fit=Fit(HEIGHT, WIDTH)))
 
 
 def still_pillow(path: str) -> Tensor:

@@ -32,10 +32,6 @@ _PRIMARIES = {
 _SRGB = ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060), (0.3127, 0.3290))
 
 
-def _linear(signal: np.ndarray) -> np.ndarray:
-    return signal
-
-
 def _srgb(signal: np.ndarray) -> np.ndarray:
     """IEC 61966-2-1; also of BT.709 and its kin, which players show by a display's curve."""
     return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
@@ -56,12 +52,12 @@ def _hlg(signal: np.ndarray) -> np.ndarray:
     return scene / ((np.exp((0.75 - c) / a) + b) / 12)
 
 
-def _cinema(signal: np.ndarray) -> np.ndarray:
-    """SMPTE ST 428-1: white is 48 of the 52.37 cd/m2 of a full signal."""
-    return signal**2.6 * (52.37 / 48)
-
-
-_CURVES: dict[int, Callable[[np.ndarray], np.ndarray]] = {8: _linear, 16: _pq, 17: _cinema, 18: _hlg}
+_CURVES: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    8: lambda signal: signal,
+    16: _pq,
+    17: lambda signal: signal**2.6 * (52.37 / 48),  # SMPTE ST 428-1: of a full signal's 52.37 cd/m2, white is 48
+    18: _hlg,
+}
 
 Conversion = Callable[[np.ndarray], np.ndarray]  # uint8 or uint16 RGB (H, W, 3) to uint8 sRGB
 

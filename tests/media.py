@@ -6,10 +6,15 @@ import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+import torch
+
+from sat_ext.data import decode
+from sat_ext.data.transform import Fit
 
 _BITS = 8  # frame indices 0..255, one black or white column each
 
@@ -25,6 +30,31 @@ def pattern(index: int, height: int = 96, width: int = 128) -> np.ndarray:
     frame[height // 2 :, :, 1] = 255 - ramp
     frame[height // 2 :, :, 2] = (index * 5) % 256
     return frame
+
+
+class Whole:
+    """Keeps frames as they are displayed: at full size, with square pixels, as (H, W, 3)."""
+
+    def __call__(self, pixels: np.ndarray, shown: tuple[int, int] | None = None) -> torch.Tensor:
+        pixels = np.ascontiguousarray(pixels)
+        if shown is not None:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            pixels = frame.reformat(*shown, interpolation="BICUBIC", threads=1).to_ndarray()
+        return torch.from_numpy(pixels)
+
+    def least(self, width: int, height: int) -> None:
+        return None
+
+
+def read_still(path: str, *, fit: Fit | None = None) -> Any:
+    """The picture, (1, H, W, 3); a tensor, (1, 3, height, width), with `fit`."""
+    return torch.from_numpy(decode.read_still(path, fit=fit)) if fit else decode.read_still(path, fit=Whole())
+
+
+def read_frames(path: str, times: Sequence[float], *, decoder: str = "auto", fit: Fit | None = None) -> Any:
+    """The frames, (T, H, W, 3); a tensor, (T, 3, height, width), with `fit`."""
+    frames = decode.read_frames(path, times, decoder=decoder, fit=fit or Whole())
+    return torch.from_numpy(frames) if fit else frames
 
 
 def index_of(frame: np.ndarray) -> int:

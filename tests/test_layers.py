@@ -24,6 +24,7 @@ LAYERS = [
     ("pixels", 0),
     ("cogvideox", 0),
     ("data.guard", 0),
+    ("data.transform", 0),
     ("data.stream", 3),
     ("data.held_out", 4),
     ("data.index", 2),

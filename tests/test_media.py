@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.probe import probe
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files.locations import cell_location, member_location
 from sat_ext.media import open_image, open_video
-from tests.media import indices_of, pattern, real_clip, write_clip
+from tests.media import indices_of, pattern, read_frames, read_still, real_clip, write_clip
 from tests.servers import Served, http_server, s3_server
 
 _FAST = {"crf": "8", "preset": "ultrafast"}

@@ -77,7 +77,7 @@ def _from_prompt(
 
     first, strips = None, {}
     if image is not None:
-        pixels = read_still(str(image), fit=Fit(bucket.height, bucket.width))
+        pixels = torch.from_numpy(read_still(str(image), fit=Fit(bucket.height, bucket.width)))
         first = pixels.float() / 127.5 - 1
         strips["first frame"] = pixels.permute(0, 2, 3, 1).numpy()
     out = generate(

@@ -89,8 +89,7 @@ def read_pixels(
     Raises `MediaError`, also for a file that has been replaced since it was `seen`.
     """
     require_unchanged(path, *seen)
-    pixels = read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
-    return pixels.numpy()
+    return read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
 
 
 def sample_capacity(bucket: Bucket) -> int:

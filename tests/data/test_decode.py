@@ -7,9 +7,9 @@ import av
 import numpy as np
 import pytest
 
-from sat_ext.data.decode import DECODERS, read_frames
+from sat_ext.data.decode import DECODERS
 from sat_ext.errors import ConfigError, MediaError
-from tests.media import index_of, indices_of, pattern, real_clip, remux, write_clip
+from tests.media import index_of, indices_of, pattern, read_frames, real_clip, remux, write_clip
 
 PLACES = [0, 1, 7, 11, 12, 13, 30, 48, 49]
 

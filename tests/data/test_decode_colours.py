@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from sat_ext.colour import to_srgb
-from sat_ext.data.decode import read_frames
-from sat_ext.data.decode.rgb import Converter, as_displayed
+from sat_ext.data.decode.rgb import Converter
 from sat_ext.data.probe import probe
 from sat_ext.errors import MediaError
 from sat_ext.media import open_video
+from tests.media import read_frames
 
 # H.273's code points: transfers, primaries and matrices
 BT709, UNSPECIFIED, LINEAR, SRGB, BT2020_10, PQ, CINEMA, HLG = 1, 2, 8, 13, 14, 16, 17, 18
@@ -131,10 +131,10 @@ def test_digital_cinema_is_converted_once_whatever_its_pixels_are(tmp_path):
         container.mux(stream.encode(frame))
     with open_video(str(tmp_path / "a.nut")) as (container, stream):
         frame = next(container.decode(stream))
-        untagged, _ = Converter("", stream, as_displayed)((frame, False))
+        untagged, _ = Converter("", stream)((frame, False))
         untagged = untagged.copy()
         stream.codec_context.color_trc = CINEMA  # which NUT cannot say
-        tagged, _ = Converter("", stream, as_displayed)((frame, False))
+        tagged, _ = Converter("", stream)((frame, False))
     assert np.array_equal(tagged, untagged)
 
 

@@ -11,10 +11,9 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
-from tests.media import pattern, real_clip, real_still, write_clip
+from tests.media import pattern, read_frames, read_still, real_clip, real_still, write_clip
 
 TIMES = [0.0, 1.0, 0.3, 1.96]
 

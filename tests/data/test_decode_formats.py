@@ -11,11 +11,10 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from sat_ext.data.decode import read_frames
 from sat_ext.data.probe import probe
 from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
-from tests.media import indices_of, pattern, real_clip, remux, write_clip
+from tests.media import indices_of, pattern, read_frames, real_clip, remux, write_clip
 
 FRAMES, FPS = 30, 25
 

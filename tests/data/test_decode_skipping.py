@@ -9,9 +9,8 @@ import av.filter
 import numpy as np
 import pytest
 
-from sat_ext.data.decode import read_frames
-from sat_ext.data.decode.order import Needed
-from tests.media import indices_of, real_clip, remux, write_clip
+from sat_ext.data.decode.pick import Needed
+from tests.media import indices_of, read_frames, real_clip, remux, write_clip
 
 FRAMES, FPS = 60, 25
 

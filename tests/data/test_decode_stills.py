@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.probe import probe
 from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
-from tests.media import index_of, indices_of, pattern, real_still
+from tests.media import index_of, indices_of, pattern, read_frames, read_still, real_still
 
 Chunks = Sequence[tuple[bytes, bytes]]
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(64) * 4, np.arange(48)[:, None] * 5, 128), axis=2).astype(

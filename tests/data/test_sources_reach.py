@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from sat_ext.config import load
-from sat_ext.data.decode import read_still
 from sat_ext.data.params import DataConfig
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import read_source
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.files.ranged import filesystem
+from tests.media import read_still
 from tests.servers import http_server
 
 

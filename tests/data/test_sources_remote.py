@@ -15,14 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sat_ext.data.decode import read_still
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import read_source
 from sat_ext.data.sources.reach import Reach, resolve
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import open_binary
 from sat_ext.types import Item
-from tests.media import pattern, write_clip
+from tests.media import pattern, read_still, write_clip
 from tests.servers import Served, http_server, s3_server
 
 

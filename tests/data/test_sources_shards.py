@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sat_ext.data.decode import read_still
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import read_source
 from sat_ext.errors import DataError
 from sat_ext.files import open_binary
-from tests.media import pattern, write_clip
+from tests.media import pattern, read_still, write_clip
 
 
 def png(index: int) -> bytes:

@@ -16,9 +16,10 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
-from sat_ext.data.decode.pick import Picked, Shape
+from sat_ext.data.decode.pick import Picked
 from sat_ext.data.decode.pyav import read_pyav, starts_at
-from sat_ext.data.decode.rgb import display_matrix, is_foreign, is_inexact, is_interlaced, upright
+from sat_ext.data.decode.rgb import display_matrix, is_foreign, is_inexact, is_interlaced
+from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files import is_local
 from sat_ext.media import decoder_of, displayed_size, open_video
@@ -26,7 +27,7 @@ from sat_ext.types import TIME_TOLERANCE
 
 _AT_ONCE = 8  # frames fetched together, at full size
 
-# (path, frames in the file, their wanted numbers, ascending) -> the frames
+# (absolute path, frames in the file, their wanted numbers, ascending) -> the frames
 Fetch = Callable[[str, int, list[int]], Iterator[np.ndarray]]
 
 
@@ -34,8 +35,8 @@ class _Miscounted(Exception):  # noqa: N818  # nobody's error: PyAV reads the fi
     """The decoder finds another number of frames in the file than there are."""
 
 
-def read_decord(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
-    """See `read_frames`. decord does not notice frames whose errors FFmpeg conceals."""
+def read_decord(path: str, times: Sequence[float], fit: Fit) -> np.ndarray:
+    """As `read_frames`. decord does not notice frames whose errors FFmpeg conceals."""
     try:
         import decord
     except ImportError:
@@ -45,7 +46,7 @@ def read_decord(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
     def fetch(path: str, count: int, wanted: list[int]) -> Iterator[np.ndarray]:
         reader = None
         try:
-            reader = decord.VideoReader(os.path.abspath(path), num_threads=1)
+            reader = decord.VideoReader(path, num_threads=1)
             if len(reader) != count:
                 raise _Miscounted
             for first in range(0, len(wanted), _AT_ONCE):
@@ -53,14 +54,12 @@ def read_decord(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
         finally:
             del reader  # it keeps decoding, without limit, while it or a traceback that holds it is alive
 
-    try:
-        return _read(path, times, shape, fetch, open_gops=False)
-    except (decord.DECORDError, RuntimeError) as error:
-        raise MediaError(path, f"cannot be decoded by decord: {_first_line(error)}") from error
+    # decord loses frames in open GOPs
+    return _read(path, times, fit, fetch, "decord", (decord.DECORDError, RuntimeError), open_gops=False)
 
 
-def read_torchcodec(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
-    """See `read_frames`."""
+def read_torchcodec(path: str, times: Sequence[float], fit: Fit) -> np.ndarray:
+    """As `read_frames`."""
     try:
         from torchcodec.decoders import VideoDecoder  # which loads FFmpeg's shared libraries
     except (ImportError, OSError, RuntimeError) as error:
@@ -70,40 +69,47 @@ def read_torchcodec(path: str, times: Sequence[float], shape: Shape) -> np.ndarr
         ) from None
 
     def fetch(path: str, count: int, wanted: list[int]) -> Iterator[np.ndarray]:
-        video = VideoDecoder(
-            os.path.abspath(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
-        )
+        video = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         if len(video) != count:
             raise _Miscounted
         for first in range(0, len(wanted), _AT_ONCE):
             yield from video.get_frames_at(wanted[first : first + _AT_ONCE]).data.numpy()
 
-    try:
-        return _read(path, times, shape, fetch, open_gops=True)
-    except MediaError:  # a ValueError too
-        raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise MediaError(path, f"cannot be decoded by torchcodec: {_first_line(error)}") from error
+    return _read(path, times, fit, fetch, "torchcodec", (RuntimeError, ValueError, IndexError), open_gops=True)
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _read(path: str, times: Sequence[float], shape: Shape, fetch: Fetch, *, open_gops: bool) -> np.ndarray:
-    """As `read_pyav`. `open_gops`: the decoder reads them correctly."""
+def _read(
+    path: str,
+    times: Sequence[float],
+    fit: Fit,
+    fetch: Fetch,
+    decoder: str,
+    errors: tuple[type[Exception], ...],
+    *,
+    open_gops: bool,
+) -> np.ndarray:
+    """As `read_frames`. `errors` are the decoder's; `open_gops`: it reads them correctly."""
     starts = _starts(path, open_gops) if is_local(path) else None
     if starts is None:
-        return read_pyav(path, times, shape)
+        return read_pyav(path, times, fit)
     places = np.clip(np.searchsorted(starts, np.asarray(times) + TIME_TOLERANCE, side="right") - 1, 0, None)
     wanted = np.unique(places)
-    picked = Picked(path, len(times))
+    picked = Picked(path, len(times), fit)
     try:
-        for place, pixels in zip(wanted, fetch(path, len(starts), wanted.tolist()), strict=True):
-            picked.keep(pixels, shape(pixels, None), np.flatnonzero(places == place).tolist())
+        frames = fetch(os.path.abspath(path), len(starts), wanted.tolist())
+        for place, pixels in zip(wanted, frames, strict=True):
+            picked.keep(pixels, None, np.flatnonzero(places == place).tolist())
     except _Miscounted:
-        return read_pyav(path, times, shape)
-    return picked.array()
+        return read_pyav(path, times, fit)
+    except MediaError:  # a ValueError too
+        raise
+    except errors as error:
+        raise MediaError(path, f"cannot be decoded by {decoder}: {_first_line(error)}") from error
+    return picked.frames
 
 
 def _starts(path: str, open_gops: bool) -> np.ndarray | None:
@@ -115,14 +121,15 @@ def _starts(path: str, open_gops: bool) -> np.ndarray | None:
             return None
         packets = [p for p in container.demux(stream) if p.size]
         ticks = [p.pts for p in packets if p.pts is not None and not p.is_discard]
-        if len(ticks) < len(packets) or not ticks or not (open_gops or _are_closed(packets)):
+        if len(ticks) < len(packets) or not ticks or not (open_gops or _are_closed(packets, ticks)):
             return None
         container.seek(min(ticks), stream=stream)
         frame = next(container.decode(stream), None)
         if frame is None or _is_misread(frame, stream):
             return None
-        keys = [p.pts for p in packets if p.is_keyframe and p.pts is not None and not p.is_discard]
+        keys = [tick for tick, p in zip(ticks, packets) if p.is_keyframe]
         if len(keys) > 1:
+            # one seek shows whether key frames are true ones
             container.seek(keys[1], stream=stream)
             with suppress(av.FFmpegError):  # damage, of frames that may not be wanted
                 if not starts_at(next(container.decode(stream), frame), keys[1]):
@@ -130,22 +137,23 @@ def _starts(path: str, open_gops: bool) -> np.ndarray | None:
         return (np.sort(np.array(ticks)) - min(ticks)) * float(stream.time_base or 0)
 
 
-def _are_closed(packets: Sequence[av.Packet]) -> bool:
+def _are_closed(packets: Sequence[av.Packet], ticks: Sequence[int]) -> bool:
     """Whether no packet that follows a key frame is displayed before it."""
     key = -math.inf
-    for packet in packets:
-        key = packet.pts if packet.is_keyframe and packet.pts is not None else key
-        if packet.pts is not None and packet.pts < key:
+    for packet, tick in zip(packets, ticks):
+        key = tick if packet.is_keyframe else key
+        if tick < key:
             return False
     return True
 
 
 def _is_misread(frame: av.VideoFrame, stream: VideoStream) -> bool:
-    if is_inexact(frame) or is_foreign(stream) or is_interlaced(frame, stream):
-        return True
-    if any(component.is_alpha for component in frame.format.components):
-        return True
-    if sorted(displayed_size(frame, stream)) != sorted((frame.width, frame.height)):
-        return True
-    turned = upright(np.arange(4).reshape(2, 2), display_matrix(frame))
-    return not any(np.array_equal(turned, np.rot90(np.arange(4).reshape(2, 2), k)) for k in range(4))
+    a, b, c, d = display_matrix(frame)
+    return (
+        is_inexact(frame)
+        or is_foreign(stream)
+        or is_interlaced(frame, stream)
+        or any(component.is_alpha for component in frame.format.components)
+        or sorted(displayed_size(frame, stream)) != sorted((frame.width, frame.height))
+        or a * d < b * c  # mirrored
+    )

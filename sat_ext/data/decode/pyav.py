@@ -12,39 +12,39 @@ from av.container import InputContainer
 from av.video.frame import PictureType
 from av.video.stream import VideoStream
 
-from sat_ext.data.decode.order import DEEPEST_REORDER, Damage, Needed
-from sat_ext.data.decode.pick import Shape, pick
+from sat_ext.data.decode.pick import DEEPEST_REORDER, Damage, Needed, pick
 from sat_ext.data.decode.rgb import Converter, Decoded
+from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
 from sat_ext.files import suffix_of
 from sat_ext.media import UNTIMED_FORMATS, decoder_of, open_video
 from sat_ext.types import TIME_TOLERANCE
 
-# Where a seek lands after the wanted frame (open GOPs, transport streams): from earlier, then from the start.
+# If a seek lands after the wanted frame (open GOPs, transport streams), seek earlier, then read from the start.
 _SEEK_LEADS = (0.0, 10.0, math.inf)
 
-# Their headers hold all that decoding needs, even how far B-frames reach. Matroska's lack the start time.
+# Their headers hold all that decoding needs, even how far B-frames reach. Matroska has no start time there.
 _FULL_HEADERS = frozenset({".mp4", ".m4v", ".mov"})
 
-# Their packets hold one frame each, with its time, so unwanted frames are known before they are decoded.
+# Each packet holds one frame and its time, so unwanted frames are known before they are decoded.
 _FRAMED_FORMATS = frozenset({"mp4", "matroska"})
 
-# Their decoders can skip frames that no other refers to without changing the rest; dav1d and libvpx cannot.
+# Their decoders can skip frames that no other frame refers to; dav1d and libvpx cannot.
 _SKIPPING_CODECS = frozenset({"h264", "hevc"})
 
-# For these MP4's headers say how far B-frames reach; codecs of key frames alone have none.
+# MP4's headers say how far B-frames reach in these; codecs with only key frames have no B-frames.
 _ORDERED_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
 
 _LOOKAHEAD = 2 * DEEPEST_REORDER  # packets that are known before one is judged
 
 
-def read_pyav(path: str, times: Sequence[float], shape: Shape) -> np.ndarray:
-    """See `read_frames`."""
+def read_pyav(path: str, times: Sequence[float], fit: Fit) -> np.ndarray:
+    """As `read_frames`."""
     for lead in _SEEK_LEADS:
         with _open(path) as (container, stream):
             frames = _decode(path, container, stream, times, lead)
             if frames is not None:
-                return pick(path, frames, times, Converter(path, stream, shape))
+                return pick(path, frames, times, Converter(path, stream), fit)
     raise AssertionError("reading from the start of a file seeks nowhere")
 
 
@@ -53,17 +53,13 @@ def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """`open_video`, without the 25 ms of decoding at open where the headers say enough."""
     if suffix_of(path) in _FULL_HEADERS:
         with open_video(path, headers_only=True) as (container, stream):
-            if _headers_suffice(stream):
+            context = stream.codec_context
+            known = stream.start_time is not None and stream.average_rate and context.width
+            if known and (context.name in _ORDERED_CODECS or context.codec.intra_only):
                 yield container, stream
                 return
     with open_video(path) as opened:
         yield opened
-
-
-def _headers_suffice(stream: VideoStream) -> bool:
-    context = stream.codec_context
-    known = stream.start_time is not None and stream.average_rate and context.width
-    return bool(known) and (context.name in _ORDERED_CODECS or context.codec.intra_only)
 
 
 def _decode(
@@ -135,20 +131,18 @@ class _Clip:
         for at, frame, place in held:
             yield at, (frame, damage.reaches(place, is_key=frame.key_frame))
         # Reached only when a wanted time lies at the end: `pick` stops earlier otherwise.
-        if self._whole and self._last_dts < self._last_entry():
+        index = self._stream.index_entries
+        has_index = "mp4" in self._container.format.name and len(index) > 0
+        if self._whole and has_index and self._last_dts < index[-1].timestamp:
             missing = f"its last frames are missing, from {start + self._period:.3f} s on"
             raise MediaError(self._path, f"truncated: {missing}")
-
-    def _last_entry(self) -> float:
-        """The time of the last packet in the file's own index."""
-        index = self._stream.index_entries
-        return index[-1].timestamp if "mp4" in self._container.format.name and len(index) else -math.inf
 
     def _decoded(self, damage: Damage) -> Iterator[av.VideoFrame]:
         context = self._decoder
         for packet, is_needed in self._judged():
             if not is_needed and context.codec.intra_only:
                 continue
+            # A frame that others refer to must be decoded, wanted or not.
             context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             damage.send(packet.pts)
             yield from context.decode(packet)
@@ -168,18 +162,15 @@ class _Clip:
                 needed.add(packet.pts)
             ahead.append(packet)
             if needed.is_complete or self._is_first_alone(packet):
-                while ahead and not self._is_needed(ahead[-1], needed):
+                # what follows the last wanted frame only had to be read to find it
+                while ahead and not needed.is_on_display(ahead[-1].pts):
                     ahead.pop()
                 break
             if len(ahead) > _LOOKAHEAD:
                 packet = ahead.popleft()
-                yield packet, self._is_needed(packet, needed)
+                yield packet, needed.is_on_display(packet.pts)
         for packet in ahead:
-            yield packet, self._is_needed(packet, needed)
-
-    @staticmethod
-    def _is_needed(packet: av.Packet, needed: Needed) -> bool:
-        return packet.pts is None or needed.is_on_display(packet.pts)
+            yield packet, needed.is_on_display(packet.pts)
 
     def _needed(self) -> Needed | None:
         """None where every packet must be decoded, up to the first frame after the latest time."""
@@ -195,7 +186,6 @@ class _Clip:
         return (
             self._times[-1] <= 0
             and packet.is_keyframe
-            and packet.pts is not None
             and packet.pts == self._origin
             and self._period > 2 * TIME_TOLERANCE
         )

@@ -1,5 +1,6 @@
 """Decoded frames to RGB: their colours, alpha and fields, upright and with square pixels."""
 
+import math
 from typing import Any
 
 import av
@@ -9,7 +10,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
 from sat_ext.colour import to_srgb
-from sat_ext.data.decode.pick import Shape
+from sat_ext.data.decode.pick import Size
 from sat_ext.errors import MediaError
 from sat_ext.media import displayed_size, refuse_unreadable_colours
 
@@ -26,28 +27,32 @@ _PROGRESSIVE = 1  # of AVFieldOrder in libavcodec/defs.h: 0 is unknown, 2 to 5 a
 
 Decoded = tuple[av.VideoFrame, bool]  # a frame, and whether it is damaged
 
+# (a, b, c, d) of a display matrix with the rows (a, b, u), (c, d, v), (x, y, w), which sends (p, q) to
+# (ap + cq + x, bp + dq + y): FFmpeg's libavutil/display.h.
+Matrix = tuple[int, int, int, int]
+IDENTITY: Matrix = (1, 0, 0, 1)
+
 
 class Converter:
-    """Converts decoded frames of one clip to RGB, and to what `shape` keeps of them."""
+    """Converts decoded frames of one clip to RGB."""
 
-    def __init__(self, path: str, stream: VideoStream, shape: Shape) -> None:
-        self._path, self._stream, self._shape = path, stream, shape
+    def __init__(self, path: str, stream: VideoStream) -> None:
+        self._path, self._stream = path, stream
         self._reformatter = VideoReformatter()
-        self._matrix: Matrix | None = None
-        self._rotation: float | None = None
+        self._matrix, self._rotation = IDENTITY, math.nan  # which differs from any, so the first frame sets both
         self._fields: tuple[tuple[int, int, str], av.filter.Graph] | None = None
 
-    def __call__(self, decoded: Decoded) -> tuple[np.ndarray, np.ndarray]:
-        """The pixels, uint8 (H, W, 3), and what `shape` makes of them. Raises `MediaError` for a damaged frame."""
+    def __call__(self, decoded: Decoded) -> tuple[np.ndarray, Size | None]:
+        """The pixels, uint8 (H, W, 3), and their size as displayed, if not (W, H). `MediaError` for damage."""
         frame, damaged = decoded
         if damaged:
             raise MediaError(self._path, f"the data of its frame at {frame.time or 0:.3f} s is damaged")
         refuse_unreadable_colours(self._path, frame)
-        if frame.rotation != self._rotation:  # on the first frame: reading every matrix would keep every frame
+        if frame.rotation != self._rotation:  # reading the matrix of every frame would keep every frame alive
             self._matrix, self._rotation = display_matrix(frame), frame.rotation
         pixels = upright(self._rgb(frame), self._matrix)
         size = displayed_size(frame, self._stream)
-        return pixels, self._shape(pixels, None if size == pixels.shape[1::-1] else size)
+        return pixels, None if size == pixels.shape[1::-1] else size
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         context = self._stream.codec_context  # the decoder has put there what the frames say
@@ -57,12 +62,14 @@ class Converter:
         if frame.format.name.startswith("xyz"):  # of digital cinema, which swscale makes sRGB by itself
             convert = None
         alpha = any(component.is_alpha for component in frame.format.components)
-        if not (convert or alpha):
-            plane = self._reformat(frame, "rgb24").planes[0]
+        name = (("gbrp16le", "gbrap16le") if convert else ("rgb24", "rgba"))[alpha]
+        flags = _EXACT if is_inexact(frame) else _BILINEAR
+        frame = self._reformatter.reformat(frame, format=name, interpolation=flags, threads=1)
+        if name == "rgb24":  # without the copy of `to_ndarray`
+            plane = frame.planes[0]
             rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
             return rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
-        names = ("gbrp16le", "gbrap16le") if convert else ("rgb24", "rgba")
-        pixels = np.asarray(self._reformat(frame, names[alpha]).to_ndarray(), np.uint16 if convert else np.uint8)
+        pixels = np.asarray(frame.to_ndarray(), np.uint16 if convert else np.uint8)
         rgb = convert(pixels[..., :3]) if convert else pixels[..., :3]
         if not alpha:
             return rgb
@@ -88,10 +95,6 @@ class Converter:
         field = self._fields[1].pull()
         assert isinstance(field, av.VideoFrame)
         return field
-
-    def _reformat(self, frame: av.VideoFrame, name: str) -> av.VideoFrame:
-        flags = _EXACT if is_inexact(frame) else _BILINEAR
-        return self._reformatter.reformat(frame, format=name, interpolation=flags, threads=1)
 
 
 def is_inexact(frame: av.VideoFrame) -> bool:
@@ -120,34 +123,20 @@ def _peak(frame: av.VideoFrame) -> int:
     return ((1 << bits) - 1) << (16 - bits)
 
 
-def as_displayed(pixels: np.ndarray, shown: tuple[int, int] | None) -> np.ndarray:
-    """The frame with square pixels: one that has others is stretched, as players do."""
-    if shown is None:
-        return pixels
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-    return frame.reformat(*shown, interpolation="BICUBIC", threads=1).to_ndarray()
+def display_matrix(frame: av.VideoFrame) -> Matrix:
+    """How to turn and mirror a frame, which neither FFmpeg nor PyAV does.
 
-
-Matrix = tuple[int, int, int, int]  # (a, b, c, d) of the display matrix
-
-
-def display_matrix(frame: av.VideoFrame) -> Matrix | None:
-    """How to turn and mirror a frame, which neither FFmpeg nor PyAV does; None: not at all.
-
-    The matrix has rows (a, b, u), (c, d, v), (x, y, w) and sends (p, q) to (ap + cq + x, bp + dq + y):
-    FFmpeg's libavutil/display.h. Reading it keeps the frame alive until Python collects its cycles.
+    Reading it keeps the frame alive until Python collects its cycles.
     """
     content: Any = frame.side_data.get("DISPLAYMATRIX")
     if content is None:
-        return None
+        return IDENTITY
     a, b, _, c, d = (int(v) for v in np.frombuffer(content, np.int32)[:5])
     return a, b, c, d
 
 
-def upright(pixels: np.ndarray, matrix: Matrix | None) -> np.ndarray:
+def upright(pixels: np.ndarray, matrix: Matrix) -> np.ndarray:
     """The pixels turned and mirrored. Files only have quarter turns and mirror images."""
-    if matrix is None:
-        return pixels
     a, b, c, d = matrix
     if abs(b) > abs(a):
         pixels, a, d = pixels.swapaxes(0, 1), c, b

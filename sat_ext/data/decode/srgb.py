@@ -30,9 +30,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if convert := to_srgb(*coded):
         colour = Image.fromarray(convert(np.asarray(colour.convert("RGB"))))
     elif profile := info.get("icc_profile"):
-        colour = _by_profile(colour, profile)
+        if transform := _transform(profile, colour.mode):
+            colour = ImageCms.applyTransform(colour, transform) or colour
     elif "srgb" not in info and abs(info.get("gamma", _SRGB_GAMMA) - _SRGB_GAMMA) > _SAME_GAMMA:
-        colour = colour.point(_gamma_table(info["gamma"]) * len(colour.getbands()))
+        light = np.linspace(0, 1, 256) ** (1 / max(info["gamma"], 1e-3))  # of gAMA: value = light ** gamma
+        colour = colour.point(encode_srgb(light).tolist() * len(colour.getbands()))
     colour = colour if colour.mode == "RGB" else colour.convert("RGB")  # which would copy it
     return colour if alpha is None else Image.composite(colour, Image.new("RGB", image.size, "white"), alpha)
 
@@ -97,18 +99,9 @@ def is_srgb(profile: bytes | None) -> bool:
     return not profile or _transform(profile, "RGB") is None
 
 
-def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """The image in sRGB; unchanged if its profile is broken or for another kind of pixels."""
-    transform = _transform(profile, image.mode)
-    return image if transform is None else ImageCms.applyTransform(image, transform) or image
-
-
 @lru_cache(maxsize=64)  # data sets have few profiles, and lcms takes some ms to link one
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile's colours to sRGB; None if there is nothing to do.
-
-    Decided by what the profile does, not by its name: "GIMP built-in Linear sRGB" is linear.
-    """
+    """From the profile's colours to sRGB; None if there is nothing to do, or it is broken or for other pixels."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -116,13 +109,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
     if mode != "RGB":
         return transform
+    # What the profile does decides, and not its name: "GIMP built-in Linear sRGB" is linear.
     levels = np.linspace(0, 255, 18, dtype=np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     changed = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform)).astype(int) - colours
     return transform if np.abs(changed).max() > 1 else None  # a level is lcms's rounding
-
-
-def _gamma_table(gamma: float) -> list[int]:
-    """sRGB for the 8-bit values of a PNG whose file gamma (gAMA) is this: value = light ** gamma."""
-    light = np.linspace(0, 1, 256) ** (1 / max(gamma, 1e-3))
-    return encode_srgb(light).tolist()
