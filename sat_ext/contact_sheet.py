@@ -1,4 +1,4 @@
-"""Generated samples as a picture and as a clip, beside what was asked for."""
+"""Generated samples as a picture and as a clip, beside their captions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sat_ext.media import write_video
 
-CAPTION_WIDTH, CAPTION_LETTERS = 220, 30  # pixels, and what they hold of a line
+CAPTION_WIDTH, CAPTION_LETTERS = 220, 30  # pixels, and the letters that fit into them
 MARGIN = 6
 STRIP_FRAMES = 5  # of a clip, evenly spread from the first to the last
 CELL = 96  # pixels a side of one frame, at least; small frames are enlarged by whole numbers

@@ -11,7 +11,7 @@ from sat_ext.preview.uses import Uses
 from sat_ext.types import Bucket
 
 HEAVY_CUT = 0.25  # of the area: a 16:9 clip in a square loses 44 %, in 3:2 16 %
-BINS = 24  # as many bars as a phone shows apart
+BINS = 24  # bars that can still be told apart on a phone
 _TICKS_APART = 13.0  # percent: a label at a phone's width
 
 # Width / height of what cameras, phones and cinemas make.

@@ -18,7 +18,6 @@ from sat_ext.preview.charts import HEAVY_CUT
 from sat_ext.preview.report import Finding, SourcePart, count, percent
 from sat_ext.preview.uses import Uses
 from sat_ext.recipe import Recipe
-from sat_ext.types import Bucket
 
 ENLARGED = 1.25  # sides: below that, blur is hard to see
 RARE = 0.02  # of the records: below that, a fault of single files and not of the setting
@@ -244,20 +243,15 @@ def _few(facts: Facts) -> Iterator[Finding]:
 
 
 def _unfilled(facts: Facts) -> Iterator[Finding]:
-    used = {c.bucket for c in facts.stream.schedule.cells}
-    empty, most = [b for b in facts.recipe.buckets if b not in used], max(map(tokens, used))
-    if costly := [b for b in empty if tokens(b) > most]:
+    # An empty bucket costs something only if it is the largest.
+    most = max(tokens(c.bucket) for c in facts.stream.schedule.cells)
+    if empty := [b for b in facts.recipe.buckets if tokens(b) > most]:
+        which = f"{'the bucket' if len(empty) == 1 else 'these buckets:'} {', '.join(map(str, empty))}"
         yield Finding(
             level="warning",
-            text=f"No file falls into {_buckets(costly)}, larger than any that is filled: the memory plan, and "
-            "the batches under {cost: auto}, are sized for what is never trained on.",
+            text=f"No file falls into {which}, larger than any that is filled: the memory plan, and the batches "
+            "under {cost: auto}, are sized for what is never trained on.",
             remedy="Take them out: lower data.params.max_num_frames, or shorten data.params.buckets.",
-        )
-    if idle := [b for b in empty if b not in costly]:
-        yield Finding(
-            level="note",
-            text=f"No file falls into {_buckets(idle)}.",
-            remedy="These cost nothing; take them out of data.params.buckets to say what you mean.",
         )
 
 
@@ -265,10 +259,6 @@ _CHECKS = (
     _unreadable, _unread, _no_caption, _all_still, _longest, _short, _dropped, _cut, _enlarged, _repeated, _few,
     _unfilled, _slow, _same_captions, _long_captions,
 )  # fmt: skip
-
-
-def _buckets(buckets: Sequence[Bucket]) -> str:
-    return f"{'the bucket' if len(buckets) == 1 else 'these buckets:'} {', '.join(map(str, buckets))}"
 
 
 def _files(number: int) -> str:

@@ -34,7 +34,7 @@ def gather(yaml: Sequence[str], stream: JointStream, recipe: Recipe) -> Report:
     outcomes = probe_files(dropped, timeout=recipe.data.on_bad_sample.timeout)
     uses = uses_of(index, recipe.data.fps, [info for info, _ in outcomes if isinstance(info, MediaInfo)])
     clips, seconds, stills = _files(index, uses)
-    # by cell: how many of the first steps are its, the samples of a step on all GPUs, and the work of one on a GPU
+    # By cell: how many of the first steps it has, samples of a step on all GPUs, work of a step on one GPU.
     steps = np.bincount([s.cell for s in islice(schedule.steps(), LOOKED)], minlength=len(schedule.cells))
     batches = np.array([c.batch * schedule.world for c in schedule.cells])
     shape = recipe.shape

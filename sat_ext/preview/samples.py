@@ -23,9 +23,9 @@ _TRIES = 4  # samples read for one that is shown
 
 
 def show(stream: JointStream, bucket: Bucket, number: int) -> tuple[list[Shown], str]:
-    """The first `number` records that training takes from a bucket, of every source in turn; and a remark.
+    """The first `number` records that training takes from a bucket, from each source in turn, and a remark.
 
-    A bucket of which no file can be read gives no samples and the reason as remark.
+    If too many of its files cannot be read, the remark says why samples are missing.
     """
     shown: list[Shown] = []
     seen = set()
@@ -34,7 +34,7 @@ def show(stream: JointStream, bucket: Bucket, number: int) -> tuple[list[Shown],
             sample = stream.sample(cell, position)
         except DataError as error:
             return shown, str(error)
-        # another window of a long clip, or a visit that its weight asks for
+        # The same file again: another window of a long clip, or a repeat for its weight.
         if (sample.source, sample.key) in seen:
             continue
         seen.add((sample.source, sample.key))
@@ -74,7 +74,7 @@ def _frame(pixels: np.ndarray, longest: int, *, label: str, repeated: bool) -> F
     """uint8 (H, W, 3) in a data: URI, its longer side at most `longest` pixels; small ones are enlarged."""
     image = Image.fromarray(pixels)
     factor = longest // max(image.size)
-    if factor > 1:  # what the model sees of a tiny bucket are its pixels, not a blur
+    if factor > 1:  # of a tiny bucket: show the pixels, which is what the model sees
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     out = io.BytesIO()
@@ -84,12 +84,12 @@ def _frame(pixels: np.ndarray, longest: int, *, label: str, repeated: bool) -> F
 
 
 def _origin(stream: JointStream, cell: int, position: int, sample: Sample) -> str:
-    """What the file is and what was done to it; where the file was replaced by another, that."""
+    """What the file is and what was done to it, or that it replaces another."""
     group = stream.index.groups[cell]
     row = int(group.rows[stream.schedule.records(cell, np.array([position]))[0]])
     item, info = stream.index.item(row)
     if item.key != sample.key:
-        return "stands in for a file that cannot be read"
+        return "replaces a file that cannot be read"
     return describe(part_info(item, info), group.bucket)
 
 

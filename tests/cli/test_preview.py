@@ -208,7 +208,7 @@ def test_it_warns_of_buckets_that_are_sized_for_and_never_filled(tmp_path: Path)
     (tmp_path / "stills" / "new.JXL").write_bytes(b"x")
     text = Reader(write_page(write_base(tmp_path, params="buckets: {frames: [1, 5, 9, 13, 17]}"))).text
     assert "Left out because their endings are not read: 1 .jxl." in text
-    assert "No file falls into these buckets: 9x64x64, 13x64x64. These cost nothing" in text
+    assert "No file falls into" not in text  # smaller buckets that stay empty cost nothing
     assert "long enough for the longest bucket" not in text
 
 

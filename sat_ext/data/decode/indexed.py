@@ -31,7 +31,7 @@ _AT_ONCE = 8  # frames fetched together, at full size
 Fetch = Callable[[str, int, list[int]], Iterator[np.ndarray]]
 
 
-class _Miscounted(Exception):  # noqa: N818  # nobody's error: PyAV reads the file instead
+class _Miscounted(Exception):  # noqa: N818  # no error: PyAV reads the file instead
     """The decoder finds another number of frames in the file than there are."""
 
 
