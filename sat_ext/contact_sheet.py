@@ -66,6 +66,7 @@ def write_clip(rows: Sequence[SheetRow], path: Path, fps: int, columns: int = 4)
 def _side_by_side(frames: np.ndarray) -> Image.Image:
     if len(frames) > STRIP_FRAMES:
         frames = frames[np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)]
+    # a white line between frames, or their backgrounds would run into each other
     gap = np.full_like(_enlarged(frames)[0][:, :2], 255)
     return Image.fromarray(np.concatenate([part for f in _enlarged(frames) for part in (f, gap)], axis=1))
 

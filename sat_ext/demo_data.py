@@ -148,6 +148,7 @@ def _scenes(
         "shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "direction": directions,
         "size": sizes,
     }  # fmt: skip
+    # Shuffled each for itself: combined in a fixed order, red things would always be circles.
     shuffled = [[v[int(i) % len(v)] for i in rng.permutation(count)] for v in values.values()]
     for attributes in zip(*shuffled):
         diameter = float(rng.uniform(*DIAMETER))
@@ -163,7 +164,7 @@ def _moving(scene: Scene, index: int, is_short: bool, rng: np.random.Generator) 
     else:
         fps = FRAME_RATES[index % len(FRAME_RATES)]
         frames = int(rng.integers(math.ceil(SECONDS[0] * fps), int(SECONDS[1] * fps) + 1))
-    seconds = (frames - 1) / fps
+    seconds = (frames - 1) / fps  # from the first frame's start to the last's
     room = 1 - scene.diameter
     path = min(float(rng.uniform(*SPEED)) * seconds, room)
     along = scene.diameter / 2 + float(rng.uniform(0, room - path))  # the end of the path that is nearer to 0

@@ -180,6 +180,7 @@ def _slow(facts: Facts) -> Iterator[Finding]:
 
 
 def _repeated(facts: Facts) -> Iterator[Finding]:
+    # In the steps that this source takes to be seen once, the others come around several times.
     slowest = max(facts.sources, key=lambda s: s.steps)
     for source in facts.sources:
         times = slowest.steps / source.steps
@@ -196,7 +197,7 @@ def _repeated(facts: Facts) -> Iterator[Finding]:
 def _same_captions(facts: Facts) -> Iterator[Finding]:
     for source in facts.sources:
         texts = [c for _, captions in _captions(facts, source.name) for c in captions if c.strip()]
-        if len(texts) < 20:
+        if len(texts) < 20:  # in a handful of files, one pair is already many percent
             continue
         (text, number), *_ = Counter(texts).most_common(1)
         distinct = len(set(texts)) / len(texts)

@@ -20,10 +20,10 @@ from sat_ext.preview.uses import Uses, uses_of
 from sat_ext.recipe import Recipe
 from sat_ext.types import MediaInfo
 
-LOOKED = 1000  # steps of the schedule
+LOOKED = 1000  # steps of the schedule: its shares are exact to a batch over any window
 MOST_SAMPLES = 96  # on the page: about 3 MB of pictures
 SAMPLES = {"image": 6, "video": 3}  # of one bucket
-_MOST_LEFT_OUT = 2000  # files without a bucket that are probed again for the histograms
+_MOST_LEFT_OUT = 2000  # files without a bucket that are probed again for the histograms, at some 10 ms each
 _LISTED = 8
 
 

@@ -120,7 +120,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sat_ext.preview", "."),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelt name fails, where it would print nothing
         trim_blocks=True,
         lstrip_blocks=True,
     )

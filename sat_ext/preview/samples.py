@@ -33,7 +33,7 @@ def show(stream: JointStream, bucket: Bucket, number: int) -> tuple[list[Shown],
         try:
             sample = stream.sample(cell, position)
         except DataError as error:
-            return shown, str(error)
+            return shown, str(error)  # the rest of the page is still worth having
         # The same file again: another window of a long clip, or a repeat for its weight.
         if (sample.source, sample.key) in seen:
             continue

@@ -27,7 +27,7 @@ class Picked:
             fitted = self._fit(pixels, shown).numpy()
         except ValueError as error:
             raise MediaError(self._path, str(error)) from error
-        if not self._size:
+        if not self._size:  # a clip's own size is known with its first frame: headers may say another
             self._size, self.frames = pixels.shape, np.empty((self._count, *fitted.shape), np.uint8)
         if pixels.shape != self._size:
             height, width = self._size[:2]
@@ -52,6 +52,7 @@ def pick(
     picked = Picked(path, len(times), fit)
     shown: Any = None
     for start, frame in frames:
+        # How long a frame stays on display is known only once the next one starts.
         due = [i for i in order if times[i] + TIME_TOLERANCE < start] if shown is not None else []
         if due:
             picked.keep(*convert(shown), due)

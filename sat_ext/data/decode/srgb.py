@@ -24,7 +24,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     if tags.get(_PLANES) == 2 and max(tags.get(_BITS, (8,))) > 8 and image.info.get("compression") == "raw":
         raise ValueError("separate planes of 16 bits, which Pillow misreads; save it with compression")
-    info = image.info
+    info = image.info  # kept, as conversions lose parts of it
     coded = _coded_colours(image)  # before the pixels are read, which closes the file
     colour, alpha = _split(image)
     if convert := to_srgb(*coded):
