@@ -17,7 +17,8 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def local_ranks(otherwise: int = 1) -> int:
-    """The ranks on this machine, as torchrun or the DeepSpeed launcher says; `otherwise` without either."""
+    """The ranks on this machine; `otherwise` without a launcher."""
+    # the first is torchrun's, the second the DeepSpeed launcher's
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or otherwise)
 
 
@@ -35,6 +36,6 @@ def on_every_rank(call: Callable[[], T]) -> T:
         result = call()
     except SatExtError as error:
         own = error
-    if first := next((error for error in gather(own) if error is not None), None):
-        raise first from own
+    if errors := [error for error in gather(own) if error is not None]:
+        raise errors[0] from own
     return cast(T, result)

@@ -23,27 +23,21 @@ _ROUNDING = 1e-6  # frames by which arithmetic may be off: a time on the very ed
 
 
 class ClipTimes(NamedTuple):
-    """What to decode: `times` in seconds, one per frame of the bucket, played at `fps`.
-
-    `num_frames` does not count the repeats that fill a short clip.
-    """
+    """What to decode: `times` in seconds, one per frame of the bucket, played at `fps`."""
 
     times: tuple[float, ...]
-    num_frames: int
+    num_frames: int  # without the repeats that fill a short clip
     fps: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """The part of a file that may be shown: `frames` source frames of `period` seconds, from `start` on.
-
-    If a sampler makes several records of one clip, this is record `number` of `records`.
-    """
+    """The part of a file that may be shown: `frames` source frames of `period` seconds, from `start` on."""
 
     start: float
     period: float
     frames: int
-    number: int = 0
+    number: int = 0  # of the record, where a sampler makes several `records` of one clip
     records: int = 1
 
     @property
@@ -86,13 +80,12 @@ CountRecords = Callable[[Window, int, float], int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampler:
-    """A registered sampler. `still`: it gives single frames. `whole`: `skip_frms_num` does not apply to it.
-    `records`: how many records it makes of a window, given frames and fps; None for one."""
+    """A registered sampler."""
 
     pick: Pick
-    still: bool = False
-    whole: bool = False
-    records: CountRecords | None = None
+    still: bool = False  # gives single frames
+    whole: bool = False  # `skip_frms_num` does not apply to it
+    records: CountRecords | None = None  # how many it makes of a window, given frames and fps; None: one
 
 
 SAMPLERS: dict[str, Sampler] = {}
@@ -105,8 +98,8 @@ def register_sampler(
 
     The function gets a window, the number of frames (never more than the window gives), frames a second and a
     random generator, and returns that many rising times in seconds, from the window's start to its end (or to
-    start + (frames - 1) / fps, if that is later). To have it loaded with the YAML that names it, list it as an
-    entry point of your package: `[project.entry-points."sat_ext.samplers"]`, `ending = "my_package:ending"`.
+    start + (frames - 1) / fps, if that is later). Listed as an entry point of your package it is loaded by name:
+    `[project.entry-points."sat_ext.samplers"]`, `ending = "my_package:ending"`.
 
     >>> @register_sampler("ending")
     ... def ending(window, frames, fps, rng):
@@ -197,9 +190,8 @@ def _windows(window: Window, frames: int, fps: float) -> int:
 def all_windows(window: Window, frames: int, fps: float, rng: np.random.Generator) -> list[float]:
     """Every part of a long clip once an epoch: as many windows as fit side by side, each its own record.
 
-    They are evenly spread: the first starts with the clip, the last ends with it, and the gaps together are
-    shorter than one window. In a bucket of one frame (for short clips under `short_clips: shorter_bucket`) each
-    frame is a window. 10 s at 8 fps are 80 frames, so four windows of 17 fit, with gaps of 0.5 s:
+    They are evenly spread, from the clip's start to its end, with gaps that together are shorter than one window:
+    10 s at 8 fps have 80 frames, so four windows of 17 fit, with gaps of 0.5 s.
 
     >>> film = [Window(start=0.0, period=1 / 8, frames=80, number=i, records=4) for i in range(4)]
     >>> windows = [all_windows(window, 17, 8, np.random.default_rng(0)) for window in film]
@@ -212,9 +204,7 @@ def all_windows(window: Window, frames: int, fps: float, rng: np.random.Generato
 
 
 def available_frames(info: MediaInfo, fps: float) -> int:
-    """The length in frames, at `fps` frames a second, of the longest bucket that the whole clip fills, at least 1.
-
-    A source slower than `fps` repeats frames as a player would, and these count.
+    """The length in frames of the longest bucket that the whole clip fills at `fps` frames a second.
 
     >>> clip = MediaInfo(width=720, height=480, frames=180, fps=30.0, duration=6.0, codec="h264")
     >>> available_frames(clip, 8)  # 0/8 s, 1/8 s, ... 47/8 s, and the last source frame, at 179/30 s, for 48/8 s
@@ -256,13 +246,11 @@ def sample_times(
 
     `skip_frames` source frames are trimmed from both ends, but no more than let the clip fill its bucket. `window`
     is which of its `records_of` records to show. A clip that does not fill its bucket (see `available_frames`)
-    starts over or repeats its last frame, as `short` says: "loop" or "pad_last".
-
-    Raises `ConfigError` for an unknown name, and for invalid times from a sampler of the user's own.
+    starts over or repeats its last frame, as `short` says: "loop" or "pad_last". Raises `ConfigError` for an
+    unknown name, and for invalid times from a sampler of the user's own.
 
     >>> clip = MediaInfo(width=96, height=96, frames=3, fps=8.0, duration=0.375, codec="h264")
-    >>> rng = np.random.default_rng(0)
-    >>> sample_times("start", info=clip, frames=5, fps=8, rng=rng, short="loop")
+    >>> sample_times("start", info=clip, frames=5, fps=8, rng=np.random.default_rng(0), short="loop")
     ClipTimes(times=(0.0, 0.125, 0.25, 0.0, 0.125), num_frames=3, fps=8)
     """
     found = find_sampler(sampler)

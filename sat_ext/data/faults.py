@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from tempfile import TemporaryFile
 
 import numpy as np
@@ -76,8 +75,9 @@ class Faults:
             )
 
     def summary(self) -> str:
-        """How many files there are of each reason, the commonest first."""
-        return by_reason(reason for _, reason in self.known.values())
+        """How many files there are of each reason, the commonest first; numbers in reasons make no difference."""
+        counts = Counter(re.sub(r"\d[\d.,]*", "..", reason) for _, reason in self.known.values())
+        return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
     def _update(self) -> None:
         """Take over what this and other workers have found since the last call."""
@@ -90,13 +90,3 @@ class Faults:
         for line in lines.splitlines():
             row, path, reason = json.loads(line)
             self.known.setdefault(row, (path, reason))
-
-
-def by_reason(reasons: Iterable[str]) -> str:
-    """How often each reason occurs, the commonest first; reasons that differ only in numbers are merged.
-
-    >>> by_reason(["truncated at byte 10 of 20", "no such file", "truncated at byte 7 of 9"])
-    '2 truncated at byte .. of .., 1 no such file'
-    """
-    counts = Counter(re.sub(r"\d[\d.,]*", "..", reason) for reason in reasons)
-    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

@@ -36,8 +36,7 @@ class HeldOutStep:
 class HeldOut:
     """Batches of an evaluation of `samples` samples, over `world` ranks, again and again.
 
-    A batch has what a batch of the stream has, but no `loss_weight`, and `counted`: how many of its samples count
-    (all or none).
+    In place of `loss_weight` a batch has `counted`: how many of its samples count (all or none).
     """
 
     def __init__(self, stream: JointStream, *, samples: int, world: int) -> None:
@@ -48,7 +47,7 @@ class HeldOut:
         self.steps = [s for i, (cell, n) in enumerate(cells) for s in steps_of(i, n, cell.batch, world)]
 
     def batches(self, *, rank: int, worker: int = 0, workers: int = 1) -> Iterator[dict[str, Any]]:
-        """The batches of `rank`, after the last the first again; worker w of n makes every n-th, from the w-th."""
+        """The batches of `rank`, endlessly; worker w of n makes every n-th, from the w-th."""
         for number in count(worker, workers):
             step = self.steps[number % len(self.steps)]
             batch = self.stream.collated(step.cell, step.positions(rank))
@@ -77,8 +76,8 @@ def _of_each_cell(stream: JointStream, samples: int) -> list[int]:
 def share_out(records: Sequence[int], total: int, *, least: int) -> list[int]:
     """`total` samples over groups of so many records, in proportion; at least `least`, at most all of each.
 
-    >>> share_out([80, 20], 8, least=1), share_out([80, 1], 8, least=1), share_out([3, 2], 8, least=0)
-    ([6, 2], [7, 1], [3, 2])
+    >>> share_out([80, 20], 8, least=1), share_out([80, 1], 8, least=1)
+    ([6, 2], [7, 1])
     """
     taken = [min(least, n) for n in records]
     while sum(taken) < min(total, sum(records)):

@@ -16,8 +16,6 @@ from sat_ext.errors import ConfigError
 from sat_ext.latents.store import CacheConfig
 from sat_ext.types import Bucket, ShortClips
 
-_DAY = 86_400  # seconds
-
 
 @dataclass(frozen=True, kw_only=True)
 class BadSampleConfig:
@@ -28,10 +26,10 @@ class BadSampleConfig:
     timeout: float = 60.0  # seconds, after which a file counts as unreadable
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout <= _DAY:
+        if not 0 < self.timeout <= 86_400:
             raise ConfigError(
                 f"data.params.on_bad_sample.timeout: {self.timeout} seconds; use more than 0 (60 is the default) "
-                f"and at most {_DAY}, a day."
+                "and at most 86400, a day."
             )
         for name, count in (("skip", self.skip), ("consecutive", self.consecutive)):
             if count < 0:

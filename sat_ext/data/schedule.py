@@ -13,9 +13,9 @@ The order of steps follows from ideal times, so that no state must be replayed:
 - between sources, the one is due whose samples, counted to the middle of its next batch and divided by its share,
   are the fewest.
 
-Worked example: two sources of share 0.75 and 0.25, one cell each, batches of 1 sample on 1 rank. The batches
-are due at (0.5, 1.5, 2.5, ...) / 0.75 = 0.67, 2, 3.33, ... and at (0.5, 1.5, ...) / 0.25 = 2, 6, ...; ties go
-to the first source, so the steps are A A B A, A A B A, ...
+Example: two sources of share 0.75 and 0.25, one cell each, batches of 1 sample on 1 rank. The batches are due at
+(0.5, 1.5, 2.5, ...) / 0.75 = 0.67, 2, 3.33, ... and at (0.5, 1.5, ...) / 0.25 = 2, 6, ...; ties go to the first
+source, so the steps are A A B A, A A B A, ...
 
 With G the largest global batch of each source and p its share, the samples of a source in the first t steps differ
 from p times all samples by at most ((1 - p) G + p * (sum of the other sources' G)) / 2, and over any window of
@@ -75,7 +75,7 @@ class Schedule:
         assert shares.keys() == set(names) and min(shares.values()) > 0, shares  # `build_index` has checked them
         total = sum(shares[n] for n in names)
         self._sources = [_Source(shares[n] / total, n, self.cells, world) for n in names]
-        self._global = [c.batch * world for c in cells]
+        # by name, so that a resumed run draws the same records of a cell, whatever cells were added or left out
         self._keys = [_key(seed, c.source, str(c.bucket)) for c in cells]
         per_batch = sum(source.rate * world for source in self._sources)
         self._weights = [c.batch * per_batch for c in cells]
@@ -83,17 +83,14 @@ class Schedule:
     def loss_weight(self, cell: int) -> float:
         """The factor on the loss of a step of `cell` (a mean over its batch) that makes all samples count alike.
 
-        Shares count samples. Let f_j be the part of all samples in cell j and B_j its batch. The number of its
-        steps is proportional to f_j / B_j, and with weight w_j a sample moves the model by w_j / B_j. Equal
-        samples require w_j = K B_j; a mean weight of 1 over the steps, which keeps the meaning of the learning
-        rate, fixes K:
+        Let f_j be the part of all samples in cell j and B_j its batch. The number of its steps is proportional to
+        f_j / B_j, and with weight w_j a sample moves the model by w_j / B_j. Equal samples require w_j = K B_j; a
+        mean weight of 1 over the steps, which keeps the meaning of the learning rate, fixes K:
 
             w_c = B_c * sum over j of f_j / B_j
 
         Two sources of share 0.5, in batches of 11 stills and of 1 clip: the sum is 0.5 / 11 + 0.5 = 6 / 11, so
-        steps of stills weigh 6 and of clips 6 / 11. One of 12 steps is of stills: 6 for 11 stills, and 11 * 6 / 11
-        = 6 for 11 clips. Unweighted, stills would count 1 / 12 and not a half. `model.loss_weights` multiplies
-        this by kind.
+        steps of stills weigh 6 and of clips 6 / 11; the 11 clips in 12 steps weigh as much as the 11 stills.
         """
         return self._weights[cell]
 
@@ -113,12 +110,9 @@ class Schedule:
         return step.first + rank * batch + np.arange(batch, dtype=np.int64)
 
     def records(self, cell: int, positions: np.ndarray) -> np.ndarray:
-        """Indices (int64, 0 <= i < records) of the cell's records at `positions` of its stream.
-
-        Every epoch visits the same random half first and the other half second, each in a new order. Otherwise a
-        batch that crosses the end of an epoch could hold a record twice; now it takes more than half of the
-        records.
-        """
+        """Indices (int64, 0 <= i < records) of the cell's records at `positions` of its stream."""
+        # Every epoch visits the same random half first and the other half second, each in a new order. Otherwise a
+        # batch that crosses the end of an epoch could hold a record twice; now it takes more than half of them.
         n, key = self.cells[cell].records, self._keys[cell]
         epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), n)
         half = n // 2
@@ -131,20 +125,16 @@ class Schedule:
         return permute(out, n, np.full(out.shape, key))
 
     def rng(self, cell: int, position: int, attempt: int = 0) -> np.random.Generator:
-        """The random numbers of one visit (such as which part of a clip), after `attempt` unreadable files.
-
-        Seeded by the cell and the position and not drawn from a running generator, because workers and ranks read
-        positions in any order, and a resumed run must draw what an uninterrupted one would have.
-        """
+        """The random numbers of one visit (such as which part of a clip), after `attempt` unreadable files."""
+        # Not drawn from a running generator, because workers and ranks read positions in any order, and a resumed
+        # run must draw what an uninterrupted one would have.
         return np.random.default_rng([int(self._keys[cell]), position, attempt])
 
     def _walk_from(self, step: int) -> "_Walk":
-        """The schedule just before `step`: in closed form to a few steps a cell before it, then step by step.
-
-        At global time T every source has done exactly the batches due by then. Their number grows like `rate` * T,
-        within a batch per cell, so the first guess is right if the sources keep pace with each other. If they do
-        not (`used` is from other shares, or files were added since), the guesses are bisected.
-        """
+        """The schedule just before `step`: in closed form to a few steps a cell before it, then step by step."""
+        # At global time T every source has done exactly the batches due by then. Their number grows like `rate` *
+        # T, within a batch per cell, so the first guess is right if the sources keep pace with each other. If they
+        # do not (`used` is from other shares, or files were added since), the guesses are bisected.
         used, done = list(self.base), 0
         rate, slack = sum(s.rate for s in self._sources), len(self.cells) + len(self._sources)
         time = sum(self.base) + (step - slack) / rate
@@ -153,7 +143,7 @@ class Schedule:
             guess = list(self.base)
             for source in self._sources:
                 source.advance(guess, time)
-            count = sum((g - b) // n for g, b, n in zip(guess, self.base, self._global))
+            count = sum((guess[i] - self.base[i]) // n for s in self._sources for i, n in s.batch.items())
             if count <= step:
                 used, done, earliest = guess, count, time
             else:

@@ -1,25 +1,22 @@
 """The composer: schedule -> reader -> collate. One batch a step, of one bucket."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
-from sat_ext.data.collate import collate
 from sat_ext.data.faults import Faults
 from sat_ext.data.guard import Guard
 from sat_ext.data.index import Group, Index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.schedule import Cell, Schedule, Step
-from sat_ext.data.sources.texts import listed
 from sat_ext.data.visits import MediaReader, read_pixels, sample_capacity
 from sat_ext.errors import MediaError
+from sat_ext.pixels import to_model_range
 from sat_ext.types import Bucket, Sample
-
-log = logging.getLogger(__name__)
 
 
 class Reader(Protocol):
@@ -49,19 +46,12 @@ class JointStream:
         reader: Reader | None = None,
     ) -> None:
         self.index, self.config, self.dtype = index, config, dtype
-        # smaller batches where a bucket of a source has few records, so that no step holds a record twice
-        batches = [max(1, min(batch_sizes[g.bucket], len(g.rows) // (2 * world))) for g in index.groups]
-        cells = [
-            Cell(source=g.source, bucket=g.bucket, records=len(g.rows), batch=batch)
-            for g, batch in zip(index.groups, batches)
-        ]
-        few = [f"{c.source} {c.bucket}: {c.records}" for c in cells if c.records < 2 * world and world > 1]
-        if few:
-            log.warning(
-                "%d pairs of source and bucket have fewer than 2 records for each of the %d ranks, so that a step "
-                "can hold one twice (%s)",
-                len(few), world, listed(few),
-            )  # fmt: skip
+        cells = []
+        for group in index.groups:
+            records = len(group.rows)
+            # smaller batches where there are few records, so that no step holds a record twice
+            batch = max(1, min(batch_sizes[group.bucket], records // (2 * world)))
+            cells.append(Cell(source=group.source, bucket=group.bucket, records=records, batch=batch))
         self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, used=used)
         budget = config.on_bad_sample
         self._faults = Faults(skip=budget.skip, consecutive=budget.consecutive)
@@ -108,3 +98,30 @@ class JointStream:
             except MediaError as error:
                 self._faults.add(row, error)
         raise AssertionError("the budget of faults ends the loop")
+
+
+def collate(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any]:
+    """The batch of B samples, all of one shape.
+
+    `mp4` is (B, T, C, H, W), in [-1, 1] and `dtype`, or as decoded where that is uint8. Latents stay as they are,
+    (B, t, C, h, w), and those of an image-to-video model bring `condition_latents` (B, 1, C, h, w). `num_frames`
+    and `fps` are int64 (B,), the others lists of B strings.
+    """
+    assert samples, "a batch of no samples"
+    shapes = {tuple(s.pixels.shape) for s in samples}
+    assert len(shapes) == 1, f"samples of several shapes in one batch: {sorted(shapes)}"
+    clips = [s.pixels for s in samples]
+    # PyTorch's collation allocates in the memory that a data worker shares with the trainer; `to_model_range` does
+    # not, and its result is copied there once more.
+    is_final = dtype == torch.uint8 or clips[0].dtype != torch.uint8
+    conditions = [s.condition for s in samples if s.condition is not None]
+    return {
+        "mp4": default_collate(clips) if is_final else to_model_range(torch.stack(clips), dtype),
+        **({"condition_latents": default_collate(conditions)} if conditions else {}),
+        "txt": [s.caption for s in samples],
+        "num_frames": torch.tensor([s.num_frames for s in samples], dtype=torch.int64),
+        "fps": torch.tensor([s.fps for s in samples], dtype=torch.int64),
+        "kind": [str(s.kind) for s in samples],
+        "source": [s.source for s in samples],
+        "key": [s.key for s in samples],
+    }

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sat_ext.data.collate import collate
+from sat_ext.data.stream import collate
 from sat_ext.types import Sample
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sat_ext.data.faults import Faults, by_reason
+from sat_ext.data.faults import Faults
 from sat_ext.errors import DataError, MediaError
 from sat_ext.types import Bucket
 
@@ -139,5 +139,8 @@ def test_a_bucket_without_a_readable_file_is_named() -> None:
 
 
 def test_reasons_that_differ_in_numbers_are_one() -> None:
-    assert by_reason([]) == ""
-    assert by_reason(["1x2 pixels, over", "a", "30x4 pixels, over"]) == "2 ..x.. pixels, over, 1 a"
+    found = faults()
+    assert found.summary() == ""
+    for number, reason in enumerate(("1x2 pixels, over", "a", "30x4 pixels, over")):
+        found.add(number, bad(number, reason))
+    assert found.summary() == "2 ..x.. pixels, over, 1 a"
