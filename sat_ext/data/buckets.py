@@ -63,13 +63,6 @@ def assign(info: MediaInfo, buckets: Sequence[Bucket], *, available: int, still:
     `available` is `clips.available_frames`, `still` asks for one frame (a file of one frame is always a still),
     and `short` is one of `SHORT_CLIPS`. Among the sizes of the chosen length the one nearest in shape wins, then
     the one nearest in area.
-
-    >>> clip = MediaInfo(width=1280, height=720, frames=120, fps=30.0, duration=4.0, codec="h264")
-    >>> buckets = make_buckets(BucketConfig(sizes=((480, 720), (720, 480))), (480, 720), 49)
-    >>> str(assign(clip, buckets, available=33, still=False, short="shorter_bucket"))
-    '33x480x720'
-    >>> assign(clip, buckets, available=33, still=False, short="drop")
-    'too short for the longest bucket (33 of 49 frames), and short_clips is drop'
     """
     lengths = {b.frames for b in buckets}
     longest, shortest = max(lengths), min(lengths)

@@ -165,11 +165,7 @@ def middle(window: Window, frames: int, fps: float, rng: np.random.Generator) ->
 
 @register_sampler("uniform")
 def uniform(window: Window, frames: int, fps: float, rng: np.random.Generator) -> Sequence[float]:
-    """The whole clip from its first frame to its last in even steps, so that a long one plays faster.
-
-    >>> uniform(Window(start=0.0, period=1 / 30, frames=61), 5, 8, np.random.default_rng(0))  # at 2 fps, not 8
-    [0.0, 0.5, 1.0, 1.5, 2.0]
-    """
+    """The whole clip from its first frame to its last in even steps, so that a long one plays faster."""
     if frames == 1 or window.last <= 0:
         return middle(window, frames, fps, rng)
     return [window.start + window.last * k / (frames - 1) for k in range(frames)]
@@ -248,10 +244,6 @@ def sample_times(
     is which of its `records_of` records to show. A clip that does not fill its bucket (see `available_frames`)
     starts over or repeats its last frame, as `short` says: "loop" or "pad_last". Raises `ConfigError` for an
     unknown name, and for invalid times from a sampler of the user's own.
-
-    >>> clip = MediaInfo(width=96, height=96, frames=3, fps=8.0, duration=0.375, codec="h264")
-    >>> sample_times("start", info=clip, frames=5, fps=8, rng=np.random.default_rng(0), short="loop")
-    ClipTimes(times=(0.0, 0.125, 0.25, 0.0, 0.125), num_frames=3, fps=8)
     """
     found = find_sampler(sampler)
     assert frames >= 1 and fps > 0 and (frames == 1 or not found.still)

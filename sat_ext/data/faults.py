@@ -28,9 +28,11 @@ class Faults:
         self.skip, self.consecutive = skip, consecutive
         self.known: dict[int, tuple[str, str]] = {}
         self._in_a_row = 0
-        # One line a fault, in a file that the data workers forked later share. Not behind a lock, which a killed
-        # worker would hold forever: the kernel keeps writes of several processes apart where they append.
-        self._list = TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as we do
+        # One line a fault, in a file that the data workers forked later share; in memory, so that a full disk does
+        # not end the run. Not behind a lock, which a killed worker would hold forever: the kernel keeps writes of
+        # several processes apart where they append.
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        self._list = TemporaryFile(buffering=0, dir=memory)  # noqa: SIM115 - it lives as long as this object
         fcntl.fcntl(self._list, fcntl.F_SETFL, os.O_APPEND)
         self._read = 0
 
@@ -44,7 +46,7 @@ class Faults:
         self._in_a_row += 1
         if row not in self:
             line = json.dumps([row, error.path, error.reason[:_MOST_REASON]], ensure_ascii=False)
-            self._list.write(f"{line}\n".encode(errors="replace"))  # names of files may be no Unicode
+            self._list.write(f"{line}\n".encode(errors="replace"))  # a file's name may not be Unicode
             self._update()
             log.warning("skipped: %s", error)
             count = len(self.known)

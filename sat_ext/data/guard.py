@@ -119,16 +119,15 @@ class Guard(Generic[R]):
     def _start(self) -> Connection:
         if self._shared is None and self.capacity:
             self._shared = mmap.mmap(-1, self.capacity)
-        parent = os.getpid()
-        # The kernel sends the signal of a parent's death when the *thread* that forked ends.
-        lasting = threading.current_thread() is threading.main_thread()
+        # From the main thread only: the kernel sends the signal of a parent's death when the *thread* ends.
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
         with _forking:  # else another thread's fork inherits `there`, and the end of our process goes unnoticed
             here, there = Pipe()
             pid = os.fork()
             if pid == 0:
                 try:
                     here.close()
-                    _prepare(parent if lasting else None, self.memory)
+                    _prepare(parent, self.memory)
                     _serve(there, self.function, self._shared, self.timeout)
                 finally:
                     os._exit(0)
@@ -140,7 +139,7 @@ class Guard(Generic[R]):
         return here
 
     def _stop(self) -> int | None:
-        """End the process; its status as from `os.waitpid`, None if unknown."""
+        """End the process; its exit code, the negative number of the signal that ended it, or None if unknown."""
         end, self._end, self._pipe, self.pid = self._end, None, None, None
         _started.discard(self)
         return None if end is None else end()
@@ -165,7 +164,7 @@ os.register_at_fork(after_in_child=_forget_all)
 
 
 def _end(pid: int, pipe: Connection) -> int | None:
-    """Kill and reap a process. If it ended by itself, its own status is returned."""
+    """Kill and reap a process. If it ended by itself, its own exit code is returned."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     pipe.close()  # after the kill, or the process could exit at the pipe's end and seem to have ended by itself
@@ -174,19 +173,18 @@ def _end(pid: int, pipe: Connection) -> int | None:
         while time.monotonic() < deadline:  # a process waiting for a network file system cannot be killed
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                return status
+                return os.waitstatus_to_exitcode(status)
             time.sleep(0.001)
     return None
 
 
-def _fate(status: int | None) -> str:
-    if status is None:
+def _fate(code: int | None) -> str:
+    if code is None:
         return "ended"
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        hint = ", perhaps by the kernel for lack of memory" if number == signal.SIGKILL else ""
-        return f"was ended by {signal.Signals(number).name}{hint}"
-    return f"ended with exit code {os.WEXITSTATUS(status)}"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hint = ", perhaps by the kernel for lack of memory" if -code == signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-code).name}{hint}"
 
 
 # --- in the process ---

@@ -75,7 +75,7 @@ class Schedule:
         assert shares.keys() == set(names) and min(shares.values()) > 0, shares  # `build_index` has checked them
         total = sum(shares[n] for n in names)
         self._sources = [_Source(shares[n] / total, n, self.cells, world) for n in names]
-        # by name, so that a resumed run draws the same records of a cell, whatever cells were added or left out
+        # By name, so that a resumed run reads a cell in the same order, whatever cells were added or left out.
         self._keys = [_key(seed, c.source, str(c.bucket)) for c in cells]
         per_batch = sum(source.rate * world for source in self._sources)
         self._weights = [c.batch * per_batch for c in cells]

@@ -121,7 +121,7 @@ def collate(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any]:
         "txt": [s.caption for s in samples],
         "num_frames": torch.tensor([s.num_frames for s in samples], dtype=torch.int64),
         "fps": torch.tensor([s.fps for s in samples], dtype=torch.int64),
-        "kind": [str(s.kind) for s in samples],
+        "kind": [s.kind for s in samples],
         "source": [s.source for s in samples],
         "key": [s.key for s in samples],
     }

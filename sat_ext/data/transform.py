@@ -90,10 +90,6 @@ def _contiguous(pixels: np.ndarray) -> np.ndarray:
 
 
 def _scaled(start: int, length: int, shown: int, stored: int) -> tuple[int, int]:
-    """A range of displayed pixels as stored pixels, at least one.
-
-    >>> _scaled(150, 1620, 1920, 1440)
-    (113, 1215)
-    """
+    """A range of displayed pixels as stored pixels, at least one."""
     first = min(stored - 1, math.floor(start * stored / shown + 0.5))
     return first, min(stored, max(first + 1, math.floor((start + length) * stored / shown + 0.5))) - first

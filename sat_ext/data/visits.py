@@ -75,7 +75,7 @@ def visit_of(index: Index, config: DataConfig, group: Group, record: int, rng: n
 
 def draw_caption(item: Item, rng: np.random.Generator) -> str:
     """One of the item's captions."""
-    if len(item.captions) == 1:  # draws nothing, so that giving a file more captions changes no other file's clips
+    if len(item.captions) == 1:  # no draw, which would change the visit's random numbers after it
         return item.captions[0]
     weights = np.array(item.caption_weights or (1.0,) * len(item.captions))
     return item.captions[int(rng.choice(len(weights), p=weights / weights.sum()))]
