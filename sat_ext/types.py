@@ -27,6 +27,7 @@ _OTHERS = """
 """
 # What a folder is searched for. GIF and WebP count as stills here, and as clips once they prove to be animated.
 IMAGE_EXTENSIONS, VIDEO_EXTENSIONS = frozenset(_IMAGES.split()), frozenset(_VIDEOS.split())
+MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
 # Known to be neither. Files with other suffixes are counted and named, because they may be media.
 OTHER_EXTENSIONS = frozenset(_OTHERS.split())
 

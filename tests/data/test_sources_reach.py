@@ -71,7 +71,7 @@ KINDS: list[Callable[[Path, str], str]] = [in_jsonl, in_csv, in_parquet, in_meta
      "sftp://h/a.png", "dir://a.png::file:///etc", "memory://0.tar#a.png@0+9"],
 )  # fmt: skip
 def test_rows_name_addresses_of_known_kinds_only(tmp_path, write, name):
-    with pytest.raises(DataError, match=r"is of the kind \w+://; a data set may name .*; if you trust it, add"):
+    with pytest.raises(DataError, match=r"is a \w+:// address; a data set may name .*; if you trust it, add"):
         read_source(write(tmp_path, name))
 
 
@@ -80,7 +80,7 @@ def test_a_row_that_makes_fsspec_render_jinja_runs_no_code(tmp_path):
     payload = f"{{{{ cycler.__init__.__globals__.os.popen('id > {mark}').read() }}}}"
     generated = [{"key": payload, "url": "http://x", "dimensions": {"i": [1]}}]
     evil = text(tmp_path / "evil.json", json.dumps({"version": 1, "templates": {}, "refs": {}, "gen": generated}))
-    with pytest.raises(DataError, match="line 1: .* is of the kind reference://"):
+    with pytest.raises(DataError, match="line 1: .* is a reference:// address"):
         read_source(in_jsonl(tmp_path, f"reference://a.png::file://{evil}"))
     assert not mark.exists()
 
@@ -231,7 +231,7 @@ def test_a_table_behind_a_url_names_no_local_file(tmp_path):
     still(tmp_path / "out.png")
     with http_server(tmp_path) as server:
         in_jsonl(tmp_path, f"file://{tmp_path}/out.png")
-        with pytest.raises(DataError, match=r"t\.jsonl, line 1: .* is of the kind file://"):
+        with pytest.raises(DataError, match=r"t\.jsonl, line 1: .* is a file:// address"):
             read_source(f"{server.url}/t.jsonl")
 
 

@@ -70,7 +70,7 @@ def test_a_range_with_missing_files_names_them(tmp_path):
 def test_a_range_of_something_else_says_what_it_may_be(tmp_path):
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"a range is of \.tar, or of tables .*; these end in \['\.mp4'\]"):
+    with pytest.raises(DataError, match=r"'\.mp4' is not a kind of source; give a folder, a table .*, or \.tar"):
         read_source(f"{tmp_path}/{{a,b}}.mp4")
 
 

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 
 import braceexpand
 
-from sat_ext.data.sources.layouts import read_folder
+from sat_ext.data.sources.folder import read_folder
 from sat_ext.data.sources.listing import Notes, list_folder
 from sat_ext.data.sources.reach import Reach, check_roots
 from sat_ext.data.sources.shards import read_shards
-from sat_ext.data.sources.tables import TABLES, read_tables, suffix_of_table
+from sat_ext.data.sources.tables import TABLES, read_tables
 from sat_ext.data.sources.texts import listed
 from sat_ext.errors import ConfigError, DataError
-from sat_ext.files import is_url
+from sat_ext.files import is_url, suffix_of
 from sat_ext.types import Item
 
 __all__ = ["SourceConfig", "check_roots", "read_source"]
@@ -61,13 +61,12 @@ def read_source(
     allowed_roots: Sequence[str] = (),
     unread: Counter[str] | None = None,
 ) -> list[Item]:
-    """Every item of a source. Folders are searched at all levels; links must stay in the source or in
-    `allowed_roots`.
+    """Every item of a source, in natural order of their keys (clip2 before clip10).
 
-    Items come in natural order of their keys (clip2 before clip10). What is odd about a source but no reason to
-    stop is logged once, with a count. Raises `DataError` if there is nothing to read, if a caption is missing, and
-    for an invalid value or a name that leads out of the source. Without `captions_required`, a file without a
-    caption is an item with empty `captions`. `unread` counts, by suffix, files that may be media but are not read.
+    Links and names must stay in the source or in `allowed_roots`. What is odd about a source but no reason to stop
+    is logged once, with a count. Raises `DataError` if there is nothing to read, if a caption is missing, and for
+    an invalid value or a name that leads out of the source. Without `captions_required`, a file without a caption
+    is an item with empty `captions`. `unread` counts files that may be media but are not read, by suffix.
     """
     notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
@@ -86,55 +85,50 @@ def _natural(key: str) -> tuple[str, str]:
 
 
 def _read(path: str, notes: Notes) -> list[Item]:
-    if not path:
-        raise DataError("sources: a path is empty; give a folder, a table or tar shards.")
     path = re.sub("^(file|local)://", "", path)  # or `Reach` would not apply to its rows
-    if not is_url(path):
+    local = not is_url(path)
+    if local:
         path = os.path.normpath(os.path.expanduser(path))
-    if "{" in path and (is_url(path) or not os.path.exists(path)):
-        return _read_range(path, notes)
-    suffix = suffix_of_table(path)
-    if not is_url(path):
-        notes.reach.add(path if os.path.isdir(path) else os.path.dirname(path))
-        if os.path.isdir(path):
-            return read_folder(list_folder(path, notes), notes)
-        if not os.path.exists(path):
-            raise DataError(f"{path}: no such file or folder; check sources or train_data.")
-    if suffix in TABLES:
-        return read_tables([(path, "")], notes)
-    if suffix == ".tar":
-        return read_shards([(path, os.path.basename(path.partition("?")[0] if is_url(path) else path))], notes)
-    if is_url(path) and not suffix and (folder := list_folder(path, notes)).names:
+    if "{" in path and not (local and os.path.exists(path)):
+        return _read_files(path, _in_range(path), notes)
+    if local and os.path.isdir(path):
+        notes.reach.add(path)
+        return read_folder(list_folder(path, notes), notes)
+    if os.path.exists(path) if local else suffix_of(path):
+        return _read_files(path, [path], notes)
+    if not local and (folder := list_folder(path, notes)).names:
         return read_folder(folder, notes)
-    if is_url(path) and not suffix:
-        raise DataError(f"{path}: no such file or folder; check sources or train_data.")
+    raise DataError(f"{path}: no such file or folder; check sources or train_data.")
+
+
+def _read_files(source: str, paths: Sequence[str], notes: Notes) -> list[Item]:
+    """Tars or tables: one file, or those of a brace range."""
+    for folder in {os.path.dirname(p) for p in paths}:
+        notes.reach.add(folder)
+    common = os.path.commonprefix([p.rpartition("/")[0] + "/" for p in paths]).rpartition("/")[0] + "/"
+    names = [p.removeprefix(common) for p in paths]
+    if is_url(source):
+        names = [name.partition("?")[0] for name in names]  # a signature, which changes
+    suffixes = sorted({suffix_of(p) for p in paths})
+    if suffixes == [".tar"]:
+        return read_shards(list(zip(paths, names)), notes)
+    if len(suffixes) == 1 and suffixes[0] in TABLES:
+        # The keys of one table's rows have no prefix; those of several tables could collide.
+        return read_tables([(p, "" if p == source else f"{n}/") for p, n in zip(paths, names)], notes)
     raise DataError(
-        f"{path}: '{suffix}' is not a kind of source; give a folder, a table {' or '.join(TABLES)}, or .tar."
+        f"{source}: {' and '.join(map(repr, suffixes))} is not a kind of source; give a folder, a table "
+        f"{' or '.join(TABLES)}, or .tar."
     )
 
 
-def _read_range(path: str, notes: Notes) -> list[Item]:
-    """Tars or tables by a brace range: `{0000..0009}` or `{a,b}`."""
+def _in_range(path: str) -> list[str]:
+    """The files of a brace range: `{0000..0009}` or `{a,b}`."""
     try:
         paths = list(braceexpand.braceexpand(path))
     except ValueError as error:
-        raise DataError(
-            f"{path}: not a range of files ({error}); write one as in shards/{{0000..0009}}.tar."
-        ) from error
-    if not is_url(path):
-        absent = [p for p in paths if not os.path.exists(p)]
-        if absent:
-            raise DataError(
-                f"{path}: {len(absent)} of its {len(paths)} files are missing ({listed(absent)}); fix the range."
-            )
-    for folder in {os.path.dirname(p) for p in paths}:
-        notes.reach.add(folder)
-    suffixes = {suffix_of_table(p) for p in paths}
-    common = os.path.commonprefix([p.rpartition("/")[0] + "/" for p in paths]).rpartition("/")[0] + "/"
-    if suffixes == {".tar"}:
-        return read_shards([(p, p.removeprefix(common).partition("?")[0]) for p in paths], notes)
-    if len(suffixes) == 1 and suffixes <= set(TABLES):
-        return read_tables([(p, p.removeprefix(common).partition("?")[0] + "/") for p in paths], notes)
-    raise DataError(
-        f"{path}: a range is of .tar, or of tables {' or '.join(TABLES)}; these end in {sorted(suffixes)}."
-    )
+        raise DataError(f"{path}: not a range of files ({error}); write it as in {{0000..0009}}.tar.") from error
+    absent = [p for p in paths if not is_url(p) and not os.path.exists(p)]
+    if absent:
+        missing = f"{len(absent)} of its {len(paths)} files are missing ({listed(absent)})"
+        raise DataError(f"{path}: {missing}; fix the range.")
+    return paths

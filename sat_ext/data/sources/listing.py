@@ -15,18 +15,23 @@ from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, encoding_of, is_text, 
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import is_url
 from sat_ext.files.ranged import filesystem, reason_of
-from sat_ext.types import OTHER_EXTENSIONS
+from sat_ext.types import MEDIA_EXTENSIONS, OTHER_EXTENSIONS
 
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 256  # small files that are fetched together from a server
 
 
+def is_media(name: str) -> bool:
+    """Whether a file's name is that of an image or a video."""
+    return os.path.splitext(name)[1].lower() in MEDIA_EXTENSIONS
+
+
 class Notes:
     """What is odd about a source but no reason to stop: one warning for each kind of it, with a count.
 
-    Unless captions are required, files without one are items without captions. `reach` limits which names of the
-    source may be opened; `unread` counts, by suffix, files that may be media and are not read.
+    `reach` limits which names of the source may be opened; `unread` counts files that may be media but are not
+    read, by suffix. Both travel with the notes because every reader of a source needs all three.
     """
 
     def __init__(self, *, captions_required: bool, reach: Reach) -> None:
@@ -44,7 +49,7 @@ class Notes:
                 self._names.setdefault(what, []).append(name)
 
     def leave_out(self, name: str) -> None:
-        """A file that is no media by its suffix."""
+        """Count a file that may be media but is not read."""
         suffix = os.path.splitext(name)[1].lower()
         if suffix and suffix not in OTHER_EXTENSIONS:
             with self._lock:
@@ -65,7 +70,7 @@ class Notes:
             return decoder("replace").decode(data, is_whole)
 
     def log(self, source: str) -> None:
-        """Write them to the log."""
+        """One warning for each kind."""
         for what, count in self._counts.items():
             log.warning("%s: %s: %d (%s)", source, what, count, listed(self._names[what], count))
 

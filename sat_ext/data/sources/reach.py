@@ -15,14 +15,14 @@ PROTOCOLS = frozenset({"s3", "s3a", "gs", "hf", "http", "https"})  # a row may n
 class Reach:
     """The folders that local names of one source may lead to, and the protocols of addresses in its rows.
 
-    `allowed` is `data.params.allowed_roots`: folders, and protocols such as "sftp://". Links are resolved before a
-    file is judged. `add` allows the source's own folders.
+    `allowed` is `data.params.allowed_roots`: folders, and protocols such as "sftp://". `add` allows the source's
+    own folders.
     """
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
         protocols = {root.removesuffix("://") for root in allowed if root.endswith("://")}
         self._protocols = PROTOCOLS | protocols
-        self._roots: list[str] = []
+        self._roots: tuple[str, ...] = ()
         # Where folders really are, and whether that is inside: resolving every file would take too long.
         self._folders: dict[str, tuple[str, bool]] = {}
         for root in allowed:
@@ -36,31 +36,26 @@ class Reach:
             return
         self._folders.clear()
         real = os.path.join(os.path.realpath(folder), *below)
-        self._roots.append(os.path.join(real, ""))
+        self._roots += (os.path.join(real, ""),)
         repository, snapshots, _ = real.rpartition("/snapshots/")
         if snapshots and os.path.isdir(os.path.join(repository, "refs")):
-            self._roots.append(os.path.join(repository, "blobs", ""))
+            self._roots += (os.path.join(repository, "blobs", ""),)
 
     def leaves(self, path: str) -> str | None:
         """Where the local file `path` really is, if that is outside the allowed folders; else None."""
         folder, name = os.path.split(path)
         try:
-            real, inside = self._folders.get(folder) or self._look_up(folder)
+            if folder not in self._folders:
+                real = os.path.realpath(folder)
+                self._folders[folder] = real, os.path.join(real, "").startswith(self._roots)
+            real, inside = self._folders[folder]
             file = os.path.join(real, name)
             if name in (".", "..") or os.path.islink(file):
                 file = os.path.realpath(file)
-                inside = self._is_inside(file)
+                inside = file.startswith(self._roots)
         except ValueError:  # a null byte: there is no such file
             return None
         return None if inside else file
-
-    def _look_up(self, folder: str) -> tuple[str, bool]:
-        real = os.path.realpath(folder)
-        found = self._folders[folder] = real, self._is_inside(os.path.join(real, ""))
-        return found
-
-    def _is_inside(self, real: str) -> bool:
-        return real.startswith(tuple(self._roots))
 
     def check(self, path: str, where: str) -> None:
         """Raise `DataError`, which begins with `where`, for a location that leads too far."""
@@ -69,8 +64,8 @@ class Reach:
             protocol = file.partition("://")[0].lower()
             if protocol not in self._protocols:
                 raise DataError(
-                    f"{where}: {shown(file)} is of the kind {protocol}://; a data set may name files and "
-                    f"addresses of {', '.join(sorted(PROTOCOLS))}; if you trust it, add '{protocol}://' to "
+                    f"{where}: {shown(file)} is a {protocol}:// address; a data set may name files and "
+                    f"{', '.join(sorted(PROTOCOLS))} addresses; if you trust it, add '{protocol}://' to "
                     "data.params.allowed_roots (sat-ext check: --allow)."
                 )
         elif real := self.leaves(file):

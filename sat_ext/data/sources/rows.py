@@ -8,10 +8,8 @@ from typing import Any
 from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, one_line, parse_json, shown
 from sat_ext.errors import DataError
 
-PATH_COLUMNS = (
-    *("path", "file", "video", "image", "file_name", "video_path", "image_path", "url"),
-    *("video_file_name", "image_file_name"),
-)
+_PATHS = "path file video image file_name video_path image_path url video_file_name image_file_name"
+PATH_COLUMNS = tuple(_PATHS.split())
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 OTHER_COLUMNS = ("captions", "caption_weights", "start", "end", "crop", "fps", "weight")
 
@@ -37,15 +35,14 @@ def has_captions(row: Sequence[str] | TableRow) -> bool:
 def fields_of(row: TableRow, where: str) -> dict[str, Any]:
     """Keyword arguments of `Item` from a row: `captions` (maybe empty) and what narrows the file down.
 
-    Numbers may be text, and lists JSON in text, as in CSV; None, NaN and empty text are no value. Unknown columns
-    are ignored. Raises `DataError`, starting with `where`, for an invalid value.
+    Numbers may be text, and lists JSON in text, as in CSV; None, NaN and empty text mean no value. Raises
+    `DataError`, starting with `where`, for an invalid value.
 
     >>> fields_of({"caption": "A cat.", "start": "1.5", "crop": "[0, 0, 64, 64]", "id": 7}, "t.csv, line 2")
     {'captions': ('A cat.',), 'start': 1.5, 'crop': (0, 0, 64, 64)}
     """
     fields: dict[str, Any] = {"captions": _captions(row, where)}
-    weights = _list(row, "caption_weights", where) if fields["captions"] else None
-    if weights is not None:
+    if fields["captions"] and (weights := _list(row, "caption_weights", where)) is not None:
         fields["caption_weights"] = _caption_weights(weights, len(fields["captions"]), where)
     for name, what in _NUMBERS.items():
         value = _number(row.get(name))
@@ -54,13 +51,10 @@ def fields_of(row: TableRow, where: str) -> dict[str, Any]:
         if not (value > 0 or (value == 0 and name in ("start", "weight"))) or value == math.inf:
             raise DataError(f"{where}: '{name}' is {shown(row[name])}; it must be {what}, or left out.")
         fields[name] = value
-    if fields.get("end") is not None and fields["end"] <= fields.get("start", 0.0):
-        raise DataError(
-            f"{where}: 'end' is {fields['end']} s, not after its 'start' at {fields.get('start', 0.0)} s; "
-            "swap or fix them."
-        )
-    crop = _list(row, "crop", where)
-    if crop is not None:
+    start, end = fields.get("start", 0.0), fields.get("end", math.inf)
+    if end <= start:
+        raise DataError(f"{where}: 'end' is {end} s, not after its 'start' at {start} s; swap or fix them.")
+    if (crop := _list(row, "crop", where)) is not None:
         fields["crop"] = _crop(crop, where)
     return fields
 

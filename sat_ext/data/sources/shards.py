@@ -3,18 +3,17 @@
 Nothing is unpacked, and nothing but media, text and JSON is looked at: a `.pyd` or `.pth` member stays closed.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sat_ext.data.sources.folder import is_media
-from sat_ext.data.sources.listing import Notes
+from typing_extensions import Self
+
+from sat_ext.data.sources.listing import Notes, is_media
 from sat_ext.data.sources.rows import CAPTION_COLUMNS, fields_of
 from sat_ext.data.sources.texts import (
     MAX_CAPTION_BYTES,
@@ -27,13 +26,10 @@ from sat_ext.data.sources.texts import (
     parse_json,
 )
 from sat_ext.errors import DataError, MediaError, SatExtError
-from sat_ext.files import is_url, open_binary
+from sat_ext.files import is_url, open_binary, suffix_of
 from sat_ext.files.locations import member_location
 from sat_ext.files.ranged import filesystem
 from sat_ext.types import IMAGE_EXTENSIONS, Item
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _AT_ONCE = 8  # shards; behind a URL, reading one is mostly waiting
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -49,11 +45,10 @@ _RESERVED = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
 @dataclass(slots=True)
 class _Sample:
-    """What belongs together. `media`: (name, offset, size)."""
+    """What belongs together: media (name: offset, size), and the fields that `.txt` and `.json` give."""
 
-    media: list[tuple[str, int, int]] = field(default_factory=list)
-    text: str | None = None
-    row: dict[str, Any] | None = None
+    media: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
@@ -81,25 +76,18 @@ def _read_shard(tar: str, prefix: str, notes: Notes) -> Iterator[Item]:
     samples = _samples(tar, notes)
     extra = _meta_rows(tar, notes)
     for key, sample in samples.items():
-        where = f"{tar}, sample {key}"
-        row = dict(sample.row or {})
-        if sample.text is not None and row.get("captions") is None:
-            row["caption"] = sample.text
-        added = extra.get(_webdataset_key(key)) or {}
+        row = sample.rows.get(".json", {}) | sample.rows.get(".txt", {})
+        added = extra.get(_webdataset_key(key), {})
         if any(added.get(name) is not None for name in CAPTION_COLUMNS):
             row = {k: v for k, v in row.items() if k not in (*CAPTION_COLUMNS, "captions", "caption_weights")}
-        fields = fields_of(row | added, where)
+        fields = fields_of(row | added, f"{tar}, sample {key}")
         if not fields["captions"] and notes.captions_required:
             notes.add("samples left out for want of a caption", f"{prefix}/{key}")
             continue
         if fields["captions"] and not any(fields["captions"]):
             notes.add("empty captions, to be trained without one", f"{prefix}/{key}")
-        name, offset, size = min(sample.media, key=lambda m: (_is_still(m[0]), len(m[0]), m[0]))
-        yield Item(path=member_location(tar, name, offset, size), key=f"{prefix}/{key}", **fields)
-
-
-def _is_still(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+        name = min(sample.media, key=lambda n: (suffix_of(n) in IMAGE_EXTENSIONS, len(n), n))
+        yield Item(path=member_location(tar, name, *sample.media[name]), key=f"{prefix}/{key}", **fields)
 
 
 def _webdataset_key(name: str) -> str:
@@ -120,22 +108,20 @@ def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
         stem, suffix = os.path.splitext(name.removeprefix("./"))
         sample = by_stem.setdefault(stem, _Sample())
         if data is None:
-            sample.media = [m for m in sample.media if m[0] != name]  # of two of one name, a tar means the last
-            sample.media.append((name, offset, size))
+            sample.media[name] = offset, size  # of two of one name, a tar means the last
         elif suffix.lower() == ".txt":
-            sample.text = one_line(notes.decode(data, f"{tar}#{name}"))
-        else:
-            sample.row = _object(data, f"{tar}#{name}", notes)
+            sample.rows[".txt"] = {"caption": one_line(notes.decode(data, f"{tar}#{name}"))}
+        elif (row := _object(data, f"{tar}#{name}", notes)) is not None:
+            sample.rows[".json"] = row
     found: dict[str, _Sample] = {}
     alike: dict[str, list[str]] = {}
     for stem, sample in by_stem.items():
         key = _webdataset_key(stem)
         plain = by_stem.get(key, _Sample())
-        if not sample.media or (stem != key and sample.text is None and sample.row is None and plain.media):
+        if not sample.media or (stem != key and not sample.rows and plain.media):
             continue
-        if sample.text is None and sample.row is None:
-            sample.text, sample.row = plain.text, plain.row
-        if sample.text is None and sample.row is None:
+        sample.rows = sample.rows or plain.rows
+        if not sample.rows:
             alike = alike or by_folded(by_stem)
             same = alike[folded(stem)]
             names = [name for name in same if not by_stem[name].media]
@@ -145,7 +131,7 @@ def _samples(tar: str, notes: Notes) -> dict[str, _Sample]:
                     "caption the same name."
                 )
             for name in names:
-                sample.text, sample.row = by_stem[name].text, by_stem[name].row
+                sample.rows = by_stem[name].rows
         found[stem] = sample
     return found
 
@@ -193,7 +179,7 @@ def _members(tar: str, notes: Notes) -> Iterator[tuple[str, int, int, bytes | No
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header. An invalid one is an error, while Python's own class ends the tar, crashes or loops."""
+    """A member's header. An invalid one is an error; with Python's own class, the tar ends, crashes or loops."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -285,6 +271,6 @@ def _meta_paths(tar: str) -> list[str]:
 
 def _exists(path: str) -> bool:
     if not is_url(path):
-        return os.path.isfile(path) and os.path.getsize(path) > 0
+        return os.path.isfile(path)
     fs, inner = filesystem(path)
     return bool(fs.exists(inner))

@@ -4,7 +4,7 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sat_ext.data.guard import Guard
-from sat_ext.data.sources.folder import is_media
-from sat_ext.data.sources.listing import Notes
+from sat_ext.data.sources.listing import Notes, is_media
 from sat_ext.data.sources.reach import Reach, folder_of, resolve
 from sat_ext.data.sources.rows import (
     CAPTION_COLUMNS,
@@ -27,7 +26,7 @@ from sat_ext.data.sources.rows import (
 )
 from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, open_text, parse_json, shown
 from sat_ext.errors import DataError, MediaError
-from sat_ext.files import is_url
+from sat_ext.files import is_url, suffix_of
 from sat_ext.files.cells import Cells
 from sat_ext.files.locations import cell_location
 from sat_ext.media import image_formats
@@ -44,14 +43,23 @@ def read_tables(tables: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
 
     Raises `DataError` for a table or a value in it that cannot be used, and if rows have no caption.
     """
-    return [item for table, prefix in tables for item in _read_table(table, prefix, notes)]
+    return [
+        item
+        for table, prefix in tables
+        for item in collect(TABLES[suffix_of(table)](table, notes.reach), table, prefix, notes)
+    ]
 
 
-def _read_table(table: str, prefix: str, notes: Notes) -> list[Item]:
+# The place of a row in words, its key, the location of its file, and the other fields of its `Item`.
+TableRow = tuple[str, str, str, dict[str, Any]]
+
+
+def collect(rows: Iterable[TableRow], table: str, prefix: str, notes: Notes) -> list[Item]:
+    """The items of a table's rows, with `prefix` before their keys."""
     items: list[Item] = []
     bare: list[str] = []
     uses: Counter[str] = Counter()
-    for place, key, path, fields in TABLES[suffix_of_table(table)](table, notes.reach):
+    for place, key, path, fields in rows:
         if not fields["captions"]:
             bare.append(place)
         elif not any(fields["captions"]):
@@ -70,16 +78,7 @@ def _read_table(table: str, prefix: str, notes: Notes) -> list[Item]:
     return items
 
 
-def suffix_of_table(path: str) -> str:
-    """The lower-case extension, without the query of a URL."""
-    return os.path.splitext(urlsplit(path).path if is_url(path) else path)[1].lower()
-
-
-# For each row: its place in words, its key, the file's location, and `Item`'s other fields.
-Rows = Iterator[tuple[str, str, str, dict[str, Any]]]
-
-
-def _jsonl(table: str, reach: Reach) -> Rows:
+def _jsonl(table: str, reach: Reach) -> Iterator[TableRow]:
     base = folder_of(table)
     for number, line in enumerate(lines_of(table), start=1):
         if not line.strip():
@@ -97,7 +96,7 @@ def _jsonl(table: str, reach: Reach) -> Rows:
         yield _named_file(row, base, f"line {number}", where, reach)
 
 
-def _csv(table: str, reach: Reach) -> Rows:
+def _csv(table: str, reach: Reach) -> Iterator[TableRow]:
     """Comma-separated, with a header."""
     base = folder_of(table)
     csv.field_size_limit(LONGEST_LINE)
@@ -122,9 +121,7 @@ def _csv(table: str, reach: Reach) -> Rows:
         raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}); fix the quotes.") from None
 
 
-def _named_file(
-    row: dict[str, Any], base: str, place: str, where: str, reach: Reach
-) -> tuple[str, str, str, dict[str, Any]]:
+def _named_file(row: dict[str, Any], base: str, place: str, where: str, reach: Reach) -> TableRow:
     column = column_of(row, PATH_COLUMNS, "path", where)
     file = row[column]
     if not isinstance(file, str) or not file or not is_text(file):
@@ -138,7 +135,7 @@ def _require_captions(row: Any, where: str) -> None:
         column_of(row, CAPTION_COLUMNS, "caption", where)
 
 
-def _parquet(table: str, reach: Reach) -> Rows:
+def _parquet(table: str, reach: Reach) -> Iterator[TableRow]:
     base, name = folder_of(table), os.path.basename(urlsplit(table).path if is_url(table) else table)
     with _readable(table), Guard(_survey, timeout=_TIMEOUT, memory=_MEMORY) as guard:
         unnamed = guard(table)
@@ -240,4 +237,8 @@ def _suffix_by_content(data: bytes) -> str:
     return ".jpg"
 
 
-TABLES: dict[str, Callable[[str, Reach], Rows]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+TABLES: dict[str, Callable[[str, Reach], Iterator[TableRow]]] = {
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
