@@ -8,11 +8,9 @@
 Only `engine_of` tells them apart. A third engine would be one more class with the members of `Engine`.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -20,12 +18,10 @@ from sat_ext.cogvideo.section import CogVideo
 from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import plain
 from sat_ext.errors import ConfigError
+from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 from sat_ext.models.config import ModelConfig
 from sat_ext.models.section import BuiltIn
 from sat_ext.types import Bucket
-
-if TYPE_CHECKING:
-    from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 
 
 class Engine(Protocol):
@@ -96,11 +92,8 @@ class Engine(Protocol):
     def check(self, buckets: Sequence[Bucket]) -> None:
         """Raise `ConfigError` where the model cannot train on samples of these shapes."""
 
-    def check_run(self, args: argparse.Namespace, buckets: Sequence[Bucket]) -> None:
-        """`check`, and what only a run with SAT's arguments can get wrong. Raises `ConfigError`."""
-
-    def check_cache(self, args: argparse.Namespace, *, is_cached: bool) -> None:
-        """Raise `ConfigError` where the section does not go with a cache, or with training without one."""
+    def check_run(self, args: argparse.Namespace, buckets: Sequence[Bucket], *, is_cached: bool) -> None:
+        """`check`, and what only a run with SAT's arguments, or one from a cache, can get wrong."""
 
     def fingerprints(self, dtype: torch.dtype) -> Fingerprints:
         """Of the first stage and the text encoder, without loading a weight. Raises `ConfigError`."""

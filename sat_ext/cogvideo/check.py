@@ -9,15 +9,15 @@ from typing import Any
 
 from sat_ext.cogvideo import __all__ as TARGETS
 from sat_ext.cogvideo.network import (
+    CACHED_FIRST_STAGE,
     LOSS,
     OURS,
     ROTARY,
     SAMPLER,
     SINUSOIDAL,
     Network,
-    params_of,
+    component_of,
     read_network,
-    target_of,
 )
 from sat_ext.cogvideox import LATENT_SIDE, SCALE_FACTOR, latent_frames, pixel_frames
 from sat_ext.errors import ConfigError
@@ -26,15 +26,14 @@ from sat_ext.types import Bucket
 
 LOSS_OPTIONS = ("parent", "loss_weights", "condition_dropout", "condition_scale", "scale_factor")
 OVERLAY = "sat_ext_overlay"  # the key of `model` in which an overlay says what it is for
-TRANSFORMER = "dit_video_concat.DiffusionTransformer"
 _FRAMES = "data.params.buckets.frames"
 
 
 def doubt_of_condition_scale(model: Mapping[str, Any]) -> str | None:
     """What is doubtful about the scale of the condition, in a sentence; None where nothing is."""
-    network, is_joint = read_network(model), target_of(model.get("loss_fn_config")) == LOSS
-    scale = params_of(model, "loss_fn_config").get("condition_scale")
-    if not (network.is_conditioned and network.generation == "1.5" and is_joint and scale is None):
+    network, loss = read_network(model), component_of(model, "loss_fn_config")
+    is_without = loss.target == LOSS and loss.params.get("condition_scale") is None
+    if not (network.is_conditioned and network.generation == "1.5" and is_without):
         return None
     return (
         f"model.loss_fn_config.params.condition_scale: missing, so the condition trains at scale_factor "
@@ -47,7 +46,8 @@ def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
     """Raise `ConfigError` where CogVideo's engine, as the YAML's `model` section builds it, cannot train on
     samples of these shapes, or would learn something else than they show."""
     _check_targets(model, "model")
-    network, joint = read_network(model), target_of(model.get("loss_fn_config")) == LOSS
+    network, loss = read_network(model), component_of(model, "loss_fn_config")
+    joint = loss.target == LOSS
     _check_overlays(model, network)
     _check_text(model, network)
     if model.get("latent_input"):
@@ -60,7 +60,7 @@ def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
             f"{_FRAMES}: CogVideo's own loss would show a still of an image-to-video model its target as the "
             f"condition; name {LOSS} in model.loss_fn_config.target, or leave 1 out of the list."
         )
-    if not network.is_conditioned and params_of(model, "loss_fn_config").get("condition_dropout"):
+    if not network.is_conditioned and loss.params.get("condition_dropout"):
         raise ConfigError(
             "model.loss_fn_config.params.condition_dropout: this model has no image condition to drop "
             "(noised_image_input is not set); leave configs/cogvideo/i2v.yaml out."
@@ -70,15 +70,15 @@ def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
             "model.loss_fn_config.target: CogVideo's own loss does not pass 'ofs', which this network needs "
             f"(ofs_embed_dim); name {LOSS}."
         )
-    _check_options(model, network, joint)
+    _check_options(model, network)
     for bucket in buckets:
         _check_length(bucket, network, joint)
         _check_size(bucket, network)
 
 
 def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
-    """`check_model`, and raise `ConfigError` where the run would fail in the checkout that is running: for a model
-    of the other generation, and for an evaluation that cannot show its stills."""
+    """`check_model`, and raise `ConfigError` where the checkout that runs would fail: on a model of the other
+    generation, or in an evaluation of these shapes."""
     check_model(model, buckets)
     network = read_network(model)
     if not args.save:
@@ -97,16 +97,49 @@ def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Seque
             f"and the code that runs is of CogVideo's {branch[checkout]}; check out {branch[network.generation]}, "
             f"or name the YAML of a {checkout} model."
         )
-    _check_noise_levels(model, checkout)
-    if checkout == "1.5" and args.eval_interval:
-        _check_evaluation(args, model, network, buckets)
+    if checkout == "1.5":
+        _check_noise_levels(model)
+        if args.eval_interval:
+            _check_evaluation(args, model, network, buckets)
+
+
+def check_cache(args: argparse.Namespace, model: Mapping[str, Any], *, is_cached: bool) -> None:
+    """Raise `ConfigError` where the section and the arguments do not go with a cache, or with training without."""
+    stage, loss = component_of(model, "first_stage_config").target, component_of(model, "loss_fn_config").target
+    if not is_cached:
+        if stage == CACHED_FIRST_STAGE:
+            raise ConfigError(
+                f"model.first_stage_config.target: {stage} takes latents; set data.params.cache.folder to what "
+                "sat-ext cache wrote."
+            )
+        return
+    if stage != CACHED_FIRST_STAGE:
+        raise ConfigError(
+            f"data.params.cache: CogVideo's engine takes latents through model.first_stage_config.target: "
+            f"{CACHED_FIRST_STAGE}, and the YAML has {stage}; append configs/cogvideo/cached.yaml."
+        )
+    if loss != LOSS and read_network(model).is_conditioned:
+        raise ConfigError(
+            f"data.params.cache: the cached condition goes through model.loss_fn_config.target: {LOSS}, and the "
+            f"YAML has {loss}; append configs/cogvideo/joint.yaml."
+        )
+    if args.model_parallel_size > 1:
+        raise ConfigError(
+            "data.params.cache: CogVideo's script does not hand cached conditions to ranks that share a model; "
+            "set args.model_parallel_size: 1."
+        )
+    if args.eval_interval:
+        raise ConfigError(
+            f"args.eval_interval: {args.eval_interval}, but CogVideo's evaluations decode samples, and a run from "
+            "data.params.cache has no first stage; set it to null."
+        )
 
 
 def _check_evaluation(
     args: argparse.Namespace, model: Mapping[str, Any], network: Network, buckets: Sequence[Bucket]
 ) -> None:
-    """The main branch samples and decodes in every evaluation."""
-    sampler = target_of(model.get("sampler_config"))
+    # the main branch samples in every evaluation, and decodes what it sampled
+    sampler = component_of(model, "sampler_config").target
     odd = any(latent_frames(b.frames) % network.patch[0] for b in buckets)
     if sampler not in ("", SAMPLER) and (odd or network.ofs_embed_dim is not None):
         raise ConfigError(
@@ -122,12 +155,14 @@ def _check_evaluation(
         )
 
 
-def _check_noise_levels(model: Mapping[str, Any], checkout: str | None) -> None:
-    """The main branch asserts while it builds its own loss that its groups of noise levels divide the ranks."""
-    params = params_of(params_of(model, "loss_fn_config"), "sigma_sampler_config")
-    groups, ranks = params.get("group_num", 0), rank_and_world()[1]
-    uniform = checkout == "1.5" and params.get("uniform_sampling") and ranks > 8
-    if uniform and target_of(model.get("loss_fn_config")) != LOSS and (not groups or ranks % groups):
+def _check_noise_levels(model: Mapping[str, Any]) -> None:
+    # the main branch asserts, while it builds its own loss, that its groups of noise levels divide the ranks
+    loss = component_of(model, "loss_fn_config")
+    levels = component_of(loss.params, "sigma_sampler_config").params
+    groups, ranks = levels.get("group_num", 0), rank_and_world()[1]
+    if not levels.get("uniform_sampling") or ranks <= 8 or loss.target == LOSS:
+        return
+    if not groups or ranks % groups:
         raise ConfigError(
             f"model.loss_fn_config.params.sigma_sampler_config.params.group_num: {groups} does not divide {ranks} "
             f"ranks, as CogVideo's loss requires; name {LOSS} in model.loss_fn_config.target, which takes "
@@ -135,26 +170,26 @@ def _check_noise_levels(model: Mapping[str, Any], checkout: str | None) -> None:
         )
 
 
-def _check_options(model: Mapping[str, Any], network: Network, joint: bool) -> None:
+def _check_options(model: Mapping[str, Any], network: Network) -> None:
     """Options of our loss and sampler that have no effect, or not the one that is meant."""
-    loss = params_of(model, "loss_fn_config")
-    if not joint and (ours := [o for o in LOSS_OPTIONS if o in loss]):
+    loss, sampler = component_of(model, "loss_fn_config"), component_of(model, "sampler_config")
+    if loss.target != LOSS and (ours := [o for o in LOSS_OPTIONS if o in loss.params]):
         raise ConfigError(
             f"model.loss_fn_config.params.{ours[0]}: an option of {LOSS}, and the target is another; append "
             "configs/cogvideo/joint.yaml."
         )
-    own, given = float(model.get("scale_factor", 1.0)), loss.get("scale_factor", SCALE_FACTOR)
-    if loss.get("condition_scale") is not None and network.is_conditioned and given != own:
+    scale, shown = loss.params.get("condition_scale"), sampler.params.get("condition_scale")
+    own, given = float(model.get("scale_factor", 1.0)), loss.params.get("scale_factor", SCALE_FACTOR)
+    if scale is not None and network.is_conditioned and given != own:
         raise ConfigError(
             f"model.loss_fn_config.params.scale_factor: {given}, but model.scale_factor is {own}, so the "
             "condition would not be at condition_scale; write the same number in both."
         )
-    sampler, shown = model.get("sampler_config"), params_of(model, "sampler_config").get("condition_scale")
-    if network.is_conditioned and target_of(sampler) == SAMPLER and shown != loss.get("condition_scale"):
+    if network.is_conditioned and sampler.target == SAMPLER and shown != scale:
         raise ConfigError(
-            f"model.sampler_config.params.condition_scale: {shown}, but the loss trains at "
-            f"{loss.get('condition_scale')} (model.loss_fn_config.params), so evaluations would not show the "
-            "model that trains; write the same number in both."
+            f"model.sampler_config.params.condition_scale: {shown}, but the loss trains at {scale} "
+            "(model.loss_fn_config.params), so evaluations would not show the model that trains; write the same "
+            "number in both."
         )
     if "all" in (model.get("not_trainable_prefixes") or []) and network.lora_rank is None:
         raise ConfigError(
@@ -183,24 +218,29 @@ def _check_overlays(model: Mapping[str, Any], network: Network) -> None:
             f"model.{OVERLAY}: an overlay for CogVideoX {made_for} is appended to the YAML of a "
             f"{network.generation} model; leave it out, or name the YAML of a {made_for} model."
         )
-    rotary = network.is_rotary
-    if network.position.startswith(OURS) and network.position != (ROTARY if rotary else SINUSOIDAL):
+    kind, fitting, overlay = ("rotary", ROTARY, "5b") if network.is_rotary else ("sinusoidal", SINUSOIDAL, "2b")
+    if network.position.startswith(OURS) and network.position != fitting:
         raise ConfigError(
             f"model.network_config.params.modules.pos_embed_config.target: {network.position} is not for this "
-            f"model's {'rotary' if rotary else 'sinusoidal'} positions; append configs/cogvideo/sizes-"
-            f"{'5b' if rotary else '2b'}.yaml instead."
+            f"model's {kind} positions; append configs/cogvideo/sizes-{overlay}.yaml instead."
         )
 
 
 def _check_text(model: Mapping[str, Any], network: Network) -> None:
-    """An entry of `emb_models` replaces CogVideo's whole, its length of captions too."""
-    length = network.text_length
-    for i, embedder in enumerate(params_of(model, "conditioner_config").get("emb_models") or []):
-        own = (embedder.get("params") or {}).get("max_length")
-        if embedder.get("input_key", "txt") == "txt" and None not in (own, length) and own != length:
+    # an entry of `emb_models` in an overlay replaces CogVideo's whole, the length of its captions too
+    for i, embedder in enumerate(component_of(model, "conditioner_config").params.get("emb_models") or []):
+        where = f"model.conditioner_config.params.emb_models[{i}]"
+        target, length = str(embedder.get("target")), (embedder.get("params") or {}).get("max_length")
+        is_text = embedder.get("input_key", "txt") == "txt" and None not in (length, network.text_length)
+        if is_text and length != network.text_length:
             raise ConfigError(
-                f"model.conditioner_config.params.emb_models[{i}].params.max_length: {own}, but this model takes "
-                f"captions of {length} tokens (pos_embed_config.params.text_length); write {length}."
+                f"{where}.params.max_length: {length}, but this model takes captions of {network.text_length} "
+                f"tokens (pos_embed_config.params.text_length); write {network.text_length}."
+            )
+        if target.startswith(OURS) and embedder.get("is_trainable"):
+            raise ConfigError(
+                f"{where}.is_trainable: true, but {target} does not train; set it to false, or name CogVideo's "
+                "own target."
             )
 
 
@@ -215,7 +255,7 @@ def _check_length(bucket: Bucket, network: Network, joint: bool) -> None:
             f"use {' or '.join(map(str, lengths))}."
         )
     if network.num_frames is None or (network.position.startswith(OURS) and not network.is_learned):
-        return  # ours count on
+        return  # our positions are computed for any length, unless the model has learned some
     most = latent_frames(network.num_frames) * step
     if latents > most:
         raise ConfigError(
@@ -229,7 +269,7 @@ def _check_size(bucket: Bucket, network: Network) -> None:
         return
     rows, columns = bucket.height // LATENT_SIDE, bucket.width // LATENT_SIDE
     known = f"{network.latent_height * LATENT_SIDE}x{network.latent_width * LATENT_SIDE}"
-    if network.generation == "1.5":
+    if network.generation == "1.5":  # cuts the input's part out of its table, at any size that the table covers
         larger = rows > network.latent_height or columns > network.latent_width
         if larger and not network.position.startswith(OURS):
             raise ConfigError(
@@ -247,9 +287,9 @@ def _check_size(bucket: Bucket, network: Network) -> None:
 
 def _generation_of_checkout(network: Network) -> str | None:
     """Of the network class that the run will build; None for a class that is not CogVideo's."""
-    if network.target != TRANSFORMER:
+    module, _, name = network.target.rpartition(".")
+    if (module, name) != ("dit_video_concat", "DiffusionTransformer"):
         return None
-    module, _, name = TRANSFORMER.rpartition(".")
     try:
         built = getattr(import_module(module), name)
     except ImportError:  # its own script reports what is missing

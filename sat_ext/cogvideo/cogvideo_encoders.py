@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat_ext.cogvideo.network import CACHED_FIRST_STAGE, CACHED_TEXT, read_network, target_of, text_embedder
+from sat_ext.cogvideo.network import (
+    CACHED_FIRST_STAGE,
+    CACHED_TEXT,
+    Component,
+    component_of,
+    read_network,
+    text_embedder,
+)
 from sat_ext.cogvideo.target import import_class
 from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
 from sat_ext.errors import ConfigError
@@ -16,46 +23,43 @@ from sat_ext.latents.encoders import Encoders, Fingerprints, LatentShape, Part
 from sat_ext.latents.store import fingerprint_of
 from sat_ext.latents.text import encoder_fingerprint
 
-OPTIONS = ("parent", "frames", "clips", "recompute", "cp_size")  # of the first stage's, that change no latent
+ARCHITECTURE = ("encoder_config", "regularizer_config")  # the first stage's parameters that latents follow from
 T5_XXL_WIDTH = 4096
 
 
 class CogVideoEncoders(Encoders):
     """Those of CogVideo's `model` section; its code must be importable.
 
-    Latents of clips are the first stage's own, which the engine scales. Conditions are at `scale_factor`,
-    as the engine makes them; the fingerprint holds that scale, and `JointDiffusionLoss` brings them to its
-    `condition_scale`, so that one cache serves every value of it.
+    Latents of clips are the first stage's own, which the engine scales. Conditions are at `scale_factor`, as the
+    engine makes them, and `JointDiffusionLoss` brings them to its `condition_scale`: one cache serves all values.
     """
 
     def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-        embedder, stage = text_embedder(model), model["first_stage_config"]
-        if target_of(embedder) == CACHED_TEXT or target_of(stage) == CACHED_FIRST_STAGE:
+        text, stage, network = text_embedder(model), component_of(model, "first_stage_config"), read_network(model)
+        if text.target == CACHED_TEXT or stage.target == CACHED_FIRST_STAGE:
             raise ConfigError(
                 "model: the YAML files train from a cache, and writing one needs the encoders; leave "
                 "configs/cogvideo/cached.yaml out, and name the folder with -o."
             )
         self.scale = float(model["scale_factor"])
-        self.sections: dict[Part, tuple[Mapping[str, Any], str]] = {
-            "text": (embedder, "model.conditioner_config.params.emb_models"),
+        self.components: dict[Part, tuple[Component, str]] = {
+            "text": (text, "model.conditioner_config.params.emb_models"),
             "first_stage": (stage, "model.first_stage_config"),
         }
-        params, network = embedder.get("params") or {}, read_network(model)
         shape = LatentShape(
             channels=network.out_channels or LATENT_CHANNELS,
             side=LATENT_SIDE,
             item=dtype.itemsize,
             deviates=True,
-            conditions=bool(model.get("noised_image_input")),
-            text=(int(params.get("max_length", TEXT_TOKENS)), network.text_hidden_size or T5_XXL_WIDTH),
+            conditions=network.makes_condition,
+            text=(int(text.params.get("max_length", TEXT_TOKENS)), network.text_hidden_size or T5_XXL_WIDTH),
         )
         super().__init__(dtype, device, shape)
 
     def build(self, part: Part) -> nn.Module:
-        config, where = self.sections[part]
-        made = import_class(str(config["target"]), f"{where}.target")(**(config.get("params") or {}))
-        module: nn.Module = made.to(dtype=self.dtype).eval()
-        return module
+        component, where = self.components[part]
+        module: nn.Module = import_class(component.target, f"{where}.target")(**component.params)
+        return module.to(dtype=self.dtype).eval()
 
     @torch.no_grad()
     def embed(self, captions: list[str]) -> Tensor:
@@ -63,11 +67,10 @@ class CogVideoEncoders(Encoders):
         return embedded.to(self.dtype)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Encoders`. As `DiagonalGaussianDistribution` of sgm reads the first stage's output."""
         given = self.first_stage.encode(pixels.transpose(1, 2).contiguous(), unregularized=True)
         moments = given[0] if isinstance(given, tuple) else given
         mean, log_variance = moments.transpose(1, 2).chunk(2, dim=2)
-        return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))  # the bounds of sgm's Gaussian posterior
 
     def encode_condition(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
         mean, deviation = self.posterior(frames)
@@ -79,14 +82,12 @@ class CogVideoEncoders(Encoders):
 
 def fingerprints(model: Mapping[str, Any], dtype: torch.dtype) -> Fingerprints:
     """Of CogVideo's `model` section, without loading a weight."""
-    config = model["first_stage_config"]
-    params = {k: v for k, v in (config.get("params") or {}).items() if k not in OPTIONS}
-    checkpoint = params.pop("ckpt_path", None)
+    params, text = component_of(model, "first_stage_config").params, text_embedder(model).params
+    checkpoint, length = params.get("ckpt_path"), text.get("max_length")
     weights = files_fingerprint(Path(checkpoint)) if checkpoint else "random"
+    architecture = {name: params[name] for name in ARCHITECTURE if name in params}
     name = str(dtype).removeprefix("torch.")
-    architecture = {k: params[k] for k in ("encoder_config", "regularizer_config") if k in params}
-    stage = fingerprint_of("cogvideo", weights, architecture, model.get("scale_factor"), name)
-    text = text_embedder(model).get("params") or {}
-    length = text.get("max_length")
-    found = encoder_fingerprint(text.get("model_dir"), None if length is None else int(length), dtype)
-    return Fingerprints(first_stage=stage, text=found)
+    return Fingerprints(
+        first_stage=fingerprint_of("cogvideo", weights, architecture, model.get("scale_factor"), name),
+        text=encoder_fingerprint(text.get("model_dir"), None if length is None else int(length), dtype),
+    )

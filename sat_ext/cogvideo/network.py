@@ -5,8 +5,9 @@ the repository), three numbers in 1.5 (its main branch).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 from sat_ext.cogvideox import LATENT_SIDE, TEXT_TOKENS, SequenceShape
 from sat_ext.config import load
@@ -19,14 +20,36 @@ SAMPLER = OURS + "PaddedSampler"
 ROTARY, SINUSOIDAL = OURS + "InterpolatedRotaryPositionEmbedding", OURS + "SinusoidalPositionEmbedding"
 CACHED_FIRST_STAGE, CHUNKED_FIRST_STAGE = OURS + "CachedFirstStage", OURS + "ChunkedFirstStage"
 CACHED_TEXT, OFFLOADED_TEXT = OURS + "CachedTextEmbedder", OURS + "OffloadedTextEmbedder"
-PRETRAINED = "CogVideo"  # stands in `pretrained` for its own checkpoints, whose sizes are the published models'
+PRETRAINED = "CogVideo"  # in `pretrained`: its own checkpoints, whose sizes are the published models'
 
-
-# Sizes that stand in `params` of the network by these names, as whole numbers above 0.
+# sizes in `params` of the network, whole numbers above 0
 _SIZES = (
     "num_layers", "num_attention_heads", "hidden_size", "in_channels", "out_channels", "time_embed_dim",
     "ofs_embed_dim", "num_frames", "latent_height", "latent_width",
 )  # fmt: skip
+
+
+class Component(NamedTuple):
+    """A part of the `model` section, which `instantiate_from_config` builds; empty where the YAML has none."""
+
+    target: str
+    params: Mapping[str, Any]
+
+
+def component_of(parts: Mapping[str, Any], name: str) -> Component:
+    """The part of this name."""
+    return _component(parts.get(name))
+
+
+def text_embedder(model: Mapping[str, Any]) -> Component:
+    """The entry of `emb_models` that embeds captions."""
+    models: Sequence[Any] = component_of(model, "conditioner_config").params.get("emb_models") or []
+    return _component(next((m for m in models if m.get("input_key", "txt") == "txt"), None))
+
+
+def _component(config: Any) -> Component:
+    config = config or {}
+    return Component(str(config.get("target", "")), config.get("params") or {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +57,7 @@ class Network:
     """The network of CogVideo's `model` section; None where the YAML leaves a value out.
 
     `patch` is (frames, rows, columns) in latents. `num_frames` (of pixels), `latent_height` and `latent_width` are
-    the size that the network is built for. `lora_rank` is 0 where `lora_config` leaves it out. `is_conditioned`:
-    the model is image-to-video. From a cache its engine makes no condition, but its network takes one.
+    the size that the network is built for. `lora_rank` is 0 where `lora_config` leaves it out.
     """
 
     target: str
@@ -57,16 +79,22 @@ class Network:
     height_interpolation: float
     is_rotary: bool
     is_learned: bool
-    is_conditioned: bool
+    makes_condition: bool
     final_layer: str
     lora_rank: int | None
     lora_alpha: float
     model_parallel_size: int
     recomputes: bool
 
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether the model is image-to-video. From a cache, its engine makes no condition for its network."""
+        twice = self.out_channels is not None and self.in_channels == 2 * self.out_channels
+        return self.makes_condition or twice
+
 
 def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
-    """The network of CogVideo's `model` section, which stands at `where`.
+    """The network of CogVideo's `model` section, which is at `where` in the YAML.
 
     Raises `ConfigError` where there is none, for a size that is not a whole number above 0, and for a `patch_size`
     of neither generation.
@@ -74,10 +102,9 @@ def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
     if "network_config" not in (model or {}):
         raise ConfigError(f"{where}.network_config: missing; use CogVideo's own YAML of the model.")
     where = f"{where}.network_config.params"
-    config = model["network_config"] or {}
-    params = config.get("params") or {}
+    target, params = component_of(model, "network_config")
     modules = params.get("modules") or {}
-    position, lora = params_of(modules, "pos_embed_config"), params_of(modules, "lora_config")
+    position, lora = component_of(modules, "pos_embed_config"), component_of(modules, "lora_config").params
     transformer = params.get("transformer_args") or {}
     patch = params.get("patch_size", 2)
     three = list(patch) if isinstance(patch, Sequence) and not isinstance(patch, str) else [1, patch, patch]
@@ -88,19 +115,19 @@ def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
         )
     sizes = {
         **{name: params[name] for name in _SIZES if name in params},
-        "text_hidden_size": params_of(modules, "patch_embed_config").get("text_hidden_size"),
-        "text_length": position.get("text_length"),
+        "text_hidden_size": component_of(modules, "patch_embed_config").params.get("text_hidden_size"),
+        "text_length": position.params.get("text_length"),
     }
     values = {
-        "target": target_of(config),
+        "target": target,
         "generation": None if "patch_size" not in params else "1.0" if isinstance(patch, int) else "1.5",
         "patch": three,
-        "position": target_of(modules.get("pos_embed_config")),
-        "height_interpolation": position.get("height_interpolation", 1.0),
-        "is_rotary": "hidden_size_head" in position,
-        "is_learned": bool(position.get("learnable_pos_embed")),
-        "is_conditioned": bool(model.get("noised_image_input")),
-        "final_layer": target_of(modules.get("final_layer_config")),
+        "position": position.target,
+        "height_interpolation": position.params.get("height_interpolation", 1.0),
+        "is_rotary": "hidden_size_head" in position.params,
+        "is_learned": bool(position.params.get("learnable_pos_embed")),
+        "makes_condition": bool(model.get("noised_image_input")),
+        "final_layer": component_of(modules, "final_layer_config").target,
         "lora_rank": lora.get("r", 0) if "lora_config" in modules else None,
         "lora_alpha": lora.get("lora_alpha", 1),
         "model_parallel_size": transformer.get("model_parallel_size", 1),
@@ -111,43 +138,26 @@ def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
         size = getattr(network, name)
         if size is not None and size < 1:
             raise ConfigError(f"{where}.{name}: {size}; use a number above 0.")
-    twice = network.out_channels is not None and network.in_channels == 2 * network.out_channels
-    return replace(network, is_conditioned=network.is_conditioned or twice)
-
-
-def target_of(config: Any) -> str:
-    """The `target` of a part of the YAML; empty where it names none."""
-    return str((config or {}).get("target", ""))
-
-
-def params_of(parts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The `params` of the part of this name; empty where there are none."""
-    found: Mapping[str, Any] = (parts.get(name) or {}).get("params") or {}
-    return found
+    return network
 
 
 def sequence_shape(network: Network) -> SequenceShape:
     """What the cost of a batch follows from. Raises `ConfigError` where the YAML leaves out the width."""
-    frames, side, _ = network.patch
     return SequenceShape(
-        hidden_size=_given(network, "hidden_size", "model"),
+        hidden_size=_given(network, "model", "hidden_size"),
         text_length=network.text_length or TEXT_TOKENS,
-        pixels_per_token=LATENT_SIDE * side,
-        latents_per_token=frames,
+        pixels_per_token=LATENT_SIDE * network.patch[1],
+        latents_per_token=network.patch[0],
     )
 
 
 def transformer_values(network: Network, where: str = "model") -> dict[str, Any]:
-    """The transformer's architecture by the names of diffusers' config.json.
+    """The transformer's architecture under the names of diffusers' config.json.
 
-    Raises `ConfigError` where it is incomplete; `where` is the place of the `model` section.
+    Raises `ConfigError` where the `model` section at `where` is incomplete.
     """
-
-    def given(name: str) -> int:
-        return _given(network, name, where)
-
-    if network.generation is None:
-        raise ConfigError(_missing("patch_size", where))
+    given = partial(_given, network, where)
+    given("generation")
     return {
         "num_layers": given("num_layers"),
         "num_attention_heads": given("num_attention_heads"),
@@ -168,41 +178,32 @@ def transformer_values(network: Network, where: str = "model") -> dict[str, Any]
     }
 
 
-def _given(network: Network, name: str, where: str) -> int:
-    value: int | None = getattr(network, name)
+def _given(network: Network, where: str, name: str) -> Any:
+    value = getattr(network, name)
     if value is None:
-        raise ConfigError(_missing(name, where))
+        key = "patch_size" if name == "generation" else name
+        raise ConfigError(
+            f"{where}.network_config.params: '{key}' is missing; use CogVideo's YAML of the model, such as "
+            "configs/cogvideox_5b.yaml."
+        )
     return value
-
-
-def _missing(name: str, where: str) -> str:
-    return (
-        f"{where}.network_config.params: '{name}' is missing; use CogVideo's YAML of the model, such as "
-        "configs/cogvideox_5b.yaml."
-    )
-
-
-def text_embedder(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entry of `emb_models` that embeds captions; empty where there is none."""
-    models: Sequence[Any] = params_of(model, "conditioner_config").get("emb_models") or []
-    return next((m for m in models if m.get("input_key", "txt") == "txt"), {})
 
 
 def model_config(model: Mapping[str, Any]) -> ModelConfig:
     """CogVideo's `model` section as ours: the same architecture, and the levers that are set."""
     network = read_network(model)
-    stage, text = model.get("first_stage_config") or {}, text_embedder(model)
-    first = stage.get("params") or {}
-    chunked = target_of(stage) == CHUNKED_FIRST_STAGE
-    device = (text.get("params") or {}).get("device", "on_off") if target_of(text) == OFFLOADED_TEXT else "gpu"
+    stage, text = component_of(model, "first_stage_config"), text_embedder(model)
+    chunked = stage.target == CHUNKED_FIRST_STAGE
+    device = text.params.get("device", "on_off") if text.target == OFFLOADED_TEXT else "gpu"
     values = {**transformer_values(network), "use_rotary_positional_embeddings": network.is_rotary}
     return ModelConfig(
         pretrained=PRETRAINED,
-        conditioning="i2v" if model.get("noised_image_input") else "none",
+        conditioning="i2v" if network.makes_condition else "none",
         transformer=load(TransformerConfig, values, "model.network_config"),
         first_stage=FirstStageConfig(
-            slicing=(first.get("clips", 1) if chunked else model.get("en_and_decode_n_samples_a_time")) == 1,
-            frames=int(first.get("frames", 8)),
+            slicing=(stage.params.get("clips", 1) if chunked else model.get("en_and_decode_n_samples_a_time"))
+            == 1,
+            frames=int(stage.params.get("frames", 8)),
         ),
         text=load(TextConfig, {"device": device}, "model.conditioner_config"),
         train=TrainConfig(mode="full" if network.lora_rank is None else "lora", rank=int(network.lora_rank or 1)),

@@ -1,11 +1,10 @@
 """CogVideo's text encoder off the GPU: on the CPU, or on the GPU for a call only.
 
 T5-XXL's encoder has 4.8 billion parameters, which never train. It stays out of the engine's module tree, where
-nothing moves, casts, saves or partitions it, and out of checkpoints. When a checkpoint of CogVideo's own has one,
-SAT lists those keys as unexpected, and they are not used.
+nothing moves, casts, saves or partitions it, and out of checkpoints. If a checkpoint of CogVideo's has one, SAT
+lists those keys as unexpected and does not use them.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,52 +13,34 @@ from torch import Tensor, nn
 
 from sat_ext.cogvideo.target import Target
 from sat_ext.config import convert
-from sat_ext.errors import ConfigError
 from sat_ext.models.text_offload import EmbeddingCache, encoder_dtype, on_device, own_cores
 
 PARAMS = "model.conditioner_config.params.emb_models.params"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-log = logging.getLogger(__name__)
-
 
 class FrozenEmbedder(Target, nn.Module):
-    """An embedder without registered weights that never trains."""
+    """An embedder without registered weights, so it cannot train (`_check_text` refuses `is_trainable: true`)."""
 
     WHERE = PARAMS
     like: Tensor
 
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
-        # Moved and cast with the engine, so it has the embeddings' device and dtype. In no state_dict.
+        # moved and cast with the engine, so it has the device and dtype that embeddings need; in no state_dict
         self.register_buffer("like", torch.zeros(0), persistent=False)
-
-    @property
-    def is_trainable(self) -> bool:
-        """False, always. Setting another value raises `ConfigError`."""
-        return False
-
-    @is_trainable.setter
-    def is_trainable(self, value: bool) -> None:
-        if value:
-            raise ConfigError(
-                f"{PARAMS.removesuffix('.params')}.is_trainable: true, but {type(self).__name__} does not train; "
-                "set it to false, or name CogVideo's own target."
-            )
 
 
 class OffloadedTextEmbedder(FrozenEmbedder):
     """A target for an entry of `emb_models`: the class `parent`, its encoder not on the GPU.
 
-    - `device`: "cpu" encodes on the CPU; "on_off" copies the encoder to the GPU for each call and lets the copy go
-      after it. With the engine on the CPU they are the same, and "on_off" says so.
-    - `dtype` of the encoder, "bf16" or "fp32": without one the training dtype, as in CogVideo, but on the CPU fp32
-      unless that is bf16 and the CPU computes in it.
+    - `device`: "cpu" encodes on the CPU; "on_off" copies the encoder to the GPU for each call, if the engine is
+      there, and frees the copy after it.
+    - `dtype` of the encoder, "bf16" or "fp32". By default it is the training dtype, as in CogVideo, but on the CPU
+      fp32 unless that is bf16 and the CPU computes in it.
 
-    Every rank holds the encoder in its own memory, and encodes a caption once as long as it remembers it.
-    Embeddings (B, max_length, D) come in the training dtype and where the engine is. `parent` (of CogVideo's
-    `Frozen...` sort: it takes `device`) and its parameters stay in `params`. Raises `ConfigError` for a value that
-    is neither of these.
+    Every rank holds the encoder in its own memory, and remembers the embeddings of recent captions. `parent` (one
+    of CogVideo's `Frozen...` classes: it takes `device`) and its parameters stay in `params`.
     """
 
     PARENT = "sgm.modules.encoders.modules.FrozenT5Embedder"
@@ -77,25 +58,19 @@ class OffloadedTextEmbedder(FrozenEmbedder):
         super().__init__(device="cpu", **params)
         self.moves = moves
         self.encoder_dtype = None if dtype is None else DTYPES[dtype]
-        self.warned = False
         self.embeddings = EmbeddingCache()
         self.held: list[nn.Module] = []
         for name in list(self._modules):
             module = self._modules.pop(name)
             assert module is not None
-            self.__dict__[name] = module.eval().requires_grad_(False)  # found by the parent, by nothing else
+            self.__dict__[name] = module.eval().requires_grad_(False)  # the parent finds it, nothing else does
             self.held.append(module)
 
     @torch.no_grad()
     def forward(self, text: Sequence[str]) -> Tensor:
-        """Embeddings of the captions, (B, max_length, D)."""
+        """Embeddings of the captions, (B, max_length, D), in the training dtype and on the engine's device."""
         on_gpu = self.moves and self.like.device.type != "cpu"
-        if self.moves and not on_gpu and not self.warned:
-            log.warning("%s.device: on_off, but the model is on the CPU; the text encoder stays there.", PARAMS)
-            self.warned = True
-        dtype = self.encoder_dtype
-        if dtype is None:
-            dtype = self.like.dtype if on_gpu else encoder_dtype(self.like.dtype)
+        dtype = self.encoder_dtype or (self.like.dtype if on_gpu else encoder_dtype(self.like.dtype))
         for module in self.held:
             module.to(dtype=dtype)
         if on_gpu:

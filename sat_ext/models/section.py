@@ -82,12 +82,8 @@ class BuiltIn:
         for bucket in buckets:
             check_bucket(config, bucket)
 
-    def check_run(self, args: argparse.Namespace, buckets: Sequence[Bucket]) -> None:
-        """See `Engine`. Its own arguments are checked when they are parsed."""
-        self.check(buckets)
-
-    def check_cache(self, args: argparse.Namespace, *, is_cached: bool) -> None:
-        """See `Engine`. It goes with every cache whose fingerprints are its own."""
+    def check_run(self, args: argparse.Namespace, buckets: Sequence[Bucket], *, is_cached: bool) -> None:
+        self.check(buckets)  # its arguments were checked when they were parsed, and any cache of its encoders goes
 
     def fingerprints(self, dtype: torch.dtype) -> Fingerprints:
         if not self.model:

@@ -124,8 +124,7 @@ def _shared_stream(args: argparse.Namespace, recipe: Recipe, split: str) -> Join
 def _stream(args: argparse.Namespace, recipe: Recipe, split: str, *, world: int) -> JointStream:
     """The stream of one list."""
     engine, data, trains = recipe.engine, recipe.data, split == "train_data"
-    engine.check_run(args, recipe.buckets)
-    engine.check_cache(args, is_cached=data.cache is not None)
+    engine.check_run(args, recipe.buckets, is_cached=data.cache is not None)
     for sentence in recipe.doubts if trains else ():
         print_rank0(f"warning: {sentence}", level="WARNING")
     sources = recipe.lists[split]

@@ -193,6 +193,12 @@ def test_captions_are_as_long_as_the_network_takes_them() -> None:
         check_model(model("1.0", conditioner_config=conditioner), [])
 
 
+def test_an_embedder_of_ours_does_not_train() -> None:
+    embedder = {"target": "sat_ext.cogvideo.OffloadedTextEmbedder", "is_trainable": True}
+    with pytest.raises(ConfigError, match=r"emb_models\[0\]\.is_trainable: true, but sat_ext.*Embedder does not"):
+        check_model(model(conditioner_config={"params": {"emb_models": [embedder]}}), [])
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """A module of the name that CogVideo's has, of either generation."""

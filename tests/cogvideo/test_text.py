@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +160,6 @@ def test_the_encoder_computes_in_the_dtype_asked_for(
     assert embedder.transformer.weight.dtype == encoder
 
 
-def test_on_off_says_where_there_is_no_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    embedder = offloaded(device="on_off")
-    with caplog.at_level(logging.WARNING):
-        embedder(["a cat"])
-        embedder(["a dog"])
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].endswith("on_off, but the model is on the CPU; the text encoder stays there.")
-
-
 def test_weights_are_what_they_were_after_a_visit_to_a_device() -> None:
     module = nn.Linear(2, 2)
     before = module.weight.data_ptr()
@@ -200,12 +190,6 @@ def test_on_off_has_the_encoder_on_the_gpu_for_the_call_only() -> None:
 def test_an_unknown_value_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         offloaded(**options)
-
-
-def test_an_offloaded_encoder_does_not_train() -> None:
-    embedder = offloaded()
-    with pytest.raises(ConfigError, match=r"emb_models\.is_trainable: true, but OffloadedTextEmbedder does not"):
-        embedder.is_trainable = True
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
