@@ -3,10 +3,8 @@
 Its convolutions are causal in time: a chunk of frames needs the last ones of the chunk before it, and nothing
 after it. Its group norms are not: their statistics are taken over every frame of the clip, so chunks that are
 normed on their own (as with diffusers' `num_sample_frames_batch_size`) produce other latents. Here each norm is
-measured first, in a pass over all chunks that ends at it, and a last pass applies them all. What a pass needs is
-computed again, so that never more than one activation of the whole clip is held.
-
-Whatever has weights is called as the module that it is, so that ZeRO-3's hooks bring them first.
+measured first, in a pass over all chunks that ends at it, and a last pass applies them all. Every pass computes
+its inputs again, so that at most one activation of the whole clip is held.
 """
 
 from collections.abc import Iterator
@@ -25,18 +23,13 @@ def encode_clip(encoder: Any, pixels: Tensor, frames: int, recompute: Recompute)
     stream = list(pixels.tensor_split(tuple(range(frames + 1, pixels.shape[2], frames)), dim=2))
     for segment in segments(encoder, recompute):
         for norm in (n for layer in segment for n in layer.norms):
-            measure(norm, segment, stream)
-        # a chunk is let go as soon as the next segment's is made of it
+            for index, chunk in enumerate(stream):
+                through(segment, chunk, first=index == 0)
+            norm.take()
+        # popped: a chunk's memory is free as soon as the next segment's chunk is made of it
         made = [through(segment, stream.pop(0), first=index == 0) for index in range(len(stream))]
         stream = [chunk for chunk in made if chunk is not None]
     return torch.cat(stream, dim=2)
-
-
-def measure(norm: "Norm", segment: "list[Layer]", stream: list[Tensor]) -> None:
-    """Take the statistics of `norm`, the first of the segment's that has none, over all chunks."""
-    for index, chunk in enumerate(stream):
-        through(segment, chunk, first=index == 0)
-    norm.take()
 
 
 def through(segment: "list[Layer]", chunk: Tensor, *, first: bool) -> Tensor | None:
@@ -49,7 +42,7 @@ def through(segment: "list[Layer]", chunk: Tensor, *, first: bool) -> Tensor | N
 
 
 def segments(encoder: Any, recompute: Recompute) -> "Iterator[list[Layer]]":
-    """The encoder's layers in the order that they are gone through, cut where an activation is held whole."""
+    """The encoder's layers in their order, cut where an activation of the whole clip is held."""
     head: list[Layer] = [Convolution(encoder.conv_in)]
     for number, level in enumerate(encoder.down):
         blocks: list[list[Layer]] = [[Block(block)] for block in level.block]
@@ -60,7 +53,7 @@ def segments(encoder: Any, recompute: Recompute) -> "Iterator[list[Layer]]":
         if number == 0 and recompute == "level":
             blocks = [[layer for block in blocks for layer in block]]
         while blocks:
-            yield blocks.pop(0)  # kept by nobody: a convolution holds frames
+            yield blocks.pop(0)  # popped: its convolutions hold frames, which must go with it
     yield [Block(encoder.mid.block_1)]
     yield [Block(encoder.mid.block_2)]
     yield [Activated(encoder.norm_out, encoder.conv_out)]
@@ -80,10 +73,11 @@ class Convolution:
 
     def __call__(self, chunk: Tensor, first: bool) -> Tensor:
         """The output for `chunk`, which is the clip's `first` or follows the one of the last call."""
-        return self.convolve(self.padded(chunk, first))
+        padded: Tensor = self.module.conv(self.padded(chunk, first))
+        return padded
 
     def padded(self, chunk: Tensor, first: bool) -> Tensor:
-        """`chunk` with the frames before it, and zeros around."""
+        """`chunk` with the frames before it, and zeros around, in one copy."""
         before = self.module.time_kernel_size - 1
         high, wide = self.module.height_pad, self.module.width_pad
         batch, channels, frames, height, width = chunk.shape
@@ -94,11 +88,6 @@ class Convolution:
             inner[:, :, :before] = chunk[:, :, :1] if first else self.last
             self.last = inner[:, :, -before:].clone()
         return padded
-
-    def convolve(self, padded: Tensor) -> Tensor:
-        """The output for what `padded` gave."""
-        output: Tensor = self.module.conv(padded)
-        return output
 
 
 class Norm:
@@ -112,6 +101,7 @@ class Norm:
     def __call__(self, chunk: Tensor) -> Tensor | None:
         """The normed chunk, or None as long as the statistics are being measured."""
         if self.statistics is not None:
+            # the module is called, not its weights used, so that ZeRO-3's hooks gather them first
             normed: Tensor = self.module(chunk, *self.statistics)
             return normed
         for frame in chunk.unbind(2):  # one at a time: bfloat16 is widened for it
@@ -122,21 +112,22 @@ class Norm:
         return None
 
     def take(self) -> None:
-        """End the measuring. Frames are alike in size: their variances' mean and their means' variance add up."""
+        """End the measuring."""
         means, variances = (torch.stack(values).double() for values in zip(*self.measured))
+        # frames are equal in size, so the clip's variance is their variances' mean plus their means' variance
         variance = variances.mean(0) + means.var(0, correction=0)
         self.statistics = means.mean(0).float(), variance.float()
         self.measured.clear()
 
 
 def accept_statistics(encoder: nn.Module) -> None:
-    """Have every group norm of the encoder take `(x, mean, variance)` too; called with x alone it is as it was."""
+    """Let every group norm of the encoder take `(x, mean, variance)` too; called with x alone, it is unchanged."""
     for module in encoder.modules():
         if isinstance(module, nn.GroupNorm):
-            object.__setattr__(module, "forward", partial(group_norm, module))
+            object.__setattr__(module, "forward", partial(_group_norm, module))
 
 
-def group_norm(
+def _group_norm(
     module: nn.GroupNorm, x: Tensor, mean: Tensor | None = None, variance: Tensor | None = None
 ) -> Tensor:
     """`module`'s output for `x` (B, C, ...), with a mean and variance (B, groups) in place of those of `x`."""
@@ -160,19 +151,19 @@ class Activated:
     """Group norm, swish, convolution."""
 
     def __init__(self, norm: Any, convolution: Any) -> None:
-        self.norm = Norm(norm)
-        self.convolution = Convolution(convolution)
+        self.norm, self.convolution = Norm(norm), Convolution(convolution)
         self.norms: tuple[Norm, ...] = (self.norm,)
 
     def __call__(self, chunk: Tensor, first: bool) -> Tensor | None:
-        """The output, or None where the norm is being measured."""
+        """The output, or None while the norm is being measured."""
         normed = self.norm(chunk)
         if normed is None:
             return None
         normed *= torch.sigmoid(normed)  # not F.silu, which rounds once where CogVideo's `nonlinearity` does twice
         padded = self.convolution.padded(normed, first)
-        del normed  # the convolution needs the room
-        return self.convolution.convolve(padded)
+        del normed  # at full resolution its memory is needed for the convolution's output
+        output: Tensor = self.convolution.module.conv(padded)
+        return output
 
 
 class Block:
@@ -181,21 +172,20 @@ class Block:
     def __init__(self, block: Any) -> None:
         self.halves = Activated(block.norm1, block.conv1), Activated(block.norm2, block.conv2)
         self.norms = self.halves[0].norms + self.halves[1].norms
-        self.shortcut: Convolution | None = None
-        self.pointwise: Any = getattr(block, "nin_shortcut", None)
+        self.shortcut: Any = None  # over the block's input, where the channels change
         if hasattr(block, "conv_shortcut"):
             self.shortcut = Convolution(block.conv_shortcut)
+        elif hasattr(block, "nin_shortcut"):
+            self.shortcut = lambda chunk, first: block.nin_shortcut(chunk)
 
     def __call__(self, chunk: Tensor, first: bool) -> Tensor | None:
-        """The output, or None where a norm is being measured."""
+        """The output, or None while one of its norms is being measured."""
         inner = self.halves[0](chunk, first)
         if inner is not None:
             inner = self.halves[1](inner, first)
         if inner is None:
             return None
-        if self.shortcut is not None:
-            return inner.add_(self.shortcut(chunk, first))
-        return inner.add_(chunk if self.pointwise is None else self.pointwise(chunk))
+        return inner.add_(chunk if self.shortcut is None else self.shortcut(chunk, first))
 
 
 class Downsample:

@@ -11,6 +11,7 @@ from sat_ext.config import convert
 from sat_ext.errors import ConfigError, DataError
 
 PARAMS = "model.first_stage_config.params"
+ENCODER = ("conv_in", "down", "mid", "norm_out", "conv_out", "temporal_compress_level")  # what chunks go through
 
 
 class ChunkedFirstStage(Target, nn.Module):
@@ -23,10 +24,9 @@ class ChunkedFirstStage(Target, nn.Module):
       1.5 times; "level" holds none at full resolution, and computes the convolutions there 3.5 times.
 
     The latents are the parent's within rounding, and the posterior is sampled once for the whole batch, from the
-    same random numbers. `decode` is the parent's. `parent` and its parameters stay in `params`. There is no
-    gradient, and dropout in the encoder (0 in CogVideo's YAMLs) is left out: the first stage never trains.
-    Raises `ConfigError` for an option out of its range, and for an encoder that is not built like
-    `ContextParallelEncoder3D`.
+    same random numbers. `decode` is the parent's. There is no gradient and no dropout in the encoder (0 in
+    CogVideo's YAMLs), as the first stage never trains. `parent` and its parameters stay in `params`. Raises
+    `ConfigError` for an encoder that is not built like `ContextParallelEncoder3D`.
     """
 
     PARENT = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
@@ -36,26 +36,24 @@ class ChunkedFirstStage(Target, nn.Module):
     encoder: Any
     regularization: Any
 
-    def __init__(
-        self,
-        *,
-        frames: int = 8,
-        clips: int = 1,
-        recompute: Recompute = "block",
-        **params: Any,
-    ) -> None:
+    def __init__(self, *, frames: int = 8, clips: int = 1, recompute: Recompute = "block", **params: Any) -> None:
         if params.get("cp_size", 0) > 1:
             raise ConfigError(
                 f"{PARAMS}.cp_size: {params['cp_size']} splits a clip over GPUs, and chunks do not; set 1."
             )
         super().__init__(**params)
-        require_known_encoder(self.encoder, params.get("parent", self.PARENT))
-        self.compression = 2**self.encoder.temporal_compress_level
-        self.frames: int = convert(int, frames, f"{PARAMS}.frames")
-        if self.frames < 1 or self.frames % self.compression:
+        if not all(hasattr(self.encoder, name) for name in ENCODER) or any(len(d.attn) for d in self.encoder.down):
             raise ConfigError(
-                f"{PARAMS}.frames: {frames} is not a multiple of {self.compression}, the frames of one latent "
-                f"frame; use {max(1, round(self.frames / self.compression)) * self.compression}."
+                f"{PARAMS}.encoder_config: {type(self.encoder).__name__} of {params.get('parent', self.PARENT)} "
+                "is not built like CogVideo's ContextParallelEncoder3D without attention; take the target "
+                "sat_ext.cogvideo.ChunkedFirstStage out."
+            )
+        self.compression = step = 2**self.encoder.temporal_compress_level
+        self.frames: int = convert(int, frames, f"{PARAMS}.frames")
+        if self.frames < 1 or self.frames % step:
+            raise ConfigError(
+                f"{PARAMS}.frames: {frames} is not a multiple of {step}, the frames of one latent frame; use "
+                f"{max(1, round(self.frames / step)) * step}."
             )
         self.clips: int = convert(int, clips, f"{PARAMS}.clips")
         if self.clips < 1:
@@ -70,8 +68,7 @@ class ChunkedFirstStage(Target, nn.Module):
         """Unscaled latents (B, C, (T - 1) / 4 + 1, H / 8, W / 8) of pixels `x` (B, 3, T, H, W) in [-1, 1].
 
         `return_reg_log` adds the regularizer's log; `unregularized` returns the posterior's parameters. The
-        parent's other arguments are about several GPUs and are ignored. Raises `DataError` unless T is
-        1 or 4k + 1.
+        parent's other arguments, for several GPUs, are ignored. Raises `DataError` unless T is 1 or 4k + 1.
         """
         if (x.shape[2] - 1) % self.compression:
             fit = (x.shape[2] - 1) // self.compression * self.compression + 1
@@ -79,23 +76,9 @@ class ChunkedFirstStage(Target, nn.Module):
                 f"A clip of {x.shape[2]} frames cannot be encoded in chunks: the first becomes one latent frame "
                 f"and each {self.compression} after it another; use {fit} or {fit + self.compression} frames."
             )
-        moments = torch.cat(
-            [encode_clip(self.encoder, c, self.frames, self.recompute) for c in x.split(self.clips)]
-        )
+        chunks = [encode_clip(self.encoder, c, self.frames, self.recompute) for c in x.split(self.clips)]
+        moments = torch.cat(chunks)
         if unregularized:
             return moments, {}
         latents, log = self.regularization(moments)
         return (latents, log) if return_reg_log else latents
-
-
-def require_known_encoder(encoder: Any, parent: str) -> None:
-    """Raise `ConfigError` unless `encoder` has the parts that `segments` goes through, and no others."""
-    parts = ("conv_in", "down", "mid", "norm_out", "conv_out")
-    if not all(hasattr(encoder, p) for p in (*parts, "temporal_compress_level")) or any(
-        len(level.attn) for level in encoder.down
-    ):
-        raise ConfigError(
-            f"{PARAMS}.encoder_config: {type(encoder).__name__} of {parent} is not built like CogVideo's "
-            "ContextParallelEncoder3D without attention, which is all that chunks go through; take the target "
-            "sat_ext.cogvideo.ChunkedFirstStage out."
-        )

@@ -12,19 +12,16 @@ from sat_ext.cogvideo.network import (
     CACHED_TEXT,
     Component,
     component_of,
-    read_network,
     text_embedder,
 )
 from sat_ext.cogvideo.target import import_class
-from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS
 from sat_ext.errors import ConfigError
 from sat_ext.latents.checksummed import files_fingerprint
-from sat_ext.latents.encoders import Encoders, Fingerprints, LatentShape, Part
+from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 from sat_ext.latents.store import fingerprint_of
 from sat_ext.latents.text import encoder_fingerprint
 
 ARCHITECTURE = ("encoder_config", "regularizer_config")  # the first stage's parameters that latents follow from
-T5_XXL_WIDTH = 4096
 
 
 class CogVideoEncoders(Encoders):
@@ -35,7 +32,7 @@ class CogVideoEncoders(Encoders):
     """
 
     def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-        text, stage, network = text_embedder(model), component_of(model, "first_stage_config"), read_network(model)
+        text, stage = text_embedder(model), component_of(model, "first_stage_config")
         if text.target == CACHED_TEXT or stage.target == CACHED_FIRST_STAGE:
             raise ConfigError(
                 "model: the YAML files train from a cache, and writing one needs the encoders; leave "
@@ -46,15 +43,7 @@ class CogVideoEncoders(Encoders):
             "text": (text, "model.conditioner_config.params.emb_models"),
             "first_stage": (stage, "model.first_stage_config"),
         }
-        shape = LatentShape(
-            channels=network.out_channels or LATENT_CHANNELS,
-            side=LATENT_SIDE,
-            item=dtype.itemsize,
-            deviates=True,
-            conditions=network.makes_condition,
-            text=(int(text.params.get("max_length", TEXT_TOKENS)), network.text_hidden_size or T5_XXL_WIDTH),
-        )
-        super().__init__(dtype, device, shape)
+        super().__init__(dtype, device, conditions=bool(model.get("noised_image_input")))
 
     def build(self, part: Part) -> nn.Module:
         component, where = self.components[part]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,12 +28,11 @@ class JointDiffusionLoss(Target, nn.Module):
     that it returns. For a batch of clips that need no padding, without options and weights, these are the parent's
     bit for bit, and as many random numbers are drawn. Beyond that:
 
-    - Stills train with `concat_images` zeroed, as their condition frame is their target. A still has `kind`
-      "image" or, in a batch without `kind`, `num_frames` 1; a single latent frame always is one.
+    - Stills train with `concat_images` zeroed, as their condition frame is their target.
     - `condition_dropout` is the probability that a sample trains without its condition, drawn per sample and
       rank. It comes on top of `model.noised_image_dropout`, with which CogVideo drops the conditions of a whole
-      micro-batch: of the rates p and q, 1 - (1 - p)(1 - q) of the samples go without. Set that one to 0 to use
-      this one alone. Evaluations (the network not in training mode) drop none.
+      micro-batch: of the rates p and q, 1 - (1 - p)(1 - q) of the samples go without. Evaluations (the network not
+      in training mode) drop none.
     - `loss_weights` are factors by kind, in training and evaluation. The batch's `loss_weight` (B,)
       (`Schedule.loss_weight`, which makes samples count alike) is another in training. As in the built-in engine.
     - Where the network's patches span several latent frames (2 in 1.5), copies of the first latent frame are put
@@ -42,13 +40,10 @@ class JointDiffusionLoss(Target, nn.Module):
       decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch), and has the condition's frame
       in front of all, as here. The loss is a mean over the other frames.
     - `condition_latents` (B, 1, C, h, w), of a batch from a cache, replace `concat_images`.
-    - `condition_scale` multiplies the first stage's latent of the condition frame, a cached one too. Without it
-      that is `scale_factor`, as in CogVideo's engine, whose `model.scale_factor` it must equal. A model without
-      condition ignores it. A 1.5 model needs it: CogVideo trains with 0.7 (`shared_step` in
-      sat/diffusion_video.py of the main branch), which no sampler uses (docs/cogvideo.md).
-    - `sigma_sampler_config` with `uniform_sampling` gives each group of ranks an interval of noise levels. Where
-      its `group_num` (40 in 1.5) does not divide the ranks, which fails in CogVideo's main branch, there are as
-      many groups as divide both ranks and levels, the rule of its tag v1.0.
+    - `condition_scale` multiplies the first stage's latent of the condition frame, a cached one too. By default
+      that is `scale_factor`, as in CogVideo's engine, whose `model.scale_factor` it must equal. A 1.5 model needs
+      it: CogVideo trains with 0.7 (`shared_step` in sat/diffusion_video.py of the main branch), which no sampler
+      uses (docs/cogvideo.md).
     - A network that embeds `ofs` (B,) is given it, and would fail without: 2.0, or the batch's own.
 
     `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown, out of its
@@ -74,11 +69,6 @@ class JointDiffusionLoss(Target, nn.Module):
         super().__init__(**params)
         self.condition_factor = condition_factor(condition_scale, scale_factor, PARAMS)
         self.kind_weights = load(LossWeights, loss_weights or {}, f"{PARAMS}.loss_weights")
-        for kind, weight in asdict(self.kind_weights).items():
-            if weight < 0:
-                raise ConfigError(f"{PARAMS}.loss_weights.{kind}: {weight} is below 0; 0 leaves the kind out.")
-        if not any(asdict(self.kind_weights).values()):
-            raise ConfigError(f"{PARAMS}.loss_weights: both are 0, so nothing would be learned; give one above 0.")
         self.condition_dropout: float = convert(float, condition_dropout, f"{PARAMS}.condition_dropout")
         if not 0 <= self.condition_dropout <= 1:
             raise ConfigError(
@@ -96,17 +86,18 @@ class JointDiffusionLoss(Target, nn.Module):
         batch: Mapping[str, Any],
     ) -> Tensor:
         """The loss of each sample, (B,), of latents `input` (B, T, C, h, w)."""
-        training: bool = getattr(network, "training", True)
         transformer = getattr(network, "diffusion_model", network)
-        still, dropped, factors = self._per_sample(batch, input, training)
-        batch = dict(batch)
-        self._padding = padding_frames(input.shape[1], temporal_patch(transformer))
+        still, dropped, factors = self._per_sample(batch, input, getattr(network, "training", True))
+        batch, frames = dict(batch), input.shape[1]
+        self._padding = padding_frames(frames, temporal_patch(transformer))
         if "condition_latents" in batch:  # from a cache, which has the first frame alone
             first = batch.pop("condition_latents").to(input)
-            batch["concat_images"] = condition_latents(first, input.shape[1], torch.zeros_like(still))
+            batch["concat_images"] = condition_latents(first, frames, torch.zeros_like(still))
         if "concat_images" in batch:
             images = scaled(batch["concat_images"], self.condition_factor)
-            batch["concat_images"] = condition(images, still | dropped, self._padding)
+            if (without := still | dropped).any():
+                images = images.masked_fill(without.to(images.device)[:, None, None, None, None], 0)
+            batch["concat_images"] = pad_condition(images, self._padding)
         elif self.condition_dropout:
             raise ConfigError(
                 f"{PARAMS}.condition_dropout: {self.condition_dropout}, but the model has no image condition "
@@ -148,15 +139,10 @@ class JointDiffusionLoss(Target, nn.Module):
             # SAT seeds all ranks alike: each takes a row of its own, or all would drop at once
             rank, world = rank_and_world()
             dropped = torch.rand(world, len(still))[rank] < self.condition_dropout
-        return self._agreed(still, dropped, factors)
-
-    def _agreed(self, still: Tensor, dropped: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The values of the first of the ranks that share a model, on all of them, as with the parent's noise.
-
-        CogVideo sends the others neither `kind` nor `loss_weight` (`broad_cast_batch` in its train_video.py).
-        """
         if not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
             return still, dropped, factors
+        # Ranks that share a model must agree, as on the parent's noise, and only the first of them has `kind` and
+        # `loss_weight`: `broad_cast_batch` in CogVideo's train_video.py sends neither.
         values = torch.stack([v.to(factors) for v in (still, dropped, factors)])
         source = dist.get_rank() - mpu.get_model_parallel_rank()
         dist.broadcast(values, src=source, group=mpu.get_model_parallel_group())
@@ -168,15 +154,12 @@ def condition_factor(condition_scale: float | None, scale_factor: float, where: 
 
     Raises `ConfigError` for a scale that is not above 0; `where` is the place in the YAML.
     """
-    scales = {
-        "scale_factor": convert(float, scale_factor, f"{where}.scale_factor"),
-        "condition_scale": convert(float | None, condition_scale, f"{where}.condition_scale"),
-    }
-    for name, value in scales.items():
+    own = convert(float, scale_factor, f"{where}.scale_factor")
+    asked = convert(float | None, condition_scale, f"{where}.condition_scale")
+    for name, value in (("scale_factor", own), ("condition_scale", asked)):
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{where}.{name}: {value} is not a scale; give a number above 0.")
-    wanted = scales["condition_scale"]
-    return 1.0 if wanted is None else float(wanted / scales["scale_factor"])
+    return 1.0 if asked is None else float(asked / own)
 
 
 def scaled(latents: Tensor, factor: float) -> Tensor:
@@ -185,10 +168,11 @@ def scaled(latents: Tensor, factor: float) -> Tensor:
 
 
 def fitting_groups(sigma_sampler: Any) -> Any:
-    """CogVideo's `sigma_sampler_config` with a `group_num` that divides the ranks, where it has one that does not.
+    """CogVideo's `sigma_sampler_config` with a `group_num` that divides the ranks, where its own does not.
 
-    The tag v1.0 takes the largest number that divides ranks and noise levels (`DiscreteSampling` in
-    sgm/modules/diffusionmodules/sigma_sampling.py); the main branch asserts that the YAML's number fits.
+    With `uniform_sampling` each group of ranks has an interval of noise levels. The tag v1.0 takes the largest
+    number that divides ranks and levels (`DiscreteSampling` in sgm/modules/diffusionmodules/sigma_sampling.py);
+    the main branch asserts that the YAML's number, 40 in 1.5, fits.
     """
     params = (sigma_sampler or {}).get("params") or {}
     if not params.get("uniform_sampling") or not params.get("group_num"):
@@ -206,13 +190,6 @@ def kinds(batch: Mapping[str, Any], count: int) -> list[str]:
     if "num_frames" in batch:
         return ["image" if frames == 1 else "video" for frames in batch["num_frames"].tolist()]
     return ["video"] * count
-
-
-def condition(first: Tensor, without: Tensor, padding: int) -> Tensor:
-    """The I2V condition, (B, T, C, h, w), zeroed for samples `without` one, (B,), and padded behind."""
-    if without.any():
-        first = first.masked_fill(without.to(first.device)[:, None, None, None, None], 0)
-    return pad_condition(first, padding)
 
 
 def temporal_patch(transformer: nn.Module) -> int:

@@ -2,8 +2,8 @@
 
 CogVideo 1.0 builds its tables for one size (`latent_height`, `latent_width`, `num_frames`) and takes as many of
 their first entries as the input has tokens: right at that size, for any number of frames, and wrong at others.
-These targets go by the input's own frames, rows and columns. At the configured size they hand over to the parent,
-bit for bit; the weights and their names are the parent's.
+These targets go by the input's own frames, rows and columns. At the configured size they call the parent, so
+nothing changes there; the weights and their names are the parent's. `parent` and its parameters stay in `params`.
 """
 
 import math
@@ -27,10 +27,7 @@ Rotary = Literal["stretch", "count"]
 class InterpolatedRotaryPositionEmbedding(Target, nn.Module):
     """A target for `pos_embed_config`: rotary embedding and, where the model has one (5B-I2V), the learned one.
 
-    The learned embedding of other sizes is resized (`learned_positions`). More frames than were learned raise
-    `ConfigError`.
-
-    The rotary angles of other sizes go by `rotary`:
+    The learned embedding is resized (`learned_positions`). The rotary angles of other sizes go by `rotary`:
 
     - "stretch" lays the input, as large as fits and centred, into the configured grid, so that no coordinate is
       outside of what the model was trained with. diffusers does this for 1.0 models, in training and in sampling
@@ -38,27 +35,25 @@ class InterpolatedRotaryPositionEmbedding(Target, nn.Module):
     - "count" gives row y the coordinate y, as in a network that is built at that size (CogVideo's own sampler,
       with `latent_height` and `latent_width` changed). The only choice for 1.5 models.
 
-    `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown or of the
-    other generation and, with the batch that has it, for a size that does not divide into patches.
+    Raises `ConfigError` for an option of the other generation and, with the batch that has them, for more frames
+    than were learned and for a size that does not divide into patches.
     """
 
     PARENT = "dit_video_concat.Rotary3DPositionEmbeddingMixin"
     WHERE = POSITION
     CALLS = ("rotary", "attention_fn", "position_embedding_forward")
     freqs_cos: Tensor
-    freqs_sin: Tensor
     pos_embedding: Tensor | None
 
     def __init__(self, *, rotary: Rotary | None = None, **params: Any) -> None:
         super().__init__(**params)
-        self.native = native_grid(params)
-        self.grid = self.native  # of the current batch
+        self.native = self.grid = native_grid(params)  # `grid` is the current batch's
         self.hidden_size_head, self.theta = params["hidden_size_head"], float(params.get("theta", THETA))
-        counts = self.freqs_cos.ndim == 4  # 1.5 keeps (T, h, w, D) and cuts the input's part out
+        self.cuts = self.freqs_cos.ndim == 4  # 1.5 keeps a table (T, h, w, D) and cuts the input's part out
         chosen: Rotary | None = convert(Rotary | None, rotary, f"{POSITION}.rotary")
-        if counts and chosen == "stretch":
+        if self.cuts and chosen == "stretch":
             raise ConfigError(f"{POSITION}.rotary: stretch is for 1.0 models, and this one counts; remove it.")
-        self.stretch_to = None if counts or chosen == "count" else self.native
+        self.stretch_to = None if self.cuts or chosen == "count" else self.native
 
     def position_embedding_forward(self, position_ids: Tensor, **kwargs: Any) -> Tensor | None:
         """The learned embedding (1, text + tokens, D) for `kwargs["images"]`, or None where the model has none."""
@@ -79,18 +74,18 @@ class InterpolatedRotaryPositionEmbedding(Target, nn.Module):
 
     def attention_fn(self, *args: Any, **kwargs: Any) -> Tensor:
         """The parent's attention, with the angles of the input's size."""
-        self.grid = grid_of(kwargs)  # noted here, as 1.0 passes nothing on to `rotary`
+        self.grid = grid_of(kwargs)  # kept, as 1.0's `attention_fn` passes nothing on to `rotary`
         attended: Tensor = super().attention_fn(*args, **kwargs)  # type: ignore[misc]
         return attended
 
     def rotary(self, t: Tensor, **kwargs: Any) -> Tensor:
         """Queries or keys (B, heads, tokens, D), turned by the angles of their tokens."""
         inside = all(size <= table for size, table in zip(self.grid, self.native, strict=True))
-        if inside and (self.freqs_cos.ndim == 4 or self.grid[1:] == self.native[1:]):
+        if inside and (self.cuts or self.grid[1:] == self.native[1:]):
             same: Tensor = super().rotary(t, **kwargs)  # type: ignore[misc]
             return same
         cosines, sines = angles(self.grid, self.stretch_to, self.hidden_size_head, self.theta, t.device)
-        dtype = t.dtype if self.freqs_cos.ndim == 4 else self.freqs_cos.dtype  # as the parent rounds its table
+        dtype = t.dtype if self.cuts else self.freqs_cos.dtype  # as the parent rounds its table
         halves = torch.stack((-t[..., 1::2], t[..., ::2]), dim=-1).flatten(-2)
         return t * cosines.to(dtype) + halves * sines.to(dtype)
 
@@ -124,10 +119,7 @@ class SinusoidalPositionEmbedding(Target, nn.Module):
 
 
 class FinalLayer(Target, nn.Module):
-    """A target for `final_layer_config`: puts patches together to the input's height and width.
-
-    1.5 does so by itself.
-    """
+    """A target for `final_layer_config` of 1.0: puts patches together to the input's height and width."""
 
     PARENT = "dit_video_concat.FinalLayerMixin"
     WHERE = f"{MODULES}.final_layer_config.params"
@@ -146,14 +138,11 @@ def native_grid(params: dict[str, Any]) -> Grid:
 
 
 def grid_of(kwargs: dict[str, Any]) -> Grid:
-    """The patches of the latents `images` (B, T, C, h, w), of which there are `seq_length`.
-
-    1.5 passes them (`rope_T`, `rope_H`, `rope_W`). In 1.0 a patch is square and of one frame.
-    """
-    if "rope_T" in kwargs:
+    """The patches of the latents `images` (B, T, C, h, w), of which there are `seq_length`."""
+    if "rope_T" in kwargs:  # 1.5
         return Grid(kwargs["rope_T"], kwargs["rope_H"], kwargs["rope_W"])
     frames, _, height, width = kwargs["images"].shape[1:]
-    patch = math.isqrt(frames * height * width // kwargs["seq_length"])
+    patch = math.isqrt(frames * height * width // kwargs["seq_length"])  # 1.0: square, and of one frame
     if height % patch or width % patch:
         raise ConfigError(
             f"data.params.buckets.sizes: latents of {height}x{width} do not divide into patches of {patch}; use "

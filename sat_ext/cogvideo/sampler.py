@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat_ext.cogvideo.loss import condition, condition_factor, scaled
+from sat_ext.cogvideo.loss import condition_factor, scaled
 from sat_ext.cogvideo.target import Target
 from sat_ext.cogvideox import OFS, PATCH, SCALE_FACTOR
-from sat_ext.models.conditioning import padding_frames
+from sat_ext.models.conditioning import pad_condition, padding_frames
 
 PARAMS = "model.sampler_config.params"
 
@@ -25,20 +25,14 @@ class PaddedSampler(Target):
     the result, and where none was needed a copy of the first frame goes in front. With an `ofs` given, as by
     sample_video.py for image-to-video models, the parent samples alone: that script pads by itself.
 
-    `parent` and its parameters stay in `params`. Raises `ConfigError` where the parent cannot be imported, and for
-    a scale that is not above 0.
+    `parent` and its parameters stay in `params`.
     """
 
     PARENT = "sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSampler"
     WHERE = PARAMS
-    condition_factor: float
 
     def __init__(
-        self,
-        *,
-        condition_scale: float | None = None,
-        scale_factor: float = SCALE_FACTOR,
-        **params: Any,
+        self, *, condition_scale: float | None = None, scale_factor: float = SCALE_FACTOR, **params: Any
     ) -> None:
         super().__init__(**params)
         self.condition_factor = condition_factor(condition_scale, scale_factor, PARAMS)
@@ -57,18 +51,18 @@ class PaddedSampler(Target):
 
         `cond` and `uc` may hold the image as `concat`.
         """
+        sample: Any = super().__call__  # type: ignore[misc]
         if ofs is not None:
-            given: Tensor = super().__call__(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)  # type: ignore[misc]
+            given: Tensor = sample(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)
             return given
         padding = padding_frames(x.shape[1], PATCH)
         x = torch.cat([torch.randn_like(x[:, :padding]), x], dim=1)
         cond, uc = (self._as_trained(c, padding) for c in (cond, uc))
         ofs = torch.full((1,), OFS, device=x.device)
-        latents: Tensor = super().__call__(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)  # type: ignore[misc]
+        latents: Tensor = sample(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)
         return latents if padding else torch.cat([latents[:, :1], latents], dim=1)
 
     def _as_trained(self, cond: dict[str, Tensor] | None, padding: int) -> Any:
         if cond is None or "concat" not in cond:
             return cond
-        none = torch.zeros(len(cond["concat"]), dtype=torch.bool)
-        return {**cond, "concat": condition(scaled(cond["concat"], self.condition_factor), none, padding)}
+        return {**cond, "concat": pad_condition(scaled(cond["concat"], self.condition_factor), padding)}

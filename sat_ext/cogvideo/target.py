@@ -15,7 +15,7 @@ class Target:
 
     Its objects are of a class made of this one and the parent: they take the parent's parameters, pass its
     `isinstance` checks, and name their weights as it does. Raises `ConfigError` where the parent cannot be
-    imported or lacks a method, and where a parameter is neither the target's nor the parent's.
+    imported or lacks a method, and for a parameter that neither of them takes.
     """
 
     PARENT: ClassVar[str]  # the class of CogVideo's that is extended where the YAML names no `parent`
@@ -25,26 +25,24 @@ class Target:
 
     def __new__(cls, *, parent: str | None = None, **params: Any) -> Any:
         """An object of a class made of this one and the parent."""
-        # Here and not at import: only now is the YAML's `parent` known, and CogVideo's code sure to be importable.
-        if not cls.is_extended:
-            cls = cls._over(parent or cls.PARENT)
-            reject_unknown_keys(params, accepted(cls), cls.WHERE)
-        return super().__new__(cls)
-
-    def __init__(self, *, parent: str | None = None, **params: Any) -> None:
-        super().__init__(**params)
-
-    @classmethod
-    def _over(cls, parent: str) -> type[Any]:
-        base = import_class(parent, f"{cls.WHERE}.parent", nn.Module if issubclass(cls, nn.Module) else object)
+        if cls.is_extended:  # for `copy.deepcopy`, which gives no parameters
+            return super().__new__(cls)
+        # here and not at import: only now is the YAML's `parent` known, and CogVideo's code sure to be importable
+        name = parent or cls.PARENT
+        base = import_class(name, f"{cls.WHERE}.parent", nn.Module if issubclass(cls, nn.Module) else object)
         for method in cls.CALLS:
             if not callable(getattr(base, method, None)):
                 raise ConfigError(
-                    f"{cls.WHERE}.parent: {parent} has no {method}, so {cls.__name__} cannot extend it; name the "
+                    f"{cls.WHERE}.parent: {name} has no {method}, so {cls.__name__} cannot extend it; name the "
                     "class that CogVideo's own YAML has there."
                 )
         own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "is_extended": True}
-        return type(cls.__name__, (cls, base), own)
+        made: Any = type(cls.__name__, (cls, base), own)
+        reject_unknown_keys(params, accepted(made), cls.WHERE)
+        return super().__new__(made)
+
+    def __init__(self, *, parent: str | None = None, **params: Any) -> None:
+        super().__init__(**params)
 
 
 def import_class(name: str, where: str, kind: type = nn.Module) -> Any:

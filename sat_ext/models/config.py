@@ -170,6 +170,13 @@ class LossWeights:
     image: float = 1.0
     video: float = 1.0
 
+    def __post_init__(self) -> None:
+        for kind in ("image", "video"):
+            if getattr(self, kind) < 0:
+                raise ConfigError(f"loss_weights.{kind}: {getattr(self, kind)} is below 0; 0 leaves the kind out.")
+        if not self.image and not self.video:
+            raise ConfigError("loss_weights: both are 0, so nothing would be learned; give one above 0.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:

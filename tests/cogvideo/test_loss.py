@@ -372,10 +372,10 @@ def test_it_is_the_parents_class_with_its_weights() -> None:
             {"condition_scale": -1},
             f"{PARAMS}.condition_scale: -1.0 is not a scale; give a number above 0.",
         ),
-        ({"loss_weights": {"image": -1}}, f"{PARAMS}.loss_weights.image: -1.0 is below 0; 0 leaves the kind out."),
+        ({"loss_weights": {"image": -1}}, "loss_weights.image: -1.0 is below 0; 0 leaves the kind out."),
         (
             {"loss_weights": {"image": 0, "video": 0}},
-            f"{PARAMS}.loss_weights: both are 0, so nothing would be learned; give one above 0.",
+            "loss_weights: both are 0, so nothing would be learned; give one above 0.",
         ),
         ({"loss_weights": {"still": 1}}, f"{PARAMS}.loss_weights: unknown key 'still'; valid keys: image, video."),
         (
