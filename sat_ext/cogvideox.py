@@ -20,7 +20,7 @@ LATENT_SIDE = 8  # pixels a side of one latent
 LATENT_CHANNELS = 16
 PATCH = 2  # latents a side of one token; in CogVideoX 1.5 latent frames too
 TOKEN_SIDE = LATENT_SIDE * PATCH  # pixels
-TEXT_TOKENS = 226  # `max_length` of the T5 encoder
+TEXT_TOKENS, TEXT_WIDTH = 226, 4096  # `max_length` and hidden size of the T5-XXL encoder
 # `scale_factor` of the latents: 2B has its own, 5B, 5B-I2V and the 1.5 models share one.
 SCALE_FACTOR_2B = 1.15258426
 SCALE_FACTOR = 0.7

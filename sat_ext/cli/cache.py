@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,18 +49,24 @@ def cache(
     rank, world = _join()
     settings, prints = _settings(run, output, clips), run.engine.fingerprints(run.dtype)
     console = Console(stderr=True, quiet=rank > 0)
+
+    def progress(name: str, items: Iterable[Any], total: int) -> Iterable[Any]:
+        return track(items, description=name, total=total, console=console)
+
+    def build(sources: Sequence[SourceConfig]) -> Index:
+        return build_index(sources, run.data, probing=partial(progress, "probing files"))
+
     Path(settings.folder).mkdir(parents=True, exist_ok=True)
     given = [sources for sources in (run.sources, run.held_out) if sources]
-    indices = share_from_first_rank(lambda: [_index(run, sources, console) for sources in given])
+    indices = share_from_first_rank(lambda: [build(sources) for sources in given])
     job = CacheJob(indices=indices, data=run.data, settings=settings, prints=prints)
     missing = share_from_first_rank(job.missing)
     if missing.samples or missing.captions:
         encoders = run.engine.encoders(run.dtype, _own_device())
         share_from_first_rank(lambda: _announce(job, missing, encoders, console))
         errors = encode_missing(
-            job, missing.of_rank(rank, world), encoders, run.engine, workers=run.num_workers,
-            progress=lambda name, items, total: track(items, description=name, total=total, console=console),
-        )  # fmt: skip
+            job, missing.of_rank(rank, world), encoders, run.engine, workers=run.num_workers, progress=progress
+        )
         for error in errors:
             print(f"left out, fix or remove it: {error}", file=sys.stderr)
     dist.barrier()
@@ -101,24 +108,16 @@ def _own_device() -> torch.device:
 
 
 def _settings(run: Recipe, output: Path | None, clips: int | None) -> CacheConfig:
-    given = run.data.cache
-    if given is None and output is None:
+    given = run.data.cache or CacheConfig(folder="")
+    folder = str(output) if output else given.folder
+    if not folder:
         raise ConfigError("-o: name a folder for the cache, or set data.params.cache.folder.")
-    settings = given or CacheConfig(folder=str(output))
-    if output is not None:
-        settings = replace(settings, folder=str(output))
-    return settings if clips is None else replace(settings, clips=clips)
-
-
-def _index(run: Recipe, sources: Sequence[SourceConfig], console: Console) -> Index:
-    return build_index(
-        sources, run.data,
-        probing=lambda found, total: track(found, description="probing files", total=total, console=console),
-    )  # fmt: skip
+    return replace(given, folder=folder, clips=clips or given.clips)
 
 
 def _announce(job: CacheJob, missing: Missing, encoders: Encoders, console: Console) -> None:
-    needed = missing.bytes_on_disk(encoders.shape, job.settings.conditions)
+    conditions = job.settings.conditions if encoders.conditions else 0
+    needed = missing.bytes_on_disk(encoders.dtype.itemsize, conditions)
     console.print(
         f"{job.folder}: {len(missing.samples)} samples and {len(missing.captions)} captions to encode, about "
         f"{needed / 1e9:.2f} GB"
@@ -127,10 +126,8 @@ def _announce(job: CacheJob, missing: Missing, encoders: Encoders, console: Cons
 
 
 def _show(facts: dict[str, Any], run: Recipe) -> None:
-    folder = facts["folder"]
-    size, bad = facts["bytes"] / 1e9, len(facts["bad"])
     print(
-        f"{folder}: {facts['samples']} samples, of which {facts['encoded']} were encoded now, and "
-        f"{facts['captions_encoded']} captions; {size:.2f} GB; {bad} files unreadable"
+        f"{facts['folder']}: {facts['samples']} samples, {facts['bytes'] / 1e9:.2f} GB; encoded now: "
+        f"{facts['encoded']} samples, {facts['captions_encoded']} captions; {len(facts['bad'])} files unreadable"
     )
-    print(f"To train from it, {run.engine.train_from(folder, facts['clips'])}")
+    print(f"To train from it, {run.engine.train_from(facts['folder'], facts['clips'])}")

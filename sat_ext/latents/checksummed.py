@@ -1,15 +1,13 @@
-"""Safetensors files that appear whole or not at all, with a checksum of every byte.
+"""Safetensors files that appear whole or not at all, with a checksum of every byte that is used.
 
-In the metadata, `crc32` is that of each tensor, which is compared when the tensor is read, and `header_crc32` that
-of all bytes before the tensors, itself counted as zeros. Files of earlier versions have neither.
+In the metadata, `crc32` holds that of each tensor, which is compared when the tensor is read, and `metadata_crc32`
+that of the metadata, which is compared when the file is opened. Earlier versions wrote no such checksum, or none.
 """
 
 import json
 import logging
-import re
-import struct
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
@@ -26,10 +24,7 @@ from sat_ext.files.atomic import written_aside
 log = logging.getLogger(__name__)
 
 _MEGABYTE = 1 << 20
-_TENSORS, _HEADER = "crc32", "header_crc32"  # keys in the metadata
-_NONE = "0" * 8
-_SIGNATURE = re.compile(rb'"%s":"(.{8})"' % _HEADER.encode(), re.DOTALL)
-_LONGEST_HEADER = 100_000_000  # bytes: safetensors' own limit
+_TENSORS, _METADATA = "crc32", "metadata_crc32"
 REMEDY = "delete it, and run sat-ext cache again"
 
 
@@ -41,13 +36,12 @@ def checksum_of(value: Tensor) -> int:
 
 def write_checksummed(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write `file` with its checksums. Raises `DataError`."""
-    sums = json.dumps({name: checksum_of(tensor) for name, tensor in tensors.items()})
+    metadata = {**metadata, _TENSORS: json.dumps({name: checksum_of(tensor) for name, tensor in tensors.items()})}
     try:
         with written_aside(file, shared=True) as draft:
             draft.touch()
             mode = draft.stat().st_mode  # from the umask: safetensors writes files that only their owner can read
-            save_file(tensors, draft, {**metadata, _TENSORS: sums, _HEADER: _NONE})
-            _sign(draft)
+            save_file(tensors, draft, {**metadata, _METADATA: _of_metadata(metadata)})
             draft.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: cannot be written ({error}); free space or name another folder.") from error
@@ -75,8 +69,8 @@ def files_fingerprint(path: Path) -> str:
 def read_tensors(file: Path, names: Collection[str]) -> dict[str, Tensor]:
     """Those of `names` that `file` has, memory-mapped. Raises `MediaError` where one is damaged."""
     try:
-        with opened(file) as shard:
-            sums = json.loads(shard.metadata().get(_TENSORS, "{}")) if shard.metadata() else {}
+        with opened(file) as (shard, metadata):
+            sums = json.loads(metadata.get(_TENSORS, "{}"))
             found = {name: shard.get_tensor(name) for name in set(shard.keys()).intersection(names)}
     except DataError as error:
         raise MediaError(str(file), str(error).removeprefix(f"{file}: ")) from error
@@ -87,45 +81,28 @@ def read_tensors(file: Path, names: Collection[str]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """The safetensors file, memory-mapped. Raises `DataError` where it is not one, or its header is damaged."""
+def opened(file: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The safetensors file, memory-mapped, and its metadata. Raises `DataError` where they are damaged."""
     try:
-        with file.open("rb") as stream:
-            header = _header(stream)
-        signature = _SIGNATURE.search(header)
-        if signature is None:
-            _warn_of_unsigned(file.parent)
-        if signature and signature[1] != _checksum(header, signature.start(1)):
-            raise DataError(f"{file}: damaged: its header is not what was written; {REMEDY}.")
         with safe_open(file, framework="pt") as shard:
-            yield shard
+            metadata = dict(shard.metadata() or {})
+            checksum = metadata.pop(_METADATA, None)
+            if checksum is not None:
+                # the tensors' names too: one with a flipped bit would look like a sample without its condition
+                names = json.loads(metadata[_TENSORS]) if checksum == _of_metadata(metadata) else ()
+                if set(names) != set(shard.keys()):
+                    raise DataError(f"{file}: damaged: its header is not what was written; {REMEDY}.")
+            if _TENSORS not in metadata:
+                _warn_of_unsigned(file.parent)
+            yield shard, metadata
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file}: cannot be read ({error}); {REMEDY}.") from error
 
 
-@lru_cache
+def _of_metadata(metadata: Mapping[str, str]) -> str:
+    return f"{zlib.crc32(json.dumps(metadata, sort_keys=True).encode()):08x}"
+
+
+@lru_cache  # one warning a folder
 def _warn_of_unsigned(folder: Path) -> None:
     log.warning("%s: holds files of an earlier version, without checksums; damage in them goes unnoticed.", folder)
-
-
-def _header(stream: Any) -> bytes:
-    """The bytes before the tensors: the header's length, and the header."""
-    length: bytes = stream.read(8)
-    if len(length) < 8 or (size := struct.unpack("<Q", length)[0]) > _LONGEST_HEADER:
-        raise SafetensorError("not a safetensors file")
-    header: bytes = stream.read(size)
-    return length + header
-
-
-def _checksum(header: bytes, place: int) -> bytes:
-    without = header[:place] + _NONE.encode() + header[place + len(_NONE) :]
-    return b"%08x" % zlib.crc32(without)
-
-
-def _sign(file: Path) -> None:
-    with file.open("r+b") as stream:
-        header = _header(stream)
-        signature = _SIGNATURE.search(header)
-        assert signature is not None
-        stream.seek(signature.start(1))
-        stream.write(_checksum(header, signature.start(1)))

@@ -24,28 +24,15 @@ class Fingerprints:
     text: Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentShape:
-    """What a cache's size follows from: `channels` of a latent, its `side` in pixels, bytes of a number, whether a
-    deviation is kept beside the mean, whether clips have a condition, and (tokens, width) of a caption.
-    """
-
-    channels: int
-    side: int
-    item: int
-    deviates: bool
-    conditions: bool
-    text: tuple[int, int]
-
-
 class Encoders(ABC):
     """Pixels are (B, T, 3, H, W) in uint8, latents (B, t, C, h, w) in the training dtype, on the CPU.
 
     Outside `holding` nothing is loaded, and inside it only one part, as a small GPU cannot hold both.
+    `conditions`: the model is image-to-video.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, shape: LatentShape) -> None:
-        self.dtype, self.device, self.shape = dtype, device, shape
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, conditions: bool) -> None:
+        self.dtype, self.device, self.conditions = dtype, device, conditions
         self.text: Any = None
         self.first_stage: Any = None
 

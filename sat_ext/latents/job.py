@@ -1,22 +1,21 @@
 """What a cache must hold, what of it is missing, and how much room that takes."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sat_ext.cogvideox import latent_frames
+from sat_ext.cogvideox import LATENT_CHANNELS, LATENT_SIDE, TEXT_TOKENS, TEXT_WIDTH, latent_frames
 from sat_ext.data.index import Index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.visits import Visit
 from sat_ext.errors import DataError
-from sat_ext.latents.encoders import Fingerprints, LatentShape
-from sat_ext.latents.reader import Entries, captions_of, media_codes
+from sat_ext.latents.encoders import Fingerprints
+from sat_ext.latents.reader import Entries, captions_of
 from sat_ext.latents.store import CacheConfig, Entry, LatentStore
 from sat_ext.latents.text import TextEmbeddings, caption_key
-from sat_ext.types import Bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,9 @@ class CacheJob:
     @cached_property
     def samples(self) -> dict[str, tuple[Visit, Entry]]:
         """All samples by their entries' keys."""
-        return {entry.key: (visit, entry) for visit, entry in self._entries()}
+        encoder, clips = self.prints.first_stage, self.settings.clips
+        indices = [Entries(index=i, config=self.data, encoder=encoder, clips=clips) for i in self.indices]
+        return {entry.key: (visit, entry) for entries in indices for visit, entry in entries}
 
     def missing(self) -> "Missing":
         """What the folder does not hold."""
@@ -56,7 +57,7 @@ class CacheJob:
         store = LatentStore(self.folder)
         entries = [entry for _, entry in self.samples.values()]
         store.require(entries, "the command again")
-        bad = [entry.name for entry in entries if store.is_bad(entry.key)]
+        bad = [entry.name for entry in entries if entry.key in store.bad]
         limit = self.data.on_bad_sample.skip
         if len(bad) > limit:
             raise DataError(
@@ -68,13 +69,6 @@ class CacheJob:
             "captions_encoded": len(made.captions), "clips": self.settings.clips,
             "bytes": sum(file.stat().st_size for file in self.folder.glob("*.safetensors")),
         }  # fmt: skip
-
-    def _entries(self) -> Iterator[tuple[Visit, Entry]]:
-        for index in self.indices:
-            yield from Entries(
-                index=index, config=self.data, encoder=self.prints.first_stage, clips=self.settings.clips,
-                media=media_codes(index),
-            )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +85,15 @@ class Missing:
             captions=tuple(c for c in self.captions if int(caption_key(c)[:8], 16) % world == rank),
         )
 
-    def bytes_on_disk(self, shape: LatentShape, conditions: int) -> int:
-        """An estimate from above: captions' padding and samples' conditions included."""
-        tokens, width = shape.text
-        latents = sum(sample_bytes(visit.bucket, shape, conditions) for visit, _ in self.samples)
-        return latents + len(self.captions) * tokens * width * shape.item
-
-
-def sample_bytes(bucket: Bucket, shape: LatentShape, conditions: int) -> int:
-    """What the latents of one sample take."""
-    frame = shape.channels * (bucket.height // shape.side) * (bucket.width // shape.side) * shape.item
-    firsts = 1 + conditions if shape.conditions and bucket.frames > 1 else 0
-    return frame * (latent_frames(bucket.frames) * (2 if shape.deviates else 1) + firsts)
+    def bytes_on_disk(self, itemsize: int, conditions: int) -> int:
+        """An estimate for the published models, with mean and deviation of each latent frame, and `conditions`
+        noisy versions of each clip's first frame beside the clean one (0: the model has no condition)."""
+        numbers = len(self.captions) * TEXT_TOKENS * TEXT_WIDTH
+        for bucket in (visit.bucket for visit, _ in self.samples):
+            firsts = 1 + conditions if conditions and bucket.frames > 1 else 0
+            frame = LATENT_CHANNELS * (bucket.height // LATENT_SIDE) * (bucket.width // LATENT_SIDE)
+            numbers += frame * (2 * latent_frames(bucket.frames) + firsts)
+        return numbers * itemsize
 
 
 def require_room(folder: Path, needed: int) -> None:

@@ -22,14 +22,13 @@ COMMAND = "'sat-ext cache --base ...' with the YAML files of this run"
 class Entries:
     """The entries of an index's records, `clips` of each that a random sampler draws from.
 
-    `encoder` is the first stage's fingerprint, `media` the index's `media_codes`.
+    `encoder` is the first stage's fingerprint.
     """
 
     index: Index
     config: DataConfig
     encoder: str
     clips: int
-    media: np.ndarray
 
     def find(self, group: Group, record: int, number: int) -> tuple[Visit, Entry]:
         """Visit `number` of a record, and the entry of its latents."""
@@ -37,13 +36,14 @@ class Entries:
         window = 0 if group.windows is None else int(group.windows[record])
         item, _ = self.index.item(row)
         name = f"{group.source}/{item.key}"
-        # seeded by the record's name and the draw alone, so that other files and shares do not change it
+        # seeded by the record's name and the draw alone: what is cached stays valid beside other files and shares
         seeds = [self.config.seed, int(fingerprint_of(name)[:16], 16), window, number % self.clips]
         visit = visit_of(self.index, self.config, group, record, np.random.default_rng(seeds))
         times = None if visit.times is None else [round(t, 6) for t in visit.times]
+        media = fingerprint_of(self.index.table["fingerprint"][row].as_py())[:16]
         return visit, Entry(
-            name=name, media=f"{int(self.media[row]):016x}", clip=fingerprint_of(times, item.crop),
-            size=str(group.bucket), encoder=self.encoder,
+            name=name, media=media, clip=fingerprint_of(times, item.crop), size=str(group.bucket),
+            encoder=self.encoder,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[Visit, Entry]]:
@@ -92,13 +92,6 @@ class LatentReader:
         return visit.sample(latents, caption, condition)
 
 
-def media_codes(index: Index) -> np.ndarray:
-    """For each row of the index's table a number (uint64) that changes when its file does."""
-    prints: list[str] = index.table["fingerprint"].to_pylist()
-    codes = {text: int(fingerprint_of(text)[:16], 16) for text in dict.fromkeys(prints)}
-    return np.array([codes[text] for text in prints], np.uint64)
-
-
 def open_reader(
     config: DataConfig,
     index: Index,
@@ -106,28 +99,25 @@ def open_reader(
     *,
     draws: bool,
     conditions: bool,
-    share: Callable[[Callable[[], np.ndarray]], np.ndarray],
+    share: Callable[[Callable[[], None]], None],
 ) -> LatentReader:
     """The reader of the cache that `data.params.cache` names, which holds all that a run on `index` asks for.
 
-    `share` calls its argument on the first rank and returns the result on every rank. Raises `DataError` where the
+    `share` calls its argument on the first rank and raises its error on every rank. Raises `DataError` where the
     cache lacks something, and `ConfigError` where its captions are another encoder's.
     """
     assert config.cache is not None
-    store, clips = LatentStore(Path(config.cache.folder)), config.cache.clips
+    store = LatentStore(Path(config.cache.folder))
+    entries = Entries(index=index, config=config, encoder=prints.first_stage, clips=config.cache.clips)
 
-    def entries_of(media: np.ndarray) -> Entries:
-        return Entries(index=index, config=config, encoder=prints.first_stage, clips=clips, media=media)
-
-    def check() -> np.ndarray:
-        media = media_codes(index)
-        store.require([entry for _, entry in entries_of(media)], COMMAND)
+    def check() -> None:
+        store.require([entry for _, entry in entries], COMMAND)
         text = TextEmbeddings(store.folder)
         text.require(prints.text, f"run {COMMAND} into another folder")
         text.require_captions(captions_of(index), COMMAND)
-        return media
 
-    return LatentReader(entries=entries_of(share(check)), store=store, draws=draws, conditions=conditions)
+    share(check)  # on one rank: it goes through every record, and all see the same folder
+    return LatentReader(entries=entries, store=store, draws=draws, conditions=conditions)
 
 
 def captions_of(index: Index) -> list[str]:

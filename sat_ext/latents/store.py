@@ -4,12 +4,12 @@
 <folder>/text-*.safetensors      embeddings of captions (`sat_ext.latents.text`)
 
 A sample's key is a hash of all that its latents follow from: the file's size and time, the moments shown, the
-crop, the bucket and the encoder. A sample that changes gets another key, is not found, and is encoded again: stale
-latents are never read.
+crop, the bucket and the encoder. A sample that changes gets another key and is encoded again, so stale latents are
+never read.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +22,7 @@ from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents.checksummed import opened, read_tensors, write_checksummed
 
 ENTRIES = "entries"  # the key in a file's metadata
+PARTS = ("mean", "std", "first", "noisy")
 VERSION = 1  # raise it when latents are computed differently: every sample is then encoded again
 
 
@@ -86,44 +87,35 @@ class LatentStore:
         self.folder = folder
         self._files: list[Path] = sorted(folder.glob("latents-*.safetensors"))
         self._places: dict[str, int] = {}
-        self._bad: dict[str, tuple[str, str]] = {}
+        self.bad: dict[str, tuple[str, str]] = {}  # name and reason of what could not be read, by key
         for number, file in enumerate(self._files):
-            for entry in entries_in(file):
+            for entry in _entries_in(file):
                 if entry.bad is None:
                     self._places[entry.key] = number
                 else:
-                    self._bad[entry.key] = entry.name, entry.bad
+                    self.bad[entry.key] = entry.name, entry.bad
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places or key in self._bad
-
-    def is_bad(self, key: str) -> bool:
-        """Whether the file of this sample could not be read."""
-        return key in self._bad
+        return key in self._places or key in self.bad
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """`mean`, and, where the sample has them, `std`, `first` and `noisy`, memory-mapped.
+        """Those of `PARTS` that the sample has, memory-mapped.
 
         Raises `MediaError` for a file that could not be read when it was encoded, and for damaged latents.
         """
-        if key in self._bad:
-            raise MediaError(*self._bad[key])
+        if key in self.bad:
+            raise MediaError(*self.bad[key])
         names = {f"{key}.{part}": part for part in PARTS}
         found = read_tensors(self._files[self._places[key]], names)
         return {names[name]: tensor for name, tensor in found.items()}
 
     def require(self, wanted: Sequence[Entry], command: str) -> None:
-        """Raise `DataError` unless all of `wanted` are here: what changed, and the `command` that adds it."""
+        """Raise `DataError` unless all of `wanted` are here. It says what changed, and which `command` adds it."""
         missing = [entry for entry in wanted if entry.key not in self]
         if not missing:
             return
-        kept: dict[str, list[Entry]] = {}
-        for file in self._files:
-            for entry in entries_in(file):
-                kept.setdefault(entry.name, []).append(entry)
-        first = missing[0]
-        reason = "it was never encoded"
-        if near := kept.get(first.name):
+        first, reason = missing[0], "it was never encoded"
+        if near := [entry for file in self._files for entry in _entries_in(file) if entry.name == first.name]:
             nearest = max(near, key=lambda e: sum(getattr(e, p) == getattr(first, p) for p in CHANGES))
             changed = [name for part, name in CHANGES.items() if getattr(nearest, part) != getattr(first, part)]
             reason = f"since it was encoded, {' and '.join(changed)} changed"
@@ -133,15 +125,9 @@ class LatentStore:
         )
 
 
-PARTS = ("mean", "std", "first", "noisy")
-
-
-def entries_in(file: Path) -> Iterator[Entry]:
-    """The entries of one file of a folder. Raises `DataError` where it is broken."""
-    with opened(file) as shard:
-        listed = json.loads((shard.metadata() or {}).get(ENTRIES, "[]"))
-    for values in listed:
-        yield Entry(**values)
+def _entries_in(file: Path) -> list[Entry]:
+    with opened(file) as (_, metadata):
+        return [Entry(**values) for values in json.loads(metadata.get(ENTRIES, "[]"))]
 
 
 def write_latents(folder: Path, samples: Sequence[tuple[Entry, Mapping[str, Tensor]]]) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents.checksummed import files_fingerprint, opened, read_tensors, write_checksummed
 
-WRITER = "sat-ext cache"
 FINGERPRINT = "fingerprint"  # the key in a file's metadata
-FILE_SECONDS = 60.0  # a kill loses at most this much work, and one batch
+FILE_SECONDS = 60.0  # of work that a kill loses at most
 
 
 class TextEmbeddings:
@@ -28,10 +27,10 @@ class TextEmbeddings:
         self.fingerprint: dict[str, str] = {}
         files = sorted(folder.glob("text-*.safetensors"))
         if not files:
-            raise DataError(f"{folder}: there are no text embeddings here; write them with {WRITER}.")
+            raise DataError(f"{folder}: there are no text embeddings here; write them with sat-ext cache.")
         for file in files:
-            with opened(file) as shard:
-                found = json.loads((shard.metadata() or {}).get(FINGERPRINT, "{}"))
+            with opened(file) as (shard, metadata):
+                found = json.loads(metadata.get(FINGERPRINT, "{}"))
                 self.files.update(dict.fromkeys(shard.keys(), file))
             if self.fingerprint and found != self.fingerprint:
                 raise DataError(
@@ -44,21 +43,18 @@ class TextEmbeddings:
         if key not in self.files:
             shown = caption if len(caption) <= 80 else caption[:80] + "..."
             raise DataError(
-                f"{self.folder}: there is no embedding of the caption {shown!r}; write it with {WRITER}."
+                f"{self.folder}: there is no embedding of the caption {shown!r}; write it with sat-ext cache."
             )
         try:
             return read_tensors(self.files[key], [key])[key]
-        except MediaError as error:  # a caption has no other that could take its place
+        except MediaError as error:  # unlike a bad file, it cannot be replaced by another sample
             raise DataError(f"{error}.") from error
 
     def require(self, expected: Mapping[str, str], remedy: str) -> None:
-        """Raise `ConfigError` where the embeddings are not those of an encoder of this fingerprint.
-
-        Only what both know is compared, and an encoder's name only without its configuration.
-        """
-        known = {k: v for k, v in expected.items() if k in self.fingerprint}
+        """Raise `ConfigError` where the embeddings are not those of an encoder of this fingerprint."""
+        known = {k: v for k, v in expected.items() if k in self.fingerprint}  # others are of another version
         if "config" in known:
-            known.pop("encoder", None)
+            known.pop("encoder", None)  # its folder may have another name here
         for name, value in known.items():
             if value != self.fingerprint[name]:
                 raise ConfigError(
@@ -79,7 +75,7 @@ class TextEmbeddings:
 def encoder_fingerprint(
     model_dir: str | None = None, max_length: int | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, str]:
-    """What an encoder's embeddings follow from: its name and, where `model_dir` is a folder, hashes of its
+    """What embeddings follow from: the encoder's name and, where `model_dir` is a folder, hashes of its
     configuration and weights; the tokens of a caption; the dtype."""
     found: dict[str, str] = {}
     if model_dir is not None:
@@ -109,41 +105,32 @@ def write_text_embeddings(
     """Write the embeddings of the captions that `folder` lacks, and of the empty one; returns how many.
 
     `embed` maps at most `batch` captions to (B, L, D). `fingerprint` is an `encoder_fingerprint`. Several
-    processes may write different captions into one folder. With CogVideo's own encoder, in its `sat` folder:
-
-        embed = FrozenT5Embedder(model_dir="t5-v1_1-xxl", max_length=226).bfloat16().cuda()
-        write_text_embeddings(Path("text"), captions, embed,
-                              encoder_fingerprint("t5-v1_1-xxl", 226, torch.bfloat16))
-
-    Raises `ConfigError` where the folder holds another encoder's, and `DataError` where it cannot be written.
+    processes may write different captions into one folder. Raises `ConfigError` where the folder holds another
+    encoder's, and `DataError` where it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {caption_key(caption): caption for caption in ("", *captions)}
+    missing = {caption_key(caption): caption for caption in ("", *captions)}
     if any(folder.glob("text-*.safetensors")):
         present = TextEmbeddings(folder)
         present.require(fingerprint, "write to another folder")
-        wanted = {key: caption for key, caption in wanted.items() if key not in present.files}
-    tensors: dict[str, Tensor] = {}
-    since = time.monotonic()
-
-    def write() -> None:
+        missing = {key: caption for key, caption in missing.items() if key not in present.files}
+    shown = iter(progress(missing.items(), len(missing)))
+    written = 0
+    while written < len(missing):
+        tensors: dict[str, Tensor] = {}
+        end = time.monotonic() + FILE_SECONDS
+        while part := dict(islice(shown, min(batch, per_file - len(tensors)))):
+            with torch.no_grad():
+                embedded = embed(list(part.values())).cpu()
+            # cloned: safetensors does not write views of one tensor
+            tensors |= {key: one.clone() for key, one in zip(part, embedded)}
+            if time.monotonic() > end:
+                break
         name = blake2b("".join(tensors).encode(), digest_size=8).hexdigest()
-        write_checksummed(
-            folder / f"text-{name}.safetensors", tensors, {FINGERPRINT: json.dumps(dict(fingerprint))}
-        )
-
-    shown = iter(progress(wanted.items(), len(wanted)))
-    while part := dict(islice(shown, min(batch, per_file - len(tensors)))):
-        with torch.no_grad():
-            embedded = embed(list(part.values())).cpu()
-        # cloned: safetensors does not write views of one tensor
-        tensors |= {key: one.clone() for key, one in zip(part, embedded)}
-        if len(tensors) >= per_file or time.monotonic() - since > FILE_SECONDS:
-            write()
-            tensors, since = {}, time.monotonic()
-    if tensors:
-        write()
-    return len(wanted)
+        file = folder / f"text-{name}.safetensors"
+        write_checksummed(file, tensors, {FINGERPRINT: json.dumps(dict(fingerprint))})
+        written += len(tensors)
+    return written
 
 
 def caption_key(caption: str) -> str:

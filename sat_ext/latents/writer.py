@@ -1,9 +1,10 @@
-"""Encodes what a cache lacks, file by file: after a kill the same command continues with what is not written."""
+"""Encodes what a cache lacks, file by file, so that after a kill the same command continues where it was."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from sat_ext.latents.store import Entry, write_latents
 from sat_ext.latents.text import write_text_embeddings
 
 FILE_BYTES = 256 << 20  # of one file of latents
-FILE_SECONDS = 60.0  # at most this much work is lost by a kill
+FILE_SECONDS = 60.0  # of work that a kill loses at most
 
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]  # of a description, items and their number
 
@@ -29,23 +30,22 @@ Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]  # of a descriptio
 def encode_missing(
     job: CacheJob, missing: Missing, encoders: Encoders, engine: Engine, *, workers: int, progress: Progress
 ) -> list[MediaError]:
-    """Write what is missing into the job's folder; the errors of files that cannot be read, which are kept too.
+    """Write what is missing into the job's folder. Returns the errors of files that cannot be read, which are
+    recorded in it too.
 
     Raises `ConfigError` where a GPU is too small for an encoder, and `DataError` where the folder cannot be
     written.
     """
-    errors: list[MediaError] = []
-    # one encoder after the other, each only where there is work for it
     if missing.captions:
         with _fitting(encoders, "text", engine):
             write_text_embeddings(
                 job.folder, missing.captions, encoders.embed, job.prints.text,
-                progress=lambda items, total: progress("captions", items, total),
+                progress=partial(progress, "captions"),
             )  # fmt: skip
-    if missing.samples:
-        with _fitting(encoders, "first_stage", engine):
-            errors = write_samples(job, missing.samples, encoders, workers=workers, progress=progress)
-    return errors
+    if not missing.samples:
+        return []
+    with _fitting(encoders, "first_stage", engine):
+        return write_samples(job, missing.samples, encoders, workers=workers, progress=progress)
 
 
 def write_samples(
@@ -56,7 +56,7 @@ def write_samples(
     workers: int,
     progress: Progress,
 ) -> list[MediaError]:
-    """Encode `samples` into files of the job's folder; the errors of those whose file cannot be read."""
+    """Encode `samples` into files of the job's folder. Returns the errors of files that cannot be read."""
     pixels = DataLoader(_Pixels(samples, job.data), batch_size=None, num_workers=workers, shuffle=False)
     waiting: list[tuple[Entry, dict[str, Tensor]]] = []
     errors: list[MediaError] = []
@@ -67,8 +67,8 @@ def write_samples(
             errors.append(found)
             waiting.append((replace(entry, bad=found.reason), {}))
         else:
-            conditions = job.settings.conditions if visit.bucket.frames > 1 else 0
-            parts = encode_sample(encoders, found[None], entry, conditions)
+            has_condition = encoders.conditions and visit.bucket.frames > 1  # that of a still is zero
+            parts = encode_sample(encoders, found[None], entry, job.settings.conditions if has_condition else 0)
             waiting.append((entry, parts))
             size += sum(part.nbytes for part in parts.values())
         if size >= FILE_BYTES or time.monotonic() - since > FILE_SECONDS:
@@ -80,16 +80,16 @@ def write_samples(
 
 
 def encode_sample(encoders: Encoders, pixels: Tensor, entry: Entry, conditions: int) -> dict[str, Tensor]:
-    """The parts of one sample, from its pixels (1, T, 3, H, W). Its noise is seeded by its key."""
+    """The parts of one sample, from its pixels (1, T, 3, H, W)."""
     mean, deviation = encoders.moments(pixels)
     parts = {"mean": mean[0]}
     if deviation is not None:
         parts["std"] = deviation[0]
-    if encoders.shape.conditions and conditions:
-        generator = torch.Generator().manual_seed(int(entry.key[:15], 16))
+    if conditions:
+        generator = torch.Generator().manual_seed(int(entry.key[:15], 16))  # the same on any rank, in any order
         first, noisy = encoders.condition(pixels, generator, conditions)
         parts |= {"first": first[0], "noisy": noisy[0]}
-    return {name: value.clone() for name, value in parts.items()}
+    return {name: value.clone() for name, value in parts.items()}  # safetensors writes no views
 
 
 class _Pixels(Dataset[Any]):

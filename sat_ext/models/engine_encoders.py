@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sat_ext.latents.checksummed import files_fingerprint
-from sat_ext.latents.encoders import Encoders, Fingerprints, LatentShape, Part
+from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 from sat_ext.latents.store import fingerprint_of
 from sat_ext.latents.text import encoder_fingerprint
 from sat_ext.models.first_stage import build_first_stage
@@ -22,15 +22,7 @@ class EngineEncoders(Encoders):
 
     def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
         self.config = config = load_model_config(model)
-        shape = LatentShape(
-            channels=config.latent_channels,
-            side=config.spatial_compression,
-            item=dtype.itemsize,
-            deviates=config.first_stage.kind == "autoencoder",
-            conditions=config.conditioning == "i2v",
-            text=(config.text_length, config.transformer.text_embed_dim),
-        )
-        super().__init__(dtype, device, shape)
+        super().__init__(dtype, device, conditions=config.conditioning == "i2v")
 
     def build(self, part: Part) -> nn.Module:
         return (build_text if part == "text" else build_first_stage)(self.config, self.dtype)
