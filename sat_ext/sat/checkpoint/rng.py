@@ -34,12 +34,13 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
-    if state["tracker"]:
+    if state["tracker"]:  # set_states would forget the running ones, which SAT adds when it seeds
         get_cuda_rng_tracker().set_states(state["tracker"])
 
 
 def seed(*numbers: int) -> None:
     """Seed all generators from `numbers`."""
+    # mixed, because sums of seed, step and rank would give some of them the same stream
     words = np.random.SeedSequence(numbers).generate_state(2)
     random.seed(int(words[0]))
     np.random.seed(int(words[0]))

@@ -100,7 +100,7 @@ def _write(folder: Path, iteration: int, model: Any, rate: Any, args: argparse.N
         for leftover in folder.glob(f"*{PARTIAL}"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         writer.attempt(partial.name, lambda: partial.mkdir(parents=True))
-    dist.barrier()
+    dist.barrier()  # no rank may write before the folder is there
     _write_engine(model, partial, iteration, writer, run)
     writer.write(rng.capture(), partial / f"rng_{dist.get_rank()}.pt")
     if first and (epoch := data_of(args)) is not None:
@@ -112,7 +112,7 @@ def _write(folder: Path, iteration: int, model: Any, rate: Any, args: argparse.N
             manifest = _manifest(iteration, model, rate, args, files)
             config = model_io.extract_model_specific_args_to_dump(args, model)
             publish(partial, manifest, config, run.settings.keep_last, writer)
-        writer.agree()
+        writer.agree()  # again: the other ranks do not know yet whether publishing failed
     if first and writer.error is not None:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
@@ -120,6 +120,7 @@ def _write(folder: Path, iteration: int, model: Any, rate: Any, args: argparse.N
 
 def _write_engine(model: Any, partial: Path, iteration: int, writer: Writer, run: RunState) -> None:
     """DeepSpeed's files, and under ZeRO-3 the whole weights too."""
+    # what is in its optimizers' files is DeepSpeed's to say; where they go, and which weights, is ours
     own, script = model.checkpoint_engine, model._copy_recovery_script
     model.checkpoint_engine = writer
     model._copy_recovery_script = lambda path: None  # `zero_to_fp32.py` reads no layout but DeepSpeed's
@@ -139,7 +140,7 @@ def _write_engine(model: Any, partial: Path, iteration: int, writer: Writer, run
 def _kept(module: torch.nn.Module, run: RunState) -> Callable[[str], bool]:
     """Which weights a checkpoint of the run holds: all, or those that its base does not give."""
     parameters, belongs = dict(module.named_parameters()), in_checkpoint(module)
-
+    # buffers always: no gradient shows whether training changes them
     return lambda n: belongs(n) and (run.whole or n not in parameters or is_trained(parameters[n]))
 
 

@@ -71,7 +71,7 @@ class Writer(TorchCheckpointEngine):
                 self.error += "; make room for it"
 
     def agree(self) -> list[dict[str, int]]:
-        """Make the first rank's error that of all; `written` of every rank."""
+        """Make the error of the first rank that has one that of all; `written` of every rank."""
         reports = gather((self.error, self.written))
         self.error = next((error for error, _ in reports if error is not None), None)
         return [written for _, written in reports]
