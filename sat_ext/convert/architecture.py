@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from sat_ext.cogvideo.network import read_network, transformer_values
 from sat_ext.cogvideox import LATENT_SIDE, PATCH, SCALE_FACTOR, SCALE_FACTOR_2B, TEXT_TOKENS
-from sat_ext.config import convert, load
+from sat_ext.config import convert
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError
-from sat_ext.models.config import AutoencoderConfig, TransformerConfig
 from sat_ext.types import Bucket
 
 Model = Any  # one of the two classes, which have no types
@@ -31,20 +29,16 @@ SECTION = f"{YAML}: model"
 
 
 def empty_model(config: Mapping[str, Any], where: str = "config.json") -> Model:
-    """The model that a config.json describes, without memory for its weights. `ConfigError` for another class and
-    for invalid values."""
-    classes = {c.__name__: c for c in (CogVideoXTransformer3DModel, AutoencoderKLCogVideoX)}
-    name = config.get("_class_name")
-    if name not in classes:
-        raise ConfigError(f"{where}: _class_name is {name!r}; only {' and '.join(classes)} can be converted.")
-    # diffusers would take some of these, and build a model of nonsense or fail somewhere deep in it
-    for key, parameter in inspect.signature(classes[name].__init__).parameters.items():
+    """The model that a config.json describes, without memory for its weights. `ConfigError` for invalid values."""
+    cls = {TRANSFORMER: CogVideoXTransformer3DModel, AUTOENCODER: AutoencoderKLCogVideoX}[config["_class_name"]]
+    # diffusers takes sizes of 0 and the like, and builds nonsense or fails somewhere deep in the model
+    for key, parameter in inspect.signature(cls.__init__).parameters.items():
         value = config.get(key, parameter.default)
         if value != parameter.default and not _can_be(value, parameter):
             raise ConfigError(f"{where}: {key} is {value!r}, which no model can have; fix that value.")
     try:
         with torch.device("meta"):
-            model: Model = classes[name].from_config(dict(config))
+            model: Model = cls.from_config(dict(config))
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{where}: no model can be made from its values ({reason}); fix them.") from error
@@ -88,8 +82,7 @@ def transformer_config(
     if size is not None:
         values["sample_height"], values["sample_width"] = size.height // LATENT_SIDE, size.width // LATENT_SIDE
         values["sample_frames"] = size.frames
-    config = asdict(load(TransformerConfig, values, "the transformer's sizes"))
-    return config_of({"_class_name": TRANSFORMER, **config}, where)
+    return config_of({"_class_name": TRANSFORMER, **values}, where)
 
 
 def _seen(weights: Mapping[str, Tensor], patch_t: int | None, patch: int, where: str) -> dict[str, Any]:
@@ -157,16 +150,18 @@ def autoencoder_config(
         )
     has_network = engine_of(given).has_sat_network
     levels = count(weights, r"encoder\.down\.(\d+)\.")
-    config = AutoencoderConfig(
-        block_out_channels=(first, *(channels(f"encoder.down.{i}.block.0.conv1")[0] for i in range(1, levels))),
-        layers_per_block=count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=latent,
-        scaling_factor=float(factor),
+    config = {
+        "_class_name": AUTOENCODER,
+        "block_out_channels": [first, *(channels(f"encoder.down.{i}.block.0.conv1")[0] for i in range(1, levels))],
+        "down_block_types": ["CogVideoXDownBlock3D"] * levels,
+        "up_block_types": ["CogVideoXUpBlock3D"] * levels,
+        "layers_per_block": count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": latent,
+        "scaling_factor": float(factor),
         # as published beside 1.5's I2V model, the only one with `ofs`; see CogVideoXImageToVideoPipeline
-        invert_scale_latents=has_network and read_network(given, SECTION).ofs_embed_dim is not None,
-    )
-    kinds = {f"{k}_block_types": [f"CogVideoX{k.title()}Block3D"] * levels for k in ("down", "up")}
-    return config_of({"_class_name": AUTOENCODER, **asdict(config), **kinds}, where)
+        "invert_scale_latents": has_network and read_network(given, SECTION).ofs_embed_dim is not None,
+    }
+    return config_of(config, where)
 
 
 def count(names: Mapping[str, Any], pattern: str) -> int:
