@@ -39,12 +39,6 @@ class Lora:
         return next(t for name, t in self.weights.items() if ".lora_A." in name).shape[0]
 
 
-def split_sat(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """SAT's tensors without LoRA, named as if there were none, and those of LoRA."""
-    own = {name: t for name, t in weights.items() if ".matrix_" in name}
-    return {name.replace(".original.", "."): t for name, t in weights.items() if name not in own}, own
-
-
 def from_sat(rows: Iterable[LayerNames], weights: Mapping[str, Tensor], alpha: float | None, where: str) -> Lora:
     """SAT's matrices, by the rows that can have them."""
     names = _sat_names(rows)

@@ -153,7 +153,8 @@ def _checkpoint(file: Path, options: ConvertOptions) -> Part | None:
 def _sat(file: Path, own: Mapping[str, Tensor], options: ConvertOptions) -> Part:
     """CogVideo's transformer, by the names under `PREFIX`."""
     where, folder = str(file), file.parent.parent
-    plain, matrices = adapters.split_sat(own)
+    matrices = {n: t for n, t in own.items() if ".matrix_" in n}
+    plain = {n.replace(".original.", "."): t for n, t in own.items() if n not in matrices}  # as if without a LoRA
     base, lora = options.base or _yaml_in(folder), None
     if matrices:
         alphas = (options.alpha, adapters.alpha_of(base), adapters.alpha_of(_yaml_in(folder, LORA_YAML)))
@@ -183,17 +184,17 @@ def _engine(file: Path, weights: Mapping[str, Tensor], options: ConvertOptions) 
     if not section:
         raise ConfigError(f"{file.parent.parent}: there is no {CONFIG_NAME} with the run's model; name a run.")
     model = load(ModelConfig, section, f"{CONFIG_NAME}: model")
-    names = {n.replace(".base_layer.", "."): t for n, t in weights.items() if ".lora_" not in n}
     matrices = {n: t for n, t in weights.items() if ".lora_" in n}
+    plain = {n.replace(".base_layer.", "."): t for n, t in weights.items() if n not in matrices}
     alpha = model.train.alpha if options.alpha is None else options.alpha
     lora = adapters.from_peft(matrices, alpha, where) if matrices else None
-    if not names:
+    if not plain:
         return Part(where=where, weights={}, config=None, lora=lora)
     config = _config_in(Path(model.pretrained) / "transformer", TRANSFORMER) if model.pretrained else None
     if config is None:
         sizes = asdict(model.transformer)
         config = config_of({"_class_name": TRANSFORMER, **sizes}, f"{CONFIG_NAME}: model.transformer")
-    weights = checked(names, config, where, layout="diffusers")
+    weights = checked(plain, config, where, layout="diffusers")
     return Part(where=where, weights=weights, config=config, lora=lora)
 
 
