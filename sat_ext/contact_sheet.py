@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sat_ext.media import write_video
 
 CAPTION_WIDTH, CAPTION_LETTERS = 220, 30  # pixels, and the letters that fit into them
-MARGIN = 6
+HEADER, MARGIN = 24, 6
 STRIP_FRAMES = 5  # of a clip, evenly spread from the first to the last
 CELL = 96  # pixels a side of one frame, at least; small frames are enlarged by whole numbers
 
@@ -26,24 +26,22 @@ class SheetRow:
 
 
 def write_sheet(rows: Sequence[SheetRow], path: Path) -> None:
-    """A PNG with a line per row: the caption, then each strip of frames under its title."""
+    """A PNG with a line per row: the caption, then each strip of frames under its title, the same in all rows."""
     font = ImageFont.load_default(size=13)
-    shown = [{title: _side_by_side(frames) for title, frames in row.strips.items()} for row in rows]
-    titles = list(dict.fromkeys(title for strips in shown for title in strips))
-    widths = [max(s[t].width for s in shown if t in s) + 2 * MARGIN for t in titles]
-    heights = [max(strip.height for strip in s.values()) + 2 * MARGIN for s in shown]
-    sheet = Image.new("RGB", (CAPTION_WIDTH + sum(widths), 24 + sum(heights)), "white")
+    titles = list(rows[0].strips)
+    shown = [[_side_by_side(row.strips[title]) for title in titles] for row in rows]
+    widths = [max(strip.width for strip in column) + 2 * MARGIN for column in zip(*shown)]
+    heights = [max(strip.height for strip in line) + 2 * MARGIN for line in shown]
+    lefts = list(accumulate(widths, initial=CAPTION_WIDTH + MARGIN))
+    sheet = Image.new("RGB", (CAPTION_WIDTH + sum(widths), HEADER + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    left = dict(zip(titles, accumulate(widths, initial=CAPTION_WIDTH + MARGIN)))
-    for title in titles:
-        draw.text((left[title], 5), title, fill="black", font=font)
-    top = 24
-    for row, strips, height in zip(rows, shown, heights):
+    for left, title in zip(lefts, titles):
+        draw.text((left, 5), title, fill="black", font=font)
+    for row, strips, top in zip(rows, shown, accumulate(heights, initial=HEADER)):
         draw.line((0, top, sheet.width, top), fill=(220, 220, 220))
         draw.multiline_text((MARGIN, top + MARGIN), fill(row.caption, CAPTION_LETTERS), fill="black", font=font)
-        for title, strip in strips.items():
-            sheet.paste(strip, (left[title], top + MARGIN))
-        top += height
+        for left, strip in zip(lefts, strips):
+            sheet.paste(strip, (left, top + MARGIN))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
