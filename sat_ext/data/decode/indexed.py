@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 
 from sat_ext.data.decode.pick import Picked
 from sat_ext.data.decode.pyav import read_pyav, starts_at
-from sat_ext.data.decode.rgb import display_matrix, is_foreign, is_inexact, is_interlaced
+from sat_ext.data.decode.rgb import conversion_of, display_matrix, is_inexact, is_interlaced
 from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files import is_local
@@ -151,7 +151,7 @@ def _is_misread(frame: av.VideoFrame, stream: VideoStream) -> bool:
     a, b, c, d = display_matrix(frame)
     return (
         is_inexact(frame)
-        or is_foreign(stream)
+        or conversion_of(frame, stream) is not None
         or is_interlaced(frame, stream)
         or any(component.is_alpha for component in frame.format.components)
         or sorted(displayed_size(frame, stream)) != sorted((frame.width, frame.height))

@@ -9,7 +9,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
-from sat_ext.colour import to_srgb
+from sat_ext.colour import Conversion, to_srgb
 from sat_ext.data.decode.pick import Size
 from sat_ext.errors import MediaError
 from sat_ext.media import displayed_size, refuse_unreadable_colours
@@ -55,12 +55,9 @@ class Converter:
         return pixels, None if size == pixels.shape[1::-1] else size
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        context = self._stream.codec_context  # the decoder has put there what the frames say
         if is_interlaced(frame, self._stream):
             frame = self._one_field(frame)
-        convert = to_srgb(int(context.color_trc), int(context.color_primaries), _peak(frame))
-        if frame.format.name.startswith("xyz"):  # of digital cinema, which swscale makes sRGB by itself
-            convert = None
+        convert = conversion_of(frame, self._stream)
         alpha = any(component.is_alpha for component in frame.format.components)
         name = (("gbrp16le", "gbrap16le") if convert else ("rgb24", "rgba"))[alpha]
         flags = _EXACT if is_inexact(frame) else _BILINEAR
@@ -102,9 +99,12 @@ def is_inexact(frame: av.VideoFrame) -> bool:
     return frame.format.name not in _QUICK_FORMATS and not frame.format.is_rgb
 
 
-def is_foreign(stream: VideoStream) -> bool:
-    """Whether a stream has HDR or wide primaries, known once a frame was decoded."""
-    return to_srgb(int(stream.codec_context.color_trc), int(stream.codec_context.color_primaries)) is not None
+def conversion_of(frame: av.VideoFrame, stream: VideoStream) -> Conversion | None:
+    """What turns a frame with HDR or wide primaries into sRGB; None for one that is shown as it is."""
+    if frame.format.name.startswith("xyz"):  # of digital cinema, which swscale makes sRGB by itself
+        return None
+    context = stream.codec_context  # the decoder has put there what the frames say
+    return to_srgb(int(context.color_trc), int(context.color_primaries), _peak(frame))
 
 
 def is_interlaced(frame: av.VideoFrame, stream: VideoStream) -> bool:
