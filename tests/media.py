@@ -36,7 +36,7 @@ class Whole:
     """Keeps frames as they are displayed: at full size, with square pixels, as (H, W, 3)."""
 
     def __call__(self, pixels: np.ndarray, shown: tuple[int, int] | None = None) -> torch.Tensor:
-        pixels = np.ascontiguousarray(pixels)
+        pixels = np.array(pixels)  # FFmpeg's own memory cannot be written to, which torch warns of
         if shown is not None:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             pixels = frame.reformat(*shown, interpolation="BICUBIC", threads=1).to_ndarray()
