@@ -79,7 +79,7 @@ def shown(times: ClipTimes, fps: float) -> list[int]:
 
 
 def trimmed(info: MediaInfo, skip: float, frames: int, fps: float) -> int:
-    """How many source frames are left out at each end: a clip that fills its bucket goes on filling it."""
+    """How many source frames are left out at each end: a clip that fills its bucket still fills it."""
 
     def left(skip: int) -> MediaInfo:
         n = info.frames - 2 * skip

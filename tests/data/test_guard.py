@@ -26,7 +26,7 @@ from sat_ext.errors import ConfigError, MediaError
 
 
 def work(path: str, what: str = "path", value: Any = None) -> Any:
-    """Stands for a reader; `what` says what the file makes of it."""
+    """In place of a reader; `what` says what the file makes it do."""
     match what:
         case "path":
             return path
