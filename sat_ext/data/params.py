@@ -40,11 +40,11 @@ class BadSampleConfig:
 class DataConfig:
     """What to train on."""
 
-    fps: int = 8  # that the model sees
+    fps: int = 8  # what the model sees, whatever the rates of the files
     video_size: tuple[int, int] | None = None  # (height, width), short for `buckets.sizes` of one entry
     max_num_frames: int | None = None  # 4k+1, short for `buckets.frames` up to it
-    skip_frms_num: float = 0.0  # to trim from both ends of a clip, as long as it still fills its bucket
-    sources: tuple[SourceConfig, ...] = ()  # in place of SAT's `train_data`
+    skip_frms_num: float = 0.0  # trimmed from both ends of a clip, as far as it still fills its bucket
+    sources: tuple[SourceConfig, ...] = ()  # replaces SAT's `train_data`
     allowed_roots: tuple[str, ...] = ()  # where names and links in the data may lead to: folders, "sftp://"
     buckets: BucketConfig = field(default_factory=BucketConfig)
     # `{cost: auto}` (see `buckets.batch_sizes`), or samples per rank by number of frames

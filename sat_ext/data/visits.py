@@ -37,7 +37,10 @@ class Visit:
     seen: tuple[str, float]
 
     def pixels(self, decoder: str, read: ReadPixels) -> torch.Tensor:
-        """The pixels, uint8 (T, 3, height, width), until a guard's next `release`. Raises `MediaError`."""
+        """The pixels, uint8 (T, 3, height, width), in memory that a guard reuses after its `release`.
+
+        Raises `MediaError`.
+        """
         fit = Fit(self.bucket.height, self.bucket.width, self.item.crop)
         return torch.from_numpy(read(self.item.path, self.times, decoder, fit, self.seen))
 
