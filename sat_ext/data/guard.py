@@ -144,19 +144,16 @@ class Guard(Generic[R]):
         _started.discard(self)
         return None if end is None else end()
 
-    def _forget(self) -> None:
-        """In a forked process: the guarded process belongs to the parent, so do not end it from here."""
-        if self._pipe is not None:
-            self._pipe.close()
-        self._end = self._pipe = self.pid = self._shared = None
-        self._used = 0
-
 
 def _forget_all() -> None:
+    """In a forked process: the guarded processes belong to its parent, so do not end them from here."""
     global _forking
     _forking = threading.Lock()  # a thread that held it was not forked, and would never release it
     for guard in list(_started):
-        guard._forget()
+        if guard._pipe is not None:
+            guard._pipe.close()
+        guard._end = guard._pipe = guard.pid = guard._shared = None
+        guard._used = 0
     _started.clear()
 
 
