@@ -85,10 +85,10 @@ class JointStream:
         record = int(self.schedule.records(cell, np.array([position]))[0])
         for attempt in count():
             rng = self.schedule.rng(cell, position, attempt)
-            if attempt:
+            if attempt:  # drawn, so that no neighbour of a bad file is always seen twice
                 record = int(rng.integers(len(group.rows)))
             row = int(group.rows[record])
-            if row in self._faults:
+            if row in self._faults:  # found by whichever worker, so that each file costs its time-out once
                 self._faults.require_another(group.rows, group.source, group.bucket)
                 continue
             try:

@@ -58,6 +58,7 @@ def visit_of(index: Index, config: DataConfig, group: Group, record: int, rng: n
     row = int(group.rows[record])
     item, whole = index.item(row)
     times, num_frames, fps = None, 1, config.fps
+    # a video of one frame is a still, too, but one that only a video decoder reads
     if whole.frames > 1 or suffix_of(item.path) not in IMAGE_EXTENSIONS:
         of_part, num_frames, fps = sample_times(
             index.samplers[group.source],
@@ -91,7 +92,7 @@ def read_pixels(
 
     Raises `MediaError`, also for a file that has been replaced since it was `seen`.
     """
-    require_unchanged(path, *seen)
+    require_unchanged(path, *seen)  # here, in the guard's process, as a lost network file system hangs on it
     return read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
 
 
