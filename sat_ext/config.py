@@ -25,9 +25,7 @@ def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
     Raises `ConfigError` if a file is missing, is not YAML, or has an unknown section.
     """
     if not paths:
-        raise ConfigError(
-            "--base: no YAML was given; for example --base configs/model/tiny.yaml configs/data/demo.yaml."
-        )
+        raise ConfigError("--base: no YAML was given; e.g. --base configs/model/tiny.yaml configs/data/demo.yaml.")
     parts = []
     for path in paths:
         if not Path(path).is_file():

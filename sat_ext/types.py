@@ -43,9 +43,9 @@ SHORT_CLIPS: tuple[ShortClips, ...] = get_args(ShortClips)
 class Item:
     """One row of a source, before its file was opened.
 
-    `path` is a file, a URL, or a member of a container (see `sat_ext.files`). `key` is unique in its source and
-    the same on every machine (the path relative to the source). One of `captions` is drawn at each visit, in
-    proportion to `caption_weights` (empty: uniformly).
+    `path` is a file, a URL, or a member of a container (see `sat_ext.files`). `key`, the path relative to the
+    source, is unique in it and the same on every machine. One of `captions` is drawn at each visit, in proportion
+    to `caption_weights` (empty: uniformly).
 
     The rest narrows the file down: from `start` to `end` in seconds (None: the file's end), inside `crop` (left,
     top, width, height in pixels as displayed), played at `fps` frames a second (None: at the file's rate). A

@@ -1,4 +1,4 @@
-"""Files of which only the ranges that are read are fetched: behind URLs, through fsspec, and in tars.
+"""Files read in ranges: behind URLs, through fsspec, and members of tars.
 
 File systems are made in the process that uses them: fsspec's event loop does not survive a fork.
 """

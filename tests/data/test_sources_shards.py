@@ -87,7 +87,7 @@ def test_sats_meta_lines_add_to_the_samples_that_they_name(tmp_path):
     (tmp_path / "0000.meta.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert [(i.captions, i.weight) for i in read_source(tar)] == [(("new",), 1.0), (("kept",), 3.0)]
     (tmp_path / "0000.meta.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match=r"0000\.meta\.jsonl, line 1: not a JSON object with a 'key'"):
+    with pytest.raises(DataError, match=r"0000\.meta\.jsonl, line 1: it has no 'key'"):
         read_source(tar)
 
 
@@ -139,7 +139,7 @@ def test_links_are_left_out_and_code_is_not_looked_at(tmp_path, caplog):
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
     assert [i.key for i in read_source(tar)] == ["s.tar/1"]
-    assert "links and other members that are no plain files, left out: 3" in caplog.text
+    assert "links and other members that are not plain files, left out: 3" in caplog.text
 
 
 def test_what_cannot_be_used_of_a_tar_is_left_out_and_counted(tmp_path, caplog):
@@ -154,8 +154,8 @@ def test_what_cannot_be_used_of_a_tar_is_left_out_and_counted(tmp_path, caplog):
     items = read_source(write_tar(tmp_path / "s.tar", members))
     assert [i.captions[0] for i in items] == ["fine", "", "caf\ufffd"]
     for text in (
-        "samples left out for want of a caption: 2 ('s.tar/2', 's.tar/3')",
-        "members .json that are no JSON objects, left out: 1",
+        "samples without a caption, left out: 2 ('s.tar/2', 's.tar/3')",
+        ".json members that are not JSON objects, left out: 1",
         "empty captions, to be trained without one: 1 ('s.tar/4')",
         "captions that are not UTF-8, their bad bytes replaced; save them as UTF-8: 1",
     ):
@@ -179,9 +179,7 @@ def test_what_is_no_tar_says_so(tmp_path):
         read_source(str(tmp_path / "a.tar"))
     with tarfile.open(tmp_path / "b.tar", "w:gz") as archive:
         archive.add(tmp_path / "a.tar")
-    with pytest.raises(
-        DataError, match=r"b\.tar: it is compressed, so that members cannot be read one by one; decomp"
-    ):
+    with pytest.raises(DataError, match=r"b\.tar: it is compressed, so members cannot be read one by one; decomp"):
         read_source(str(tmp_path / "b.tar"))
     (tmp_path / "c.tar").touch()
     with pytest.raises(DataError, match=r"c\.tar: the file is empty"):

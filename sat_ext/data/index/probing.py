@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # timeouts, and errors of the network or of permissions.
 Outcome = tuple["MediaInfo | MediaError", bool]
 
-# Wraps the iteration over the files to be probed, given their number: a progress bar.
+# Wraps the iteration over the probed files, given their number: a progress bar.
 Probing = Callable[[Iterable[Any], int], Iterable[Any]]
 
 _SLICE = 4096  # files handed to the threads at once: a million futures would take 1 GB

@@ -70,12 +70,14 @@ def read_source(
     """
     notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
-        items = _read(path, notes)
+        items = sorted(_read(path, notes), key=lambda item: _natural(item.key))
+        for item in items:
+            if item.captions and not any(item.captions):
+                notes.add("empty captions, to be trained without one", item.key)
     finally:
         notes.log(path)
     if unread is not None:
         unread.update(notes.unread)
-    items.sort(key=lambda item: _natural(item.key))
     return items
 
 

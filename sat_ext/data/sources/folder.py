@@ -82,9 +82,7 @@ def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Note
     counts = {n: len(lines) for n, lines in lists.items()}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} in {n}" for n, count in counts.items())
-        raise DataError(
-            f"{folder.root}: its lists have different numbers of lines ({found}); they go line by line."
-        )
+        raise DataError(f"{folder.root}: its lists have different numbers of lines ({found}); fix the lists.")
     media = "videos.txt" if "videos.txt" in lists else "images.txt"
     if not counts[media]:
         raise DataError(f"{folder.root}: '{media}' is empty; write one path a line.")
@@ -127,8 +125,6 @@ def _read_sidecars(folder: Folder, notes: Notes) -> list[Item]:
         own = {media: place[1] for media, place in found.items() if place and place[0] == root}
         for media, text in zip(own, texts.folder.captions(list(own.values()), notes), strict=True):
             captions_of[media] = (one_line(text),)
-            if not captions_of[media][0]:
-                notes.add("empty captions, to be trained without one", media)
     return [Item(path=folder.location(name), key=name, captions=captions_of.get(name, ())) for name in found]
 
 

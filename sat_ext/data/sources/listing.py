@@ -77,7 +77,7 @@ class Notes:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """`names`: every file below `root`, relative to it, with forward slashes, in any order, without hidden ones.
+    """Every file below `root` but hidden ones: `names` are relative to it, with forward slashes.
 
     `links`: where links among them lead out of the source; these may not be opened.
     """
@@ -87,7 +87,7 @@ class Folder:
     links: Mapping[str, str] = field(default_factory=dict)
 
     def location(self, name: str) -> str:
-        """Where the file `name` is. Raises `DataError` for one of `links`."""
+        """The path or URL of the file `name`. Raises `DataError` for one of `links`."""
         if name in self.links:
             raise DataError(leads_out(f"{self.root}/{name}", self.links[name]))
         return f"{self.root}/{name}"
@@ -110,7 +110,7 @@ class Folder:
             heads = fs.cat_ranges(paths, 0, MAX_CAPTION_BYTES + 1, on_error="return")
             for name, path, data in zip(some, paths, heads, strict=True):
                 if not isinstance(data, bytes) and _is_empty(fs, path):
-                    data = b""  # which has no range to answer with
+                    data = b""  # a server has no range to answer with
                 if not isinstance(data, bytes):
                     raise DataError(f"{self.location(name)}: cannot be read: {data}; check the server.")
                 yield notes.decode(data, name)
@@ -140,16 +140,14 @@ def _list_local(root: str, notes: Notes) -> Folder:
                 seen.add(real)
                 inner.append(name)
         below[:] = inner
-        start = os.path.relpath(folder, root).replace(os.sep, "/")
-        prefix = "" if start == "." else start + "/"
-        for name in sorted(n for n in names if not n.startswith(".")):
-            if not is_text(prefix + name):
-                notes.add("files left out for their names, which are not UTF-8", repr(prefix + name))
+        for path in (os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")):
+            name = path.removeprefix(os.path.join(root, ""))
+            if not is_text(name):
+                notes.add("files left out for their names, which are not UTF-8", repr(name))
                 continue
-            target = notes.reach.leaves(os.path.join(folder, name))
-            if target is not None:
-                links[prefix + name] = target
-            kept.append(prefix + name)
+            if (target := notes.reach.leaves(path)) is not None:
+                links[name] = target
+            kept.append(name)
     return Folder(root, kept, links)
 
 
@@ -157,7 +155,7 @@ def _list_remote(root: str) -> Folder:
     fs, inner = filesystem(root)
     inner = inner.rstrip("/")
     try:
-        # `find` returns nothing where the server is not there; `ls` raises.
+        # `find` returns nothing if the server is down; `ls` raises.
         found = fs.find(inner) or fs.ls(inner)[:0]
     except Exception as error:  # each of fsspec's file systems has its own errors
         reason = reason_of(error)

@@ -23,20 +23,20 @@ class Reach:
         protocols = {root.removesuffix("://") for root in allowed if root.endswith("://")}
         self._protocols = PROTOCOLS | protocols
         self._roots: tuple[str, ...] = ()
-        # Where folders really are, and whether that is inside: resolving every file would take too long.
+        # Where folders really are, and whether that is allowed: resolving every file would take too long.
         self._folders: dict[str, tuple[str, bool]] = {}
         for root in allowed:
             if not root.endswith("://"):
                 self.add(os.path.expanduser(root))
 
     def add(self, folder: str, *below: str) -> None:
-        """Allow `folder`, or only `below` in it, as long as that is no link. For a snapshot in the Hugging Face
-        hub's cache, which links to the files in `blobs/`, also those."""
+        """Allow `folder`, or only `below` in it, as long as that is not a link."""
         if is_url(folder):
             return
         self._folders.clear()
         real = os.path.join(os.path.realpath(folder), *below)
         self._roots += (os.path.join(real, ""),)
+        # A snapshot in the Hugging Face hub's cache consists of links to `blobs/`.
         repository, snapshots, _ = real.rpartition("/snapshots/")
         if snapshots and os.path.isdir(os.path.join(repository, "refs")):
             self._roots += (os.path.join(repository, "blobs", ""),)
@@ -98,9 +98,7 @@ def resolve(base: str, file: str, where: str, reach: Reach) -> str:
         return path
     file = file.replace("\\", "/")
     if file.startswith("/"):
-        raise DataError(
-            f"{where}: '{file}' is a local path in a table behind a URL; write a relative one or a URL."
-        )
+        raise DataError(f"{where}: '{file}' is a local path in a table behind a URL; write a relative one.")
     scheme, _, folder = base.partition("://")
     parts = folder.split("/")
     for part in file.split("/"):  # S3 would take "./a.mp4" and "../a.mp4" literally

@@ -77,9 +77,7 @@ def _captions(row: TableRow, where: str) -> tuple[str, ...]:
 def _caption_weights(weights: list[Any], captions: int, where: str) -> tuple[float, ...]:
     numbers = [_number(w) for w in weights]
     if len(numbers) != captions:
-        raise DataError(
-            f"{where}: {len(numbers)} caption_weights for {captions} captions; give one for each, or none."
-        )
+        raise DataError(f"{where}: {len(numbers)} caption_weights for {captions} captions; give one for each.")
     known = [n for n in numbers if n is not None and 0 <= n < math.inf]
     if len(known) < len(numbers) or not 0 < sum(known) < math.inf:
         raise DataError(
@@ -102,7 +100,7 @@ def _crop(crop: list[Any], where: str) -> tuple[int, int, int, int]:
 
 
 def _number(value: Any) -> float | None:
-    """None for no value; NaN, which passes no check, for what is no number."""
+    """None if there is no value; NaN, which passes no check, if it is not a number."""
     if _is_nothing(value) or (isinstance(value, str) and value.strip().lower() == "nan"):
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):

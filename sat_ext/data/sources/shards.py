@@ -20,8 +20,8 @@ from sat_ext.data.sources.texts import (
     by_folded,
     folded,
     is_text,
-    lines_of,
     listed,
+    objects_of,
     one_line,
     parse_json,
 )
@@ -58,7 +58,7 @@ def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
     dot. Of several media of one name, clips win. `.json` holds the fields of a table's row. SAT's
     `0000.meta.jsonl` beside `0000.tar` adds fields to the samples that its `key`s name, and wins.
 
-    A sample without a caption is left out and noted. Raises `DataError` for a file that is no tar, for a member
+    A sample without a caption is left out and noted. Raises `DataError` for a file that is not a tar, for a member
     whose path is absolute or leads upwards, and if no sample is left.
     """
     with ThreadPoolExecutor(min(_AT_ONCE, len(shards))) as pool:
@@ -82,10 +82,8 @@ def _read_shard(tar: str, prefix: str, notes: Notes) -> Iterator[Item]:
             row = {k: v for k, v in row.items() if k not in (*CAPTION_COLUMNS, "captions", "caption_weights")}
         fields = fields_of(row | added, f"{tar}, sample {key}")
         if not fields["captions"] and notes.captions_required:
-            notes.add("samples left out for want of a caption", f"{prefix}/{key}")
+            notes.add("samples without a caption, left out", f"{prefix}/{key}")
             continue
-        if fields["captions"] and not any(fields["captions"]):
-            notes.add("empty captions, to be trained without one", f"{prefix}/{key}")
         name = min(sample.media, key=lambda n: (suffix_of(n) in IMAGE_EXTENSIONS, len(n), n))
         yield Item(path=member_location(tar, name, *sample.media[name]), key=f"{prefix}/{key}", **fields)
 
@@ -142,27 +140,23 @@ def _object(data: bytes, name: str, notes: Notes) -> dict[str, Any] | None:
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        notes.add("members .json that are no JSON objects, left out", name)
+        notes.add(".json members that are not JSON objects, left out", name)
         return None
     return row
 
 
 def _members(tar: str, notes: Notes) -> Iterator[tuple[str, int, int, bytes | None]]:
-    """Name, offset and size of each member that is media, text or JSON; of the latter two also the data."""
+    """Name, offset and size of each member that is media, text or JSON, with the data of text and JSON."""
     try:
         with open_binary(tar) as file:
             if file.read(6).startswith(_COMPRESSED):
-                raise DataError(
-                    f"{tar}: it is compressed, so that members cannot be read one by one; decompress it (media is "
-                    "compressed already)."
-                )
+                raise DataError(f"{tar}: it is compressed, so members cannot be read one by one; decompress it.")
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
                 while (member := _next(archive, end, tar, notes)) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # they would add up to gigabytes
-                    kind = _kind(member, tar, notes)
-                    if kind is None:
+                    if (kind := _kind(member, tar, notes)) is None:
                         continue
                     if member.offset_data + member.size > end:
                         notes.add("tars that end before their last member does, which is left out", tar)
@@ -206,7 +200,8 @@ class _Header(tarfile.TarInfo):
 def _next(archive: tarfile.TarFile, end: int, tar: str, notes: Notes) -> tarfile.TarInfo | None:
     try:
         is_first = archive.firstmember is not None  # type: ignore[attr-defined]
-        if not is_first and archive.offset > end:  # perhaps too far for any file to seek
+        # A header's size may lead further than any file can seek.
+        if not is_first and archive.offset > end:
             raise tarfile.ReadError("unexpected end of data")
         return archive.next()
     except tarfile.TarError as error:
@@ -230,7 +225,7 @@ def _kind(member: tarfile.TarInfo, tar: str, notes: Notes) -> str | None:
             notes.leave_out(f"{tar}#{name}")
         return None
     if not member.isreg() or member.issparse():
-        notes.add("links and other members that are no plain files, left out", f"{tar}#{name}")
+        notes.add("links and other members that are not plain files, left out", f"{tar}#{name}")
         return None
     if not is_text(name):
         notes.add("members left out for their names, which are not UTF-8", repr(name))
@@ -245,18 +240,11 @@ def _meta_rows(tar: str, notes: Notes) -> dict[str, dict[str, Any]]:
         return {}
     notes.reach.check(path, tar)
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-            key = row["key"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a JSON object with a 'key' ({error!r}); write lines such as "
-                '{"key": "0001", "caption": "A cat."}.'
-            ) from None
-        rows.setdefault(str(key).removeprefix("./"), {}).update(row)
+    example = '{"key": "0001", "caption": "A cat."}'
+    for place, row in objects_of(path, example):
+        if "key" not in row:
+            raise DataError(f"{path}, {place}: it has no 'key'; write lines such as {example}.")
+        rows.setdefault(str(row["key"]).removeprefix("./"), {}).update(row)
     return rows
 
 

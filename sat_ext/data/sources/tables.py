@@ -24,7 +24,7 @@ from sat_ext.data.sources.rows import (
     fields_of,
     has_captions,
 )
-from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, open_text, parse_json, shown
+from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, objects_of, open_text, shown
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import is_url, suffix_of
 from sat_ext.files.cells import Cells
@@ -62,8 +62,6 @@ def collect(rows: Iterable[TableRow], table: str, prefix: str, notes: Notes) -> 
     for place, key, path, fields in rows:
         if not fields["captions"]:
             bare.append(place)
-        elif not any(fields["captions"]):
-            notes.add("empty captions, to be trained without one", place)
         uses[key] += 1
         # A file may be listed with several captions; keys must be unique.
         key = prefix + (key if uses[key] == 1 else f"{key}#{uses[key]}")
@@ -80,24 +78,11 @@ def collect(rows: Iterable[TableRow], table: str, prefix: str, notes: Notes) -> 
 
 def _jsonl(table: str, reach: Reach) -> Iterator[TableRow]:
     base = folder_of(table)
-    for number, line in enumerate(lines_of(table), start=1):
-        if not line.strip():
-            continue
-        where = f"{table}, line {number}"
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DataError(
-                f"{where}: not JSON ({error}); write one object a line, such as "
-                '{"path": "a.mp4", "caption": "A cat."}.'
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a JSON {type(row).__name__}; write one object a line.")
-        yield _named_file(row, base, f"line {number}", where, reach)
+    for place, row in objects_of(table, '{"path": "a.mp4", "caption": "A cat."}'):
+        yield _named_file(row, base, place, f"{table}, {place}", reach)
 
 
 def _csv(table: str, reach: Reach) -> Iterator[TableRow]:
-    """Comma-separated, with a header."""
     base = folder_of(table)
     csv.field_size_limit(LONGEST_LINE)
     reader = csv.reader(lines_of(table), strict=True)
@@ -163,15 +148,12 @@ def _survey(table: str) -> str:
         size = file.seek(0, os.SEEK_END)
         source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         wanted, column = _wanted(source, table)
-        if source.metadata.num_rows > size:
-            raise DataError(
-                f"{table}: {source.metadata.num_rows} rows in {size} bytes; no list of files is that small, "
-                "so it is not read."
-            )
+        if (rows := source.metadata.num_rows) > size:
+            raise DataError(f"{table}: {rows} rows in {size} bytes; no list of files is that small.")
         for batch in _batches(source, wanted):
             if batch.nbytes > _LARGEST_BATCH:
                 raise MemoryError
-        if column is None or not source.metadata.num_rows:
+        if column is None or not rows:
             return ""
         return _suffix_by_content(Cells(file, column).read(0) or b"")
 
@@ -237,8 +219,4 @@ def _suffix_by_content(data: bytes) -> str:
     return ".jpg"
 
 
-TABLES: dict[str, Callable[[str, Reach], Iterator[TableRow]]] = {
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+TABLES: dict[str, Callable[..., Iterator[TableRow]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -19,6 +20,8 @@ LONGEST_LINE = 4 << 20
 _HEAD = 4096  # bytes that show the encoding
 _LISTED = 3  # examples in a message
 _LONGEST_SHOWN = 200  # letters of a value in a message
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a name that is not UTF-8, and half a pair of UTF-16
 
 # Byte order marks, as Windows writes them; the first that fits counts.
 _MARKS = (
@@ -74,9 +77,7 @@ def encoding_of(head: bytes, where: str) -> str:
     """The encoding of a text that starts with `head`. Raises `DataError` for UTF-16 and UTF-32 without a mark."""
     encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in head:
-        raise DataError(
-            f"{where}: it has null bytes, as a text in UTF-16 without a byte order mark; save it as UTF-8."
-        )
+        raise DataError(f"{where}: it has null bytes, as in UTF-16 without a byte order mark; save it as UTF-8.")
     return encoding
 
 
@@ -88,6 +89,21 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def objects_of(path: str, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place ("line 3"). Raises `DataError`."""
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            remedy = f"write one object a line, such as {example}"
+            raise DataError(f"{path}, line {number}: not JSON ({error}); {remedy}.") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: a JSON {type(row).__name__}; write one object a line.")
+        yield f"line {number}", row
+
+
 def one_line(text: str) -> str:
     """The lines of a caption, joined by spaces, without characters that UTF-8 cannot encode."""
     if "\n" in text or "\r" in text or text != text.strip():
@@ -97,11 +113,7 @@ def one_line(text: str) -> str:
 
 def is_text(name: str) -> bool:
     """Whether UTF-8 can encode a file's name; names on a disk may be any bytes."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return _SURROGATE.search(name) is None
 
 
 def folded(name: str) -> str:
