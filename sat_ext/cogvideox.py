@@ -1,4 +1,4 @@
-"""Facts of the CogVideoX family, once: what its autoencoder, transformer and text encoder make of a sample.
+"""Facts of the CogVideoX family: what its autoencoder, transformer and text encoder make of a sample.
 
 Sources: Yang et al. 2024, "CogVideoX", section 2, and the model YAMLs of CogVideo (sat/configs/ at tag v1.0 and on
 the main branch). They hold for every published model.
@@ -7,6 +7,7 @@ the main branch). They hold for every published model.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,17 +96,15 @@ def rotary_table(
     A head's first quarter turns with the frame, and three eighths each with row and column; pair i of n turns by
     coordinate / theta ** (i / n), both of its halves alike. Coordinates count patches, or with `stretch_to` lie in
     that grid (see `stretched`). As in `Rotary3DPositionEmbeddingMixin` of CogVideo's sat/dit_video_concat.py and
-    `get_3d_rotary_pos_embed` of diffusers, which CogVideo's environment may be without.
+    `get_3d_rotary_pos_embed` of diffusers, which may be missing beside CogVideo's requirements.
     """
-    frames, rows, columns = (torch.arange(size, device=device) for size in grid)
+    coordinates = [torch.arange(size, device=device) for size in grid]
     if stretch_to is not None:
-        rows, columns = stretched(grid, stretch_to, device)
+        coordinates[1:] = stretched(grid, stretch_to, device)
     turns = []
-    for axis, (coordinates, width) in enumerate(
-        zip((frames, rows, columns), (head // 4, head // 8 * 3, head // 8 * 3), strict=True)
-    ):
+    for axis, width in enumerate((head // 4, head // 8 * 3, head // 8 * 3)):
         speeds = 1.0 / theta ** (torch.arange(0, width, 2, device=device).float() / width)
-        turns.append((axis, torch.outer(coordinates.float(), speeds).repeat_interleave(2, dim=1)))
+        turns.append((axis, torch.outer(coordinates[axis].float(), speeds).repeat_interleave(2, dim=1)))
     table = _on_grid(turns, grid)
     return table.cos(), table.sin()
 
@@ -175,10 +174,7 @@ def learned_positions(learned: Tensor, native: Grid, grid: Grid) -> Tensor:
     frames = learned.reshape(*native, -1)[: grid.frames]
     if grid[1:] == native[1:]:
         return frames.flatten(0, 2)[None]
-    resized = [  # one by one, as float32 of all frames would take half a gigabyte of a GPU
-        functional.interpolate(
-            frame.permute(2, 0, 1)[None].float(), size=(grid.rows, grid.columns), mode="bicubic", antialias=True
-        ).to(learned.dtype)
-        for frame in frames
-    ]
+    resize = partial(functional.interpolate, size=grid[1:], mode="bicubic", antialias=True)
+    # frame by frame, as float32 of all would take half a gigabyte of a GPU
+    resized = [resize(frame.permute(2, 0, 1)[None].float()).to(learned.dtype) for frame in frames]
     return torch.cat([frame.flatten(2).transpose(1, 2) for frame in resized], dim=1)

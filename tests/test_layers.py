@@ -35,7 +35,6 @@ LAYERS = [
     ("checkpoint", 0),
     ("zero", 1),
     ("latents.writer", 4),
-    ("latents.job", 4),
     ("latents.encoders", 2),
     ("latents.reader", 3),
     ("latents", 0),

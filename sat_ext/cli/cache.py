@@ -21,9 +21,8 @@ from sat_ext.data.index import Index, build_index
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError
 from sat_ext.latents.encoders import Encoders
-from sat_ext.latents.job import CacheJob, Missing, require_room
 from sat_ext.latents.store import CacheConfig
-from sat_ext.latents.writer import encode_missing
+from sat_ext.latents.writer import CacheJob, Missing, encode_missing, require_room
 from sat_ext.recipe import Recipe, read_recipe
 from sat_ext.sat import peers
 from sat_ext.sat.broadcast import share_from_first_rank

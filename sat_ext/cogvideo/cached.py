@@ -31,13 +31,6 @@ class CachedFirstStage(nn.Module):
             )
         return latents
 
-    def decode(self, *_: Any, **__: Any) -> Tensor:
-        """Raises `ConfigError`: there is no decoder."""
-        raise ConfigError(
-            f"model.first_stage_config.target: {CACHED_FIRST_STAGE} cannot decode samples; set "
-            "args.eval_interval: null."
-        )
-
 
 class CachedTextEmbedder(FrozenEmbedder):
     """A target for an entry of `emb_models` that reads embeddings from `folder`, which `sat-ext cache` wrote.

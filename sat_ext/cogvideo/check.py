@@ -21,7 +21,6 @@ from sat_ext.cogvideo.network import (
 )
 from sat_ext.cogvideox import LATENT_SIDE, SCALE_FACTOR, latent_frames, pixel_frames
 from sat_ext.errors import ConfigError
-from sat_ext.ranks import rank_and_world
 from sat_ext.types import Bucket
 
 LOSS_OPTIONS = ("parent", "loss_weights", "condition_dropout", "condition_scale", "scale_factor")
@@ -32,8 +31,8 @@ _FRAMES = "data.params.buckets.frames"
 def doubt_of_condition_scale(model: Mapping[str, Any]) -> str | None:
     """What is doubtful about the scale of the condition, in a sentence; None where nothing is."""
     network, loss = read_network(model), component_of(model, "loss_fn_config")
-    is_without = loss.target == LOSS and loss.params.get("condition_scale") is None
-    if not (network.is_conditioned and network.generation == "1.5" and is_without):
+    has_scale = loss.target != LOSS or loss.params.get("condition_scale") is not None
+    if has_scale or network.generation != "1.5" or not network.is_conditioned:
         return None
     return (
         f"model.loss_fn_config.params.condition_scale: missing, so the condition trains at scale_factor "
@@ -97,10 +96,8 @@ def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Seque
             f"and the code that runs is of CogVideo's {branch[checkout]}; check out {branch[network.generation]}, "
             f"or name the YAML of a {checkout} model."
         )
-    if checkout == "1.5":
-        _check_noise_levels(model)
-        if args.eval_interval:
-            _check_evaluation(args, model, network, buckets)
+    if checkout == "1.5" and args.eval_interval:
+        _check_evaluation(args, model, network, buckets)
 
 
 def check_cache(args: argparse.Namespace, model: Mapping[str, Any], *, is_cached: bool) -> None:
@@ -152,21 +149,6 @@ def _check_evaluation(
             "args.only_log_video_latents: false has every evaluation decode what it sampled, and CogVideo's main "
             f"branch takes 3 latent frames for it, of which a bucket of {short[0].frames} frames has "
             f"{latent_frames(short[0].frames)}; set it to true."
-        )
-
-
-def _check_noise_levels(model: Mapping[str, Any]) -> None:
-    # the main branch asserts, while it builds its own loss, that its groups of noise levels divide the ranks
-    loss = component_of(model, "loss_fn_config")
-    levels = component_of(loss.params, "sigma_sampler_config").params
-    groups, ranks = levels.get("group_num", 0), rank_and_world()[1]
-    if not levels.get("uniform_sampling") or ranks <= 8 or loss.target == LOSS:
-        return
-    if not groups or ranks % groups:
-        raise ConfigError(
-            f"model.loss_fn_config.params.sigma_sampler_config.params.group_num: {groups} does not divide {ranks} "
-            f"ranks, as CogVideo's loss requires; name {LOSS} in model.loss_fn_config.target, which takes "
-            "groups that do, or set uniform_sampling: false."
         )
 
 

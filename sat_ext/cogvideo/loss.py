@@ -24,30 +24,27 @@ PARAMS = "model.loss_fn_config.params"
 class JointDiffusionLoss(Target, nn.Module):
     """A target for `model.loss_fn_config`: the class `parent`, with losses by kind and safe for stills.
 
-    CogVideo's engine calls it like the parent, with latents (B, T, C, h, w), and takes the mean of the (B,) losses
-    that it returns. For a batch of clips that need no padding, without options and weights, these are the parent's
-    bit for bit, and as many random numbers are drawn. Beyond that:
+    Of a batch of clips that need no padding, without options and weights, the losses are the parent's bit for bit,
+    and as many random numbers are drawn. Beyond that:
 
     - Stills train with `concat_images` zeroed, as their condition frame is their target.
     - `condition_dropout` is the probability that a sample trains without its condition, drawn per sample and
-      rank. It comes on top of `model.noised_image_dropout`, with which CogVideo drops the conditions of a whole
-      micro-batch: of the rates p and q, 1 - (1 - p)(1 - q) of the samples go without. Evaluations (the network not
-      in training mode) drop none.
-    - `loss_weights` are factors by kind, in training and evaluation. The batch's `loss_weight` (B,)
-      (`Schedule.loss_weight`, which makes samples count alike) is another in training. As in the built-in engine.
+      rank, on top of CogVideo's `model.noised_image_dropout` of whole batches. Evaluations (the network not in
+      training mode) drop none.
+    - `loss_weights` are factors by kind, in training and evaluation. The batch's `loss_weight` (B,) is another in
+      training. As in the built-in engine.
     - Where the network's patches span several latent frames (2 in 1.5), copies of the first latent frame are put
       in front until the patches fit, as CogVideo's diffusers trainers do. Its sampler drops that frame when it
-      decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch), and has the condition's frame
-      in front of all, as here. The loss is a mean over the other frames.
+      decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch). The loss is a mean over the
+      other frames.
     - `condition_latents` (B, 1, C, h, w), of a batch from a cache, replace `concat_images`.
-    - `condition_scale` multiplies the first stage's latent of the condition frame, a cached one too. By default
-      that is `scale_factor`, as in CogVideo's engine, whose `model.scale_factor` it must equal. A 1.5 model needs
-      it: CogVideo trains with 0.7 (`shared_step` in sat/diffusion_video.py of the main branch), which no sampler
-      uses (docs/cogvideo.md).
-    - A network that embeds `ofs` (B,) is given it, and would fail without: 2.0, or the batch's own.
+    - `condition_scale` is the factor on the first stage's latent of the condition frame, by default
+      `scale_factor`, which must equal the engine's `model.scale_factor`. A 1.5 model needs it: CogVideo trains
+      with 0.7, which no sampler uses (docs/cogvideo.md).
+    - A network that embeds `ofs` (B,) is given it: 2.0, or the batch's own.
 
     `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown, out of its
-    range, or without a use (`condition_dropout` of a model without condition, at the first step).
+    range, or of no use (`condition_dropout` of a model without condition, at the first step).
     """
 
     PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"

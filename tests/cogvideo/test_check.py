@@ -261,23 +261,6 @@ def test_mains_evaluations_cannot_decode_a_still(checkout: Callable[[str], None]
         check_run(args, model("1.5"), [bucket(1), bucket(81)])
 
 
-def test_noise_levels_that_do_not_divide_the_ranks_are_told_before(
-    checkout: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkout("1.5")
-    levels = {"params": {"uniform_sampling": True, "group_num": 40, "num_idx": 1000}}
-    theirs = model("1.5", loss_fn_config={**THEIRS, "params": {"sigma_sampler_config": levels}})
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
-    for ranks in (8, 40, 16):
-        monkeypatch.setattr("torch.distributed.get_world_size", lambda ranks=ranks: ranks)
-        check_run(ARGS, {**theirs, "loss_fn_config": {**JOINT, "params": {"sigma_sampler_config": levels}}}, [])
-        if ranks != 16:
-            check_run(ARGS, theirs, [])
-    with pytest.raises(ConfigError, match=r"group_num: 40 does not divide 16 ranks, .*uniform_sampling: false"):
-        check_run(ARGS, theirs, [])
-
-
 def test_what_the_script_would_stumble_over_later_is_told_before(checkout: Callable[[str], None]) -> None:
     checkout("1.0")
     with pytest.raises(ConfigError, match=r"args\.save: missing, .*; name a folder"):

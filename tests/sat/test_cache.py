@@ -30,7 +30,7 @@ from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
 from sat_ext.engines import engine_of
 from sat_ext.errors import ConfigError, DataError, MediaError
-from sat_ext.latents import job, text, writer
+from sat_ext.latents import text, writer
 from sat_ext.latents.checksummed import _warn_of_unsigned
 from sat_ext.latents.encoders import Part
 from sat_ext.latents.reader import Entries, LatentReader, captions_of
@@ -290,7 +290,7 @@ def test_mistakes_are_told_in_a_sentence(server: Server, data: Path, tmp_path: P
     assert run.wait() == [2]
     assert run.log() == "error: -o: name a folder for the cache, or set data.params.cache.folder.\n"
     with pytest.raises(DataError, match=r"the cache will take about 1000000000.0 GB, and .* are free; make"):
-        job.require_room(tmp_path, 10**18)
+        writer.require_room(tmp_path, 10**18)
     model = {**MODEL, "sampling": {"number": 1}}
     args = Namespace(model_config=model, sat_ext=Namespace(cache_folder=str(tmp_path)))
     with pytest.raises(ConfigError, match="model.sampling.number: 1 samples at an evaluation need the first"):
