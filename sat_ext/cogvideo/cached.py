@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sat_ext.cogvideo.network import CACHED_FIRST_STAGE
@@ -68,4 +67,4 @@ class CachedTextEmbedder(FrozenEmbedder):
                 f"{PARAMS}.folder: 'folder' is missing, and the batch brings captions; name the folder of their "
                 "embeddings, or set input_key: text_embeddings where the batch carries them."
             )
-        return torch.stack([self.embeddings[caption] for caption in text]).to(self.like)
+        return self.embeddings.encode(text, self.like.device, self.like.dtype)

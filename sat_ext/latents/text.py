@@ -50,6 +50,10 @@ class TextEmbeddings:
         except MediaError as error:  # unlike a bad file, it cannot be replaced by another sample
             raise DataError(f"{error}.") from error
 
+    def encode(self, captions: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Of several captions, (B, L, D): what a text encoder would return."""
+        return torch.stack([self[caption] for caption in captions]).to(device, dtype)
+
     def require(self, expected: Mapping[str, str], remedy: str) -> None:
         """Raise `ConfigError` where the embeddings are not those of an encoder of this fingerprint."""
         known = {k: v for k, v in expected.items() if k in self.fingerprint}  # others are of another version

@@ -5,7 +5,6 @@ copy until the block's gradients are computed. Trained weights, a LoRA's, stay w
 """
 
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from sat_ext.models.side_stream import SideStream, Transfer, host_memory, page_l
 ALIGNMENT = 256  # bytes, as CUDA aligns what it allocates
 
 
-def swap_blocks(blocks: nn.ModuleList, count: int) -> "SwapWindow":
+def swap_blocks(blocks: nn.ModuleList, count: int) -> None:
     """Move the frozen weights of `count` of the blocks, evenly spread, to CPU memory."""
     stream = SideStream()
-    return SwapWindow([SwappedBlock(blocks[i * len(blocks) // count], stream) for i in range(count)])
+    SwapWindow([SwappedBlock(blocks[i * len(blocks) // count], stream) for i in range(count)])
 
 
 class SwappedBlock:
@@ -32,10 +31,9 @@ class SwappedBlock:
 
     def __init__(self, block: nn.Module, stream: SideStream) -> None:
         self.block, self.stream = block, stream
-        self.host = torch.empty(0)
+        self.fetched: Transfer | None = None
         self.home: list[Tensor] = []
         self.locked = False
-        self.fetched: Transfer | None = None
         self.slots = [
             (owner, name)
             for path, owner in block.named_modules()
@@ -68,14 +66,14 @@ class SwappedBlock:
         device = tensors[0].device
         if device.type == "cuda" and not self.locked:  # not when it is built, as the device is known only now
             page_lock(self.host)
-            self.locked = True
+            self.locked = True  # or refused, which would be no different the next time
         self.fetched = self.stream.copy(self.host, torch.empty_like(self.host, device=device))
 
     def arrive(self) -> None:
         """Put the weights on the block's device."""
         self.fetch()
         assert self.fetched is not None
-        self._show(self._views(self.fetched.finish(), self.home))
+        self._show(_views(self.fetched.finish(), self.home))
 
     def release(self) -> None:
         """Drop the copy; autograd may still hold it for the block's gradients."""
@@ -87,22 +85,20 @@ class SwappedBlock:
             tensor.data = value
 
     def _pack(self, values: list[Tensor]) -> None:
-        """Copy the values into one piece of CPU memory: one allocation and one copy a block."""
-        self.host = host_memory(sum(_room(v) for v in values))
-        self.locked = False
-        self.home = self._views(self.host, values)
+        # one piece, so that a block is one allocation and one copy
+        self.host, self.locked = host_memory(sum(_room(v) for v in values)), False
+        self.home = _views(self.host, values)
         for home, value in zip(self.home, values):
             home.copy_(value)
 
-    @staticmethod
-    def _views(memory: Tensor, like: list[Tensor]) -> list[Tensor]:
-        rooms = memory.split([_room(tensor) for tensor in like])
-        return [room[: t.nbytes].view(t.dtype).view(t.shape) for room, t in zip(rooms, like)]
+
+def _views(memory: Tensor, like: list[Tensor]) -> list[Tensor]:
+    rooms = memory.split([_room(tensor) for tensor in like])
+    return [room[: t.nbytes].view(t.dtype).view(t.shape) for room, t in zip(rooms, like)]
 
 
 def _room(tensor: Tensor) -> int:
-    """Bytes that a tensor takes in a block's memory."""
-    return -(-prod(tensor.shape) * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class SwapWindow:
@@ -128,7 +124,7 @@ class SwapWindow:
     def _following(self, index: int) -> int:
         """The block that probably computes next. A wrong guess only costs time, as `arrive` fetches."""
         if index == 0:
-            return 1  # after it in a forward pass; and the next pass's second where it ends a backward pass
+            return 1  # of this forward pass or, at the end of a backward pass, of the next, whose first is here
         if torch.is_grad_enabled():
             turns = index == len(self.blocks) - 1  # the backward pass begins where the forward pass ended
             return index - 1 if turns or index <= self._last else index + 1

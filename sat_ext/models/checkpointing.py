@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -14,11 +13,6 @@ from sat_ext.models.config import GradientCheckpointing
 from sat_ext.models.side_stream import SideStream, Transfer
 
 TOKENS = 3  # dimensions (B, N, D) of a block's large inputs; its others are small, and the same for all blocks
-
-
-def checkpoint_blocks(network: CogVideoXTransformer3DModel, lever: GradientCheckpointing) -> None:
-    """Recompute the first of every `lever.every` blocks of `network` in the backward pass."""
-    network.enable_gradient_checkpointing(Checkpointing(network.transformer_blocks, lever))
 
 
 class Checkpointing:
@@ -41,8 +35,8 @@ class OffloadedInputs:
     """Inputs of checkpointed blocks in page-locked CPU memory, copied while the GPU computes.
 
     An input is copied out while its block computes, and its GPU memory is free when the next block starts. In the
-    backward pass a block's inputs are copied back while the block after it computes. torch's `save_on_cpu` copies
-    when the tensor is saved and used, and the GPU waits for it.
+    backward pass a block's inputs are copied back while the block after it computes. With torch's `save_on_cpu`
+    the GPU would wait for every copy, which it makes when the tensor is saved and used.
     """
 
     def __init__(self) -> None:
@@ -56,7 +50,7 @@ class OffloadedInputs:
         # not earlier, as the copies should run beside the block; not later, as its memory should serve this block
         self.settle()
         inputs = _Inputs(self, self._last)
-        self._last = weakref.ref(inputs)
+        self._last = weakref.ref(inputs)  # only the graph holds a reference, so that they are freed with it
         return saved_tensors_hooks(inputs.pack, inputs.unpack)
 
     def settle(self) -> None:
@@ -67,7 +61,7 @@ class OffloadedInputs:
 
 
 class _Inputs:
-    """Those of one block. Only the graph holds a reference, so that they are freed with it."""
+    """Those of one block, and a reference to those of the block before it."""
 
     def __init__(self, owner: OffloadedInputs, before: "weakref.ref[_Inputs] | None") -> None:
         self.owner, self.before = owner, before
@@ -76,17 +70,17 @@ class _Inputs:
     def pack(self, tensor: Tensor) -> "Tensor | _Saved":
         if tensor.dim() != TOKENS:
             return tensor
-        saved = _Saved(self.owner, tensor)
-        self.saved.append(saved)
-        return saved
+        self.saved.append(_Saved(self.owner, tensor))
+        return self.saved[-1]
 
     def unpack(self, packed: "Tensor | _Saved") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        self.owner.settle()
+        self.owner.settle()  # the last block's inputs may still be on their way out
         packed.fetch()
-        before = None if self.before is None else self.before()
-        for saved in () if before is None else before.saved:
+        # the block before is recomputed next: its inputs arrive while this block computes
+        before = self.before and self.before()
+        for saved in before.saved if before else ():
             saved.fetch()
         return packed.take()
 

@@ -1,14 +1,10 @@
-"""What the transformer sees beside the noisy latents: the I2V condition, dropout, and 1.5's padding latents.
-
-Latents are (B, T, C, H, W).
-"""
+"""What the transformer sees beside noisy latents (B, T, C, H, W): the I2V condition, dropout, 1.5's padding."""
 
 import torch
 from torch import Tensor
 
 # Noise on the condition frame in training, so that the model does not copy its grain: its deviation is
-# exp(N(mean, std)) on pixels in [-1, 1]. Source: `add_noise_to_first_frame` in sat/diffusion_video.py of
-# CogVideo.
+# exp(N(mean, std)) on pixels in [-1, 1]. Source: `add_noise_to_first_frame` in CogVideo's sat/diffusion_video.py.
 CONDITION_NOISE_MEAN = -3.0
 CONDITION_NOISE_STD = 0.5
 
@@ -23,23 +19,23 @@ def noisy_first_frames(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def drop_mask(count: int, rate: float, generator: torch.Generator) -> Tensor:
-    """For each of `count` samples, on its own, whether it is dropped: (count,) bool."""
+    """Whether each of `count` samples is dropped, drawn for each: (count,) bool."""
     return torch.rand(count, generator=generator, device=generator.device) < rate
 
 
 def stills(kinds: list[str], frames: int) -> Tensor:
-    """Which samples show a single frame: (B,) bool.
-
-    Their condition frame would be their target, so an I2V model must never see it (the leak).
-    """
+    """Which samples show a single frame: (B,) bool. An I2V model must never see their condition frame, as it is
+    their target (the leak)."""
     return torch.tensor([kind == "image" or frames == 1 for kind in kinds])
 
 
 def condition_latents(first: Tensor, frames: int, dropped: Tensor) -> Tensor:
-    """The I2V condition for `frames` latent frames: the first frame's latent, then zeros.
+    """The I2V condition for `frames` latent frames: the first frame's latent (B, 1, C, H, W), then zeros.
 
-    `first` is (B, 1, C, H, W). Where `dropped` (B,) is true the whole condition is zero, as in CogVideo.
+    The first frame is in front even of the padding, as in diffusers' pipeline. Where `dropped` (B,) is true the
+    whole condition is zero, as in CogVideo.
     """
+    # not a product with the mask: a latent that is not finite must become zero, too
     kept = torch.where(dropped.to(first.device)[:, None, None, None, None], torch.zeros_like(first), first)
     rest = kept.new_zeros(kept.shape[0], frames - 1, *kept.shape[2:])
     return torch.cat([kept, rest], dim=1)
@@ -64,11 +60,10 @@ def pad_front(latents: Tensor, padding: int) -> Tensor:
 
 
 def pad_condition(condition: Tensor, padding: int) -> Tensor:
-    """The I2V condition with `padding` copies of its last frame behind it.
+    """CogVideo's I2V condition with `padding` copies of its last frame behind it.
 
     The first frame stays the first of all, in the padding's place, as in diffusers' pipeline. The last is zero in
     the published models, and the image again where CogVideo repeats it (`noised_image_all_concat`).
     """
-    return (
-        torch.cat([condition, condition[:, -1:].expand(-1, padding, -1, -1, -1)], dim=1) if padding else condition
-    )
+    last = condition[:, -1:].expand(-1, padding, -1, -1, -1)
+    return torch.cat([condition, last], dim=1) if padding else condition

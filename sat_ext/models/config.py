@@ -1,7 +1,6 @@
-"""The `model:` section of the YAML, and what follows from its numbers.
+"""The `model:` section of the YAML, and what follows from its numbers. docs/memory.md weighs the levers.
 
-Imports neither diffusers nor transformers, so that the data set and the command line can ask what a model accepts
-without loading one.
+Imports neither diffusers nor transformers, so that the data set and the command line can ask what a model accepts.
 """
 
 import math
@@ -21,15 +20,15 @@ from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
 Quantization = Literal["none", "nf4", "fp8"]
-ABSENT = -100.0  # SAT's mark for a metric that a rank has no value of; SAT averages the others
+ABSENT = -100.0  # SAT's mark for a metric that a rank has no value for; SAT averages the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Architecture of diffusers' `CogVideoXTransformer3DModel`; the defaults are CogVideoX-2B's.
 
-    Sizes `sample_height` and `sample_width` are in latent pixels, `sample_frames` in pixel frames.
-    `in_channels` counts the condition's channels too where the model is image-to-video.
+    `sample_height` and `sample_width` are in latent pixels, `sample_frames` in pixel frames. The `in_channels` of
+    an image-to-video model include the condition's.
     """
 
     num_layers: int = 30
@@ -68,17 +67,15 @@ class AutoencoderConfig:
 class FirstStageConfig:
     """Pixels to latents: the video autoencoder, or the tiny models' cosine transform, which has no weights.
 
-    Levers on the autoencoder's memory, in the order in which to pull them:
-    - `slicing`: encode one sample at a time, the default. A batch takes as many times the memory, and diffusers
-      fails from nine stills of 480x720 on.
-    - `tiling`: encode in overlapping, blended tiles of half the native height and width; a quarter of the memory
-      for some 40 % more time. Latents differ a little from those of the whole frame.
-    - `frames`: pixel frames that are encoded at a time, a multiple of 4. The published models saw latents of 8;
-      other values give slightly different ones.
-    Samples are always decoded one at a time and in tiles.
+    Levers on the autoencoder's memory when it encodes, in the order in which to pull them:
+    - `slicing`: one sample at a time. Without it diffusers fails from nine stills of 480x720 on.
+    - `tiling`: in overlapping, blended tiles of half the native height and width; a quarter of the memory for some
+      40 % more time. Latents differ a little from those of the whole frame.
+    - `frames`: so many pixel frames at a time, a multiple of 4. The published models saw latents of 8; other
+      values give slightly different ones.
 
     `condition_scale` multiplies the latents of the I2V condition frame, in training and in `sat-ext sample`. Null
-    is as in diffusers' pipeline: `scaling_factor`, or its inverse where the folder's vae/config.json has
+    is as in diffusers' pipeline: `scaling_factor`, or its inverse if the folder's vae/config.json has
     `invert_scale_latents`.
     """
 
@@ -106,13 +103,10 @@ class TextConfig:
     models without a folder.
 
     - `device`: "cpu" encodes on the CPU, which takes seconds a caption for a T5-XXL. "on_off" copies the encoder
-      to the GPU for each call, before the transformer's activations are there; the copy takes 9.5 GB in bf16. Both
-      keep it in the CPU memory of each rank.
-    - `quantization` of a `t5` that stays on the GPU, by bitsandbytes: "int8" and "nf4" take 1 and 0.56 bytes a
-      weight of the linear layers except `wo`, which transformers leaves alone: 5.9 and 4.3 GB for a T5-XXL. The
-      embeddings differ a little from those that the model was trained on.
-
-    With cached embeddings (`sat-ext cache`) no step needs the encoder.
+      to the GPU for each call, before the transformer's activations are there. Both keep it in the CPU memory of
+      each rank.
+    - `quantization` of a `t5` that stays on the GPU, by bitsandbytes: "int8" or "nf4", of the linear layers except
+      `wo`, which transformers leaves alone. Embeddings differ a little from those the model was trained on.
     """
 
     kind: Literal["t5", "byt5"] = "t5"
@@ -123,7 +117,7 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The noise schedule; see `sat_ext.models.diffusion`. A pretrained folder's scheduler/ wins over it."""
+    """The noise schedule and the sampler. A pretrained folder's scheduler/ wins over them."""
 
     snr_shift_scale: float = 1.0
     sampler: Literal["ddim", "dpm"] = "ddim"
@@ -135,8 +129,7 @@ class TrainConfig:
     (finetune/schemas/args.py).
 
     `quantization` applies to the frozen weights below a LoRA, in the blocks' linear layers: "fp8" takes 1 byte
-    each, with an error of some 3 % of a weight, "nf4" 0.53 bytes with some 9 %; bf16 takes 2. They are dequantised
-    at each use, which takes time.
+    each, with an error of some 3 % of a weight, "nf4" 0.53 bytes with some 9 %; bf16 takes 2.
     """
 
     mode: Literal["full", "lora"] = "full"
@@ -151,8 +144,7 @@ class GradientCheckpointing:
     """Keep a transformer block's input alone, and recompute the rest in the backward pass.
 
     `every`: of n blocks the first is recomputed; 1 is all of them, for the least memory, and costs another forward
-    pass. `offload`: those inputs wait in page-locked CPU memory, copied while the GPU computes. It costs no time
-    as long as a block computes longer than its input takes over PCIe, which stills may not.
+    pass. `offload`: those inputs wait in page-locked CPU memory, copied while the GPU computes.
     """
 
     every: int = 1
@@ -180,8 +172,8 @@ class LossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How samples are made, in an evaluation (`number` of each kind, 0 for none) and by `sat-ext sample`. Steps
-    and guidance default to those of CogVideo's sampler (`num_steps`, DynamicCFG's `scale`, tag v1.0)."""
+    """How samples are made, at an evaluation (`number` of each kind) and by `sat-ext sample`. Steps and guidance
+    default to those of CogVideo's sampler (`num_steps`, DynamicCFG's `scale`, tag v1.0)."""
 
     number: int = 0
     steps: int = 50
@@ -198,8 +190,7 @@ class ModelConfig:
 
     `gradient_checkpointing` is true for every block, or `GradientCheckpointing`. `block_swap` is the number of
     blocks whose frozen weights wait in the page-locked CPU memory of each rank, and are fetched while the block
-    before computes: all but two of them leave the GPU. It costs no time as long as a block computes longer than
-    its weights take over PCIe (5B: 264 MB of bf16, some 10 ms), which small stills do not.
+    before computes (5B: 264 MB of bf16, some 10 ms over PCIe): all but two of them leave the GPU.
     """
 
     pretrained: str | None = None
@@ -227,7 +218,7 @@ class ModelConfig:
 
     @property
     def checkpointing(self) -> GradientCheckpointing | None:
-        """Which blocks are recomputed in the backward pass; None where all keep what they need."""
+        """Which blocks are recomputed in the backward pass; None if all keep what they need."""
         given = self.gradient_checkpointing
         return (GradientCheckpointing() if given else None) if isinstance(given, bool) else given
 

@@ -94,9 +94,8 @@ def mean_where(losses: Tensor, chosen: Sequence[bool]) -> Tensor:
 def timestep_interval(rank: int, world: int) -> tuple[int, int]:
     """The timesteps [low, high) that a rank draws from: the ranks share out the range, so that a step covers it.
 
-    As CogVideo's configurations have it (`uniform_sampling: True` of `DiscreteSampling`, in
-    sat/sgm/modules/diffusionmodules/sigma_sampling.py at tag v1.0): the parts are equal, and if the number of
-    ranks does not divide the range, neighbours draw from the same part.
+    As in CogVideo (`uniform_sampling: True` of `DiscreteSampling`, sat/sgm/modules/diffusionmodules/
+    sigma_sampling.py at tag v1.0), the parts are equal, and neighbours may share one.
 
     >>> [timestep_interval(rank, 4) for rank in range(4)]
     [(0, 250), (250, 500), (500, 750), (750, 1000)]

@@ -16,7 +16,6 @@ from sat_ext.models.conditioning import (
     condition_latents,
     drop_mask,
     noisy_first_frames,
-    pad_condition,
     pad_front,
     padding_frames,
     stills,
@@ -65,7 +64,7 @@ class VideoDiffusionEngine(nn.Module):
                 "which a run from data.params.cache does not load; set it to 0, and use sat-ext sample."
             )
         self.first_stage: Any = build_first_stage(config, params_dtype) if cache is None else None
-        self.text: Any = build_text(config, params_dtype) if cache is None else CachedText(Path(cache))
+        self.text: Any = build_text(config, params_dtype) if cache is None else TextEmbeddings(Path(cache))
         self.schedule = NoiseSchedule(diffusers_scheduler(config.schedule).alphas_cumprod)
         self.disable_untrainable_params()
         self.register_state_dict_post_hook(_leave_out_fixed)
@@ -156,7 +155,7 @@ class VideoDiffusionEngine(nn.Module):
             if generator is not None:
                 drawn = drop_mask(len(first), self.config.condition_dropout, generator)
                 dropped = dropped.to(drawn.device) | drawn
-            condition = pad_condition(condition_latents(first, latents.shape[1], dropped), padding)
+            condition = condition_latents(first, latents.shape[1] + padding, dropped)
         return pad_front(latents, padding), condition, padding
 
     def _latents(
@@ -175,17 +174,6 @@ class VideoDiffusionEngine(nn.Module):
             return latents, None
         frames = pixels[:, :1] if generator is None else noisy_first_frames(pixels, generator)
         return latents, self.first_stage.encode_condition(frames, generator)
-
-
-class CachedText:
-    """The embeddings of a folder, in the place of a text encoder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.embeddings = TextEmbeddings(folder)
-
-    def encode(self, captions: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Embeddings, (B, length, D). Raises `DataError` for a caption that is not in the folder."""
-        return torch.stack([self.embeddings[caption] for caption in captions]).to(device, dtype)
 
 
 def _leave_out_fixed(engine: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -1,7 +1,6 @@
-"""The first stage: pixels to latents and back. It never trains.
+"""The first stage, which never trains: pixels to latents and back, all (B, T, C, H, W).
 
-Everything here is (B, T, C, H, W): pixels in [-1, 1] with T = 1 or 4k+1, latents with (T - 1) / 4 + 1 frames.
-The first latent frame holds one pixel frame, each other four.
+Pixels are in [-1, 1] with T = 1 or 4k+1. The first latent frame holds one pixel frame, each other four.
 """
 
 import math
@@ -37,15 +36,15 @@ OPPONENT_COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
 
 
 class CosineFirstStage(nn.Module):
-    """A fixed, orthonormal, truncated space-time cosine transform: the first stage of the tiny models.
+    """A fixed, orthonormal, truncated space-time cosine transform: the tiny models' first stage, without weights.
 
     Blocks of 8x8 pixels and, after the first frame, groups of four frames become 16 channels, together of about
     unit variance. The first frame counts as four equal ones, so that a channel means the same in a still, in a
-    first frame and in a clip. Without weights, so that a tiny model is whole without any file.
+    first frame and in a clip.
     """
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents, in the pixels' dtype. There is nothing random; `generator` is not used."""
+        """Latents, in the pixels' dtype. Nothing is drawn."""
         colours, basis, scale = _cosine_basis(pixels.device)
         group, block = TEMPORAL_COMPRESSION, LATENT_SIDE
         padded = torch.cat([pixels[:, :1].expand(-1, group - 1, -1, -1, -1), pixels], dim=1).float()
@@ -57,7 +56,7 @@ class CosineFirstStage(nn.Module):
         return (latents / scale[:, None, None]).to(pixels.dtype)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, None]:
-        """Latents, and no deviation: there is nothing random."""
+        """Latents, and no deviation."""
         return self.encode(pixels), None
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -105,20 +104,18 @@ class AutoencoderFirstStage(nn.Module):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         self.scale = float(dict(vae.config)["scaling_factor"])
-        # CogVideoX-1.5's I2V model was trained on condition latents of another scale. Its vae/config.json
-        # says so with `invert_scale_latents`, which diffusers' pipeline reads as the factor's inverse.
+        # CogVideoX-1.5's I2V model was trained on condition latents of another scale. Its vae/config.json says so
+        # with `invert_scale_latents`, which diffusers' pipeline reads as the factor's inverse.
         inverted = bool(dict(vae.config).get("invert_scale_latents", False))
         default = 1.0 / self.scale if inverted else self.scale
         self.condition_scale = default if condition_scale is None else condition_scale
 
     def train(self, mode: bool = True) -> "AutoencoderFirstStage":
-        """Stay in evaluation mode, whatever is asked."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def _posterior(self, pixels: Tensor) -> DiagonalGaussianDistribution:
-        posterior = self.vae.encode(pixels.transpose(1, 2).to(self.vae.dtype)).latent_dist
-        assert isinstance(posterior, DiagonalGaussianDistribution)
-        return posterior
+        return self.vae.encode(pixels.transpose(1, 2).to(self.vae.dtype)).latent_dist
 
     def _latents(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         posterior = self._posterior(pixels)
@@ -143,15 +140,14 @@ class AutoencoderFirstStage(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, clamped to [-1, 1]. In tiles and one sample at a time: whole, a clip takes several times what a
-        training step does."""
-        count = latents.shape[1]
-        frames = pixel_frames(count)
-        if count % 2 == 0:
+        """Pixels, clamped to [-1, 1]."""
+        frames = pixel_frames(latents.shape[1])
+        if latents.shape[1] % 2 == 0:
             # The decoder takes the first frame apart only in an odd number of them: 2 would become 8 pixel
             # frames, not 5. It is causal, so one more at the end changes nothing before it.
             latents = torch.cat([latents, latents[:, -1:]], dim=1)
         levers = self.vae.use_tiling, self.vae.use_slicing
+        # decoded whole, a clip takes several times the memory of a training step
         self.vae.use_tiling = self.vae.use_slicing = True
         decoded = self.vae.decode((latents / self.scale).transpose(1, 2).to(self.vae.dtype)).sample
         self.vae.use_tiling, self.vae.use_slicing = levers
@@ -162,7 +158,7 @@ FirstStage = CosineFirstStage | AutoencoderFirstStage
 
 
 def build_first_stage(config: ModelConfig, dtype: torch.dtype) -> FirstStage:
-    """The first stage that `config` asks for, its weights from the pretrained folder where there is one."""
+    """The first stage that `config` asks for, with the weights of the pretrained folder or random ones."""
     first = config.first_stage
     if first.kind == "cosine":
         return CosineFirstStage()
@@ -177,9 +173,6 @@ def build_first_stage(config: ModelConfig, dtype: torch.dtype) -> FirstStage:
             down_block_types=("CogVideoXDownBlock3D",) * levels,
             up_block_types=("CogVideoXUpBlock3D",) * levels,
         )
-    if first.tiling:
-        vae.enable_tiling()
-    if first.slicing:
-        vae.enable_slicing()
+    vae.use_tiling, vae.use_slicing = first.tiling, first.slicing
     vae.num_sample_frames_batch_size = first.frames
     return AutoencoderFirstStage(vae, first.condition_scale)

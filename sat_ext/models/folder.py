@@ -31,16 +31,16 @@ def load_model_config(mapping: Mapping[str, Any]) -> ModelConfig:
 def expected_config(model: Mapping[str, Any]) -> ModelConfig:
     """`load_model_config`; without its folder on this machine, with the architecture that the YAML expects."""
     config = load(ModelConfig, model, "model")
-    known = config.pretrained is None or Path(config.pretrained).is_dir()
-    return load_model_config(model) if known else config
+    if config.pretrained is None or Path(config.pretrained).is_dir():
+        return load_model_config(model)
+    return config
 
 
 def folder_config(pretrained: str, subfolder: str, name: str = "config.json") -> dict[str, Any]:
-    """`<pretrained>/<subfolder>/<name>` as a dict; `ConfigError` where the folder or the file is missing."""
-    root = Path(pretrained)
-    if not root.is_dir():
+    """`<pretrained>/<subfolder>/<name>` as a dict; `ConfigError` if the folder or the file is missing."""
+    if not Path(pretrained).is_dir():
         raise ConfigError(f"model.pretrained: no folder {pretrained}; give the path of a diffusers model.")
-    file = root / subfolder / name
+    file = Path(pretrained, subfolder, name)
     if not file.is_file():
         raise ConfigError(
             f"model.pretrained: {pretrained} has no {subfolder}/{name}; "
@@ -97,19 +97,18 @@ def _check_channels(config: ModelConfig) -> None:
 
 
 def _check_levers(config: ModelConfig) -> None:
-    lora, swap, layers = config.train.mode == "lora", config.block_swap, config.transformer.num_layers
-    if config.train.quantization != "none" and not lora:
+    train, text, swap, layers = config.train, config.text, config.block_swap, config.transformer.num_layers
+    if train.mode == "full" and train.quantization != "none":
         raise ConfigError(
-            f"model.train.quantization: {config.train.quantization} is for frozen weights, and mode: full trains "
-            "them; use mode: lora, or quantization: none."
+            f"model.train.quantization: {train.quantization} is for frozen weights, and mode: full trains them; "
+            "use mode: lora, or quantization: none."
         )
-    if swap and not lora:
+    if train.mode == "full" and swap:
         raise ConfigError(
             f"model.block_swap: {swap}, but swapped weights are never written back, and mode: full trains them; "
             "use mode: lora, or an offloading YAML of configs/zero/."
         )
-    lever = config.checkpointing
-    if swap and (lever is None or lever.every != 1):
+    if swap and (config.checkpointing is None or config.checkpointing.every != 1):
         raise ConfigError(
             f"model.block_swap: {swap}, but a block's weights come back for the backward pass only when it is "
             "recomputed; set model.gradient_checkpointing: true."
@@ -119,9 +118,8 @@ def _check_levers(config: ModelConfig) -> None:
             f"model.block_swap: {swap}; two blocks are on the GPU at a time, and the model has {layers}; give "
             f"{BLOCKS_FETCHED + 1} to {layers}, or 0 for none."
         )
-    if config.text.quantization != "none" and (config.text.kind != "t5" or config.text.device != "gpu"):
-        found = f"kind: {config.text.kind}" if config.text.kind != "t5" else f"device: {config.text.device}"
+    if text.quantization != "none" and (text.kind, text.device) != ("t5", "gpu"):
         raise ConfigError(
-            f"model.text.quantization: {config.text.quantization} is for a folder's T5 that stays on the GPU, but "
-            f"the YAML has {found}; use kind: t5 with device: gpu, or quantization: none."
+            f"model.text.quantization: {text.quantization} is for a folder's T5 that stays on the GPU, but the "
+            f"YAML has kind: {text.kind}, device: {text.device}; use kind: t5, device: gpu, or quantization: none."
         )

@@ -56,8 +56,8 @@ def generate(
 
     `first_frames`, (B, C, H, W) in [-1, 1], is what an I2V model animates; without it the condition is zero,
     as in training's condition dropout. Guidance pushes away from the empty caption; a `guidance_scale` of 1
-    or less turns it off, and then each step costs half. Both default to those of `model.sampling`. Raises
-    `ConfigError` for a size or frame count that the model does not take, and for a first frame that it cannot use.
+    or less turns it off, and then each step costs half. It and `steps` default to those of `model.sampling`.
+    Raises `ConfigError` for a shape that the model does not take, and for a first frame that it cannot use.
     """
     config = engine.config
     check_bucket(config, Bucket(frames=frames, height=height, width=width))

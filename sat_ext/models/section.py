@@ -1,22 +1,23 @@
-"""The built-in engine's `model` section, as the rest of the program asks of it. Imports no diffusers by itself."""
-
-from __future__ import annotations
+"""The built-in engine's `model` section, as `Engine` and `Encoders` ask of it. Only `build` imports diffusers."""
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sat_ext.cogvideox import SequenceShape
-from sat_ext.config import load
 from sat_ext.errors import ConfigError
+from sat_ext.latents.checksummed import files_fingerprint
+from sat_ext.latents.encoders import Encoders, Fingerprints, Part
+from sat_ext.latents.store import fingerprint_of
+from sat_ext.latents.text import encoder_fingerprint
 from sat_ext.models.config import ModelConfig, TrainConfig, check_bucket
-from sat_ext.models.folder import expected_config
+from sat_ext.models.folder import expected_config, load_model_config
 from sat_ext.types import Bucket
-
-if TYPE_CHECKING:
-    from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 
 
 class BuiltIn:
@@ -37,7 +38,7 @@ class BuiltIn:
 
     @property
     def condition_dropout(self) -> float:
-        return load(ModelConfig, self.model, "model").condition_dropout if self.model else 0.0
+        return float(self.model.get("condition_dropout", ModelConfig.condition_dropout))
 
     @property
     def lora_scale(self) -> tuple[float, str] | None:
@@ -55,10 +56,9 @@ class BuiltIn:
         return None
 
     def batch_dtype(self, training: torch.dtype, *, model_parallel: int = 1) -> torch.dtype:
-        """uint8, which the engine converts on its device; the training dtype for an engine that is not known."""
         if self.model:
-            return torch.uint8
-        return training if model_parallel == 1 else torch.float32
+            return torch.uint8  # a fourth of the bytes from the data workers to the GPU, where the engine converts
+        return training if model_parallel == 1 else torch.float32  # as CogVideo's: the engine is not known
 
     def sequence_shape(self) -> SequenceShape:
         if not self.model:
@@ -76,25 +76,34 @@ class BuiltIn:
         return expected_config(self.model)
 
     def check(self, buckets: Sequence[Bucket]) -> None:
-        if not self.model:
-            return
-        config = expected_config(self.model)
-        for bucket in buckets:
-            check_bucket(config, bucket)
+        if self.model:
+            config = expected_config(self.model)
+            for bucket in buckets:
+                check_bucket(config, bucket)
 
     def check_run(self, args: argparse.Namespace, buckets: Sequence[Bucket], *, is_cached: bool) -> None:
-        self.check(buckets)  # its arguments were checked when they were parsed, and any cache of its encoders goes
+        self.check(buckets)  # arguments are checked when they are parsed, a cache when it is opened
 
     def fingerprints(self, dtype: torch.dtype) -> Fingerprints:
         if not self.model:
             raise ConfigError("--base: no 'model' section to take encoders from; add a file of configs/model/.")
-        from sat_ext.models.engine_encoders import fingerprints  # and diffusers
-
-        return fingerprints(self.model, dtype)
+        config, name = load_model_config(self.model), str(dtype).removeprefix("torch.")
+        first, text, length = config.first_stage, config.text, config.text_length
+        if first.kind == "cosine":
+            stage = fingerprint_of("cosine", name)
+        else:
+            weights = files_fingerprint(Path(config.pretrained, "vae")) if config.pretrained else "random"
+            options = (asdict(first.autoencoder), first.tiling, first.frames, first.condition_scale)
+            stage = fingerprint_of("autoencoder", weights, options, name, config.conditioning)
+        if text.kind == "byt5":
+            width = str(config.transformer.text_embed_dim)
+            encoder = {"encoder": "byt5", "width": width, "dtype": name, "max_length": str(length)}
+        else:
+            encoder = encoder_fingerprint(f"{config.pretrained}/text_encoder", length, dtype)
+            encoder["quantization"] = text.quantization
+        return Fingerprints(first_stage=stage, text=encoder)
 
     def encoders(self, dtype: torch.dtype, device: torch.device) -> Encoders:
-        from sat_ext.models.engine_encoders import EngineEncoders
-
         return EngineEncoders(self.model, dtype, device)
 
     def too_large(self, part: Part) -> str:
@@ -106,3 +115,26 @@ class BuiltIn:
     def train_from(self, folder: str, clips: int) -> str:
         extra = f", clips: {clips}" if clips > 1 else ""
         return f"append a YAML: data: {{params: {{cache: {{folder: {folder}{extra}}}}}}}"
+
+
+class EngineEncoders(Encoders):
+    """Those of a `model:` section."""
+
+    def __init__(self, model: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        self.config = load_model_config(model)
+        super().__init__(dtype, device, conditions=self.config.conditioning == "i2v")
+
+    def build(self, part: Part) -> nn.Module:
+        from sat_ext.models.first_stage import build_first_stage
+        from sat_ext.models.t5 import build_text
+
+        return (build_text if part == "text" else build_first_stage)(self.config, self.dtype)
+
+    def embed(self, captions: list[str]) -> Tensor:
+        return self.text.encode(captions, self.device, self.dtype)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.first_stage.moments(pixels)
+
+    def encode_condition(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.first_stage.encode_condition(frames, generator)

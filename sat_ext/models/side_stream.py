@@ -1,9 +1,4 @@
-"""Copies between GPU and CPU memory that run beside the computation. Between CPU tensors they are plain copies.
-
-GPU memory on either side belongs to the computing stream, and `Transfer.finish` makes its next use there wait for
-the copy. We do not use `record_stream`: it frees memory only when the GPU has got that far, and the CPU, which is
-whole blocks ahead, would allocate more in the meantime.
-"""
+"""Copies between GPU and CPU memory that run beside the computation. Between CPU tensors they are plain copies."""
 
 import logging
 import mmap
@@ -22,27 +17,31 @@ class SideStream:
     """The copies in one direction, in order, on a CUDA stream of their own."""
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def copy(self, source: Tensor, target: Tensor) -> "Transfer":
-        """Start to copy `source` as it is at this point of the computation; asynchronous where the CPU side is
+        """Start to copy `source` as it is at this point of the computation; asynchronous if the CPU side is
         page-locked."""
         device = next((t.device for t in (source, target) if t.is_cuda), None)
         if device is None:
             target.copy_(source)
             return Transfer(target)
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        stream = self._streams[device]
+        if self._stream is None:  # not earlier: the model is built on the CPU
+            self._stream = torch.cuda.Stream(device)
         # `source` must be computed, and whatever used the memory of `target` before must be done
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        return Transfer(target, source, stream)
+        return Transfer(target, source, self._stream)
 
 
 class Transfer:
-    """A copy under way, which keeps both sides until `finish`."""
+    """A copy under way, which keeps both sides until `finish`.
+
+    GPU memory on either side belongs to the computing stream, and `finish` makes its next use there wait for the
+    copy. We do not use `record_stream` for that: it frees memory only when the GPU has got that far, and the CPU,
+    which is whole blocks ahead, would allocate more in the meantime.
+    """
 
     def __init__(
         self, target: Tensor, source: Tensor | None = None, stream: torch.cuda.Stream | None = None
@@ -66,20 +65,19 @@ class Transfer:
 
 
 def host_memory(size: int) -> Tensor:
-    """CPU memory of `size` bytes (uint8), to be page-locked.
-
-    It is shared with forked processes. Linux copies every page of private memory that a GPU may write to at each
-    fork (`copy_present_page` in mm/memory.c), so each data worker would take as much again.
-    """
+    """CPU memory of `size` bytes (uint8), to be page-locked."""
+    # Shared with forked processes. Of private memory that a GPU may write to, Linux copies every page at each fork
+    # (`copy_present_page` in mm/memory.c), so each data worker would take as much again.
     return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
 
 
 def page_lock(memory: Tensor) -> bool:
     """Page-lock `memory` of `host_memory`, so that copies to a GPU are asynchronous; unlocked when it is freed.
 
-    `Tensor.pin_memory` would copy it into an allocation that is rounded up to a power of two
-    (aten/src/ATen/core/CachingHostAllocator.h). False where the system refuses; the memory is then used unlocked.
+    False if the system refuses; the memory is then used unlocked.
     """
+    # not `Tensor.pin_memory`, which copies into an allocation that is rounded up to a power of two
+    # (aten/src/ATen/core/CachingHostAllocator.h)
     cudart, address = torch.cuda.cudart(), memory.data_ptr()
     status = int(cudart.cudaHostRegister(address, memory.nbytes, 0))
     if status != 0:
@@ -96,12 +94,13 @@ def page_lock(memory: Tensor) -> bool:
 
 
 def _unlock(cudart: Any, address: int, process: int) -> None:
+    # a forked data worker inherits the memory, but not the lock
     if os.getpid() == process and int(cudart.cudaHostUnregister(address)) != 0:
         _take_error()
 
 
 def _take_error() -> None:
-    """Clear the error of a failed call, which PyTorch would otherwise raise after its next kernel. PyTorch has no
-    cudaGetLastError, so we launch a kernel that nothing depends on."""
+    # PyTorch would raise a failed call's error after its next kernel. It has no cudaGetLastError to clear it, so
+    # we launch a kernel that nothing depends on.
     with suppress(RuntimeError):
         torch.zeros(1, device="cuda").add_(1)

@@ -1,22 +1,14 @@
 """Captions to embeddings. Nothing here trains, as in the published models."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    ByT5Tokenizer,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import AutoTokenizer, BitsAndBytesConfig, ByT5Tokenizer, T5Config, T5EncoderModel
 
-from sat_ext.errors import ConfigError
 from sat_ext.models.config import ModelConfig, TextConfig
 from sat_ext.models.folder import folder_config
+from sat_ext.models.quantize import import_bitsandbytes
 from sat_ext.models.text_offload import EmbeddingCache, encoder_dtype, on_device, own_cores
 
 # Of the small encoder. Changing one makes every checkpoint of a tiny model useless.
@@ -30,15 +22,12 @@ class T5Text(nn.Module):
     as CogVideo's FrozenT5Embedder and diffusers' pipelines do.
 
     An encoder that is quantized or off the GPU stays out of the module tree: what moves, casts, saves or
-    partitions the model does not see it, and every rank holds it in its own memory. It encodes each caption once
-    (`EmbeddingCache`), while one in the module tree encodes every batch: under ZeRO-3 that gathers from all ranks.
+    partitions the model does not see it, and every rank holds it in its own memory.
     """
 
     encoder: nn.Module
 
-    def __init__(
-        self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, lever: TextConfig
-    ) -> None:
+    def __init__(self, encoder: nn.Module, tokenizer: Any, length: int, lever: TextConfig) -> None:
         super().__init__()
         encoder.eval().requires_grad_(False)
         if lever.device == "gpu" and lever.quantization == "none":
@@ -51,38 +40,32 @@ class T5Text(nn.Module):
         self.embeddings = EmbeddingCache()
 
     def train(self, mode: bool = True) -> "T5Text":
-        """Stay in evaluation mode, whatever is asked: T5 has dropout."""
+        """Stay in evaluation mode: T5 has dropout."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, captions: list[str], device: torch.device, dtype: torch.dtype) -> Tensor:
         """Embeddings, (B, length, D), on `device`. Longer captions are cut."""
         if "encoder" in self._modules:
+            # every batch, nothing from the cache: under ZeRO-3 this gathers weights, so all ranks must call alike
             return self._embed(captions).to(device, dtype)
         place = on_device([self.encoder], device) if self.moves else own_cores()
         return self.embeddings.get(captions, dtype, self._embed, place).to(device, dtype)
 
     def _embed(self, captions: list[str]) -> Tensor:
         tokens = self.tokenizer(
-            captions,
-            padding="max_length",
-            max_length=self.length,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
+            captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        embedded: Tensor = self.encoder(tokens.input_ids.to(next(self.encoder.parameters()).device))[0]
-        return embedded
+        return self.encoder(tokens.input_ids.to(next(self.encoder.parameters()).device))[0]
 
 
 def build_text(config: ModelConfig, dtype: torch.dtype) -> T5Text:
-    """The text encoder that `config` asks for. Raises `ConfigError` where its quantization cannot be had."""
-    length = config.text_length
+    """The text encoder that `config` asks for. Raises `ConfigError` if its quantization cannot be had."""
     if config.text.device == "cpu":
         dtype = encoder_dtype(dtype)
     if config.text.kind == "byt5":
         small = small_byt5(config.transformer.text_embed_dim).to(dtype)
-        return T5Text(small, ByT5Tokenizer(), length, config.text)
+        return T5Text(small, ByT5Tokenizer(), config.text_length, config.text)
     assert config.pretrained is not None, "ModelConfig checks it"
     folder_config(config.pretrained, "text_encoder")
     folder_config(config.pretrained, "tokenizer", "tokenizer_config.json")
@@ -98,17 +81,14 @@ def build_text(config: ModelConfig, dtype: torch.dtype) -> T5Text:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     tokenizer = AutoTokenizer.from_pretrained(config.pretrained, subfolder="tokenizer", local_files_only=True)
-    return T5Text(encoder, tokenizer, length, config.text)
+    return T5Text(encoder, tokenizer, config.text_length, config.text)
 
 
 def _quantization(lever: TextConfig, dtype: torch.dtype) -> dict[str, Any]:
     """`from_pretrained`'s arguments for quantization, which happens on the device where the encoder stays."""
     if lever.quantization == "none":
         return {}
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"model.text.quantization: {lever.quantization} needs bitsandbytes; pip install bitsandbytes."
-        )
+    import_bitsandbytes(f"model.text.quantization: {lever.quantization}")
     chosen = {
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),

@@ -12,15 +12,15 @@ from torch import Tensor
 from sat_ext.cogvideox import OFS, Grid, latent_frames, learned_positions, rotary_table
 from sat_ext.errors import ConfigError
 from sat_ext.models.block_swap import swap_blocks
-from sat_ext.models.checkpointing import checkpoint_blocks
+from sat_ext.models.checkpointing import Checkpointing
 from sat_ext.models.config import ModelConfig, TrainConfig
 from sat_ext.models.quantize import quantize_blocks
 
 
 class LearnedPatchEmbed(CogVideoXPatchEmbed):
-    """CogVideoX-5B-I2V's patch embedding, for sizes and frame counts beside the native one.
+    """CogVideoX-5B-I2V's patch embedding, for other sizes and frame counts than the native ones too.
 
-    diffusers' own raises for another size and takes sines that the model never saw for another frame count.
+    diffusers' own raises for another size, and for another frame count takes sines that the model never saw.
     Here fewer frames take the first ones' embeddings, and other sizes take them resized.
     """
 
@@ -47,8 +47,10 @@ class LearnedPatchEmbed(CogVideoXPatchEmbed):
 def rotary_embedding(
     config: ModelConfig, frames: int, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines for latents of this shape (padding included), or None where the model has no rotary
-    embedding. 1.0 models stretch the native grid over the frame, 1.5 models count patches."""
+    """Cosines and sines for latents of this shape (padding included), or None for a model without them.
+
+    1.0 models stretch the native grid over the frame, 1.5 models count patches.
+    """
     transformer = config.transformer
     if not transformer.use_rotary_positional_embeddings:
         return None
@@ -75,50 +77,45 @@ def predict_velocity(
 
 
 def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """The transformer of the pretrained folder, or one of random weights, with adapters where LoRA trains."""
-    if config.pretrained is not None:
+    """The transformer of the pretrained folder, or one of random weights, with LoRA's adapters and the levers."""
+    pretrained, train = config.pretrained, config.train
+    if pretrained is not None:
         transformer = CogVideoXTransformer3DModel.from_pretrained(
-            config.pretrained,
-            subfolder="transformer",
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
+            pretrained, subfolder="transformer", torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
     else:
         transformer = CogVideoXTransformer3DModel(**asdict(config.transformer))
-        if config.train.mode == "full":  # closed gates would keep every gradient from adapters
+        if train.mode == "full":  # closed gates would keep every gradient from adapters
             _start_at_identity(transformer)
     if config.transformer.use_learned_positional_embeddings:
         embed = transformer.patch_embed
         embed.__class__ = LearnedPatchEmbed  # same weights, same names in the checkpoint
-        if config.train.mode == "full":  # a buffer in diffusers, which would never train; CogVideo trains it
+        if train.mode == "full":  # a buffer in diffusers, which would never train; CogVideo trains it
             positions = embed._buffers.pop("pos_embedding").to(embed.proj.weight.dtype)
             embed.pos_embedding = torch.nn.Parameter(positions, requires_grad=False)  # until the engine says so
     blocks = transformer.transformer_blocks
-    if config.train.quantization != "none":
-        quantize_blocks(blocks, config.train.quantization, in_state_dict=config.pretrained is None)
-    if config.train.mode == "lora":
-        add_lora(transformer, config.train)
+    # In this order: PEFT wraps the quantized layers, and what is swapped is what is frozen beside its adapters.
+    if train.quantization != "none":
+        # a folder gives its weights again, random ones are in the checkpoint alone
+        quantize_blocks(blocks, train.quantization, in_state_dict=pretrained is None)
+    if train.mode == "lora":
+        _add_lora(transformer, train)
     if config.block_swap:
         swap_blocks(blocks, config.block_swap)
-    if (checkpointing := config.checkpointing) is not None:
-        checkpoint_blocks(transformer, checkpointing)
+    if config.checkpointing is not None:
+        transformer.enable_gradient_checkpointing(Checkpointing(blocks, config.checkpointing))
     return transformer
 
 
 def _start_at_identity(transformer: CogVideoXTransformer3DModel) -> None:
-    """Zero the modulation layers, so that every block of a new model starts as the identity.
-
-    CogVideo does so (`AdaLNMixin.reinit` in sat/dit_video_concat.py); diffusers' module does not.
-    """
+    # as CogVideo does (`AdaLNMixin.reinit` in sat/dit_video_concat.py); diffusers' module does not
     for module in transformer.modules():
         if isinstance(module, CogVideoXLayerNormZero):
             torch.nn.init.zeros_(module.linear.weight)
             torch.nn.init.zeros_(module.linear.bias)
 
 
-def add_lora(transformer: CogVideoXTransformer3DModel, train: TrainConfig) -> None:
-    """Give `transformer` adapters that start as the identity. `ConfigError` where a target is no layer."""
+def _add_lora(transformer: CogVideoXTransformer3DModel, train: TrainConfig) -> None:
     names = [name for name, _ in transformer.named_modules()]
     for target in train.target_modules:
         if not any(name.endswith(f".{target}") for name in names):
@@ -126,6 +123,5 @@ def add_lora(transformer: CogVideoXTransformer3DModel, train: TrainConfig) -> No
                 f"model.train.target_modules: no layer of the transformer is called '{target}'; "
                 "the attention layers are to_q, to_k, to_v and to_out.0."
             )
-    transformer.add_adapter(
-        LoraConfig(r=train.rank, lora_alpha=train.alpha, target_modules=list(train.target_modules))
-    )
+    lora = LoraConfig(r=train.rank, lora_alpha=train.alpha, target_modules=list(train.target_modules))
+    transformer.add_adapter(lora)

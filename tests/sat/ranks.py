@@ -129,7 +129,7 @@ PRELOADED = (  # what a run imports in its course, two thirds of its time
     "train_video", "sat_ext.models.engine", "sat_ext.models.transformer", "sat_ext.sat.dataset",
     "sat_ext.sat.checkpoint.save", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.module_inject", "PIL.ImageFont",
-    "sat_ext.cli.main", "sat_ext.models.engine_encoders",
+    "sat_ext.cli.main", "sat_ext.models.t5",
 )  # fmt: skip
 
 

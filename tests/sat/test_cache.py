@@ -36,7 +36,6 @@ from sat_ext.latents.encoders import Part
 from sat_ext.latents.reader import Entries, LatentReader, captions_of
 from sat_ext.latents.store import LatentStore, write_latents
 from sat_ext.latents.text import TextEmbeddings, caption_key, write_text_embeddings
-from sat_ext.models import engine_encoders
 from sat_ext.models.engine import VideoDiffusionEngine
 from tests.models.conftest import write_pretrained
 from tests.sat.ranks import Running, Server, finish, folder_of
@@ -300,20 +299,20 @@ def test_mistakes_are_told_in_a_sentence(server: Server, data: Path, tmp_path: P
 def test_fingerprints_follow_weights_options_and_dtype(tmp_path: Path) -> None:
     folder = write_pretrained(tmp_path / "model", "5b-i2v")
     model = {"pretrained": str(folder), "conditioning": "i2v"}
-    first = engine_encoders.fingerprints(model, torch.bfloat16)
-    assert first == engine_encoders.fingerprints(model, torch.bfloat16)
+    first = engine_of(model).fingerprints(torch.bfloat16)
+    assert first == engine_of(model).fingerprints(torch.bfloat16)
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
-    assert engine_encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16) == first
-    assert engine_encoders.fingerprints(model, torch.float32).first_stage != first.first_stage
+    assert engine_of({**model, "pretrained": str(moved)}).fingerprints(torch.bfloat16) == first
+    assert engine_of(model).fingerprints(torch.float32).first_stage != first.first_stage
     tiled = {**model, "first_stage": {"tiling": True}}
-    assert engine_encoders.fingerprints(tiled, torch.bfloat16).first_stage != first.first_stage
+    assert engine_of(tiled).fingerprints(torch.bfloat16).first_stage != first.first_stage
     scaled = {**model, "first_stage": {"condition_scale": 1.0}}
-    assert engine_encoders.fingerprints(scaled, torch.bfloat16).first_stage != first.first_stage
+    assert engine_of(scaled).fingerprints(torch.bfloat16).first_stage != first.first_stage
     weights = moved / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    changed = engine_encoders.fingerprints({**model, "pretrained": str(moved)}, torch.bfloat16)
+    changed = engine_of({**model, "pretrained": str(moved)}).fingerprints(torch.bfloat16)
     assert changed.first_stage != first.first_stage and changed.text == first.text
 
 
@@ -321,7 +320,7 @@ def test_one_encoder_is_loaded_at_a_time(tmp_path: Path) -> None:
     """A GPU of 8 to 16 GB holds T5 or the autoencoder with its activations, and not both."""
     folder = write_pretrained(tmp_path / "model", "5b-i2v")
     model = {"pretrained": str(folder), "conditioning": "i2v"}
-    made = engine_encoders.EngineEncoders(model, torch.float32, torch.device("cpu"))
+    made = engine_of(model).encoders(torch.float32, torch.device("cpu"))
     weights = []
     for part, other in (("text", "first_stage"), ("first_stage", "text")):
         assert made.text is made.first_stage is None

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
-from sat_ext.models.engine_encoders import fingerprints
+from sat_ext.engines import engine_of
 from tests.sat.ranks import Server
 from tests.sat.runs import MODEL
 from tests.sat.test_cache import run_cache
@@ -81,6 +81,6 @@ def test_an_index_of_then_is_read_without_probing(written: Path) -> None:
 
 def test_an_autoencoder_has_the_fingerprint_of_then() -> None:
     """Of its weights (here random ones), its options and the dtype: another default makes every cache stale."""
-    found = fingerprints(MODEL | {"first_stage": {"kind": "autoencoder"}}, torch.bfloat16)
+    found = engine_of(MODEL | {"first_stage": {"kind": "autoencoder"}}).fingerprints(torch.bfloat16)
     assert found.first_stage == "5becc223f1b038b160e6581442a9942c"
     assert found.text == {"encoder": "byt5", "width": "16", "dtype": "bfloat16", "max_length": "16"}
