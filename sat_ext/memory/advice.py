@@ -113,9 +113,8 @@ def slowdown(run: Run, gpus: int) -> float:
     A rule of thumb, see `RULE`: it takes nothing that is moved to overlap with computing.
     """
     counts, options = count(run), run.options
-    length, samples = max(
-        ((tokens(b, run.shape), n) for b, n in run.batches.items()), key=lambda s: s[1] * s[0] ** 2
-    )
+    sizes = [(tokens(b, run.shape), n) for b, n in run.batches.items()]
+    length, samples = max(sizes, key=lambda size: size[1] * size[0] ** 2)
     everything = sum(p.numel for p in counts.network)
     training = sum(map(sum, counts.groups))
     attention = 4 * run.model.transformer.num_layers * length * run.width

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from sat_ext.memory.run import Run, with_model
@@ -14,56 +15,72 @@ TEXT = "configs/cogvideo/offload-text.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Lever:
-    """A lever as YAML, and the run with it: the same run if it is pulled already or makes no sense."""
+    """A lever as YAML, and the run with it."""
 
     yaml: str
     pull: Pull
 
 
 def levers(run: Run) -> list[Lever]:
-    """Those that change `run`, from the one that costs least time."""
+    """Those that apply to `run` and change it, from the one that costs least time."""
+    model, recompute = run.model, run.model.checkpointing
+    encodes = not run.cached and model.first_stage.kind == "autoencoder"
+    recompute_all = partial(with_model, gradient_checkpointing=GradientCheckpointing())
+    some_kept = recompute is None or recompute.every > 1
+    text = partial(_change, section="text", device="cpu", quantization="none")
     if run.is_cogvideo:
         checkpoints = "model.network_config.params.transformer_args.checkpoint_activations: true"
-        known = {
-            CHUNKS: _chunks,
-            checkpoints: _recompute_all,
-            "configs/cogvideo/cached.yaml, with what sat-ext cache made": _from_cache,
-            TEXT: _text(device="cpu"),
-        }
+        known: list[tuple[str, bool, Pull]] = [
+            (CHUNKS, run.whole_clips and not run.cached, _chunks),
+            (checkpoints, some_kept, recompute_all),
+            ("configs/cogvideo/cached.yaml, with what sat-ext cache made", not run.cached, _from_cache),
+            (TEXT, not run.cached_text, text),
+        ]
     else:
-        blocks = run.model.transformer.num_layers
-        swaps = sorted({blocks // 4, blocks // 2, 3 * blocks // 4, blocks - 2})
-        known = {
-            "model.first_stage.slicing: true": _first_stage(slicing=True),
-            "model.sampling.number: 0": _no_samples,
-            "model.first_stage.tiling: true": _first_stage(tiling=True),
-            "model.gradient_checkpointing: true": _recompute_all,
-            "model.first_stage.frames: 4": _first_stage(frames=4),
-            "data.params.cache: {folder: ...}  # made once, by sat-ext cache": _from_cache,
-            "model.text.device: cpu  # seconds a caption; a cache costs none": _text(device="cpu"),
-            "deepspeed.optimizer.type: bitsandbytes.optim.AdamW8bit": _eight_bit,
-            "model.gradient_checkpointing: {offload: true}": _checkpoints_on_host,
-            "model.train.quantization: nf4": _nf4,
-            **{f"model.block_swap: {n}": _swap(n) for n in swaps if n > 2},
-        }
-    return [Lever(yaml=yaml, pull=pull) for yaml, pull in known.items() if pull(run) != run]
+        in_lora, not_offloaded = run.lora, recompute is None or not recompute.offload
+        offload = GradientCheckpointing(offload=True)
+        eight_bit = {**run.deepspeed, "optimizer": {"type": "bitsandbytes.optim.AdamW8bit"}}
+        blocks = model.transformer.num_layers
+        known = [
+            ("model.first_stage.slicing: true", encodes, _first_stage(slicing=True)),
+            ("model.sampling.number: 0", True, partial(_change, section="sampling", number=0)),
+            ("model.first_stage.tiling: true", encodes, _first_stage(tiling=True)),
+            ("model.gradient_checkpointing: true", some_kept, recompute_all),
+            ("model.first_stage.frames: 4", encodes, _first_stage(frames=4)),
+            ("data.params.cache: {folder: ...}  # made once, by sat-ext cache", not run.cached, _from_cache),
+            ("model.text.device: cpu  # seconds a caption; a cache costs none", not run.cached_text, text),
+            (
+                "deepspeed.optimizer.type: bitsandbytes.optim.AdamW8bit",
+                not run.has_eight_bit_optimizer,
+                partial(replace, deepspeed=eight_bit),
+            ),
+            (
+                "model.gradient_checkpointing: {offload: true}",
+                not_offloaded,
+                partial(with_model, gradient_checkpointing=offload),
+            ),
+            (
+                "model.train.quantization: nf4",
+                in_lora and model.train.quantization == "none",
+                partial(_change, section="train", quantization="nf4"),
+            ),
+        ]
+        for swapped in sorted({blocks // 4, blocks // 2, 3 * blocks // 4, blocks - 2}):
+            applies = in_lora and swapped > max(2, model.block_swap)
+            known.append((f"model.block_swap: {swapped}", applies, partial(_swap, blocks=swapped)))
+    return [Lever(yaml=yaml, pull=pull) for yaml, applies, pull in known if applies and pull(run) != run]
 
 
 def cache_levers(run: Run) -> dict[str, dict[str, Pull]]:
     """Those of `sat-ext cache`, by the encoder that they are for, from the one that costs least time."""
+    text_on_cpu = partial(_change, section="text", device="cpu", quantization="none")
     if run.is_cogvideo:
         frames = "configs/cogvideo/joint.yaml, model.first_stage_config.params: {frames: 4, recompute: level}"
-        return {
-            "text": {TEXT: _text(device="cpu")},
-            "first_stage": {
-                CHUNKS: _chunks,
-                frames: lambda r: replace(_first_stage(frames=4)(_chunks(r)), recompute="level"),
-            },
-        }
+        return {"text": {TEXT: text_on_cpu}, "first_stage": {CHUNKS: _chunks, frames: _chunks_of_four}}
     return {
         "text": {
-            "model.text.quantization: nf4": _text(device="gpu", quantization="nf4"),
-            "model.text.device: cpu": _text(device="cpu"),
+            "model.text.quantization: nf4": partial(_change, section="text", device="gpu", quantization="nf4"),
+            "model.text.device: cpu": text_on_cpu,
         },
         "first_stage": {
             "model.first_stage.frames: 4": _first_stage(frames=4),
@@ -72,66 +89,30 @@ def cache_levers(run: Run) -> dict[str, dict[str, Pull]]:
     }
 
 
-def _first_stage(**values: Any) -> Pull:
-    def pull(run: Run) -> Run:
-        first = run.model.first_stage
-        if run.cached or run.whole_clips or first.kind == "cosine":
-            return run
-        return with_model(run, first_stage=replace(first, **values))
+def _change(run: Run, *, section: str, **values: Any) -> Run:
+    return with_model(run, **{section: replace(getattr(run.model, section), **values)})
 
-    return pull
+
+def _first_stage(**values: Any) -> Pull:
+    return partial(_change, section="first_stage", **values)
 
 
 def _chunks(run: Run) -> Run:
-    if run.cached or not run.whole_clips:
-        return run
-    return _first_stage(slicing=True)(replace(run, whole_clips=False))
+    return replace(_change(run, section="first_stage", slicing=True), whole_clips=False)
 
 
-def _text(*, device: str, quantization: str = "none") -> Pull:
-    def pull(run: Run) -> Run:
-        if run.cached_text:
-            return run
-        return with_model(run, text=replace(run.model.text, device=device, quantization=quantization))  # type: ignore[arg-type]
-
-    return pull
-
-
-def _no_samples(run: Run) -> Run:
-    return with_model(run, sampling=replace(run.model.sampling, number=0))
+def _chunks_of_four(run: Run) -> Run:
+    return replace(_change(_chunks(run), section="first_stage", frames=4), recompute="level")
 
 
 def _from_cache(run: Run) -> Run:
-    return replace(_no_samples(run), cached=True, cached_text=True)  # no samples, as no decoder is loaded
+    # without samples, as no decoder is loaded
+    return replace(_change(run, section="sampling", number=0), cached=True, cached_text=True)
 
 
-def _recompute_all(run: Run) -> Run:
-    now = run.model.checkpointing
-    return run if now and now.every == 1 else with_model(run, gradient_checkpointing=True)
-
-
-def _checkpoints_on_host(run: Run) -> Run:
-    now = run.model.checkpointing
-    offload = GradientCheckpointing(offload=True)
-    return run if now and now.offload else with_model(run, gradient_checkpointing=offload)
-
-
-def _eight_bit(run: Run) -> Run:
-    if run.has_eight_bit_optimizer:
-        return run
-    return replace(run, deepspeed={**run.deepspeed, "optimizer": {"type": "bitsandbytes.optim.AdamW8bit"}})
-
-
-def _nf4(run: Run) -> Run:
-    if not run.lora or run.model.train.quantization != "none":
-        return run
-    return with_model(run, train=replace(run.model.train, quantization="nf4"))
-
-
-def _swap(blocks: int) -> Pull:
-    def pull(run: Run) -> Run:
-        if not run.lora or run.model.block_swap >= blocks:
-            return run
-        return with_model(_recompute_all(run), block_swap=blocks)  # which needs the blocks recomputed
-
-    return pull
+def _swap(run: Run, *, blocks: int) -> Run:
+    # the weights of a swapped block come back for the backward pass only if the block is recomputed
+    recompute = run.model.checkpointing
+    if recompute is None or recompute.every > 1:
+        recompute = GradientCheckpointing(offload=bool(recompute and recompute.offload))
+    return with_model(run, block_swap=blocks, gradient_checkpointing=recompute)

@@ -85,10 +85,8 @@ def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str
     """Predict what `run` takes on `gpus` GPUs, `per_node` in each host (None: all)."""
     counts, options = count(run), run.options
     # ranks differ by the parameters that overlap the ends of their parts
-    each = [
-        states(counts.groups, options, run.itemsize, gpus, rank, run.accumulation)
-        for rank in sorted({0, gpus // 2, gpus - 1})
-    ]
+    ranks = sorted({0, gpus // 2, gpus - 1})
+    each = [states(counts.groups, options, run.itemsize, gpus, rank, run.accumulation) for rank in ranks]
     own = max(each, key=lambda s: s.weights + s.gradients + s.master + s.moments)
     static = _static(run, counts, own, gpus)
     held = sum(static.values())
@@ -113,13 +111,8 @@ def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str
         so_far = max(so_far, phases[phase])
     parts["overhead"] = CONTEXT + COMMUNICATION * (gpus > 1) + int(FRAGMENTATION * max(0, so_far - held))
     peaks = tuple(
-        BucketPeak(
-            bucket=bucket,
-            samples=run.batches[bucket],
-            activations=activations(run, bucket).on_gpu,
-            peak=max(found.values()),
-        )
-        for bucket, found in zip(run.batches, per_bucket, strict=True)
+        BucketPeak(bucket=b, samples=n, activations=activations(run, b).on_gpu, peak=max(found.values()))
+        for (b, n), found in zip(run.batches.items(), per_bucket, strict=True)
     )
     host = _host_parts(run, counts, own, gpus, min(per_node or gpus, gpus))
     return Plan(name=name, per_gpu=parts, per_host=host, buckets=peaks, node=options.zero_hpz_partition_size)
@@ -181,14 +174,14 @@ def _host_parts(run: Run, counts: Counts, own: States, gpus: int, per_node: int)
         buffers = param.buffer_count * param.buffer_size * run.itemsize
         weights = buffers + min(own.host_weights, param.max_in_cpu * run.itemsize)
         pinned.append(buffers)
+    encoder = text_bytes(run, counts)
     # these encoders are whole on each rank, which remembers embeddings
     whole = text.device != "gpu" or text.quantization != "none"
     each_rank = {
         "weights": weights,
         "gradients": own.host_gradients,
         "optimizer": own.host_optimizer,
-        "text_encoder": text_bytes(run, counts) * (text.device != "gpu")
-        + REMEMBERED * (whole and not run.cached_text),
+        "text_encoder": encoder * (text.device != "gpu") + REMEMBERED * (whole and not run.cached_text),
         "block_swap": run.model.block_swap * bytes_of(counts.frozen_block, run),
         "checkpoints": sum(checkpoint_memory(run)),
         "pinned": rounding(pinned),
@@ -197,7 +190,7 @@ def _host_parts(run: Run, counts: Counts, own: States, gpus: int, per_node: int)
     }
     parts = {name: per_node * value for name, value in each_rank.items()}
     # every rank reads the model into CPU memory, before it goes to its GPU or stays
-    model = sum(p.numel for p in (*counts.network, *counts.first_stage)) * run.itemsize + text_bytes(run, counts)
+    model = sum(p.numel for p in (*counts.network, *counts.first_stage)) * run.itemsize + encoder
     loading = per_node * (model + PROCESS)
     return {**parts, "loading": max(0, loading - sum(parts.values()))}
 
