@@ -222,7 +222,7 @@ def test_our_targets_for_cogvideo_take_less() -> None:
     assert offloaded.per_gpu["text_encoder"] == 0 < original.per_gpu["text_encoder"]
 
 
-def test_what_is_missing_is_told() -> None:
+def test_the_error_says_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="no 'data' section; add a file of configs/data/"):
         run_from(recipe_of({"model": {"pretrained": "x"}}))
     with pytest.raises(ConfigError, match="deepspeed.zero_optimization.stage: 4 is not one of 0, 1, 2, 3"):

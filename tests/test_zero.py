@@ -6,8 +6,7 @@ import pytest
 
 from sat_ext.errors import ConfigError
 from sat_ext.memory.counts import count
-from sat_ext.memory.options import read_options
-from sat_ext.memory.run import run_from
+from sat_ext.memory.run import read_options, run_from
 from sat_ext.recipe import read_recipe
 from sat_ext.zero import AUTO_SIZES, ZERO, ZERO_NAMES, fill_in_auto
 from tests.zero import FOLDER, zero_section

@@ -14,7 +14,7 @@ COMMANDS = ("bench", "cache", "check", "convert", "demo", "export", "plan", "pre
 
 
 class Commands(TyperGroup):
-    """Subcommands, each imported when it is asked for: SAT and diffusers take seconds, which most do without."""
+    """Subcommands, imported on use: SAT and diffusers take seconds to import, and most commands need neither."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Their names."""
@@ -46,7 +46,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        from sat_ext.sat.peers import sentence_of_lost  # SAT, which most commands do without
+        from sat_ext.sat.peers import sentence_of_lost  # imports SAT
 
         if not (sentence := sentence_of_lost(error)):
             raise

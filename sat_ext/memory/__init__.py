@@ -2,7 +2,7 @@
 
 | file | says |
 |---|---|
-| `options.py`, `run.py` | what memory follows from, in DeepSpeed's section and in the rest of the YAML |
+| `run.py` | what memory follows from in a recipe |
 | `counts.py` | parameters, counted on the real classes, and bytes of those that do not train |
 | `states.py` | what DeepSpeed allocates on one rank for those that train |
 | `meter.py` | counts what modules allocate, on tensors without memory |

@@ -161,6 +161,7 @@ def _part(module: nn.Module) -> Part:
 
 def _parameters(module: nn.Module) -> Iterator[Parameter]:
     """In the order of SAT's optimizer groups: module by module, the weights of each before its biases."""
+    # the order matters: ZeRO flattens groups in it, and cuts them into the parts of ranks
     seen: set[int] = set()  # a shared parameter counts once
     for path, part in module.named_modules():
         own = [(n, p) for n, p in part._parameters.items() if p is not None and id(p) not in seen]

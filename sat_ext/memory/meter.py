@@ -56,8 +56,8 @@ def metering(module: nn.Module) -> Iterator[Meter]:
     """Count what is made inside. The weights of `module`, on the meta device, become fake tensors on a CPU, as are
     all tensors that are made inside.
 
-    On these attention takes the kernel that a CPU would choose, which needs as much memory as flash attention on a
-    GPU. Tensors on the meta device are much faster, but get the kernel that writes out all scores.
+    On fake tensors, attention runs the kernel that a CPU would choose, which needs as much memory as flash
+    attention on a GPU. On the meta device all is much faster, but attention writes out all its scores.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         for part in module.modules():

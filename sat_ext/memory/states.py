@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from sat_ext.memory.options import Options
+from sat_ext.memory.run import Options
 
 MASTER = 4  # bytes: fp32
 # numbers that are reduced at a time without ZeRO (MEMORY_OPT_ALLREDUCE_SIZE in deepspeed/runtime/engine.py)
@@ -78,7 +78,7 @@ def _without_zero(groups: Sequence[Sequence[int]], options: Options, item: int) 
 def _flat_groups(
     groups: Sequence[Sequence[int]], options: Options, item: int, world: int, rank: int, steps: int
 ) -> States:
-    """ZeRO-1 and 2: each group is one flat tensor, of which each rank updates one part."""
+    """ZeRO-1 and 2: each group is one flat tensor, and each rank updates one part of it."""
     parts = [_padded(sum(group), 2 * world) // world for group in groups]
     part = sum(parts)
     owned = sum(_owned(group, part, rank) for group, part in zip(groups, parts, strict=True))

@@ -63,6 +63,6 @@ def test_sizes(text: str, size: float) -> None:
     assert size_of(text, "--gpu-memory") == int(size)
 
 
-def test_what_is_no_size_is_told() -> None:
+def test_a_size_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="--gpu-memory: 'much' is not a size; write 24GB or 24GiB"):
         size_of("much", "--gpu-memory")

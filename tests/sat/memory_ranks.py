@@ -24,8 +24,7 @@ from sat.training.deepspeed_training import get_optimizer_param_groups
 from torch import Tensor
 
 from sat_ext.memory.counts import count
-from sat_ext.memory.options import read_options
-from sat_ext.memory.run import Run
+from sat_ext.memory.run import Run, read_options
 from sat_ext.memory.states import persistent, states
 from sat_ext.models.config import ModelConfig, TextConfig, TrainConfig, TransformerConfig
 from sat_ext.models.transformer import build_transformer
