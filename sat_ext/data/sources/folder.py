@@ -7,7 +7,7 @@ from functools import cached_property
 from sat_ext.data.sources.listing import Folder, Notes, is_media, list_folder
 from sat_ext.data.sources.reach import resolve
 from sat_ext.data.sources.shards import read_shards
-from sat_ext.data.sources.tables import TableRow, collect, read_tables
+from sat_ext.data.sources.tables import ReadRow, collect, read_tables
 from sat_ext.data.sources.texts import by_folded, folded, lines_of, listed, one_line
 from sat_ext.errors import DataError
 from sat_ext.files import is_url
@@ -90,7 +90,7 @@ def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Note
         notes.add(
             "first frames that are not read, as a clip's condition is the frame it starts with", "images.txt"
         )
-    rows: list[TableRow] = []
+    rows: list[ReadRow] = []
     for number, (file, prompt) in enumerate(zip(lists[media], lists[prompts]), start=1):
         where = f"{folder.location(names[media])}, line {number}"
         path = resolve(folder.root, file, where, notes.reach)

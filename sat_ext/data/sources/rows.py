@@ -27,9 +27,10 @@ def column_of(row: Sequence[str] | TableRow, accepted: Sequence[str], what: str,
     )
 
 
-def has_captions(row: Sequence[str] | TableRow) -> bool:
-    """Whether any column can hold captions."""
-    return "captions" in row or any(name in row for name in CAPTION_COLUMNS)
+def require_captions(row: Sequence[str] | TableRow, where: str) -> None:
+    """Raise `DataError` if no column can hold captions."""
+    if "captions" not in row:
+        column_of(row, CAPTION_COLUMNS, "caption", where)
 
 
 def fields_of(row: TableRow, where: str) -> dict[str, Any]:

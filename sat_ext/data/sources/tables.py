@@ -22,7 +22,7 @@ from sat_ext.data.sources.rows import (
     PATH_COLUMNS,
     column_of,
     fields_of,
-    has_captions,
+    require_captions,
 )
 from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, objects_of, open_text, shown
 from sat_ext.errors import DataError, MediaError
@@ -51,10 +51,10 @@ def read_tables(tables: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
 
 
 # The place of a row in words, its key, the location of its file, and the other fields of its `Item`.
-TableRow = tuple[str, str, str, dict[str, Any]]
+ReadRow = tuple[str, str, str, dict[str, Any]]
 
 
-def collect(rows: Iterable[TableRow], table: str, prefix: str, notes: Notes) -> list[Item]:
+def collect(rows: Iterable[ReadRow], table: str, prefix: str, notes: Notes) -> list[Item]:
     """The items of a table's rows, with `prefix` before their keys."""
     items: list[Item] = []
     bare: list[str] = []
@@ -76,13 +76,13 @@ def collect(rows: Iterable[TableRow], table: str, prefix: str, notes: Notes) -> 
     return items
 
 
-def _jsonl(table: str, reach: Reach) -> Iterator[TableRow]:
+def _jsonl(table: str, reach: Reach) -> Iterator[ReadRow]:
     base = folder_of(table)
     for place, row in objects_of(table, '{"path": "a.mp4", "caption": "A cat."}'):
         yield _named_file(row, base, place, f"{table}, {place}", reach)
 
 
-def _csv(table: str, reach: Reach) -> Iterator[TableRow]:
+def _csv(table: str, reach: Reach) -> Iterator[ReadRow]:
     base = folder_of(table)
     csv.field_size_limit(LONGEST_LINE)
     reader = csv.reader(lines_of(table), strict=True)
@@ -90,7 +90,7 @@ def _csv(table: str, reach: Reach) -> Iterator[TableRow]:
         header = [name.strip() for name in next(reader, [])]
         if header:
             column_of(header, PATH_COLUMNS, "path", f"{table}, line 1")
-            _require_captions(header, f"{table}, line 1")
+            require_captions(header, f"{table}, line 1")
         for cells in reader:
             if not cells:
                 continue
@@ -106,21 +106,16 @@ def _csv(table: str, reach: Reach) -> Iterator[TableRow]:
         raise DataError(f"{table}, line {reader.line_num}: not CSV ({error}); fix the quotes.") from None
 
 
-def _named_file(row: dict[str, Any], base: str, place: str, where: str, reach: Reach) -> TableRow:
+def _named_file(row: dict[str, Any], base: str, place: str, where: str, reach: Reach) -> ReadRow:
     column = column_of(row, PATH_COLUMNS, "path", where)
     file = row[column]
     if not isinstance(file, str) or not file or not is_text(file):
         raise DataError(f"{where}: '{column}' is {shown(file)}; it must be the path of a media file.")
-    _require_captions(row, where)
+    require_captions(row, where)
     return place, file, resolve(base, file, where, reach), fields_of(row, where)
 
 
-def _require_captions(row: Any, where: str) -> None:
-    if not has_captions(row):
-        column_of(row, CAPTION_COLUMNS, "caption", where)
-
-
-def _parquet(table: str, reach: Reach) -> Iterator[TableRow]:
+def _parquet(table: str, reach: Reach) -> Iterator[ReadRow]:
     base, name = folder_of(table), os.path.basename(urlsplit(table).path if is_url(table) else table)
     with _readable(table), Guard(_survey, timeout=_TIMEOUT, memory=_MEMORY) as guard:
         unnamed = guard(table)
@@ -177,7 +172,7 @@ def _readable(table: str) -> Iterator[None]:
 def _wanted(source: pq.ParquetFile, table: str) -> tuple[list[str], str | None]:
     """The columns to read, and the one that holds whole files."""
     names = source.schema_arrow.names
-    _require_captions(names, table)
+    require_captions(names, table)
     wanted = [c for c in (*CAPTION_COLUMNS, *OTHER_COLUMNS) if c in names]
     column = embedded_column(source.schema_arrow)
     if column is None:
@@ -219,4 +214,4 @@ def _suffix_by_content(data: bytes) -> str:
     return ".jpg"
 
 
-TABLES: dict[str, Callable[..., Iterator[TableRow]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+TABLES: dict[str, Callable[..., Iterator[ReadRow]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
