@@ -5,7 +5,7 @@ the repository), three numbers in 1.5 (its main branch).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,12 +21,6 @@ ROTARY, SINUSOIDAL = OURS + "InterpolatedRotaryPositionEmbedding", OURS + "Sinus
 CACHED_FIRST_STAGE, CHUNKED_FIRST_STAGE = OURS + "CachedFirstStage", OURS + "ChunkedFirstStage"
 CACHED_TEXT, OFFLOADED_TEXT = OURS + "CachedTextEmbedder", OURS + "OffloadedTextEmbedder"
 PRETRAINED = "CogVideo"  # in `pretrained`: its own checkpoints, whose sizes are the published models'
-
-# sizes in `params` of the network, whole numbers above 0
-_SIZES = (
-    "num_layers", "num_attention_heads", "hidden_size", "in_channels", "out_channels", "time_embed_dim",
-    "ofs_embed_dim", "num_frames", "latent_height", "latent_width",
-)  # fmt: skip
 
 
 class Component(NamedTuple):
@@ -63,7 +57,7 @@ class Network:
     target: str
     generation: str | None
     patch: tuple[int, int, int]
-    num_layers: int | None = None
+    num_layers: int | None = None  # those with a default have the same names in `params` of the YAML
     num_attention_heads: int | None = None
     hidden_size: int | None = None
     in_channels: int | None = None
@@ -114,7 +108,7 @@ def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
             "own YAML of the model."
         )
     sizes = {
-        **{name: params[name] for name in _SIZES if name in params},
+        **{f.name: params[f.name] for f in fields(Network) if f.default is None and f.name in params},
         "text_hidden_size": component_of(modules, "patch_embed_config").params.get("text_hidden_size"),
         "text_length": position.params.get("text_length"),
     }
