@@ -9,17 +9,17 @@ from typing import Any, Literal
 from sat_ext.config import load, read_yaml
 from sat_ext.errors import ConfigError
 
-MINUTES = 0.2, 10080  # above the seconds between two signs of a rank that works alone (`broadcast.HEARTBEAT`)
+MINUTES = 0.2, 10080  # more than the seconds between two messages of a rank that works alone; a week
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`checkpoint`: what a checkpoint holds, `weights` as SAT has it or the `full` state of the run.
+    """`checkpoint`: what a checkpoint holds, `weights` as SAT saves them or the `full` state of the run.
 
-    `keep_last`: how many of the newest `full` checkpoints stay, all where it is None; of weights alone, all do.
-    `stop_after_bad_steps`: how many steps in a row may change no weight, for a loss or gradients that are not
+    `keep_last`: how many of the newest `full` checkpoints stay; None keeps all.
+    `stop_after_bad_steps`: how many steps in a row may change no weight, because the loss or its gradients are not
     finite, before the run ends. `without_fixes`: repairs of SAT that are not made.
-    `deterministic`: only kernels that give the same bits every time; PyTorch raises an error for what has none.
+    `deterministic`: use only kernels that give the same bits every time; PyTorch raises an error if there is none.
     `timeout_minutes`: how long a rank waits for another, which may be sampling alone in an evaluation.
     """
 
@@ -45,22 +45,14 @@ NAMES = tuple(f.name for f in fields(Settings))
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings of a run: from `args` where our parser put them, or from the YAML files in `args.base`.
-
-    CogVideo's script leaves out of its `args` what it does not know, but keeps the names of the files. Raises
-    `ConfigError`.
-    """
-    own = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
-    given = own if len(own) == len(NAMES) else _from_yaml(args)
-    return load(Settings, {k: v for k, v in given.items() if v is not None}, "args")
-
-
-def _from_yaml(args: argparse.Namespace) -> Mapping[str, Any]:
-    """Ours of the section `args`. CogVideo ignores keys that it does not know: a misspelt one is an error here."""
-    paths = getattr(args, "base", None)
-    section = (read_yaml(paths).get("args") or {}) if paths else {}
-    for key in section:
-        near = difflib.get_close_matches(key, NAMES, n=1, cutoff=0.8)
-        if near and key not in NAMES and not hasattr(args, key):
-            raise ConfigError(f"args: unknown key '{key}'; did you mean '{near[0]}'?")
-    return {k: v for k, v in section.items() if k in NAMES}
+    """The settings of a run: from `args` where our parser put them, or from the YAML files in `args.base`, because
+    CogVideo's script drops the keys that it does not know. Raises `ConfigError`."""
+    own: Mapping[str, Any] = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
+    if len(own) < len(NAMES):
+        paths = getattr(args, "base", None)
+        own = (read_yaml(paths).get("args") or {}) if paths else {}
+        for key in own:  # a misspelt one would be ignored too
+            near = difflib.get_close_matches(key, NAMES, n=1, cutoff=0.8)
+            if near and key not in NAMES and not hasattr(args, key):
+                raise ConfigError(f"args: unknown key '{key}'; did you mean '{near[0]}'?")
+    return load(Settings, {k: v for k, v in own.items() if k in NAMES and v is not None}, "args")
