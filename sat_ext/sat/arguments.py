@@ -22,10 +22,7 @@ from sat_ext.zero import precision
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments for `training_main`: SAT's own, with the sections of the YAML.
-
-    Raises `ConfigError` for an unknown key and for a missing section.
-    """
+    """Arguments for `training_main`: SAT's own, with the sections of the YAML. Raises `ConfigError`."""
     parser = argparse.ArgumentParser(
         description="Train a video diffusion model on images and videos together, with SAT and DeepSpeed.",
         allow_abbrev=False,
@@ -37,8 +34,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sat_arguments.add_data_args(parser)
     deepspeed.add_config_arguments(parser)
     _add_own(parser)
-    for action in parser._actions:  # SAT's have lone percent signs, and argparse formats them
-        action.help = action.help.replace("%", "%%") if action.help and "%(" not in action.help else action.help
+    for action in parser._actions:
+        if action.help and "%(" not in action.help:
+            action.help = action.help.replace(
+                "%", "%%"
+            )  # SAT's have lone percent signs, and argparse formats them
     known, _ = parser.parse_known_args(argv)
 
     config = read_yaml(known.base)
@@ -50,9 +50,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     settings = config.get("args") or {}
     reject_unknown_keys(settings, [k for k in vars(known) if k not in ("base", "deepspeed_config")], "args")
     settings = _typed(settings, parser)
-    # argparse fills in a default only where the namespace has no value yet: so YAML lies below the flags
+    # argparse fills in a default only if the namespace has no value yet: so the YAML beats defaults, not flags
     args = parser.parse_args(argv, argparse.Namespace(**settings))
-    explicit = {a.dest for a in parser._actions for o in a.option_strings if _given(o, argv)}
+    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    explicit = {action.dest for action in parser._actions if words & set(action.option_strings)}
     args.model_config, args.data_config = config["model"], config["data"]
     reject_unknown_keys(args.data_config, ("target", "params"), "data")
     if not args.data_config.get("target"):
@@ -102,7 +103,7 @@ def _typed(settings: dict[str, Any], parser: argparse.ArgumentParser) -> dict[st
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Values that SAT would stumble over later. Raises `ConfigError`."""
+    """Refuse values that SAT would stumble over later. Raises `ConfigError`."""
     settings_of(args)
     for name in ("seed", "batch_size", "gradient_accumulation_steps", "log_interval"):
         if getattr(args, name) < 1:
@@ -119,10 +120,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"args.save: {args.save} cannot be made ({error.strerror}); name another."
             ) from error
-
-
-def _given(option: str, argv: Sequence[str] | None) -> bool:
-    return any(a == option or a.startswith(option + "=") for a in (sys.argv[1:] if argv is None else argv))
 
 
 def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
@@ -142,7 +139,7 @@ def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
     args.fp16, args.bf16 = precision(ds)
     optimizer = ds["optimizer"] = {"type": "AdamW", **(ds.get("optimizer") or {})}
     optimizer["params"] = optimizer.get("params") or {}
-    for name, (*place, key) in TWICE.items():
+    for name, (*place, key) in TWICE.items():  # a flag beats both places, and the deepspeed section `args`
         section = reduce(dict.__getitem__, place, ds)
         if name in explicit or key not in section:
             section[key] = getattr(args, name)

@@ -18,12 +18,12 @@ from sat_ext.sat.run import RunState
 
 
 def begin(model: Any) -> None:
-    """Leave it to `count` to end a run whose fp16 loss scale cannot go down: some of DeepSpeed's optimizers raise
-    then, and others skip every step. Clear the padding, which `check_finite` would take for weights."""
+    """Prepare DeepSpeed's engine for `count` and `check_finite`, before the first step."""
     if model.zero_optimization_stage() == 3:
         _clear_padding(model)
     scaler: Any = getattr(model.optimizer, "loss_scaler", None)
     if getattr(scaler, "raise_error_at_min_scale", False):
+        # where the fp16 loss scale cannot go down, some optimizers raise and others skip: `count` ends both runs
         scaler.raise_error_at_min_scale = False
 
 
@@ -35,9 +35,10 @@ def attempts(model: Any) -> tuple[int, int]:
 def count(run: RunState, model: Any, args: argparse.Namespace, before: tuple[int, int]) -> None:
     """Count a step that changed no weight; `before` is `attempts` from before the step. All ranks count alike.
 
-    SAT abandons a step where the loss of any rank is not finite, DeepSpeed one whose gradients are not. SAT's
-    return values do not show it, but DeepSpeed's counters do. Raises `TrainingError` after `stop_after_bad_steps`.
+    Raises `TrainingError` after `stop_after_bad_steps`.
     """
+    # SAT abandons a step if the loss of any rank is not finite, DeepSpeed one whose gradients are not; what SAT
+    # returns does not say so
     begun, skipped = attempts(model)
     if begun > before[0] and skipped == before[1]:
         run.bad_steps = 0
@@ -53,16 +54,14 @@ def count(run: RunState, model: Any, args: argparse.Namespace, before: tuple[int
 
 
 def may_save(run: RunState, args: argparse.Namespace, *, last: bool) -> bool:
-    """Whether the newest step changed the weights. If not, the save is put off until after a step that does.
-
-    `last`: no step follows.
-    """
+    """Whether the newest step changed the weights. If not, the save is put off until after a step that does; after
+    the `last` one there is none."""
     run.save_owed = run.bad_steps > 0
     if run.save_owed:
+        then = "the run has ended" if last else "the run saves after the next good step"
         print_rank0(
             f"error: the checkpoint of iteration {args.iteration} was not saved: the loss or its gradients were "
-            f"not finite in the last {run.bad_steps} step(s); "
-            + ("the run has ended." if last else "the run saves after the next good step."),
+            f"not finite in the last {run.bad_steps} step(s); {then}.",
             level="ERROR",
         )
     return not run.save_owed
@@ -71,8 +70,7 @@ def may_save(run: RunState, args: argparse.Namespace, *, last: bool) -> bool:
 def check_finite(model: Any, args: argparse.Namespace) -> None:
     """Raise `TrainingError` on every rank if a trained weight or optimizer state of any rank is not finite.
 
-    Each number is read once, where it is: in ZeRO's shards, or on the CPU under offload. What is swapped to a disk
-    is not read.
+    Numbers are read where they are, in ZeRO's shards or on the CPU; what is swapped to a disk is not read.
     """
     bad = next((name for name, value in _numbers(model) if not _is_finite(value)), None)
     for rank, name in enumerate(gather(bad)):
@@ -85,15 +83,14 @@ def check_finite(model: Any, args: argparse.Namespace) -> None:
 
 def _is_searching(model: Any) -> bool:
     """Whether fp16's dynamic loss scale may still go down: skipped steps are how it finds its value."""
-    if not (model.fp16_enabled() and model.dynamic_loss_scale()):
-        return False
-    return float(model.optimizer.loss_scale) > float(model._config.float16_config.min_loss_scale)
+    is_dynamic = model.fp16_enabled() and model.dynamic_loss_scale()
+    return bool(is_dynamic and model.optimizer.loss_scale > model._config.float16_config.min_loss_scale)
 
 
 @torch.no_grad()
 def _clear_padding(model: Any) -> None:
-    """ZeRO-3 splits a weight into parts of one size. DeepSpeed leaves the end of the last part uninitialized, and
-    what the memory held need not be finite."""
+    """ZeRO-3 splits a weight into parts of equal size. DeepSpeed leaves the end of the last one uninitialized, and
+    `check_finite` would take what is there for weights."""
     for parameter in model.module.parameters():
         part = getattr(parameter, "ds_tensor", None)
         if part is not None and is_trained(parameter):

@@ -25,39 +25,35 @@ from sat_ext.zero import zero_of
 
 @dataclass(kw_only=True)
 class RunState:
-    """SAT hands its functions nothing but `args`, so what one function of ours leaves for another is kept there.
-
-    Where the run comes from: `resumed` and `folder` are of the full checkpoint that it continues; `base` holds the
-    weights that its own checkpoints leave out (`whole`: they leave out none); `schedule` is the state that SAT
-    saved of its learning rate; `random` are this rank's random numbers in `folder`, until the first step.
-
-    How far it is: `began` with its first step; `micro_steps` are the batches that each rank has taken;
-    `bad_steps` is how many of the newest steps changed no weight; `saved` is the iteration of its last
-    checkpoint, `save_owed` that one was put off, and `stopping` that SIGTERM ends the run.
-
-    The data: `built` counts the data sets that SAT has asked for, `streams` are those of each list,
-    `shared_memory` the bytes that their workers may fill, `epoch` the samples that a checkpoint lists, and
-    `evaluated` the list that is being evaluated, `val` or `test`.
-    """
+    """What one function of ours leaves for another: SAT passes nothing but `args` to them."""
 
     settings: Settings
+
+    # where the run comes from
     resumed: Manifest | None = field(default=None, repr=False)  # SAT prints all of `args`
-    folder: Path | None = None
-    base: Base | None = None
-    whole: bool = True
-    schedule: dict[str, Any] = field(default_factory=dict, repr=False)
-    random: dict[str, Any] | None = field(default=None, repr=False)
+    folder: Path | None = None  # of the full checkpoint that is resumed
+    base: Base | None = None  # the weights that its checkpoints leave out
+    whole: bool = True  # they leave out none
+    schedule: dict[str, Any] = field(default_factory=dict, repr=False)  # of the learning rate, as SAT saved it
+    random: dict[str, Any] | None = field(
+        default=None, repr=False
+    )  # this rank's state in `folder`, until it begins
+
+    # how far it is
     began: bool = False
-    micro_steps: int | None = None
-    bad_steps: int = 0
-    saved: int | None = None
-    save_owed: bool = False
-    stopping: bool = False
-    built: int = 0
-    streams: dict[str, list[Any]] = field(default_factory=dict, repr=False)
-    shared_memory: int = 0
-    epoch: Epoch | None = field(default=None, repr=False)
-    evaluated: str = "val"
+    micro_steps: int | None = None  # batches that each rank has taken
+    bad_steps: int = 0  # how many of the newest steps changed no weight
+    saved: int | None = None  # iteration of the last checkpoint
+    save_owed: bool = False  # a checkpoint was put off
+    stopping: bool = False  # on SIGTERM
+
+    # its data
+    built: int = 0  # data sets that SAT has asked for
+    streams: dict[str, list[Any]] = field(default_factory=dict, repr=False)  # by list
+    shared_memory: int = 0  # bytes that their workers may fill
+    epoch: Epoch | None = field(default=None, repr=False)  # samples that a checkpoint lists
+    evaluated: str = "val"  # the list that is being evaluated, or `test`
+
     engine: Any = field(default=None, repr=False)
     recipe: Recipe | None = field(default=None, repr=False)
     memory: Any = field(default=None, repr=False)
@@ -90,7 +86,7 @@ def recipe_in(args: argparse.Namespace, data: Mapping[str, Any] | None = None) -
     run = run_of(args)
     section = plain(data or getattr(args, "data_config", None))
     if run.recipe is None and section.get("target") in TARGETS:
-        # SAT's arguments are those of the script; whether they are 16 bits wide stands in `args`, not in its YAML
+        # CogVideo's script has its precision in `args`, and may have none in the deepspeed section
         precisions = {name: {"enabled": bool(getattr(args, name, False))} for name in ("fp16", "bf16")}
         deepspeed = precisions | plain(getattr(args, "deepspeed_config", None))
         model = getattr(args, "model_config", None)
@@ -126,7 +122,7 @@ def _be_deterministic() -> None:
 
 
 def _check_section(args: argparse.Namespace) -> None:
-    """CogVideo's script, whose arguments are not ours, has read it when we are called first."""
+    """As `arguments.parse_args` does, for CogVideo's script, which has parsed them before it calls us."""
     config = args.deepspeed_config
     check_keys(config, (read_yaml(args.base).get("args") or {}) if getattr(args, "base", None) else {})
     args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1  # SAT multiplies by it

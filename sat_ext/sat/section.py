@@ -49,7 +49,8 @@ def check_keys(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     for name in _COUNTS:
         convert(int | None, config.get(name), f"deepspeed.{name}")
     for name, place in TWICE.items():
-        where, here = f"deepspeed.{'.'.join(place)}", config
+        where = f"deepspeed.{'.'.join(place)}"
+        here: Any = config
         for key in place:
             here = (here or {}).get(key)
         convert(float | None, here, where)

@@ -23,10 +23,6 @@ LISTS = {"val": "valid_data", "test": "test_data"}
 def evaluation(_args: argparse.Namespace) -> bool:
     """Symptom: SAT's validation loss, and with it TensorBoard's valid_loss and PPL, is the first rank's alone, and
     CogVideo's is drawn at random, with captions and conditions dropped as in training.
-
-    Here all samples count alike. Under CogVideo's engine each is one batch, the dropouts are off, and
-    what is drawn for it (timestep, noise, the first stage's posterior, the condition's noise) follows from its
-    source and key.
     """
     return True
 
@@ -40,9 +36,9 @@ def evaluate(
     data_iterator: Iterator[Any], model: Any, eval_iters: int, args: argparse.Namespace, timers: Any, split: str,
     *_: Any, hooks: dict[str, Any], **__: Any,
 ) -> tuple[float, dict[str, Tensor] | None]:  # fmt: skip
-    """In place of SAT's: the mean loss, on every rank, and on the first one the means of the metrics, each (1,).
+    """The mean loss over all samples, on every rank, and on the first one the means of the metrics, each (1,).
 
-    Of our stream it takes the steps of its list, else `eval_iters`. Each rank makes the same collective calls.
+    Our stream says how many steps it takes; other data take `eval_iters`.
     """
     run = run_of(args)
     run.evaluated = split  # for the script's `handle_metrics`, which SAT does not pass it
@@ -57,7 +53,7 @@ def evaluate(
                 deepspeed.checkpointing.reset()  # as SAT does: else the backward pass empties its buffers
             named = {**metrics, "": loss}
             step = torch.stack([_counted(named[name], batches.counted) for name in sorted(named)])
-            dist.all_reduce(step)  # in each step, so that no rank waits for the first to sample all batches
+            dist.all_reduce(step)  # in each step, so that no rank waits while the first one samples all batches
             totals = step if totals is None else totals + step
     model.train()
     assert totals is not None
@@ -71,32 +67,31 @@ def evaluate(
 
 
 def _counted(value: Tensor, samples: int) -> Tensor:
-    """Of the mean over `samples` samples their sum, and how many they are: zeros where there is none."""
+    """The sum over `samples` samples, whose mean is `value`, and their number; zeros if nothing was measured."""
     value = value.detach().double().mean()
     if not samples or value == ABSENT:
         return value.new_zeros(2)
     return torch.stack([value, torch.ones_like(value)]) * samples
 
 
-class _Counting:
-    """The iterator of an evaluation's batches, which knows how many samples of its last one count."""
+class _Counting(Iterator[dict[str, Any]]):
+    """The batches of an evaluation. `counted` is how many samples of the last one count; it stays 0 on a rank that
+    gets its batches from another one of its model."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches, self.counted = batches, 0  # 0 where another rank of the model takes the batches
+    def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
+        self.batches, self.counted = batches, 0
 
-    def __iter__(self) -> "_Counting":
-        return self
-
-    def __next__(self) -> Any:
+    def __next__(self) -> dict[str, Any]:
         batch = dict(next(self.batches))
-        # taken out: whatever cuts a batch down, as for samples, expects values of each sample alone
+        # taken out: whatever cuts a batch down, as for samples, expects one value for each sample
         self.counted = batch.pop("counted", len(batch["txt"]))
         return batch
 
 
 @contextmanager
 def _sample_by_sample(engine: Any) -> Iterator[None]:
-    """Inside, `shared_step` of a CogVideo engine is a function of its samples and the weights alone."""
+    """Inside, `shared_step` of a CogVideo engine depends on its samples and the weights alone: each is a batch of its
+    own, and its source and key seed what is drawn for it (timestep, noise, posterior, condition)."""
     if not hasattr(engine, "shared_step"):
         yield
         return
@@ -132,15 +127,14 @@ def _agreed_seeds(batch: dict[str, Any]) -> list[int]:
     """A seed for each sample. CogVideo's script gives the keys to the first of the ranks that share a model."""
     if mpu.get_model_parallel_world_size() == 1:
         return sample_seeds(batch)
-    seeds = torch.tensor(sample_seeds(batch) if "key" in batch else [0] * len(batch["txt"])).to(
-        batch["mp4"].device
-    )
+    own = sample_seeds(batch) if "key" in batch else [0] * len(batch["txt"])
+    seeds = torch.tensor(own, device=batch["mp4"].device)
     dist.broadcast(seeds, src=mpu.get_model_parallel_src_rank(), group=mpu.get_model_parallel_group())
     return [int(seed) for seed in seeds]
 
 
 def _only(value: Any, index: int, count: int) -> Any:
-    """Of what holds a value for each of `count` samples, that of one."""
+    """One sample's part of a value that has `count` parts; any other value as it is."""
     one_each = isinstance(value, Tensor | list) and len(value) == count
     return value[index : index + 1] if one_each else value
 

@@ -16,14 +16,11 @@ ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # variables that 
 SEGMENTS = "expandable_segments:True"
 
 
-def expandable_segments(args: argparse.Namespace) -> bool:
+def expandable_segments(_args: argparse.Namespace) -> bool:
     """Symptom: buckets of many sizes leave gaps in the GPU's memory that PyTorch has reserved, and a run dies of
     memory that is "reserved by PyTorch but unallocated".
-
-    The allocator's segments grow instead. A setting of the user's in PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF
-    stays as it is.
     """
-    if not torch.cuda.is_available() or any(os.environ.get(name) for name in ALLOCATOR):
+    if not torch.cuda.is_available() or any(os.environ.get(name) for name in ALLOCATOR):  # the user's own setting
         return False
     new = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)  # warns of the older name
     os.environ[ALLOCATOR[new]] = SEGMENTS  # read at the allocator's first use
@@ -32,7 +29,7 @@ def expandable_segments(args: argparse.Namespace) -> bool:
     return True
 
 
-def empty_cache(args: argparse.Namespace) -> bool:
+def empty_cache(_args: argparse.Namespace) -> bool:
     """Symptom: CogVideo's engine empties the GPU's cache and collects garbage in every step, which waits for all
     of the GPU's work and makes it ask the driver for its memory again.
     """

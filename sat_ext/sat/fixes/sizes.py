@@ -14,10 +14,10 @@ from sat_ext.zero import AUTO, fill_in_auto, zero_of
 
 def auto_sizes(args: argparse.Namespace) -> bool:
     """Symptom: DeepSpeed takes no "auto", which the files of configs/zero/ and Hugging Face's trainers have for
-    sizes that follow from the model; its own defaults take gigabytes; and it dies where a YAML adds
+    sizes that follow from the model; its own defaults take gigabytes; and it dies if a YAML adds
     `offload_optimizer` to CogVideo's `cpu_offload: false` ("Cannot provide deprecated parameter").
 
-    Raises `ConfigError` for one that nothing follows from, and where offload to NVMe cannot work here.
+    Raises `ConfigError` for any other "auto", and if offload to NVMe cannot work here.
     """
     config = getattr(args, "deepspeed_config", None)
     zero = zero_of(args)
@@ -41,23 +41,22 @@ def _check_nvme(zero: Mapping[str, Any]) -> None:
         where, path = f"deepspeed.zero_optimization.{name}", str(section.get("nvme_path", ""))
         if not (os.path.isdir(path) and os.access(path, os.W_OK)):
             raise ConfigError(f"{where}.nvme_path: {path} is not a writable folder; name one on an NVMe disk.")
-        if missing := _lacking():
+        if missing := _missing_to_compile():
             raise ConfigError(
                 f"{where}.device: nvme needs {' and '.join(missing)}, to compile DeepSpeed's reader; "
                 "install that, or use configs/zero/zero3-offload.yaml."
             )
 
 
-def _lacking() -> list[str]:
+def _missing_to_compile() -> list[str]:
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from torch.utils import cpp_extension
 
-    if installed_ops.get(AsyncIOBuilder.NAME):
-        return []
-    toolkit = cpp_extension.CUDA_HOME is not None or not torch.cuda.is_available()
-    found = {
-        "a CUDA toolkit (nvcc on PATH, or CUDA_HOME)": toolkit,
-        "libaio with its headers (apt install libaio-dev)": AsyncIOBuilder().is_compatible(),
-    }
-    return [name for name, there in found.items() if not there]
+    missing = []
+    if not installed_ops.get(AsyncIOBuilder.NAME):
+        if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+            missing.append("a CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
+        if not AsyncIOBuilder().is_compatible():
+            missing.append("libaio with its headers (apt install libaio-dev)")
+    return missing
