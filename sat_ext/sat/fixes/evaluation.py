@@ -90,8 +90,8 @@ class _Counting(Iterator[dict[str, Any]]):
 
 @contextmanager
 def _sample_by_sample(engine: Any) -> Iterator[None]:
-    """Inside, `shared_step` of a CogVideo engine depends on its samples and the weights alone: each is a batch of its
-    own, and its source and key seed what is drawn for it (timestep, noise, posterior, condition)."""
+    """Inside, `shared_step` of a CogVideo engine depends on its samples and the weights alone: each is a batch of
+    its own, and its source and key seed what is drawn for it (timestep, noise, posterior, condition)."""
     if not hasattr(engine, "shared_step"):
         yield
         return
