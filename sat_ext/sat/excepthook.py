@@ -9,8 +9,6 @@ import torch.distributed as dist
 from sat_ext.errors import SatExtError
 from sat_ext.ranks import rank_and_world
 
-ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
-
 
 def sentence_of(error: BaseException) -> str | None:
     """The sentence of an error that a user can fix; None for any other."""
@@ -33,13 +31,11 @@ def sentence_of(error: BaseException) -> str | None:
     return None
 
 
-def in_a_sentence(show: ExceptHook) -> ExceptHook:
+def in_a_sentence(
+    show: Callable[..., object], kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
     """`sys.excepthook` that prints `error: <sentence>` for such an error, and shows any other as before."""
-
-    def show_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if sentence := sentence_of(error):
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
-        else:
-            show(kind, error, traceback)
-
-    return show_error
+    if sentence := sentence_of(error):
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    else:
+        show(kind, error, traceback)

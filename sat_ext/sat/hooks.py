@@ -12,6 +12,7 @@ and the timeout of process groups are best set before there is a GPU in use or a
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from itertools import groupby
 from pkgutil import resolve_name
 from typing import Any
@@ -47,26 +48,25 @@ FIXES: dict[str, Callable[[argparse.Namespace], bool]] = {
 
 @dataclass(frozen=True)
 class Hook:
-    """`wrap` takes the function at `target`, a `module:function`, and returns what replaces it. With `fix`, it is
-    part of that repair, and put in place only where the repair is needed and not left out."""
+    """`wrap` is called in place of the function at `target`, a `module:function`, and gets it as first argument. A
+    `target` that is a module's import of another module is replaced by what `wrap` makes of that.
+
+    With `fix`, it is part of that repair, and put in place only if the repair is needed and not left out.
+    """
 
     target: str
-    wrap: Callable[[Any], Any]
+    wrap: Callable[..., Any]
     why: str
     fix: str | None = None
 
 
-def begun(make_loaders: Callable[..., Any]) -> Callable[..., Any]:
+def begun(make_loaders: Callable[..., Any], args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
     """The first function that `training_main` calls. Install the table, look at where the run comes from, and show
     the memory that it is predicted to take."""
-
-    def make(args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
-        install(args)
-        report_of(args)
-        fill_in_lists(args)  # SAT's own divides by the number of entries in each list
-        return make_loaders(args, *rest, **options)
-
-    return make
+    install(args)
+    report_of(args)
+    fill_in_lists(args)  # SAT's own divides by the number of entries in each list
+    return make_loaders(args, *rest, **options)
 
 
 ENTRY = (
@@ -169,8 +169,16 @@ def put(hooks: Iterable[Hook]) -> None:
         owner = resolve_name(parent)
         function = getattr(owner, name)
         for hook in around:
-            function = hook.wrap(function)
+            function = _around(hook.wrap, function) if callable(function) else hook.wrap(function)
         setattr(owner, name, function)
+
+
+def _around(wrap: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:  # a function and no `partial`, so that it binds as a method
+        return wrap(function, *arguments, **options)
+
+    return call
 
 
 def _symptom(name: str) -> str:

@@ -20,63 +20,49 @@ from sat_ext.sat.memory_report import measuring, report_of
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
-def with_spared_workers(train: Callable[..., Any]) -> Callable[..., Any]:
+def with_spared_workers(
+    train: Callable[..., Any], model: Any, optimizer: Any, lr_scheduler: Any, train_data: Any, val_data: Any,
+    timers: Any, args: argparse.Namespace, **options: Any,
+) -> Any:  # fmt: skip
     """SAT's `train`, whose data workers SIGTERM does not reach, and whose held-out batches draw nothing."""
-
-    def train_spared(
-        model: Any, optimizer: Any, lr_scheduler: Any, train_data: Any, val_data: Any, timers: Any,
-        args: argparse.Namespace, **options: Any,
-    ) -> Any:  # fmt: skip
-        if _saves(run_of(args), args):
-            train_data, val_data = (
-                None if data is None else sigterm.Spared(data) for data in (train_data, val_data)
-            )
-        val_data = None if val_data is None else rng.Unseen(val_data)
-        return train(model, optimizer, lr_scheduler, train_data, val_data, timers, args, **options)
-
-    return train_spared
+    if _saves(run_of(args), args):
+        train_data, val_data = (None if data is None else sigterm.Spared(data) for data in (train_data, val_data))
+    val_data = None if val_data is None else rng.Unseen(val_data)
+    return train(model, optimizer, lr_scheduler, train_data, val_data, timers, args, **options)
 
 
-def counted_step(train_step: Callable[..., Any]) -> Callable[..., Any]:
+def counted_step(
+    train_step: Callable[..., Any], data: Iterator[Any], model: Any, optimizer: Any, lr_scheduler: Any,
+    args: argparse.Namespace, timers: Any, hooks: dict[str, Any], **options: Any,
+) -> Any:  # fmt: skip
     """SAT's `train_step`: before it a run is resumed, stopped or saved, and in it batches are counted."""
-
-    def step(
-        data: Iterator[Any], model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace, timers: Any,
-        hooks: dict[str, Any], **options: Any,
-    ) -> Any:  # fmt: skip
-        run = run_of(args)
-        if not run.began:
-            _begin(run, args)
-            divergence.begin(model)
-        # a stop waits for a step that can be saved: one bad batch must not cost all since the last checkpoint
-        stops = _saves(run, args) and sigterm.stop_asked(model.device) and run.bad_steps == 0
-        if stops:
-            run.stopping = True
-            print_rank0(f"SIGTERM: saving iteration {args.iteration}, then ending")
-        if (stops and args.iteration > 0) or (run.save_owed and run.bad_steps == 0):
-            deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
-        if stops:
-            sigterm.stop()
-        before = divergence.attempts(model)
-        hooks = {**hooks, "forward_step": measuring(_counted(hooks["forward_step"]))}
-        result = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
-        report_of(args).close()
-        divergence.count(run, model, args, before)
-        return result
-
-    return step
+    run = run_of(args)
+    if not run.began:
+        _begin(run, args)
+        divergence.begin(model)
+    # a stop waits for a step that can be saved: one bad batch must not cost all since the last checkpoint
+    stops = _saves(run, args) and sigterm.stop_asked(model.device) and run.bad_steps == 0
+    if stops:
+        run.stopping = True
+        print_rank0(f"SIGTERM: saving iteration {args.iteration}, then ending")
+    if (stops and args.iteration > 0) or (run.save_owed and run.bad_steps == 0):
+        deepspeed_training.save_checkpoint(args.iteration, model, optimizer, lr_scheduler, args)
+    if stops:
+        sigterm.stop()
+    before = divergence.attempts(model)
+    hooks = {**hooks, "forward_step": measuring(_counted(hooks["forward_step"]))}
+    result = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
+    report_of(args).close()
+    divergence.count(run, model, args, before)
+    return result
 
 
-def untouched(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+def untouched(evaluate: Callable[..., Any], *arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
     """An evaluation that leaves the random numbers as they were: how many a run has does not change it."""
-
-    def evaluate_untouched(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
-        hooks = {**hooks, "forward_step_eval": _with_losses_by_kind(hooks["forward_step_eval"])}
-        hooks["handle_metrics"] = hooks.get("handle_metrics") or mean_metrics
-        with rng.untouched():
-            return evaluate(*arguments, hooks=hooks, **options)
-
-    return evaluate_untouched
+    hooks = {**hooks, "forward_step_eval": _with_losses_by_kind(hooks["forward_step_eval"])}
+    hooks["handle_metrics"] = hooks.get("handle_metrics") or mean_metrics
+    with rng.untouched():
+        return evaluate(*arguments, hooks=hooks, **options)
 
 
 def mean_metrics(gathered: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -66,12 +66,12 @@ def batch_of(samples: list[int], frames: int) -> dict[str, Any]:
 
 
 def evaluated(engine: Any, batches: list[dict[str, Any]], seed: int) -> tuple[float, dict[str, float]]:
-    from sat_ext.sat.fixes.evaluation import evaluate
+    from sat_ext.sat.fixes.evaluation import of_all_samples
 
     torch.manual_seed(seed)
     args = Namespace(deepspeed=True, deepspeed_activation_checkpointing=False)
     hooks = {"forward_step_eval": lambda data, *_: engine.shared_step(next(data)), "handle_metrics": None}
-    loss, metrics = evaluate(iter(batches), engine, len(batches), args, None, "val", hooks=hooks)
+    loss, metrics = of_all_samples(len, iter(batches), engine, len(batches), args, None, "val", hooks=hooks)
     engine.eval()
     assert metrics is not None
     return loss, {name: value.item() for name, value in metrics.items()}

@@ -9,6 +9,7 @@ import pytest
 
 SCRIPT = """
 import sys
+from functools import partial
 from sat_ext.errors import DataError, MediaError
 from sat_ext.sat.excepthook import in_a_sentence
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,8 +20,8 @@ class Stream(IterableDataset):
         raise DataError("the folder\\nis empty; name another.")
 
 if __name__ == "__main__":
-    sys.excepthook = in_a_sentence(sys.excepthook)
-    sys.excepthook = in_a_sentence(sys.excepthook)
+    sys.excepthook = partial(in_a_sentence, sys.excepthook)
+    sys.excepthook = partial(in_a_sentence, sys.excepthook)
     {end}
 """
 

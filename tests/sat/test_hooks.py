@@ -29,9 +29,7 @@ def test_the_later_hook_is_around_the_earlier(monkeypatch: pytest.MonkeyPatch) -
     theirs = ModuleType("theirs")
     theirs.step = lambda: ["theirs"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "theirs", theirs)
-    around = [
-        hooks.Hook("theirs:step", lambda step, name=name: lambda: [name, *step()], "a test") for name in ("a", "b")
-    ]
+    around = [hooks.Hook("theirs:step", lambda step, name=name: [name, *step()], "a test") for name in ("a", "b")]
     hooks.put(around)
     assert theirs.step() == ["b", "a", "theirs"]
 

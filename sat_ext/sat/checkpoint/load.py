@@ -21,44 +21,36 @@ from sat_ext.sat.checkpoint.partitions import gathered_loading
 from sat_ext.sat.run import RunState, run_of
 
 
-def load_full(load_weights: Callable[..., int]) -> Callable[..., int]:
+def load_full(
+    load_weights: Callable[..., int], model: Any, args: argparse.Namespace, *rest: Any, **options: Any
+) -> int:
     """Around SAT's `load_checkpoint`: load full checkpoints ourselves, and leave any other to SAT."""
-
-    def load_checkpoint(model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> int:
-        if rest or options or read_manifest(find_weights(Path(args.load)).parent) is None:
-            return load_weights(model, args, *rest, **options)
-        return _load_weights(model, args)
-
-    return load_checkpoint
+    if rest or options or read_manifest(find_weights(Path(args.load)).parent) is None:
+        return load_weights(model, args, *rest, **options)
+    return _load_weights(model, args)
 
 
-def set_up_resumable(set_up: Callable[..., Any]) -> Callable[..., Any]:
+def set_up_resumable(
+    set_up: Callable[..., Any], args: argparse.Namespace, model: Any, *rest: Any, **options: Any
+) -> Any:
     """Check what trains against the checkpoint before an optimizer is made. Keep the engine for later."""
-
-    def set_up_optimizer(args: argparse.Namespace, model: Any, *rest: Any, **options: Any) -> Any:
-        run = run_of(args)
-        if run.base is not None or run.resumed is not None:
-            if hasattr(model, "disable_untrainable_params"):
-                model.disable_untrainable_params()  # SAT would next: it says which weights train
-            check_trained(model, run)
-        run.engine, optimizer = set_up(args, model, *rest, **options)
-        return run.engine, optimizer
-
-    return set_up_optimizer
+    run = run_of(args)
+    if run.base is not None or run.resumed is not None:
+        if hasattr(model, "disable_untrainable_params"):
+            model.disable_untrainable_params()  # SAT would next: it says which weights train
+        check_trained(model, run)
+    run.engine, optimizer = set_up(args, model, *rest, **options)
+    return run.engine, optimizer
 
 
-def with_saved_state(make_scheduler: Callable[..., Any]) -> Callable[..., Any]:
+def with_saved_state(
+    make_scheduler: Callable[..., Any], optimizer: Any, iteration: int, args: argparse.Namespace, **options: Any
+) -> Any:
     """Restore the optimizer and the learning rate."""
-
-    def get_learning_rate_scheduler(
-        optimizer: Any, iteration: int, args: argparse.Namespace, **options: Any
-    ) -> Any:
-        scheduler, run = make_scheduler(optimizer, iteration, args, **options), run_of(args)
-        if run.resumed is not None:  # only now: SAT takes the rates that it finds in the optimizer for scales
-            load_optimizer(run, scheduler)
-        return scheduler
-
-    return get_learning_rate_scheduler
+    scheduler, run = make_scheduler(optimizer, iteration, args, **options), run_of(args)
+    if run.resumed is not None:  # only now: SAT takes the rates that it finds in the optimizer for scales
+        load_optimizer(run, scheduler)
+    return scheduler
 
 
 def _load_weights(model: nn.Module, args: argparse.Namespace) -> int:

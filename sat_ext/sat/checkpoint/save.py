@@ -30,26 +30,27 @@ from sat_ext.sat.checkpoint.writer import Writer
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
-def save_sound(save_weights: Callable[..., None]) -> Callable[..., None]:
+def save_sound(
+    save_weights: Callable[..., None],
+    iteration: int,
+    model: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    args: argparse.Namespace,
+) -> None:
     """Around SAT's `save_checkpoint`: only finite numbers are saved, in full checkpoints by us, else by SAT."""
-
-    def save_checkpoint(
-        iteration: int, model: Any, optimizer: Any, lr_scheduler: Any, args: argparse.Namespace
-    ) -> None:
-        run, last = run_of(args), _is_last(iteration, args)
-        if not divergence.may_save(run, args, last=last):
-            if last:
-                sys.exit(1)
-            return
-        model.empty_partition_cache()  # ZeRO-3 may still fetch ahead of an evaluation, and gathers no such weight
-        divergence.check_finite(model, args)
-        if run.settings.checkpoint == "full":
-            _save_full(iteration, model, lr_scheduler, args)
-        else:
-            with _out_of_the_way(Path(args.save) / str(iteration)):
-                save_weights(iteration, model, optimizer, lr_scheduler, args)
-
-    return save_checkpoint
+    run, last = run_of(args), _is_last(iteration, args)
+    if not divergence.may_save(run, args, last=last):
+        if last:
+            sys.exit(1)
+        return
+    model.empty_partition_cache()  # ZeRO-3 may still fetch ahead of an evaluation, and gathers no such weight
+    divergence.check_finite(model, args)
+    if run.settings.checkpoint == "full":
+        _save_full(iteration, model, lr_scheduler, args)
+    else:
+        with _out_of_the_way(Path(args.save) / str(iteration)):
+            save_weights(iteration, model, optimizer, lr_scheduler, args)
 
 
 def _save_full(iteration: int, model: Any, rate: Any, args: argparse.Namespace) -> None:

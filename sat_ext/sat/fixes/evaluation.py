@@ -27,16 +27,11 @@ def evaluation(_args: argparse.Namespace) -> bool:
     return True
 
 
-def of_all_samples(_evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """`evaluate`, in place of SAT's."""
-    return evaluate
-
-
-def evaluate(
-    data_iterator: Iterator[Any], model: Any, eval_iters: int, args: argparse.Namespace, timers: Any, split: str,
-    *_: Any, hooks: dict[str, Any], **__: Any,
+def of_all_samples(
+    _evaluate: Callable[..., Any], data_iterator: Iterator[Any], model: Any, eval_iters: int,
+    args: argparse.Namespace, timers: Any, split: str, *_: Any, hooks: dict[str, Any], **__: Any,
 ) -> tuple[float, dict[str, Tensor] | None]:  # fmt: skip
-    """The mean loss over all samples, on every rank, and on the first one the means of the metrics, each (1,).
+    """In place of SAT's: the mean loss over all samples, and on the first rank those of the metrics, each (1,).
 
     Our stream says how many steps it takes; other data take `eval_iters`.
     """

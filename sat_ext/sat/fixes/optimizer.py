@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from sat.training import deepspeed_training
 
 from sat_ext.errors import ConfigError
 from sat_ext.sat.standin import StandIn, replaced
@@ -38,24 +39,21 @@ def optimizer_path(args: argparse.Namespace) -> bool:
     return True
 
 
-def of_its_path(set_up: Callable[..., Any]) -> Callable[..., Any]:
+def of_its_path(
+    set_up: Callable[..., Any], args: argparse.Namespace, model: Any, *rest: Any, **options: Any
+) -> Any:
     """SAT's set-up, with the optimizer's class handed to DeepSpeed."""
-    from sat.training import deepspeed_training
+    section = args.deepspeed_config.pop("optimizer")  # DeepSpeed would make a second one from it
+    name, module = str(section["type"]), deepspeed_training.deepspeed
+    make = _optimizer(name, section.get("params") or {})
 
-    def set_up_optimizer(args: argparse.Namespace, model: Any, *rest: Any, **options: Any) -> Any:
-        section = args.deepspeed_config.pop("optimizer")  # DeepSpeed would make a second one from it
-        name, module = str(section["type"]), deepspeed_training.deepspeed
-        make = _optimizer(name, section.get("params") or {})
+    def initialize(**arguments: Any) -> Any:
+        return module.initialize(**{**arguments, "optimizer": make})
 
-        def initialize(**arguments: Any) -> Any:
-            return module.initialize(**{**arguments, "optimizer": make})
-
-        with replaced(deepspeed_training, "deepspeed", StandIn(module, initialize=initialize)):
-            engine, optimizer = set_up(args, model, *rest, **options)
-        check_sizes(name, optimizer)
-        return engine, optimizer
-
-    return set_up_optimizer
+    with replaced(deepspeed_training, "deepspeed", StandIn(module, initialize=initialize)):
+        engine, optimizer = set_up(args, model, *rest, **options)
+    check_sizes(name, optimizer)
+    return engine, optimizer
 
 
 def _foreign(name: str, params: dict[str, Any]) -> list[str]:

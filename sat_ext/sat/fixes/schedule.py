@@ -16,35 +16,27 @@ def lr_schedule(_args: argparse.Namespace) -> bool:
     return True
 
 
-def continued(make: Callable[..., Any]) -> Callable[..., Any]:
+def continued(make: Callable[..., Any], optimizer: Any, iteration: int, args: Any, **kwargs: Any) -> Any:
     """A resumed run gets the rate that it would have had without the interruption."""
-
-    def get_learning_rate_scheduler(optimizer: Any, iteration: int, args: Any, **kwargs: Any) -> Any:
-        if iteration == 0:
-            return make(optimizer, iteration, args, **kwargs)
-        scheduler = make(optimizer, iteration, args, **{**kwargs, "auto_warmup_steps": 0})
-        # SAT's 100 first steps of `mode: finetune` at 5 % of the rate are meant: a run stopped within them, which
-        # has them in its checkpoint, ends them
-        saved = run_of(args).schedule
-        for name in WARM_UP:
-            setattr(scheduler, name, saved.get(name, getattr(scheduler, name)))
-        scheduler.step(scheduler.num_iters)
-        return scheduler
-
-    return get_learning_rate_scheduler
+    if iteration == 0:
+        return make(optimizer, iteration, args, **kwargs)
+    scheduler = make(optimizer, iteration, args, **{**kwargs, "auto_warmup_steps": 0})
+    # SAT's 100 first steps of `mode: finetune` at 5 % of the rate are meant: a run stopped within them, which
+    # has them in its checkpoint, ends them
+    saved = run_of(args).schedule
+    for name in WARM_UP:
+        setattr(scheduler, name, saved.get(name, getattr(scheduler, name)))
+    scheduler.step(scheduler.num_iters)
+    return scheduler
 
 
-def never_negative(get_lr: Callable[[Any], float]) -> Callable[[Any], float]:
+def never_negative(get_lr: Callable[[Any], float], scheduler: Any) -> float:
     """No rate below zero, and no division by a warm-up of no steps."""
-
-    def rate(self: Any) -> float:
-        if self.warmup_iter == 0 and self.num_iters <= self.init_step + self.auto_warmup_steps:
-            return float(self.start_lr * self.auto_warmup_rate)
-        return max(0.0, get_lr(self))
-
-    return rate
+    if scheduler.warmup_iter == 0 and scheduler.num_iters <= scheduler.init_step + scheduler.auto_warmup_steps:
+        return float(scheduler.start_lr * scheduler.auto_warmup_rate)
+    return max(0.0, get_lr(scheduler))
 
 
-def with_warm_up(state_dict: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+def with_warm_up(state_dict: Callable[[Any], dict[str, Any]], scheduler: Any) -> dict[str, Any]:
     """The state of a scheduler with its first steps, for `continued` to find."""
-    return lambda self: {**state_dict(self), **{name: getattr(self, name) for name in WARM_UP}}
+    return {**state_dict(scheduler), **{name: getattr(scheduler, name) for name in WARM_UP}}

@@ -28,15 +28,11 @@ def parallel_layers(args: argparse.Namespace) -> bool:
     return zero_of(args).get("stage") == 3
 
 
-def arguments_by_position(patch: Callable[[Any], None]) -> Callable[[Any], None]:
+def arguments_by_position(patch: Callable[[Any], None], init: Any) -> None:
     """DeepSpeed's patch of all constructors, and ours on top of it for SAT's layers."""
-
-    def patch_init_and_builtins(self: Any) -> None:
-        patch(self)
-        for layer in (ColumnParallelLinear, RowParallelLinear):
-            layer.__init__ = _by_position(layer.__init__, layer._old_init)  # `Init` puts `_old_init` back
-
-    return patch_init_and_builtins
+    patch(init)
+    for layer in (ColumnParallelLinear, RowParallelLinear):
+        layer.__init__ = _by_position(layer.__init__, layer._old_init)  # `Init` puts `_old_init` back
 
 
 def _by_position(wrapped: Callable[..., None], original: Callable[..., None]) -> Callable[..., None]:
@@ -59,26 +55,28 @@ def zero3_build(args: argparse.Namespace) -> bool:
     return zero_of(args).get("stage") == 3
 
 
-def split_while_built(get_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def split_while_built(
+    get_model: Callable[..., nn.Module],
+    args: argparse.Namespace,
+    model_cls: Callable[..., nn.Module],
+    **kwargs: Any,
+) -> nn.Module:
     """SAT's `get_model`. A network of SAT's layers is split layer by layer while it is built, everything else as
     soon as it is whole: no rank ever holds all weights of a network, in its own memory or on its GPU."""
 
-    def build_model(args: argparse.Namespace, model_cls: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
-        def build(*arguments: Any, **options: Any) -> nn.Module:
-            partition = Partition(args)
-            # Other models may change their layers after they are built, and a layer that is split has no shape.
-            # CogVideo's network has one such change, LoRA.
-            is_cogvideos = engine_of(getattr(args, "model_config", None)).has_sat_network
-            with _layer_by_layer(partition) if is_cogvideos else nullcontext():
-                model = model_cls(*arguments, **options)
-            partition(model)
-            return model
+    def build(*arguments: Any, **options: Any) -> nn.Module:
+        partition = Partition(args)
+        # Other models may change their layers after they are built, and a layer that is split has no shape.
+        # CogVideo's network has one such change, LoRA.
+        is_cogvideos = engine_of(getattr(args, "model_config", None)).has_sat_network
+        with _layer_by_layer(partition) if is_cogvideos else nullcontext():
+            model = model_cls(*arguments, **options)
+        partition(model)
+        return model
 
-        build.__name__ = model_cls.__name__  # SAT shows it
-        with replaced(deepspeed.zero, "Init", nullcontext):
-            return get_model(args, build, **kwargs)
-
-    return build_model
+    build.__name__ = model_cls.__name__  # SAT shows it
+    with replaced(deepspeed.zero, "Init", nullcontext):
+        return get_model(args, build, **kwargs)
 
 
 class Partition:
@@ -150,14 +148,10 @@ def zero3_sampling(args: argparse.Namespace) -> bool:
     return zero_of(args).get("stage") == 3 and samples and getattr(args, "model_parallel_size", 1) == 1
 
 
-def as_first_rank(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+def as_first_rank(evaluate: Callable[..., Any], *arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
     """An evaluation in which every rank samples its own batch, as CogVideo's script has its first rank do."""
-
-    def evaluate_as_first(*arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
-        hooks = {**hooks, "forward_step_eval": _as_first_rank(hooks["forward_step_eval"])}
-        return evaluate(*arguments, hooks=hooks, **options)
-
-    return evaluate_as_first
+    hooks = {**hooks, "forward_step_eval": _as_first_rank(hooks["forward_step_eval"])}
+    return evaluate(*arguments, hooks=hooks, **options)
 
 
 def _as_first_rank(forward_step: Callable[..., Any]) -> Callable[..., Any]:
