@@ -21,6 +21,7 @@ from sat_ext.cogvideo.network import (
 )
 from sat_ext.cogvideox import LATENT_SIDE, SCALE_FACTOR, latent_frames, pixel_frames
 from sat_ext.errors import ConfigError
+from sat_ext.ranks import rank_and_world
 from sat_ext.types import Bucket
 
 LOSS_OPTIONS = ("parent", "loss_weights", "condition_dropout", "condition_scale", "scale_factor")
@@ -96,8 +97,23 @@ def check_run(args: argparse.Namespace, model: Mapping[str, Any], buckets: Seque
             f"and the code that runs is of CogVideo's {branch[checkout]}; check out {branch[network.generation]}, "
             f"or name the YAML of a {checkout} model."
         )
-    if checkout == "1.5" and args.eval_interval:
-        _check_evaluation(args, model, network, buckets)
+    if checkout == "1.5":
+        _check_noise_levels(model)
+        if args.eval_interval:
+            _check_evaluation(args, model, network, buckets)
+
+
+def _check_noise_levels(model: Mapping[str, Any]) -> None:
+    # the main branch asserts, while it builds its own loss, that its groups of noise levels divide the ranks
+    loss = component_of(model, "loss_fn_config")
+    levels = component_of(loss.params, "sigma_sampler_config").params
+    groups, ranks = levels.get("group_num", 0), rank_and_world()[1]
+    if loss.target != LOSS and levels.get("uniform_sampling") and ranks > 8 and (not groups or ranks % groups):
+        raise ConfigError(
+            f"model.loss_fn_config.params.sigma_sampler_config.params.group_num: {groups} does not divide {ranks} "
+            f"ranks, as CogVideo's loss requires; name {LOSS} in model.loss_fn_config.target, which takes "
+            "groups that do, or set uniform_sampling: false."
+        )
 
 
 def check_cache(args: argparse.Namespace, model: Mapping[str, Any], *, is_cached: bool) -> None:

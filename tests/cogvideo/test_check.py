@@ -288,6 +288,23 @@ def test_costs_follow_the_networks_patches() -> None:
     assert engine_of({"network_config": {"params": {"hidden_size": 64}}}).sequence_shape().hidden_size == 64
 
 
+def test_noise_levels_that_do_not_divide_the_ranks_are_reported_before(
+    checkout: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout("1.5")
+    levels = {"params": {"uniform_sampling": True, "group_num": 40, "num_idx": 1000}}
+    theirs = model("1.5", loss_fn_config={**THEIRS, "params": {"sigma_sampler_config": levels}})
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    for ranks in (8, 40, 16):
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda ranks=ranks: ranks)
+        check_run(ARGS, {**theirs, "loss_fn_config": {**JOINT, "params": {"sigma_sampler_config": levels}}}, [])
+        if ranks != 16:
+            check_run(ARGS, theirs, [])
+    with pytest.raises(ConfigError, match=r"group_num: 40 does not divide 16 ranks, .*uniform_sampling: false"):
+        check_run(ARGS, theirs, [])
+
+
 def test_the_loss_weights_are_known_to_our_engine_and_our_loss() -> None:
     assert engine_of({}).weighs_losses
     assert engine_of({"pretrained": "x"}).weighs_losses
