@@ -17,7 +17,7 @@ import yaml
 from conftest import HERE, ROOT, Checkout, Launch
 
 from sat_ext.cogvideo.cogvideo_encoders import fingerprints
-from sat_ext.latents.store import LatentStore, entries_in
+from sat_ext.latents.store import LatentStore, _entries_in
 
 pytestmark = pytest.mark.multiprocess
 MODELS = {
@@ -60,7 +60,7 @@ def test_a_run_from_a_cache_trains_on_both_kinds(
     cache = tmp_path / "cache"
     store = LatentStore(cache)
     for file in cache.glob("latents-*"):
-        for entry in entries_in(file):
+        for entry in _entries_in(file):
             parts = store.read(entry.key)
             frames = (int(entry.size.split("x")[0]) - 1) // 4 + 1
             assert parts["mean"].shape == parts["std"].shape == (frames, 16, tiny.SIZE[0] // 8, tiny.SIZE[1] // 8)
