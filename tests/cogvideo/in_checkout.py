@@ -59,7 +59,7 @@ def outcomes(script: str, sat: Path) -> dict[str, str | None]:
         port = free.getsockname()[1]
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     run = subprocess.run(
-        [sys.executable, script, str(sat)], env=os.environ | env, capture_output=True, text=True, timeout=300
+        [sys.executable, script, str(sat)], env=os.environ | env, capture_output=True, text=True, timeout=1500
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     answer: dict[str, str | None] = json.loads(run.stdout.splitlines()[-1])

@@ -43,7 +43,7 @@ def write_cache(checkout: Checkout, media: Path, model: str, overlays: list[str]
             "-o", str(folder / "cache"),
         ],
         env=os.environ | {"COGVIDEO_SAT": str(checkout.sat), "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -62,7 +62,7 @@ class Trial:
 
     def finish(self, process: subprocess.Popen[str], name: str) -> None:
         try:
-            assert process.wait(timeout=400) == 0, (self.folder / f"{name}.log").read_text()[-4000:]
+            assert process.wait(timeout=1500) == 0, (self.folder / f"{name}.log").read_text()[-4000:]
         finally:
             end(process)
 

@@ -343,7 +343,7 @@ def check_ranks_that_share_a_model_weigh_and_drop_alike(sat: Path) -> None:
         )
         for rank in (0, 1)
     ]
-    told = [rank.communicate(timeout=120) for rank in ranks]
+    told = [rank.communicate(timeout=900) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], told[0][1][-2000:] + told[1][1][-2000:]
     first, second = (out.splitlines()[-1] for out, _ in told)
     assert first == second and "True" in first and "False" in first
