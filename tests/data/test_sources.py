@@ -356,3 +356,8 @@ def test_a_source_needs_a_path():
     with pytest.raises(ConfigError, match="a path is empty"):
         SourceConfig(path="")
     assert SourceConfig(path="clips", share=0.5).sampler == "random_start"
+
+
+def test_a_source_without_a_path_is_not_the_folder_of_the_process():
+    with pytest.raises(DataError, match="a path is empty"):
+        read_source("")

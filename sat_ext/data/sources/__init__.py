@@ -68,6 +68,8 @@ def read_source(
     an invalid value or a name that leads out of the source. Without `captions_required`, a file without a caption
     is an item with empty `captions`. `unread` counts files that may be media but are not read, by suffix.
     """
+    if not path:  # such as an unset variable of a shell; it would be the folder of the process
+        raise DataError("sources: a path is empty; give a folder, a table or tar shards.")
     notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
         items = sorted(_read(path, notes), key=lambda item: _natural(item.key))
