@@ -95,6 +95,11 @@ class Bucket:
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
 
+    @property
+    def kind(self) -> Kind:
+        """A sample of one frame is an image, whatever its file."""
+        return "image" if self.frames == 1 else "video"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:

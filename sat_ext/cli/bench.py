@@ -120,9 +120,8 @@ def _by_stage(index: Index, run: Recipe, steps: int, console: Console) -> list[B
     found = []
     for bucket, (samples, *stages) in sorted(spent.items()):
         decode, fit, collate = (float(1e3 * seconds / samples) for seconds in stages)
-        kind = "image" if bucket.frames == 1 else "video"
         times = {"decode": decode, "fit": fit, "collate": collate}
-        found.append(BucketTimes(bucket=str(bucket), kind=kind, samples=int(samples), **times))
+        found.append(BucketTimes(bucket=str(bucket), kind=bucket.kind, samples=int(samples), **times))
     return found
 
 

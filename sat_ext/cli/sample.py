@@ -13,7 +13,7 @@ from sat_ext.data.index import build_index
 from sat_ext.data.stream import JointStream
 from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError
-from sat_ext.pixels import to_uint8
+from sat_ext.pixels import to_model_range, to_uint8
 from sat_ext.recipe import Recipe, recipe_of
 from sat_ext.types import Bucket
 
@@ -78,8 +78,8 @@ def _from_prompt(
     first, strips = None, {}
     if image is not None:
         pixels = torch.from_numpy(read_still(str(image), fit=Fit(bucket.height, bucket.width)))
-        first = pixels.float() / 127.5 - 1
-        strips["first frame"] = pixels.permute(0, 2, 3, 1).numpy()
+        first = to_model_range(pixels, torch.float32)
+        strips["first frame"] = to_uint8(pixels)
     out = generate(
         engine, [prompt], frames=bucket.frames, height=bucket.height, width=bucket.width, first_frames=first,
         **options,

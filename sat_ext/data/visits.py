@@ -48,7 +48,7 @@ class Visit:
         """The sample of these pixels or latents."""
         return Sample(
             pixels=pixels, caption=caption, num_frames=self.num_frames, fps=self.fps,
-            kind="image" if self.bucket.frames == 1 else "video", source=self.source, key=self.item.key,
+            kind=self.bucket.kind, source=self.source, key=self.item.key,
             condition=condition,
         )  # fmt: skip
 
@@ -68,7 +68,7 @@ def visit_of(index: Index, config: DataConfig, group: Group, record: int, rng: n
             rng=rng,
             short=config.short_clips,
             skip_frames=config.skip_frms_num,
-            window=0 if group.windows is None else int(group.windows[record]),
+            window=group.window(record),
         )
         times = file_times(item, whole, of_part)
     return Visit(

@@ -33,7 +33,7 @@ class Entries:
     def find(self, group: Group, record: int, number: int) -> tuple[Visit, Entry]:
         """Visit `number` of a record, and the entry of its latents."""
         row = int(group.rows[record])
-        window = 0 if group.windows is None else int(group.windows[record])
+        window = group.window(record)
         item, _ = self.index.item(row)
         name = f"{group.source}/{item.key}"
         # seeded by the record's name and the draw alone: what is cached stays valid beside other files and shares

@@ -104,7 +104,7 @@ def _buckets(
     parts = []
     for bucket in used:
         own = [i for i, c in enumerate(cells) if c.bucket == bucket]
-        shown, remark = show(stream, bucket, min(most, SAMPLES["image" if bucket.frames == 1 else "video"]))
+        shown, remark = show(stream, bucket, min(most, SAMPLES[bucket.kind]))
         rows = [g.rows for g in stream.index.groups if g.bucket == bucket]
         parts.append(
             BucketPart(

@@ -38,6 +38,10 @@ class Group:
     rows: np.ndarray
     windows: np.ndarray | None = None
 
+    def window(self, record: int) -> int:
+        """Which window of its clip a record is."""
+        return 0 if self.windows is None else int(self.windows[record])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
