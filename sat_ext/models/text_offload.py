@@ -106,10 +106,7 @@ class EmbeddingCache:
                 # one by one: to the last bit an embedding depends on its batch, and a resumed run misses others
                 self._found.update({c: encode([c])[0].to("cpu", dtype) for c in missing})
         rows = [self._found[c] for c in captions]
-        for caption in (
-            *captions,
-            "",
-        ):  # caption dropout needs the empty one in every tenth sample: it is always new
+        for caption in (*captions, ""):  # caption dropout needs the empty one again and again: it never grows old
             if caption in self._found:
                 self._found.move_to_end(caption)
         while len(self._found) > self.limit // rows[0].nbytes:  # all take the same

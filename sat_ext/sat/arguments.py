@@ -35,10 +35,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     deepspeed.add_config_arguments(parser)
     _add_own(parser)
     for action in parser._actions:
-        if action.help and "%(" not in action.help:
-            action.help = action.help.replace(
-                "%", "%%"
-            )  # SAT's have lone percent signs, and argparse formats them
+        if action.help and "%(" not in action.help:  # SAT's have lone percent signs, and argparse formats them
+            action.help = action.help.replace("%", "%%")
     known, _ = parser.parse_known_args(argv)
 
     config = read_yaml(known.base)

@@ -35,9 +35,7 @@ class RunState:
     base: Base | None = None  # the weights that its checkpoints leave out
     whole: bool = True  # they leave out none
     schedule: dict[str, Any] = field(default_factory=dict, repr=False)  # of the learning rate, as SAT saved it
-    random: dict[str, Any] | None = field(
-        default=None, repr=False
-    )  # this rank's state in `folder`, until it begins
+    random: dict[str, Any] | None = field(default=None, repr=False)  # this rank's in `folder`, until it begins
 
     # how far it is
     began: bool = False

@@ -160,9 +160,8 @@ def _as_first_rank(forward_step: Callable[..., Any]) -> Callable[..., Any]:
         rank, script = mpu.get_data_parallel_rank, sys.modules["__main__"]
 
         def first() -> int:
-            mpu.get_data_parallel_rank = (
-                rank  # the script asks once before it samples; the loss needs the true one
-            )
+            # the script asks once before it samples; the loss needs the true one
+            mpu.get_data_parallel_rank = rank
             return 0
 
         with ExitStack() as stack:
