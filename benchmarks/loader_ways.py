@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sat_ext.data.buckets import BucketConfig
+from sat_ext.data.buckets import BucketConfig, StepSize
 from sat_ext.data.decode import read_frames, read_still
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
@@ -80,8 +80,8 @@ class Ours(IterableDataset[dict[str, Any]]):
             table = Path(folder) / "clips.jsonl"
             table.write_text(json.dumps({"path": str(Path(path).resolve()), "caption": "a caption"}) + "\n")
             index = build_index([SourceConfig(path=str(table), sampler="start")], config)
-        sizes = dict.fromkeys(config.make_buckets(), 1)
-        self.stream = JointStream(index, config, batch_sizes=sizes, world=1, dtype=dtype)
+        size = StepSize.of(dict.fromkeys(config.make_buckets(), 1))
+        self.stream = JointStream(index, config, size=size, world=1, dtype=dtype)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return islice(self.stream.batches(start=0, rank=0), self.length)

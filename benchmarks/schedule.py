@@ -15,6 +15,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +23,9 @@ import numpy as np
 from report import report
 
 from sat_ext.cogvideox import SequenceShape, tokens
-from sat_ext.data.buckets import BucketConfig, batch_sizes, make_buckets, step_cost
+from sat_ext.data.buckets import BucketConfig, batch_sizes, make_buckets, pack_budget, step_cost
 from sat_ext.data.index import Group
-from sat_ext.data.schedule import Cell, Schedule
+from sat_ext.data.schedule import Cell, Part, Schedule
 
 WORLDS = (1, 8, 64, 1024)
 SHARES = {"clips": 0.5, "stills": 0.5}
@@ -33,11 +34,12 @@ BUCKETS = make_buckets(
     BucketConfig(frames=(1, 17, 33, 49), sizes=((480, 720), (720, 480), (576, 576))), None, None
 )
 SIZES = batch_sizes(BUCKETS, largest=1, shape=SHAPE)
+BUDGET = pack_budget(BUCKETS, largest=1, shape=SHAPE)
 # Of 256 records of a source: how many fall into each bucket. A made-up data set, uneven as real ones are.
 PARTS = {"clips": (0, 0, 0, 40, 20, 10, 50, 20, 6, 80, 20, 10), "stills": (128, 76, 52, 0, 0, 0, 0, 0, 0, 0, 0, 0)}
 WINDOWS = 2  # of every clip, as `all_windows` makes them
 SMALL = LEAST = 200_000  # records that are followed one by one through an epoch
-STEPS_OF_EVERY_RANK = 50
+RANKS = 16  # that make a schedule of their own, to compare
 
 Figures = dict[str, float]
 
@@ -72,19 +74,22 @@ ROWS: dict[str, tuple[str, float | None, bool]] = {
     "find any step": ("ms", 1, True),
     "the same after another number of ranks": ("ms", 1, True),
     "the same, and a rank's records of it": ("ms", None, True),
-    "samples off a source's share, over any window": ("batches", 1, True),
+    "samples off a source's share, over any window": ("packs", 1, True),
+    "the same in steps of one bucket": ("batches", 2, True),
     "records twice or never in a small epoch": ("records", 0, True),
     "the same, handed on through all numbers of ranks": ("records", 0, True),
     "records twice in a stretch": ("records", 0, True),
     "steps on which ranks disagree, or share a record": ("steps", 0, True),
     "positions twice or never when taken over": ("positions", 0, True),
-    "mean rank's cost of a step over the slowest's": ("%", 97, False),
-    "the same, each rank drawing at random": ("%", None, False),
-    "the same, at random and in batches of 1": ("%", None, False),
-    "mean step's cost over the costliest bucket's": ("%", None, False),
+    "tokens of a pack over its budget": ("%", 95, False),
+    "of the fullest": ("%", 100, True),
+    "mean pack's cost over the costliest's": ("%", 85, False),
+    "the most that any order of such packs can have": ("%", None, False),
+    "the same, one bucket a step": ("%", None, False),
+    "the same, of one clip of 49 frames and one still a pack": ("%", 99, False),
+    "mean rank's cost of a step over the slowest's, each rank drawing at random": ("%", None, False),
     "samples a step and rank": ("samples", None, False),
-    "stills' part of the loss": ("%", None, False),
-    "the same without loss weights": ("%", None, False),
+    "stills' part of the samples": ("%", None, False),
 }
 
 
@@ -96,9 +101,10 @@ def measure(records: int, world: int, seed: int) -> Figures:
     memory, seconds, schedule = start_up(columns, world, seed)
     full = [c.records for c in schedule.cells]
     small = [max(1, round(n * min(1, SMALL / records))) for n in full]
-    far = 3 * records * len(full) // sum(c.batch * world for c in schedule.cells)  # some three epochs
+    far = int(3 * records / (schedule.mean_samples * world))  # some three epochs
     elsewhere = [make_schedule(full, w, seed) for w in WORLDS]
     after = [make_schedule(full, world, seed, s.state(int(rng.integers(far)))) for s in elsewhere]
+    batches = make_schedule(full, world, seed, packs=False)
     values = (
         memory / records,
         seconds,
@@ -106,12 +112,13 @@ def measure(records: int, world: int, seed: int) -> Figures:
         max(find(s, rng, far, tries=50) for s in after),
         max(find(s, rng, far, tries=50, records=True) for s in after),
         share_error(schedule, rng, far),
+        share_error(batches, rng, far),
         small_epoch(small, [world], seed),
         small_epoch(small, [world, *(w for w in WORLDS if w != world)], seed),
         repeats(schedule, int(rng.integers(far)), samples=min(500_000, records)),
         disagreements(full, world, seed, steps=rng.integers(far, size=3)),
         resumed(full, world, seed, rng, steps=20),
-        *costs(schedule, rng, int(rng.integers(far)), steps=2000),
+        *costs(schedule, batches, rng, int(rng.integers(far)), steps=2000),
     )
     return dict(zip(ROWS, values, strict=True))
 
@@ -153,14 +160,19 @@ def make_groups(columns: dict[str, np.ndarray]) -> list[Group]:
     return groups
 
 
-def make_schedule(records: Sequence[int], world: int, seed: int, used: Sequence[int] | None = None) -> Schedule:
-    """The schedule over the cells of `PARTS`, with `records` in each."""
+def make_schedule(
+    records: Sequence[int], world: int, seed: int, used: Sequence[int] | None = None, packs: bool = True
+) -> Schedule:
+    """The schedule over the cells of `PARTS`, with `records` in each: of packs, or of one bucket a step."""
     places = [(source, b) for source, parts in PARTS.items() for b, part in zip(BUCKETS, parts) if part]
     cells = [
-        Cell(source=source, bucket=b, records=n, batch=max(1, min(SIZES[b], n // (2 * world))))  # as the stream's
+        Cell(
+            source=source, bucket=b, records=n, tokens=tokens(b, SHAPE),
+            batch=1 if packs else max(1, min(SIZES[b], n // (2 * world))),  # as the stream's
+        )
         for (source, b), n in zip(places, records, strict=True)
-    ]
-    return Schedule(cells, SHARES, seed=seed, world=world, used=used)
+    ]  # fmt: skip
+    return Schedule(cells, SHARES, seed=seed, world=world, budget=BUDGET if packs else None, used=used)
 
 
 def find(schedule: Schedule, rng: np.random.Generator, far: int, tries: int = 200, records: bool = False) -> float:
@@ -171,48 +183,58 @@ def find(schedule: Schedule, rng: np.random.Generator, far: int, tries: int = 20
         best = float("inf")
         for _ in range(3):
             begun = time.perf_counter()
-            step = next(schedule.steps(number))
-            if records:
-                schedule.records(step.cell, schedule.positions(step, schedule.world - 1))
+            step = schedule.step(number)
+            for part in step if records else ():
+                schedule.records(part.cell, schedule.positions(part, schedule.world - 1))
             best = min(best, time.perf_counter() - begun)
         worst = max(worst, 1e3 * best)
     return worst
 
 
 def share_error(schedule: Schedule, rng: np.random.Generator, far: int) -> float:
-    """The most that the samples of a source differ from its share of all samples, over any window, in batches.
-
-    Windows between any two of 20,000 steps in a row, and of 500 steps up to `far`.
-    """
+    """The most that the samples of a source differ from its share of all samples, over any window, in the samples
+    of the largest step. Windows between any two of 20,000 steps in a row, and of 500 steps up to `far`."""
     start = int(rng.integers(far))
-    base = np.array(schedule.state(start))
-    given = np.array([c.batch * schedule.world for c in schedule.cells])
-    made = np.zeros((20_001, len(base)), np.int64)
-    for i, step in enumerate(islice(schedule.steps(start), 20_000)):
-        made[i + 1, step.cell] = given[step.cell]
-    others = np.array([schedule.state(int(k)) for k in rng.integers(far, size=500)])
-    used = np.concatenate([base + made.cumsum(0), others])
+    made = np.array([taken(schedule, step) for step in islice(schedule.steps(start), 20_000)])
+    near = np.array(schedule.state(start)) + made.cumsum(0)
+    used = np.concatenate([near, [schedule.state(int(k)) for k in rng.integers(far, size=500)]])
     error = used[:, [c.source == "clips" for c in schedule.cells]].sum(1) - SHARES["clips"] * used.sum(1)
-    return float(np.ptp(error) / given.max())
+    return float(np.ptp(error) / made.sum(1).max())
+
+
+def taken(schedule: Schedule, step: Sequence[Part]) -> np.ndarray:
+    """Samples of each cell in a step, over all ranks."""
+    out = np.zeros(len(schedule.cells), dtype=np.int64)
+    for part in step:
+        out[part.cell] += part.samples * schedule.world
+    return out
+
+
+def positions(schedule: Schedule, step: Sequence[Part]) -> Iterator[tuple[int, np.ndarray]]:
+    """Cell and positions of each part and rank."""
+    for part in step:
+        for rank in range(schedule.world):
+            yield part.cell, schedule.positions(part, rank)
 
 
 def small_epoch(records: Sequence[int], worlds: Sequence[int], seed: int) -> int:
     """Records not met exactly once in the first epoch of every cell, followed rank by rank, while each of `worlds`
     takes over from the one before for an equal part of it."""
-    used = [0] * len(records)
-    taken: list[list[np.ndarray]] = [[] for _ in records]
+    used = np.zeros(len(records), dtype=np.int64)
+    found: list[list[np.ndarray]] = [[] for _ in records]
     for part, world in enumerate(worlds, start=1):
-        schedule = make_schedule(records, world, seed, used)
+        schedule = make_schedule(records, world, seed, used.tolist())
         for step in schedule.steps():
-            taken[step.cell] += [schedule.positions(step, rank) for rank in range(world)]
-            used[step.cell] += schedule.cells[step.cell].batch * world
-            if all(u >= n for u, n in zip(used, records)):
+            for cell, of_rank in positions(schedule, step):
+                found[cell].append(of_rank)
+            used += taken(schedule, step)
+            if (used >= records).all():
                 break
-            if part < len(worlds) and sum(used) >= sum(records) * part / len(worlds):
+            if part < len(worlds) and used.sum() >= sum(records) * part / len(worlds):
                 break
     wrong = 0
     for cell, n in enumerate(records):
-        followed = np.concatenate(taken[cell])
+        followed = np.concatenate(found[cell])
         seen = schedule.records(cell, followed[followed < n])
         wrong += int((np.bincount(seen, minlength=n) != 1).sum())
     return wrong
@@ -220,81 +242,90 @@ def small_epoch(records: Sequence[int], worlds: Sequence[int], seed: int) -> int
 
 def repeats(schedule: Schedule, start: int, samples: int) -> int:
     """Records that all ranks together meet twice within one epoch, in about so many samples from `start` on."""
-    taken: list[list[np.ndarray]] = [[] for _ in schedule.cells]
+    found: list[list[np.ndarray]] = [[] for _ in schedule.cells]
     for step in schedule.steps(start):
-        taken[step.cell] += [schedule.positions(step, rank) for rank in range(schedule.world)]
-        samples -= schedule.cells[step.cell].batch * schedule.world
+        for cell, of_rank in positions(schedule, step):
+            found[cell].append(of_rank)
+            samples -= len(of_rank)
         if samples <= 0:
             break
     twice = 0
-    for cell, found in enumerate(taken):
-        if found:
-            positions = np.concatenate(found)
+    for cell, followed in enumerate(found):
+        if followed:
+            of_cell = np.concatenate(followed)
             n = schedule.cells[cell].records
-            visits = positions // n * n + schedule.records(cell, positions)  # one number for each epoch and record
+            visits = of_cell // n * n + schedule.records(cell, of_cell)  # one number for each epoch and record
             twice += len(visits) - len(np.unique(visits))
     return twice
 
 
 def disagreements(records: Sequence[int], world: int, seed: int, steps: np.ndarray) -> int:
-    """Of `steps`, those on which two of the ranks, each with a schedule of its own, differ in the bucket, or
-    take the same record."""
-    ranks = [make_schedule(records, world, seed) for _ in range(world)]
+    """Of `steps`, those on which two of the ranks, each with a schedule of its own, differ, or take the same
+    record."""
+    ranks = [make_schedule(records, world, seed) for _ in range(min(world, RANKS))]
     wrong = 0
     for number in steps.tolist():
-        own = [next(schedule.steps(number)) for schedule in ranks]
-        positions = np.concatenate([s.positions(step, r) for r, (s, step) in enumerate(zip(ranks, own))])
-        met = ranks[0].records(own[0].cell, positions)
-        fits = len(met) <= records[own[0].cell]
-        wrong += len({(s.cell, s.first) for s in own}) > 1 or (fits and len(set(met.tolist())) < len(met))
+        own = [schedule.step(number) for schedule in ranks]
+        shared = False
+        for part in own[0]:
+            met = [ranks[0].records(part.cell, ranks[0].positions(part, rank)) for rank in range(world)]
+            every = np.concatenate(met)
+            shared |= len(every) <= records[part.cell] and len(np.unique(every)) < len(every)
+        wrong += len(set(own)) > 1 or shared
     return wrong
 
 
 def resumed(records: Sequence[int], world: int, seed: int, rng: np.random.Generator, steps: int) -> int:
-    """Positions twice or never where `world` ranks go on, for `steps`, after runs on each of `WORLDS` that stopped
-    at a random step of the first epochs."""
+    """Positions twice or never where `world` ranks continue, for `steps`, after runs on each of `WORLDS` that
+    stopped at a random step of the first epochs."""
     wrong = 0
     for before in WORLDS:
         used = make_schedule(records, before, seed).state(int(rng.integers(sum(records) // before + 2)))
         schedule = make_schedule(records, world, seed, used)
-        taken: list[list[np.ndarray]] = [[np.arange(0)] for _ in records]
+        found: list[list[np.ndarray]] = [[np.arange(0)] for _ in records]
         for step in islice(schedule.steps(), steps):
-            taken[step.cell] += [schedule.positions(step, rank) for rank in range(world)]
+            for cell, of_rank in positions(schedule, step):
+                found[cell].append(of_rank)
         for cell, start in enumerate(used):
-            positions = np.sort(np.concatenate(taken[cell]))
-            wrong += int((positions != np.arange(start, start + len(positions))).sum())
+            of_cell = np.sort(np.concatenate(found[cell]))
+            wrong += int((of_cell != np.arange(start, start + len(of_cell))).sum())
     return wrong
 
 
-def costs(schedule: Schedule, rng: np.random.Generator, start: int, steps: int) -> tuple[float, ...]:
+def costs(
+    schedule: Schedule, batches: Schedule, rng: np.random.Generator, start: int, steps: int
+) -> tuple[float, ...]:
     """The last figures of `ROWS`, over `steps` steps from `start` on."""
     cells = schedule.cells
-    batch = np.array([c.batch for c in cells])
-    of_one = np.array([step_cost(tokens(c.bucket, SHAPE), SHAPE.hidden_size) for c in cells])
-    cost = batch * of_one
-    size = {name: sum(c.records for c in cells if c.source == name) for name in SHARES}
-    part = np.array([SHARES[c.source] * c.records / size[c.source] for c in cells])  # of all samples
-    own = np.array([step.cell for step in islice(schedule.steps(start), steps)])
-    by_rank = np.array([list(_cells_of_a_rank(schedule, start)) for _ in range(schedule.world)])
-    drawn = rng.choice(len(cells), size=(schedule.world, steps), p=part / batch / (part / batch).sum())
-    singly = rng.choice(len(cells), size=(schedule.world, steps), p=part)
-    weights = np.array([schedule.loss_weight(c) for c in range(len(cells))])[own]
-    still = np.array([c.source == "stills" for c in cells])[own]
-    return (
-        100 * cost[by_rank].mean() / cost[by_rank].max(0).mean(),
-        100 * cost[drawn].mean() / cost[drawn].max(0).mean(),
-        100 * of_one[singly].mean() / of_one[singly].max(0).mean(),
-        100 * cost[own].mean() / cost.max(),
-        batch[own].mean(),
-        100 * weights[still].sum() / weights.sum(),
-        100 * still.mean(),
+    length = np.array([c.tokens for c in cells])
+    cost = np.array([step_cost(c.tokens, SHAPE.hidden_size) for c in cells])
+    packs, own = (
+        np.array([taken(s, step) for step in islice(s.steps(start), steps)]) // s.world
+        for s in (schedule, batches)
     )
-
-
-def _cells_of_a_rank(schedule: Schedule, start: int) -> Iterator[int]:
-    """The cells that a rank takes at some steps from `start` on, by a schedule that it makes for itself."""
-    own = Schedule(schedule.cells, SHARES, seed=schedule.seed, world=schedule.world)
-    return (step.cell for step in islice(own.steps(start), STEPS_OF_EVERY_RANK))
+    full, work = packs @ length / BUDGET, packs @ cost
+    mean = packs.sum(0) @ cost / (packs.sum(0) @ length)  # cost of a token
+    bound = mean * BUDGET / cost.max()  # all packs full, the costliest no dearer than its clip alone
+    even = Schedule(
+        [replace(cells[i], records=1000) for i in (int(length.argmax()), int(length.argmin()))], SHARES,
+        seed=0, world=1, budget=BUDGET,
+    )  # fmt: skip
+    pair = [sum(p.samples * step_cost(even.cells[p.cell].tokens, SHAPE.hidden_size) for p in even.step(i))
+            for i in range(1000)]  # fmt: skip
+    part = packs.sum(0) / packs.sum()
+    drawn = cost[rng.choice(len(cells), size=(schedule.world, steps), p=part)]
+    stills = [c.source == "stills" for c in cells]
+    return (
+        100 * full.mean(),
+        100 * full.max(),
+        100 * work.mean() / work.max(),
+        100 * min(1.0, bound),
+        100 * (own @ cost).mean() / (own @ cost).max(),
+        100 * float(np.mean(pair) / np.max(pair)),
+        100 * drawn.mean() / drawn.max(0).mean(),
+        packs.sum(1).mean(),
+        100 * packs[:, stills].sum() / packs.sum(),
+    )
 
 
 if __name__ == "__main__":

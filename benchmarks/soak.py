@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from sat_ext.config import load
+from sat_ext.data.buckets import StepSize
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
@@ -106,7 +107,7 @@ def soak(root: Path, samples: int, every: int) -> list[dict[str, float]]:
     )
     index = build_index([SourceConfig(path=str(root / "train"))], data)
     stream = JointStream(
-        index, data, batch_sizes=dict.fromkeys(data.make_buckets(), 4), world=1, dtype=torch.uint8
+        index, data, size=StepSize.of(dict.fromkeys(data.make_buckets(), 4)), world=1, dtype=torch.uint8
     )
     broken = spoil(stream)
     print(f"{index.summary()}; {broken} broken since")

@@ -50,6 +50,10 @@ class Engine(Protocol):
         """How often an image-to-video model trains without its condition, 0 to 1."""
 
     @property
+    def takes_packs(self) -> bool:
+        """Whether a step can have samples of several shapes."""
+
+    @property
     def weighs_losses(self) -> bool:
         """Whether the loss multiplies by the batches' `loss_weight`."""
 

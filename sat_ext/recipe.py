@@ -13,6 +13,7 @@ import torch
 
 from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import convert, load, read_yaml, reject_unknown_keys
+from sat_ext.data.buckets import StepSize
 from sat_ext.data.params import DataConfig, name_sources, sources_of
 from sat_ext.data.sources import SourceConfig
 from sat_ext.engines import Engine, engine_of
@@ -64,11 +65,12 @@ class Recipe:
         return self.engine.sequence_shape()
 
     @cached_property
-    def batch_sizes(self) -> dict[Bucket, int]:
-        """Samples per rank and step, by bucket."""
-        if self.target not in TARGETS:  # CogVideo's own data class pads every clip to the longest length
-            return {max(self.buckets, key=lambda b: b.frames): self.micro_batch}
-        return self.data.batch_sizes(self.buckets, largest=self.micro_batch, shape=self.shape)
+    def step_size(self) -> StepSize:
+        """How large a rank's steps are; CogVideo's own data class pads every clip to the longest length."""
+        buckets, packs = self.buckets, self.engine.takes_packs
+        if self.target not in TARGETS:
+            buckets, packs = (max(buckets, key=lambda b: b.frames),), False
+        return self.data.step_size(buckets, largest=self.micro_batch, shape=self.shape, packs=packs)
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -112,6 +114,8 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
     data = load(DataConfig, section.get("params") or {}, "data.params")
     engine = engine_of(config.get("model"))
     fp16, bf16 = precision(deepspeed)
+    steps = "gradient_accumulation_steps"
+    accumulation = _count(steps, args, deepspeed.get(steps))
 
     def sources(name: str) -> tuple[SourceConfig, ...]:
         found = data.sources if name == "train_data" and data.sources else _of_list(args, name)
@@ -125,15 +129,17 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
         engine=engine,
         deepspeed=deepspeed,
         micro_batch=_count("batch_size", args, deepspeed.get("train_micro_batch_size_per_gpu")),
-        accumulation=_count("gradient_accumulation_steps", args, deepspeed.get("gradient_accumulation_steps")),
+        accumulation=accumulation,
         num_workers=_count("num_workers", args, least=0),
         dtype=torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32,  # in SAT's order
         train_iters=convert(int | None, args.get("train_iters"), "args.train_iters"),
-        doubts=tuple(doubts_of(engine, deepspeed, args)),
+        doubts=tuple(doubts_of(engine, deepspeed, args, accumulation)),
     )
 
 
-def doubts_of(engine: Engine, deepspeed: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
+def doubts_of(
+    engine: Engine, deepspeed: Mapping[str, Any], args: Mapping[str, Any], accumulation: int
+) -> list[str]:
     """A sentence for each value that trains without an error, but probably not as intended."""
     found = []
     given = ((deepspeed.get("optimizer") or {}).get("params") or {}).get("lr")
@@ -151,6 +157,13 @@ def doubts_of(engine: Engine, deepspeed: Mapping[str, Any], args: Mapping[str, A
         found.append(
             "deepspeed.bf16.enabled: true, but CogVideoX-2B was published in fp16; bf16 keeps three bits less; "
             "append configs/train/fp16.yaml."
+        )
+    clip = deepspeed.get("gradient_clipping")
+    if clip and engine.model and not engine.takes_packs and accumulation == 1:
+        found.append(
+            "deepspeed.gradient_accumulation_steps: 1, so each update of CogVideo's engine has one source and "
+            f"bucket; clipped at {clip} (deepspeed.gradient_clipping), one of many stills counts no more than one "
+            "of a clip; set it to 4 or more, so that updates are mixed."
         )
     return found
 

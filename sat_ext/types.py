@@ -1,7 +1,7 @@
 """The values that pass between stages. Frozen: a stage makes a new one and never changes its input."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -117,3 +117,9 @@ class Sample:
     source: str
     key: str
     condition: torch.Tensor | None = None
+
+
+def groups_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups of a pack; a batch of one shape is its own only group."""
+    groups: list[dict[str, Any]] = batch.get("groups", [batch])
+    return groups

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from sat_ext.data.schedule import Schedule, Step
+from sat_ext.data.schedule import Part, Schedule
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TIMES = {
@@ -64,8 +64,8 @@ def test_an_order_that_repeats_records_is_noticed(benchmark, monkeypatch, tmp_pa
 
 
 def test_ranks_that_take_the_same_positions_are_noticed(benchmark, monkeypatch, tmp_path):
-    def same(self: Schedule, step: Step, rank: int) -> np.ndarray:
-        return step.first + np.arange(self.cells[step.cell].batch)
+    def same(self: Schedule, part: Part, rank: int) -> np.ndarray:
+        return part.first + np.arange(part.samples)
 
     monkeypatch.setattr(Schedule, "positions", same)
     assert {

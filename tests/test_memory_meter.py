@@ -29,6 +29,7 @@ from sat_ext.memory.meter import metering
 from sat_ext.memory.results import remembered
 from sat_ext.memory.run import Run, run_from
 from sat_ext.models.config import GradientCheckpointing, TextConfig
+from sat_ext.models.packs import Group
 from sat_ext.models.transformer import build_transformer, rotary_embedding
 from sat_ext.recipe import recipe_of
 from sat_ext.types import Bucket
@@ -45,7 +46,7 @@ def run_of(name: str, mode: str, bucket: Bucket, samples: int = 1, layers: int =
     config["model"] |= {"train": {"mode": mode, "rank": 128}, **model}
     config["data"] = {"params": {"video_size": [bucket.height, bucket.width], "max_num_frames": bucket.frames}}
     config["deepspeed"] = {"bf16": {"enabled": True}}
-    return replace(run_from(recipe_of(config)), batches={bucket: samples})
+    return replace(run_from(recipe_of(config)), steps={bucket: {bucket: samples}})
 
 
 @contextmanager
@@ -80,20 +81,21 @@ def network_of(run: Run, layers: int | None = None) -> Any:
 
 
 def inputs_of(run: Run) -> dict[str, Any]:
-    transformer, ((bucket, samples),) = run.model.transformer, run.batches.items()
+    transformer, ((bucket, step),) = run.model.transformer, run.steps.items()
+    samples = step[bucket]
     patch = transformer.patch_size_t or 1
     frames = -(-((bucket.frames - 1) // 4 + 1) // patch) * patch
     shape = (frames, transformer.in_channels, bucket.height // 8, bucket.width // 8)
     dtype = torch.bfloat16 if run.itemsize == 2 else torch.float32
     hidden = torch.zeros(samples, *shape, dtype=dtype)
     text = torch.zeros(samples, transformer.max_text_seq_length, transformer.text_embed_dim, dtype=dtype)
-    return {
-        "hidden_states": hidden,
-        "encoder_hidden_states": text,
-        "timestep": torch.zeros(samples, dtype=torch.long),
-        "ofs": None if transformer.ofs_embed_dim is None else hidden.new_full((1,), 2.0),
-        "image_rotary_emb": rotary_embedding(run.model, frames, *shape[2:], hidden.device),
-    }
+    group = Group(
+        latents=hidden,
+        text=text,
+        timesteps=torch.zeros(samples, dtype=torch.long),
+        rotary=rotary_embedding(run.model, frames, *shape[2:], hidden.device),
+    )
+    return {"groups": [group], "ofs": None if transformer.ofs_embed_dim is None else 2.0}
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Whole:
             network = network_of(run)
         with metering(network) as meter:
             before = meter.mark()
-            loss = network(**inputs_of(run), return_dict=False)[0].float().square().mean()
+            loss = network(**inputs_of(run))[0].float().square().mean()
             meter.mark()
             loss.backward()
             gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
@@ -132,7 +134,7 @@ def test_each_block_saves_as_much_as_the_one_that_is_measured(
         with torch.device("meta"):
             network = network_of(run, layers)
         with metering(network), saved_bytes(network, found.append):
-            network(**inputs_of(run), return_dict=False)
+            network(**inputs_of(run))
     assert training_step(run, bucket).saved == pytest.approx((found[1] - found[0]) / 3, rel=0.001)
 
 
@@ -207,7 +209,7 @@ def encoding_run(bucket: Bucket, samples: int = 1, **first_stage: Any) -> Run:
     model = {**read_yaml([str(CONFIGS / "model/cogvideox-5b.yaml")])["model"], "first_stage": first_stage}
     data = {"params": {"video_size": [bucket.height, bucket.width], "max_num_frames": bucket.frames}}
     run = run_from(recipe_of({"model": model, "data": data, "deepspeed": {"bf16": {"enabled": True}}}))
-    return replace(run, batches={bucket: samples})
+    return replace(run, steps={bucket: {bucket: samples}})
 
 
 def autoencoder(run: Run) -> AutoencoderKLCogVideoX:

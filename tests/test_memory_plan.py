@@ -82,7 +82,7 @@ def difference(lever: Run, run: Run) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def one_clip(run: Run) -> Run:
-    return replace(run, batches={Bucket(frames=49, height=480, width=720): 1})
+    return replace(run, steps={(clip := Bucket(frames=49, height=480, width=720)): {clip: 1}})
 
 
 def test_a_cache_takes_first_stage_and_text_encoder_away() -> None:
@@ -109,8 +109,8 @@ def test_offloaded_inputs_take_whole_powers_of_two() -> None:
     assert make_plan(run).per_host["checkpoints"] == sum(checkpoint_memory(run)) == sum(
         size * count for size, count in allocations.items()
     )  # fmt: skip
-    shorter = {Bucket(frames=frames, height=480, width=720): 1 for frames in (1, 17, 49)}
-    kept = sum(checkpoint_memory(replace(run, batches=shorter)))
+    shorter = {b: {b: 1} for b in (Bucket(frames=n, height=480, width=720) for n in (1, 17, 49))}
+    kept = sum(checkpoint_memory(replace(run, steps=shorter)))
     assert kept == sum(checkpoint_memory(run)) + 42 * (2**23 + 2**26)  # of the other buckets, never given back
 
 
@@ -151,10 +151,10 @@ def test_slicing_matters_to_batches_of_stills() -> None:
     stills = Bucket(frames=1, height=480, width=720)
     sliced = run_of()
     run = with_model(sliced, first_stage=replace(sliced.model.first_stage, slicing=False))
-    assert run.batches[stills] == 11
-    with pytest.raises(ConfigError, match="cannot encode 11 samples of 1x480x720 at once; set slicing: true"):
+    assert run.steps[stills] == {stills: 12}
+    with pytest.raises(ConfigError, match="cannot encode 12 samples of 1x480x720 at once; set slicing: true"):
         make_plan(run)
-    four = [encoding(replace(r, batches={stills: 4}), stills) for r in (sliced, run)]
+    four = [encoding(replace(r, steps={stills: {stills: 4}}), stills) for r in (sliced, run)]
     assert four[1] > 3.5 * four[0]
 
 
@@ -202,7 +202,8 @@ def _plan(config: dict[str, Any]) -> Plan:
 
 def test_cogvideos_yaml_is_read_as_ours() -> None:
     run = run_from(recipe_of(_config()))
-    assert run.batches == {Bucket(frames=49, height=480, width=720): 2}  # its data class pads all to the longest
+    clip = Bucket(frames=49, height=480, width=720)
+    assert run.steps == {clip: {clip: 2}}  # its data class pads all to the longest
     ours = run_of()
     ours = with_model(ours, train=replace(ours.model.train, rank=256))
     assert count(run).groups == count(ours).groups

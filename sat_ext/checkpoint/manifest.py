@@ -17,14 +17,16 @@ CHECKSUM = "checksum"  # the key in it
 
 @dataclass(frozen=True, kw_only=True)
 class CellState:
-    """How many samples of a cell were trained on (`used`) and how many it had (`records`); `keys` is a hash of
-    their keys (`epoch.py`), which the first versions did not write."""
+    """How many samples of a cell were trained on (`used`) and how many it had (`records`); `start` is `used` at
+    the beginning of the present order of steps, and `keys` a hash of the samples' keys (`epoch.py`). The first
+    versions did not write the last two."""
 
     source: str
     bucket: str
     records: int
     used: int
     keys: str | None = None
+    start: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class Manifest:
     cells: tuple[CellState, ...]
     files: dict[str, int]
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    steps: int = 0  # of the present order
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -111,12 +111,13 @@ def _by_stage(index: Index, run: Recipe, steps: int, console: Console) -> list[B
     stream = _stream(index, run, MediaReader(index, run.data, read))
     torch.set_num_threads(1)  # as PyTorch sets it in data workers
     spent: dict[Bucket, np.ndarray] = defaultdict(lambda: np.zeros(4))  # samples, and seconds by stage
-    for step in track(islice(stream.schedule.steps(0), steps), "by stage", total=steps, console=console):
+    parts = [part for step in islice(stream.schedule.steps(), steps) for part in step]
+    for part in track(parts, "by stage", console=console):
         read.decoding = read.fitting = 0.0
         start = time.perf_counter()
-        samples = len(stream.batch(step, 0)["txt"])
+        stream.collated(part.cell, stream.schedule.positions(part, rank=0))
         rest = time.perf_counter() - start - read.decoding - read.fitting
-        spent[index.groups[step.cell].bucket] += samples, read.decoding, read.fitting, rest
+        spent[index.groups[part.cell].bucket] += part.samples, read.decoding, read.fitting, rest
     found = []
     for bucket, (samples, *stages) in sorted(spent.items()):
         decode, fit, collate = (float(1e3 * seconds / samples) for seconds in stages)
@@ -147,7 +148,7 @@ def _through_a_worker(index: Index, run: Recipe, steps: int, console: Console) -
 
 def _stream(index: Index, run: Recipe, reader: MediaReader | None = None) -> JointStream:
     dtype = run.engine.batch_dtype(run.dtype)
-    return JointStream(index, run.data, batch_sizes=run.batch_sizes, world=1, dtype=dtype, reader=reader)
+    return JointStream(index, run.data, size=run.step_size, world=1, dtype=dtype, reader=reader)
 
 
 def _show_stages(buckets: list[BucketTimes]) -> None:

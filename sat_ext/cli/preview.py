@@ -40,7 +40,7 @@ def preview(
         replace(run.data, on_bad_sample=unlimited),
         probing=lambda found, total: track(found, description="probing files", total=total, console=console),
     )
-    stream = JointStream(index, run.data, batch_sizes=run.batch_sizes, world=gpus, dtype=run.dtype)
+    stream = JointStream(index, run.data, size=run.step_size, world=gpus, dtype=run.dtype)
     with console.status("reading samples"):
         report = gather(yaml, stream, run)
     page = render(report)

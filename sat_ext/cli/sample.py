@@ -1,5 +1,6 @@
 """`sat-ext sample`: generate from a run's newest checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,8 +97,8 @@ def _held_out(
     sources, data = recipe.lists["valid_data"], recipe.data
     if not sources:
         raise ConfigError("--prompt: missing, and the run has no args.valid_data to take captions from.")
-    sizes = dict.fromkeys(recipe.buckets, number)
-    stream = JointStream(build_index(sources, data), data, batch_sizes=sizes, world=1, dtype=torch.float32)
+    size = replace(recipe.step_size, batches=dict.fromkeys(recipe.buckets, number), budget=None)
+    stream = JointStream(build_index(sources, data), data, size=size, world=1, dtype=torch.float32)
     rows, kinds = [], set()
     for cell, held in enumerate(stream.schedule.cells):
         is_still = held.bucket.frames == 1

@@ -9,6 +9,7 @@ _TARGETS = {
     "SinusoidalPositionEmbedding": "sat_ext.cogvideo.position",
     "FinalLayer": "sat_ext.cogvideo.position",
     "PaddedSampler": "sat_ext.cogvideo.sampler",
+    "StratifiedSampling": "sat_ext.cogvideo.timesteps",
     "CachedFirstStage": "sat_ext.cogvideo.cached",
     "ChunkedFirstStage": "sat_ext.cogvideo.chunked_first_stage",
     "OffloadedTextEmbedder": "sat_ext.cogvideo.text_embedders",

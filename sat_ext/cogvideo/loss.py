@@ -10,6 +10,7 @@ from sat import mpu
 from torch import Tensor, nn
 
 from sat_ext.cogvideo.target import Target
+from sat_ext.cogvideo.timesteps import StratifiedSampling
 from sat_ext.cogvideox import OFS, SCALE_FACTOR
 from sat_ext.config import convert, load
 from sat_ext.errors import ConfigError
@@ -33,6 +34,7 @@ class JointDiffusionLoss(Target, nn.Module):
       training mode) drop none.
     - `loss_weights` are factors by kind, in training and evaluation. The batch's `loss_weight` (B,) is another in
       training. As in the built-in engine.
+    - A `sigma_sampler_config` of `StratifiedSampling` takes the noise levels of the batch's `timestep` (B,).
     - Where the network's patches span several latent frames (2 in 1.5), copies of the first latent frame are put
       in front until the patches fit, as CogVideo's diffusers trainers do. Its sampler drops that frame when it
       decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch). The loss is a mean over the
@@ -51,6 +53,7 @@ class JointDiffusionLoss(Target, nn.Module):
     WHERE = PARAMS
     CALLS = ("get_loss",)
     batch2model_keys: set[str]
+    sigma_sampler: Any
 
     def __init__(
         self,
@@ -103,6 +106,8 @@ class JointDiffusionLoss(Target, nn.Module):
         if getattr(transformer, "ofs_embed_dim", None) is not None:
             batch.setdefault("ofs", torch.full((len(input),), OFS, device=input.device))
             self.batch2model_keys.add("ofs")
+        if "timestep" in batch and isinstance(self.sigma_sampler, StratifiedSampling):
+            self.sigma_sampler.places = batch["timestep"]
         latents = pad_front(input, self._padding)
         losses: Tensor = super().__call__(network, denoiser, conditioner, latents, batch)
         self._metrics = {

@@ -32,6 +32,7 @@ class CogVideo:
     """The engine of a CogVideo checkout, whose classes the section names."""
 
     has_own_script = has_sat_network = samples_on_first_rank = True
+    takes_packs = False
     lora_remedy = "append configs/cogvideo/lora-rate.yaml"
 
     def __init__(self, model: Mapping[str, Any]) -> None:

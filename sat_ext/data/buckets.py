@@ -7,7 +7,7 @@ patches of 2 x 2 latents (Yang et al. 2024, "CogVideoX", section 2). So sizes ar
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sat_ext.cogvideox import TEMPORAL_COMPRESSION, TOKEN_SIDE, SequenceShape, tokens
@@ -98,6 +98,48 @@ def step_cost(tokens: int, hidden_size: int) -> float:
     20.4
     """
     return float(tokens) * (6 * hidden_size + tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """How large a rank's steps are: packs of up to `budget` tokens, or without one `batches` samples of
+    one bucket. `tokens` are those of one sample."""
+
+    tokens: Mapping[Bucket, int]
+    batches: Mapping[Bucket, int]
+    budget: int | None = None
+
+    @staticmethod
+    def of(batches: Mapping[Bucket, int]) -> "StepSize":
+        """Steps of one bucket, with so many samples, whatever their tokens."""
+        return StepSize(tokens=dict.fromkeys(batches, 1), batches=batches)
+
+    def most(self, bucket: Bucket) -> int:
+        """Samples of a bucket that a step can have."""
+        return self.batches[bucket] if self.budget is None else self.budget // self.tokens[bucket]
+
+    def fullest(self, bucket: Bucket) -> dict[Bucket, int]:
+        """The largest step with this bucket: as many of its samples as fit and, in a pack, the smallest beside."""
+        step = {bucket: self.most(bucket)}
+        if self.budget is not None:
+            smallest = min(self.tokens, key=lambda b: self.tokens[b])
+            left = (self.budget - step[bucket] * self.tokens[bucket]) // self.tokens[smallest]
+            if left:
+                step[smallest] = step.get(smallest, 0) + left
+        return step
+
+
+def pack_budget(buckets: Sequence[Bucket], *, largest: int, shape: SequenceShape) -> int:
+    """Tokens of a pack: `largest` samples of the costliest bucket, and as many stills where there are clips too.
+
+    >>> buckets = make_buckets(BucketConfig(frames=(1, 49)), (480, 720), 49)
+    >>> pack_budget(buckets, largest=1, shape=SequenceShape())  # 1.09 times a clip alone
+    19352
+    """
+    length = {bucket: tokens(bucket, shape) for bucket in buckets}
+    stills = [n for bucket, n in length.items() if bucket.frames == 1]
+    mixed = len(stills) < len(length)
+    return largest * (max(length.values()) + (max(stills) if stills and mixed else 0))
 
 
 def batch_sizes(buckets: Sequence[Bucket], *, largest: int, shape: SequenceShape) -> dict[Bucket, int]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from sat_ext.cogvideox import SequenceShape
+from sat_ext.cogvideox import SequenceShape, tokens
 from sat_ext.config import convert
-from sat_ext.data.buckets import BucketConfig, batch_sizes, make_buckets
+from sat_ext.data.buckets import BucketConfig, StepSize, batch_sizes, make_buckets, pack_budget
 from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig, check_roots
 from sat_ext.errors import ConfigError
@@ -47,7 +47,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()  # replaces SAT's `train_data`
     allowed_roots: tuple[str, ...] = ()  # where names and links in the data may lead to: folders, "sftp://"
     buckets: BucketConfig = field(default_factory=BucketConfig)
-    # `{cost: auto}` (see `buckets.batch_sizes`), or samples per rank by number of frames
+    # `{cost: auto}`; `{tokens: N}` of a pack; or samples per rank by number of frames, of one bucket a step
     batch: dict[Any, Any] = field(default_factory=lambda: {"cost": "auto"})
     short_clips: ShortClips = "shorter_bucket"
     on_bad_sample: BadSampleConfig = field(default_factory=BadSampleConfig)
@@ -61,14 +61,15 @@ class DataConfig:
         if not 0 <= self.skip_frms_num < math.inf:
             raise ConfigError(f"data.params.skip_frms_num: {self.skip_frms_num} frames; use 0 or more.")
         if self.batch != {"cost": "auto"}:
+            keys = str if list(self.batch) == ["tokens"] else int
             try:
-                sizes = convert(dict[int, int], self.batch, "data.params.batch")
+                sizes = convert(dict[keys, int], self.batch, "data.params.batch")  # type: ignore[valid-type]
             except ConfigError:
                 sizes = {}
             if not sizes or min(sizes.values()) < 1:
                 raise ConfigError(
-                    f"data.params.batch: {self.batch!r}; write {{cost: auto}}, or samples per frame count as in "
-                    "{1: 8, 49: 1}."
+                    f"data.params.batch: {self.batch!r}; write {{cost: auto}}, {{tokens: 20000}}, or samples per "
+                    "frame count as in {1: 8, 49: 1}."
                 )
         name_sources(self.sources, "data.params.sources")
         check_roots(self.allowed_roots, "data.params.allowed_roots")
@@ -77,17 +78,32 @@ class DataConfig:
         """The buckets, from `buckets` or its short forms. Raises `ConfigError`."""
         return make_buckets(self.buckets, self.video_size, self.max_num_frames)
 
-    def batch_sizes(self, buckets: tuple[Bucket, ...], *, largest: int, shape: SequenceShape) -> dict[Bucket, int]:
-        """Samples per rank and step for each bucket; `largest` is SAT's micro-batch, for the costliest bucket."""
+    def step_size(
+        self, buckets: tuple[Bucket, ...], *, largest: int, shape: SequenceShape, packs: bool
+    ) -> StepSize:
+        """The size of a rank's steps; `largest` is SAT's micro-batch, for the costliest bucket. Without `packs` a
+        step has one bucket. Raises `ConfigError`."""
+        length = {bucket: tokens(bucket, shape) for bucket in buckets}
+        batches, budget = batch_sizes(buckets, largest=largest, shape=shape), None
         if self.batch == {"cost": "auto"}:
-            return batch_sizes(buckets, largest=largest, shape=shape)
-        by_frames = convert(dict[int, int], self.batch, "data.params.batch")
-        if missing := [b.frames for b in buckets if b.frames not in by_frames]:
-            raise ConfigError(
-                f"data.params.batch: no size for the buckets of {missing[0]} frames; add '{missing[0]}: 1', or "
-                "write {cost: auto}."
-            )
-        return {bucket: by_frames[bucket.frames] for bucket in buckets}
+            budget = pack_budget(buckets, largest=largest, shape=shape)
+        elif "tokens" in self.batch:
+            budget = int(self.batch["tokens"])
+            longest = max(buckets, key=lambda bucket: length[bucket])
+            if budget < length[longest]:
+                raise ConfigError(
+                    f"data.params.batch.tokens: {budget} are too few for one sample of {longest}, which has "
+                    f"{length[longest]}; use {length[longest]} or more."
+                )
+        else:
+            by_frames = convert(dict[int, int], self.batch, "data.params.batch")
+            if missing := [b.frames for b in buckets if b.frames not in by_frames]:
+                raise ConfigError(
+                    f"data.params.batch: no size for the buckets of {missing[0]} frames; add '{missing[0]}: 1', "
+                    "or write {cost: auto}."
+                )
+            batches = {bucket: by_frames[bucket.frames] for bucket in buckets}
+        return StepSize(tokens=length, batches=batches, budget=budget if packs else None)
 
 
 def sources_of(paths: Sequence[str], weights: Sequence[float] | None) -> list[SourceConfig]:

@@ -1,22 +1,24 @@
-"""The composer: schedule -> reader -> collate. One batch a step, of one bucket."""
+"""The composer: schedule -> reader -> collate. A step is a pack of groups, or one batch of one bucket."""
 
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from sat_ext.data.buckets import StepSize
 from sat_ext.data.faults import Faults
 from sat_ext.data.guard import Guard
 from sat_ext.data.index import Group, Index
 from sat_ext.data.params import DataConfig
-from sat_ext.data.schedule import Cell, Schedule, Step
+from sat_ext.data.schedule import Cell, Schedule
+from sat_ext.data.timesteps import stratified_places
 from sat_ext.data.visits import MediaReader, read_pixels, sample_capacity
 from sat_ext.errors import MediaError
 from sat_ext.pixels import to_model_range
-from sat_ext.types import Bucket, Sample
+from sat_ext.types import Sample
 
 
 class Reader(Protocol):
@@ -29,9 +31,9 @@ class Reader(Protocol):
 class JointStream:
     """Batches of an index in the order of its schedule, for any rank and data worker, from any step on.
 
-    `batch_sizes` gives samples per rank by bucket. `used` (samples trained on, of each group of the index)
-    continues an earlier run. Without a `reader` samples come from their files, read by `guard` in a process of
-    their own in each data worker or, without workers, beside the training process.
+    `size` is how large a rank's steps are. `used` (samples trained on, of each group of the index) continues an
+    earlier run; an update has `accumulation` steps. Without a `reader` samples come from their files, read by
+    `guard` in a process of their own in each data worker or, without workers, beside the training process.
     """
 
     def __init__(
@@ -39,41 +41,57 @@ class JointStream:
         index: Index,
         config: DataConfig,
         *,
-        batch_sizes: dict[Bucket, int],
+        size: StepSize,
         world: int,
         dtype: torch.dtype,
         used: Sequence[int] | None = None,
+        accumulation: int = 1,
         reader: Reader | None = None,
     ) -> None:
         self.index, self.config, self.dtype = index, config, dtype
-        cells = []
-        for group in index.groups:
-            records = len(group.rows)
-            # smaller batches where there are few records, so that no step holds a record twice
-            batch = max(1, min(batch_sizes[group.bucket], records // (2 * world)))
-            cells.append(Cell(source=group.source, bucket=group.bucket, records=records, batch=batch))
-        self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, used=used)
+        self.size, self.accumulation = size, accumulation
+        cells = cells_of(index, size, world)
+        self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, budget=size.budget, used=used)
         budget = config.on_bad_sample
         self._faults = Faults(skip=budget.skip, consecutive=budget.consecutive)
-        # room for all samples of the largest batch
-        capacity = max(c.batch * sample_capacity(c.bucket) for c in cells)
+        # room for all samples of the largest group
+        capacity = max(size.most(c.bucket) * sample_capacity(c.bucket) for c in cells)
         self.guard = Guard(read_pixels, timeout=budget.timeout, capacity=capacity)
         self.reader = reader or MediaReader(index, config, self.guard)
 
     def batches(self, *, start: int, rank: int, worker: int = 0, workers: int = 1) -> Iterator[dict[str, Any]]:
         """Endless batches of `rank` from step `start` on; worker w of n makes every n-th, from the w-th."""
-        for step in islice(self.schedule.steps(start), worker, None, workers):
-            yield self.batch(step, rank)
+        for number in count(start + worker, workers):
+            yield self.batch(number, rank)
 
-    def batch(self, step: Step, rank: int) -> dict[str, Any]:
-        """The batch of one step. Raises `DataError` when too many files cannot be read."""
-        batch = self.collated(step.cell, self.schedule.positions(step, rank))
-        batch["loss_weight"] = torch.full((len(batch["txt"]),), self.schedule.loss_weight(step.cell))
-        return batch
+    def batch(self, number: int, rank: int) -> dict[str, Any]:
+        """The batch of one step: a pack's `groups`, or where steps have one bucket its only group.
+
+        A group has what `collate` makes, and for each sample `loss_weight` and `timestep` (B,), float32. Its mean
+        loss is to be multiplied by the weight and added to the step's: so a sample counts 1 over the mean number
+        of a step's samples, whatever its bucket. `timestep` is a place in the range, from 0 to 1.
+
+        Raises `DataError` when too many files cannot be read.
+        """
+        groups = []
+        places = stratified_places(self.schedule, number, rank, accumulation=self.accumulation)
+        for part, of_part in zip(self.schedule.step(number), places, strict=True):
+            group = self.collated(part.cell, self.schedule.positions(part, rank))
+            group["loss_weight"] = torch.full((part.samples,), part.samples / self.schedule.mean_samples)
+            group["timestep"] = torch.from_numpy(of_part).float()
+            groups.append(group)
+        return groups[0] if self.size.budget is None else {"groups": groups}
+
+    def summary(self) -> str:
+        """What a rank's steps hold."""
+        cells, mean = self.schedule.cells, self.schedule.mean_samples
+        if self.size.budget is None:
+            return "samples per rank and step: " + ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in cells)
+        return f"packs of up to {self.size.budget} tokens per rank and step, {mean:.3g} samples on average"
 
     def collated(self, cell: int, positions: np.ndarray) -> dict[str, Any]:
-        """The samples at `positions` of a cell's stream as a batch, without `loss_weight`. Raises as `batch`."""
-        self.guard.release()  # the samples of the last batch were copied into it
+        """The samples at `positions` of a cell's stream as a group, as `collate` makes it. Raises as `batch`."""
+        self.guard.release()  # the samples of the last group were copied into it
         return collate([self.sample(cell, int(p)) for p in positions], self.dtype)
 
     def sample(self, cell: int, position: int) -> Sample:
@@ -98,6 +116,17 @@ class JointStream:
             except MediaError as error:
                 self._faults.add(row, error)
         raise AssertionError("the budget of faults ends the loop")
+
+
+def cells_of(index: Index, size: StepSize, world: int) -> list[Cell]:
+    """The cells of the index's groups, in their order."""
+    batches = [1] * len(index.groups)
+    if size.budget is None:  # fewer where there are few records, so that no step holds a record twice
+        batches = [max(1, min(size.batches[g.bucket], len(g.rows) // (2 * world))) for g in index.groups]
+    return [
+        Cell(source=g.source, bucket=g.bucket, records=len(g.rows), tokens=size.tokens[g.bucket], batch=batch)
+        for g, batch in zip(index.groups, batches)
+    ]
 
 
 def collate(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def slowdown(run: Run, gpus: int) -> float:
     A rule of thumb, see `RULE`: it takes nothing that is moved to overlap with computing.
     """
     counts, options = count(run), run.options
-    sizes = [(tokens(b, run.shape), n) for b, n in run.batches.items()]
+    sizes = [(tokens(b, run.shape), step[b]) for b, step in run.steps.items()]
     length, samples = max(sizes, key=lambda size: size[1] * size[0] ** 2)
     everything = sum(p.numel for p in counts.network)
     training = sum(map(sum, counts.groups))

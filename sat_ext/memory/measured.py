@@ -59,7 +59,7 @@ class Activations:
 def measurements(run: Run) -> list[Callable[[], object]]:
     """What a plan of `run` measures, one after the other, for a progress bar."""
     return [
-        partial(m, run, bucket) for m in (training_step, encoding, decoding, embedding) for bucket in run.batches
+        partial(m, run, bucket) for m in (training_step, encoding, decoding, embedding) for bucket in run.steps
     ]
 
 
@@ -84,17 +84,17 @@ def activations(run: Run, bucket: Bucket) -> Activations:
 
 
 def training_step(run: Run, bucket: Bucket) -> TrainingStep:
-    """One micro-batch of `bucket` from latents on, with no block recomputed."""
+    """The largest micro-step with `bucket`, from latents on, with no block recomputed."""
     config = ModelConfig(  # nothing that has no effect on it, so that other levers do not make it measure again
         transformer=replace(run.model.transformer, num_layers=BLOCKS),
         train=run.model.train,
         text=TextConfig(kind="byt5", max_length=run.model.text_length),
     )
-    return _training_step(config, run.itemsize, bucket, run.batches[bucket])
+    return _training_step(config, run.itemsize, tuple(run.steps[bucket].items()))
 
 
 @remembered
-def _training_step(config: ModelConfig, itemsize: int, bucket: Bucket, samples: int) -> TrainingStep:
+def _training_step(config: ModelConfig, itemsize: int, groups: tuple[tuple[Bucket, int], ...]) -> TrainingStep:
     dtype = DTYPES[itemsize]
     network = empty_network(config, dtype).train()
     nn.Module.to(network, dtype)  # as SAT casts the model; diffusers' own method warns
@@ -126,7 +126,7 @@ def _training_step(config: ModelConfig, itemsize: int, bucket: Bucket, samples: 
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(set_aside)
         before = meter.mark()
-        _loss(network, config, bucket, samples, dtype).backward()
+        _loss(network, config, groups, dtype).backward()
         saved = held[1] - held[0]
         return TrainingStep(
             peak=max(*peaks, meter.least_peak) - before - (BLOCKS - 1) * saved,
@@ -136,30 +136,35 @@ def _training_step(config: ModelConfig, itemsize: int, bucket: Bucket, samples: 
         )
 
 
-def _loss(network: Any, config: ModelConfig, bucket: Bucket, samples: int, dtype: torch.dtype) -> Tensor:
+def _loss(network: Any, config: ModelConfig, groups: tuple[tuple[Bucket, int], ...], dtype: torch.dtype) -> Tensor:
     """The engine's loss, from latents on."""
     from sat_ext.models.conditioning import padding_frames
     from sat_ext.models.diffusion import NoiseSchedule
     from sat_ext.models.transformer import predict_velocity
 
     transformer, schedule = config.transformer, NoiseSchedule(torch.empty(1000))
-    frames = latent_frames(bucket.frames)
-    frames += padding_frames(frames, transformer.patch_size_t)
-    height, width = bucket.height // LATENT_SIDE, bucket.width // LATENT_SIDE
-    latents = torch.empty(samples, frames, transformer.out_channels, height, width, dtype=dtype)
-    noise = torch.empty(latents.shape)
-    timesteps = torch.zeros(samples, dtype=torch.long)
-    inputs = schedule.add_noise(latents, noise, timesteps)
-    if transformer.in_channels > transformer.out_channels:  # image-to-video
-        inputs = torch.cat([inputs, torch.empty_like(latents).float()], dim=2)
-    text = torch.empty(samples, config.text_length, transformer.text_embed_dim, dtype=dtype)
-    prediction = predict_velocity(network, config, inputs, text, timesteps)
-    return schedule.losses(prediction, latents, noise, timesteps).mean()
+    inputs, targets = [], []
+    for bucket, samples in groups:
+        frames = latent_frames(bucket.frames)
+        frames += padding_frames(frames, transformer.patch_size_t)
+        height, width = bucket.height // LATENT_SIDE, bucket.width // LATENT_SIDE
+        latents = torch.empty(samples, frames, transformer.out_channels, height, width, dtype=dtype)
+        noise = torch.empty(latents.shape)
+        timesteps = torch.zeros(samples, dtype=torch.long)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        if transformer.in_channels > transformer.out_channels:  # image-to-video
+            noisy = torch.cat([noisy, torch.empty_like(latents).float()], dim=2)
+        text = torch.empty(samples, config.text_length, transformer.text_embed_dim, dtype=dtype)
+        inputs.append((noisy, text, timesteps))
+        targets.append((latents, noise, timesteps))
+    predictions = predict_velocity(network, config, inputs)
+    losses = [schedule.losses(made, *target).mean() for made, target in zip(predictions, targets, strict=True)]
+    return torch.stack(losses).sum()
 
 
 def encoding(run: Run, bucket: Bucket) -> int:
     """Bytes beside all weights while the pixels of a micro-batch become latents, pixels included."""
-    first, samples = run.model.first_stage, run.batches[bucket]
+    first, samples = run.model.first_stage, run.steps[bucket][bucket]
     if run.cached:
         return 0
     pixels = samples * bucket.frames * 3 * bucket.height * bucket.width
@@ -223,7 +228,7 @@ def embedding(run: Run, bucket: Bucket) -> int:
     """Bytes beside the weights while captions become embeddings, on the GPU."""
     if run.cached_text or run.model.text.device == "cpu":
         return 0
-    return _embedding(t5_shape(run.model), run.itemsize, run.model.text_length, run.batches[bucket])
+    return _embedding(t5_shape(run.model), run.itemsize, run.model.text_length, sum(run.steps[bucket].values()))
 
 
 @remembered

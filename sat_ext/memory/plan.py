@@ -90,7 +90,7 @@ def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str
     own = max(each, key=lambda s: s.weights + s.gradients + s.master + s.moments)
     static = _static(run, counts, own, gpus)
     held = sum(static.values())
-    per_bucket = [_phases(run, counts, own, held, bucket) for bucket in run.batches]
+    per_bucket = [_phases(run, counts, own, held, bucket) for bucket in run.steps]
     phases = {phase: max(p[phase] for p in per_bucket) for phase in per_bucket[0]}
     buffers = own.buffers * (options.stage < 3)
     parts = {
@@ -111,8 +111,8 @@ def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str
         so_far = max(so_far, phases[phase])
     parts["overhead"] = CONTEXT + COMMUNICATION * (gpus > 1) + int(FRAGMENTATION * max(0, so_far - held))
     peaks = tuple(
-        BucketPeak(bucket=b, samples=n, activations=activations(run, b).on_gpu, peak=max(found.values()))
-        for (b, n), found in zip(run.batches.items(), per_bucket, strict=True)
+        BucketPeak(bucket=b, samples=step[b], activations=activations(run, b).on_gpu, peak=max(found.values()))
+        for (b, step), found in zip(run.steps.items(), per_bucket, strict=True)
     )
     host = _host_parts(run, counts, own, gpus, min(per_node or gpus, gpus))
     return Plan(name=name, per_gpu=parts, per_host=host, buckets=peaks, node=options.zero_hpz_partition_size)
@@ -197,7 +197,9 @@ def _host_parts(run: Run, counts: Counts, own: States, gpus: int, per_node: int)
 
 def _workers_bytes(run: Run) -> int:
     """A rank's data workers, with the batches that wait in them."""
-    pixels = max(n * b.frames * 3 * b.height * b.width for b, n in run.batches.items())
+    pixels = max(
+        sum(n * b.frames * 3 * b.height * b.width for b, n in step.items()) for step in run.steps.values()
+    )
     return run.workers * (WORKER + BATCHES_AHEAD * pixels)
 
 
@@ -208,7 +210,7 @@ def checkpoint_memory(run: Run) -> list[int]:
     the bucket that needs most of them.
     """
     most: Counter[int] = Counter()
-    for bucket in run.batches:
+    for bucket in run.steps:
         most |= Counter(map(power_of_two, activations(run, bucket).on_host))
     return [allocation * count for allocation, count in most.items()]
 
@@ -235,13 +237,13 @@ def power_of_two(number: int) -> int:
 def plan_cache(run: Run, per_node: int) -> CachePlan:
     """What it takes to make the cache of `run`, with `per_node` GPUs in each host."""
     # one sample at a time; the run's YAML may already name the cache that is about to be made
-    run = replace(run, cached=False, cached_text=False, batches=dict.fromkeys(run.batches, 1))
+    run = replace(run, cached=False, cached_text=False, steps={b: {b: 1} for b in run.steps})
     counts = count(run)
     text = text_bytes(run, counts)
     together = CAPTIONS if run.is_cogvideo or run.model.text.device == "gpu" else 1
-    captions = max(embedding(replace(run, batches={b: together}), b) for b in run.batches)
+    captions = max(embedding(replace(run, steps={b: {b: together}}), b) for b in run.steps)
     autoencoder = sum(p.numel for p in counts.first_stage) * run.itemsize
-    pixels = max(encoding(run, bucket) for bucket in run.batches)
+    pixels = max(encoding(run, bucket) for bucket in run.steps)
     on_gpu = run.model.text.device != "cpu"
     return CachePlan(
         text=on_gpu * (CONTEXT + text + int((1 + FRAGMENTATION) * captions)),

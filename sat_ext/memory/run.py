@@ -62,13 +62,14 @@ class Options:
 class Run:
     """A run, before any of it is built.
 
-    `batches` are samples per rank and micro-step, by bucket; `itemsize` is the bytes of a number in the training
-    dtype. `cached`: latents come from disk, `cached_text`: embeddings do. `whole_clips`: the first stage holds an
-    activation of a clip at full resolution, as CogVideo's own does; `recompute` is `ChunkedFirstStage`'s.
+    `steps` has a rank's largest micro-step with each bucket, as samples by bucket; `itemsize` is the bytes of a
+    number in the training dtype. `cached`: latents come from disk, `cached_text`: embeddings do. `whole_clips`:
+    the first stage holds an activation of a clip at full resolution, as CogVideo's own does; `recompute` is
+    `ChunkedFirstStage`'s.
     """
 
     model: ModelConfig
-    batches: Mapping[Bucket, int]
+    steps: Mapping[Bucket, Mapping[Bucket, int]]
     deepspeed: Mapping[str, Any]
     itemsize: int
     shape: SequenceShape = SequenceShape()
@@ -116,7 +117,7 @@ def run_from(recipe: Recipe) -> Run:
     cached = recipe.data.cache is not None
     return Run(
         model=engine.model_config(),
-        batches=recipe.batch_sizes,
+        steps={bucket: recipe.step_size.fullest(bucket) for bucket in recipe.step_size.tokens},
         deepspeed=recipe.deepspeed,
         itemsize=recipe.dtype.itemsize,
         shape=recipe.shape,

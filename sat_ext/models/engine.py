@@ -1,6 +1,6 @@
 """The built-in engine: what SAT trains. Batch in, loss and per-kind losses out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sat_ext.models.conditioning import (
 )
 from sat_ext.models.diffusion import (
     EVALUATED_TIMESTEPS,
+    TIMESTEPS,
     NoiseSchedule,
     diffusers_scheduler,
     mean_where,
@@ -35,6 +36,7 @@ from sat_ext.models.folder import check_zero, folder_config, load_model_config
 from sat_ext.models.t5 import build_text
 from sat_ext.models.transformer import build_transformer, predict_velocity
 from sat_ext.pixels import to_model_range
+from sat_ext.types import groups_of
 from sat_ext.zero import zero_of
 
 
@@ -82,23 +84,33 @@ class VideoDiffusionEngine(nn.Module):
             return True
         return self.config.pretrained is not None and self.config.train.mode == "lora" and "lora_" not in name
 
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and `loss_image` and `loss_video`: -100 if it has no such sample.
 
-        `batch`: mp4 (B, T, C, H, W), uint8 or in [-1, 1]; lists of B: txt, kind, source, key (the last two seed an
-        evaluation). In training `seed`, an int that differs between ranks, which every draw follows from, and
-        optionally `loss_weight` (B,), what each sample counts (`Schedule.loss_weight`).
+        `batch` is a group of samples of one shape or, with the key `groups`, a pack of several groups. A group has
+        mp4 (B, T, C, H, W), uint8 or in [-1, 1], and lists of B: txt, kind, source, key (the last two seed an
+        evaluation); in training optionally `loss_weight` (B,), a factor on what its mean adds to the loss, and
+        `timestep` (B,), from 0 to 1. In training the batch has `seed`, an int that differs between ranks, which
+        every draw follows from.
         """
-        losses = self._training_losses(batch) if self.training else self._evaluation_losses(batch)
+        groups = groups_of(batch)
+        if self.training:
+            losses = self._training_losses(groups, batch["seed"])
+        else:
+            losses = [self._evaluation_losses(group) for group in groups]
+        parts = [(self._factors(group, of) * of).mean() for group, of in zip(groups, losses, strict=True)]
+        kinds = [kind for group in groups for kind in group["kind"]]
+        every = torch.cat(losses).detach()
+        metrics = {f"loss_{kind}": mean_where(every, [k == kind for k in kinds]) for kind in ("image", "video")}
+        return torch.stack(parts).sum(), metrics
+
+    def _factors(self, group: Mapping[str, Any], losses: Tensor) -> Tensor:
+        """What each sample's loss is multiplied by, (B,), before the mean over the group is added to the total."""
         weights = self.config.loss_weights
-        factors = torch.tensor([getattr(weights, kind) for kind in batch["kind"]], device=losses.device)
-        if self.training and "loss_weight" in batch:
-            factors = factors * batch["loss_weight"].to(losses.device)
-        metrics = {
-            f"loss_{kind}": mean_where(losses.detach(), [k == kind for k in batch["kind"]])
-            for kind in ("image", "video")
-        }
-        return (factors * losses).mean(), metrics
+        factors = torch.tensor([getattr(weights, kind) for kind in group["kind"]], device=losses.device)
+        if self.training and "loss_weight" in group:
+            factors = factors * group["loss_weight"].to(losses.device)
+        return factors
 
     def predict(self, noisy: Tensor, text: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
         """The transformer's velocity for noisy latents (B, T, C, H, W); T divides by its temporal patch.
@@ -106,20 +118,35 @@ class VideoDiffusionEngine(nn.Module):
         `text` is (B, length, D), `timesteps` (B,), and `condition` is of the latents' shape, or None.
         """
         inputs = noisy if condition is None else torch.cat([noisy, condition.to(noisy.dtype)], dim=2)
-        return predict_velocity(self.network, self.config, inputs, text, timesteps)
+        (velocity,) = predict_velocity(self.network, self.config, [(inputs, text, timesteps)])
+        return velocity
 
-    def _training_losses(self, batch: Mapping[str, Any]) -> Tensor:
-        """(B,) losses with one random noise level a sample, condition noise and dropout."""
-        count = len(batch["txt"])
-        generator = torch.Generator(self.network.device).manual_seed(int(batch["seed"]))
-        dropped = drop_mask(count, self.config.caption_dropout, generator).tolist()
-        captions = ["" if drop else caption for caption, drop in zip(batch["txt"], dropped, strict=True)]
-        latents, condition, padding = self._inputs(batch, generator)
-        timesteps = uniform_timesteps(count, generator)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        text = self.text.encode(captions, latents.device, self.network.dtype)
-        prediction = self.predict(self.schedule.add_noise(latents, noise, timesteps), text, timesteps, condition)
-        return self.schedule.losses(prediction, latents, noise, timesteps, padding)
+    def _training_losses(self, groups: Sequence[Mapping[str, Any]], seed: int) -> list[Tensor]:
+        """(B,) losses of each group, with one random noise level a sample, condition noise and dropout."""
+        generator = torch.Generator(self.network.device).manual_seed(int(seed))
+        captions = [caption for group in groups for caption in group["txt"]]
+        dropped = drop_mask(len(captions), self.config.caption_dropout, generator).tolist()
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        texts = self.text.encode(captions, self.network.device, self.network.dtype)
+        inputs, targets = [], []
+        for group, text in zip(groups, texts.split([len(group["txt"]) for group in groups]), strict=True):
+            latents, condition, padding = self._inputs(group, generator)
+            timesteps = self._timesteps(group, generator)
+            noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+            noisy = self.schedule.add_noise(latents, noise, timesteps)
+            if condition is not None:
+                noisy = torch.cat([noisy, condition.to(noisy.dtype)], dim=2)
+            inputs.append((noisy, text, timesteps))
+            targets.append((latents, noise, timesteps, padding))
+        predictions = predict_velocity(self.network, self.config, inputs)
+        return [self.schedule.losses(made, *target) for made, target in zip(predictions, targets, strict=True)]
+
+    def _timesteps(self, group: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """Where in the range the stream has put each sample, else (a data set of the user's own) a draw, (B,)."""
+        if "timestep" not in group:
+            return uniform_timesteps(len(group["txt"]), generator)
+        places = group["timestep"].to(generator.device) * TIMESTEPS
+        return places.long().clamp(max=TIMESTEPS - 1)
 
     @torch.no_grad()
     def _evaluation_losses(self, batch: Mapping[str, Any]) -> Tensor:

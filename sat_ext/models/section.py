@@ -25,7 +25,7 @@ class BuiltIn:
 
     has_own_script = has_sat_network = samples_on_first_rank = False
     lora_remedy = "use configs/train/lora.yaml"
-    weighs_losses = True
+    takes_packs = weighs_losses = True
     caches_text = encodes_whole_clips = False
     recompute = "block"
 

@@ -1,5 +1,6 @@
 """The diffusion transformer: diffusers' CogVideoX module, for any frame count and size, with LoRA."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -14,6 +15,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.models.block_swap import swap_blocks
 from sat_ext.models.checkpointing import Checkpointing
 from sat_ext.models.config import ModelConfig, TrainConfig
+from sat_ext.models.packs import Group, PackedTransformer, pack_blocks
 from sat_ext.models.quantize import quantize_blocks
 
 
@@ -62,21 +64,23 @@ def rotary_embedding(
 
 
 def predict_velocity(
-    network: CogVideoXTransformer3DModel, config: ModelConfig, inputs: Tensor, text: Tensor, timesteps: Tensor
-) -> Tensor:
-    """The velocity (B, T, C, H, W) for `inputs`: noisy latents, followed in C by the condition of I2V models."""
-    frames, _, height, width = inputs.shape[1:]
-    return network(
-        hidden_states=inputs.to(network.dtype),
-        encoder_hidden_states=text.to(network.dtype),
-        timestep=timesteps,
-        ofs=None if config.transformer.ofs_embed_dim is None else inputs.new_full((1,), OFS),
-        image_rotary_emb=rotary_embedding(config, frames, height, width, inputs.device),
-        return_dict=False,
-    )[0]
+    network: PackedTransformer, config: ModelConfig, groups: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> list[Tensor]:
+    """The velocity (B, T, C, H, W) for each group of (inputs, text, timesteps).
+
+    `inputs` (B, T, C, H, W) are noisy latents, followed in C by the condition of I2V models; `text` is (B, L, E).
+    """
+    packed = []
+    for inputs, text, timesteps in groups:
+        frames, _, height, width = inputs.shape[1:]
+        rotary = rotary_embedding(config, frames, height, width, inputs.device)
+        latents, text = inputs.to(network.dtype), text.to(network.dtype)
+        packed.append(Group(latents=latents, text=text, timesteps=timesteps, rotary=rotary))
+    velocities: list[Tensor] = network(packed, ofs=None if config.transformer.ofs_embed_dim is None else OFS)
+    return velocities
 
 
-def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+def build_transformer(config: ModelConfig, dtype: torch.dtype) -> PackedTransformer:
     """The transformer of the pretrained folder, or one of random weights, with LoRA's adapters and the levers."""
     pretrained, train = config.pretrained, config.train
     if pretrained is not None:
@@ -93,6 +97,7 @@ def build_transformer(config: ModelConfig, dtype: torch.dtype) -> CogVideoXTrans
         if train.mode == "full":  # a buffer in diffusers, which would never train; CogVideo trains it
             positions = embed._buffers.pop("pos_embedding").to(embed.proj.weight.dtype)
             embed.pos_embedding = torch.nn.Parameter(positions, requires_grad=False)  # until the engine says so
+    transformer = pack_blocks(transformer)
     blocks = transformer.transformer_blocks
     # In this order: PEFT wraps the quantized layers, and what is swapped is what is frozen beside its adapters.
     if train.quantization != "none":

@@ -226,20 +226,17 @@ def _long_captions(facts: Facts) -> Iterator[Finding]:
 
 
 def _few(facts: Facts) -> Iterator[Finding]:
-    cells, batch_sizes = facts.stream.schedule.cells, facts.recipe.batch_sizes
-    few = [c for c in cells if c.batch < batch_sizes[c.bucket]]
+    schedule, size = facts.stream.schedule, facts.stream.size
+    cells = schedule.cells
+    few = [c for c in cells if max(1, c.records // (2 * schedule.world)) < size.most(c.bucket)]
     if few:
         share = sum(c.records for c in few) / sum(c.records for c in cells)
         yield Finding(
             level="warning" if share > HEAVY_CUT else "note",
-            text=f"Too few records for full batches: {len(few)} of {len(cells)} pairs of source and bucket "
-            f"({percent(share)} of the records) take smaller ones, and their steps use the GPU less.",
+            text=f"Few records: of {len(few)} of {len(cells)} pairs of source and bucket ({percent(share)} of the "
+            "records) a step takes fewer than fit, so that it has none twice, and may use the GPU less.",
             remedy="Use fewer buckets, join sources, or add files.",
-            examples=[
-                f"'{c.source}' in {c.bucket}: {count(c.records)} records, batches of {c.batch} instead of "
-                f"{batch_sizes[c.bucket]}"
-                for c in few
-            ],
+            examples=[f"'{c.source}' in {c.bucket}: {count(c.records)}" for c in few],
         )
 
 

@@ -6,7 +6,6 @@ from itertools import islice
 
 import numpy as np
 
-from sat_ext.cogvideox import tokens
 from sat_ext.data.buckets import step_cost
 from sat_ext.data.index import Index, probe_files
 from sat_ext.data.params import name_sources
@@ -34,12 +33,14 @@ def gather(yaml: Sequence[str], stream: JointStream, recipe: Recipe) -> Report:
     outcomes = probe_files(dropped, timeout=recipe.data.on_bad_sample.timeout)
     uses = uses_of(index, recipe.data.fps, [info for info, _ in outcomes if isinstance(info, MediaInfo)])
     clips, seconds, stills = _files(index, uses)
-    # By cell: how many of the first steps it has, samples of a step on all GPUs, work of a step on one GPU.
-    steps = np.bincount([s.cell for s in islice(schedule.steps(), LOOKED)], minlength=len(schedule.cells))
-    batches = np.array([c.batch * schedule.world for c in schedule.cells])
-    shape = recipe.shape
-    work = np.array([c.batch * step_cost(tokens(c.bucket, shape), shape.hidden_size) for c in schedule.cells])
-    sources = _sources(recipe, index, schedule, steps * batches)
+    # the samples of each cell in each of the first steps, on one GPU
+    taken = np.zeros((LOOKED, len(schedule.cells)), dtype=np.int64)
+    for step, parts in enumerate(islice(schedule.steps(), LOOKED)):
+        for part in parts:
+            taken[step, part.cell] = part.samples
+    cost = np.array([step_cost(c.tokens, recipe.shape.hidden_size) for c in schedule.cells])
+    work = taken @ cost
+    sources = _sources(recipe, index, schedule, taken.sum(0))
     return Report(
         recipe=recipe,
         yaml=yaml,
@@ -48,19 +49,18 @@ def gather(yaml: Sequence[str], stream: JointStream, recipe: Recipe) -> Report:
         stills=stills,
         world=schedule.world,
         looked=LOOKED,
-        samples=int(steps @ batches),
-        efficiency=float(steps @ work / (steps.sum() * work[steps > 0].max())),
+        samples=int(taken.sum()) * schedule.world,
+        efficiency=float(work.mean() / work.max()),
         findings=find(Facts(recipe=recipe, stream=stream, uses=uses, sources=sources)),
         sources=sources,
-        buckets=_buckets(recipe, stream, steps * batches, steps * work, work / work.max()),
+        buckets=_buckets(stream, taken, cost),
         charts=charts_of(uses, recipe.buckets, recipe.data.fps),
         reasons=_reasons([*index.bad, *index.dropped]),
     )
 
 
 def _sources(recipe: Recipe, index: Index, schedule: Schedule, samples: np.ndarray) -> list[SourcePart]:
-    # A cell's loss weight is its batch over the mean number of samples of a step.
-    mean = schedule.cells[0].batch * schedule.world / schedule.loss_weight(0)
+    mean = schedule.mean_samples * schedule.world
     parts = []
     for name, source in name_sources(recipe.sources, "sources").items():
         own = [c.source == name for c in schedule.cells]
@@ -93,13 +93,11 @@ def _files(index: Index, uses: Uses) -> tuple[int, float, int]:
     return len(clips) + int((gone > 0).sum()), seconds, len(stills) + int((gone == 0).sum())
 
 
-def _buckets(
-    recipe: Recipe, stream: JointStream, samples: np.ndarray, done: np.ndarray, work: np.ndarray
-) -> list[BucketPart]:
-    """`samples`, the work `done` in the first steps, and the relative `work` of one step are by cell."""
-    cells, shape = stream.schedule.cells, recipe.shape
+def _buckets(stream: JointStream, taken: np.ndarray, cost: np.ndarray) -> list[BucketPart]:
+    """`taken` are samples by step and cell, `cost` is of a sample of each cell."""
+    cells = stream.schedule.cells
     used = sorted({c.bucket for c in cells})
-    costs = {b: step_cost(tokens(b, shape), shape.hidden_size) for b in used}
+    done = taken.sum(0) * cost
     most = max(1, MOST_SAMPLES // len(used))
     parts = []
     for bucket in used:
@@ -110,12 +108,10 @@ def _buckets(
             BucketPart(
                 bucket=bucket,
                 records=sum(len(np.unique(r)) for r in rows),
-                tokens=tokens(bucket, shape),
-                batch=_span([cells[i].batch for i in own], "d"),
-                cost=costs[bucket] / max(costs.values()),
-                work=float(work[own].max()),
-                loss_weight=_span([stream.schedule.loss_weight(i) for i in own], ".2f"),
-                share=float(samples[own].sum() / samples.sum()),
+                tokens=cells[own[0]].tokens,
+                batch=_span([n for n in taken[:, own].sum(1).tolist() if n] or [0], "d"),
+                cost=float(cost[own[0]] / cost.max()),
+                share=float(taken[:, own].sum() / taken.sum()),
                 work_share=float(done[own].sum() / done.sum()),
                 samples=shown,
                 remark=remark,

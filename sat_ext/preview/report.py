@@ -39,17 +39,14 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketPart:
-    """One bucket. Shares are of all samples and of all work of the first steps, 0 to 1; `work` is of one step,
-    relative to the costliest step; `cost` is of one sample, relative to the costliest. `batch` and `loss_weight`
-    are numbers or ranges; `remark` says why samples are missing."""
+    """One bucket. Shares are of all samples and of all work of the first steps, 0 to 1; `cost` is of one sample,
+    relative to the costliest; `batch` is a number or range of samples; `remark` says why samples are missing."""
 
     bucket: Bucket
     records: int
     tokens: int
     batch: str
     cost: float
-    work: float
-    loss_weight: str
     share: float
     work_share: float
     samples: Sequence[Shown]

@@ -26,7 +26,7 @@ from sat_ext.latents.reader import open_reader
 from sat_ext.recipe import LISTS, Recipe
 from sat_ext.sat import hooks
 from sat_ext.sat.broadcast import require_everywhere, share_from_first_rank
-from sat_ext.sat.checkpoint.data_state import first_step, samples_used
+from sat_ext.sat.checkpoint.data_state import continue_order, first_step, samples_used
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.run import recipe_in, run_of
 from sat_ext.sat.shared_memory import check_shared_memory
@@ -135,7 +135,8 @@ def _stream(args: argparse.Namespace, recipe: Recipe, split: str, *, world: int)
     if rare := longest_is_rare(clip_lengths(index), data):
         print_rank0(f"{split}: warning: {'; '.join(rare)}.")
     largest = recipe.micro_batch if trains else args.eval_batch_size or recipe.micro_batch
-    sizes = data.batch_sizes(recipe.buckets, largest=largest, shape=recipe.shape)
+    packs = trains and engine.takes_packs
+    size = data.step_size(recipe.buckets, largest=largest, shape=recipe.shape, packs=packs)
     reader = None
     if data.cache is not None:
         reader = open_reader(
@@ -143,13 +144,14 @@ def _stream(args: argparse.Namespace, recipe: Recipe, split: str, *, world: int)
             share=share_from_first_rank,
         )  # fmt: skip
     stream = JointStream(
-        index, data, batch_sizes=sizes, world=world,
+        index, data, size=size, world=world, accumulation=recipe.accumulation,
         dtype=engine.batch_dtype(recipe.dtype, model_parallel=mpu.get_model_parallel_world_size()),
         used=samples_used(args, index, data.seed) if trains else None,
         reader=reader,
     )  # fmt: skip
-    batches = ", ".join(f"{c.source} {c.bucket}: {c.batch}" for c in stream.schedule.cells)
-    print_rank0(f"{split}: samples per rank and step: {batches}")
+    if trains:
+        continue_order(run_of(args), stream)
+    print_rank0(f"{split}: {stream.summary()}")
     if reader is None:  # latents take a fiftieth of their pixels
         check_shared_memory(args, stream)
     return stream

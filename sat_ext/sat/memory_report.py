@@ -27,7 +27,7 @@ from sat_ext.ranks import local_ranks, rank_and_world
 from sat_ext.recipe import Recipe
 from sat_ext.sat.run import recipe_in, run_of
 from sat_ext.sat.side_files import side_file
-from sat_ext.types import Bucket
+from sat_ext.types import Bucket, groups_of
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class MemoryReport:
         return None if data is None else map(self._see, data)
 
     def _see(self, batch: dict[str, Any]) -> dict[str, Any]:
-        self._seen = self.measured.setdefault(str(bucket_of(batch)), Measured(samples=len(batch["mp4"])))
+        largest = max(groups_of(batch), key=lambda group: int(group["mp4"][0].numel()))  # which the others fill up
+        self._seen = self.measured.setdefault(str(bucket_of(largest)), Measured(samples=len(largest["mp4"])))
         return batch
 
     def close(self) -> None:

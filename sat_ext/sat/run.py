@@ -40,6 +40,7 @@ class RunState:
     # how far it is
     began: bool = False
     micro_steps: int | None = None  # batches that each rank has taken
+    steps: int = 0  # those in the data's present order, when it was resumed
     bad_steps: int = 0  # how many of the newest steps changed no weight
     saved: int | None = None  # iteration of the last checkpoint
     save_owed: bool = False  # a checkpoint was put off

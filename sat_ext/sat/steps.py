@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from sat.helpers import print_rank0
 from sat.training import deepspeed_training
 from torch import Tensor
@@ -51,10 +52,22 @@ def counted_step(
         sigterm.stop()
     before = divergence.attempts(model)
     hooks = {**hooks, "forward_step": measuring(_counted(hooks["forward_step"]))}
-    result = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
+    loss, skipped, metrics = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
     report_of(args).close()
     divergence.count(run, model, args, before)
-    return result
+    return loss, skipped, metrics | ({} if skipped else _of_update(model))
+
+
+def _of_update(model: Any) -> dict[str, Tensor]:
+    """The norm of the update's gradient before clipping, and whether it was clipped. SAT logs the means over its
+    `log_interval`: of the latter, how often."""
+    norm = model.get_global_grad_norm()
+    if norm is None:
+        return {}
+    values = {"grad_norm": float(norm)}
+    if clip := model.gradient_clipping():
+        values["clipped"] = float(norm > clip)
+    return {name: torch.tensor(value) for name, value in values.items()}
 
 
 def untouched(evaluate: Callable[..., Any], *arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:

@@ -27,6 +27,7 @@ from sat_ext.sat.registry import get_dataset
 from sat_ext.sat.run import micro_steps, run_of
 from sat_ext.sat.side_files import side_file
 from sat_ext.sat.steps import mean_metrics
+from sat_ext.types import groups_of
 
 PROGRESS_SECONDS = 5.0
 
@@ -70,7 +71,9 @@ class TrainingHooks:
         batch["seed"] = int(seeds.generate_state(1)[0])
         loss, metrics = model(batch)
         if dist.get_rank() == 0:
-            self._progress.update(metrics, len(batch["txt"]) * mpu.get_data_parallel_world_size(), args)
+            self._progress.update(
+                metrics, sum(len(g["txt"]) for g in groups_of(batch)) * mpu.get_data_parallel_world_size(), args
+            )
         return loss, metrics
 
     def forward_step_eval(
@@ -117,7 +120,9 @@ class TrainingHooks:
         timers("data loader").start()
         batch = next(data_iterator)
         timers("data loader").stop()
-        return {k: v.to(self.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        for group in groups_of(batch):
+            group.update((k, v.to(self.args.device)) for k, v in group.items() if isinstance(v, torch.Tensor))
+        return batch
 
     def _write_samples(self, engine: Any, batch: dict[str, Any], kind: str) -> None:
         """`samples/<iteration>_<kind>.png` in the run's folder. Every rank takes part: ZeRO-3 gathers weights."""

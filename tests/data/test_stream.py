@@ -20,7 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import load
+from sat_ext.data.buckets import StepSize
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
@@ -42,8 +44,8 @@ def config(**changes: Any) -> DataConfig:
 
 
 def stream_of(index: Index, data: DataConfig, world: int = 1, batch: int = 2) -> JointStream:
-    sizes = dict.fromkeys(data.make_buckets(), batch)
-    return JointStream(index, data, batch_sizes=sizes, world=world, dtype=torch.float32)
+    size = StepSize.of(dict.fromkeys(data.make_buckets(), batch))
+    return JointStream(index, data, size=size, world=world, dtype=torch.float32)
 
 
 def test_every_file_lands_in_a_bucket_and_is_read(demo: Path) -> None:
@@ -282,7 +284,7 @@ def test_values_that_cannot_be_are_named(changes: dict[str, Any], message: str) 
 def test_a_bucket_without_a_batch_size_is_named() -> None:
     data = config(batch={1: 4})
     with pytest.raises(ConfigError, match="no size for the buckets of 9 frames; add '9: 1'"):
-        data.batch_sizes(data.make_buckets(), largest=1, shape=None)  # type: ignore[arg-type]
+        data.step_size(data.make_buckets(), largest=1, shape=SequenceShape(), packs=False)
 
 
 def test_sizes_by_area_are_read_from_yaml() -> None:

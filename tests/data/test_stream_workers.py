@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sat_ext.config import load
 from sat_ext.data import visits
+from sat_ext.data.buckets import StepSize
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
@@ -40,8 +41,8 @@ def make_stream(path: Path, dtype: torch.dtype = torch.uint8, batch: int = 2, **
     values = {"video_size": [64, 64], "buckets": {"frames": [1, 9]}, "short_clips": "loop", **changes}
     data = load(DataConfig, values, "data.params")
     index = build_index([SourceConfig(path=str(path), sampler="random_start")], data)
-    sizes = dict.fromkeys(data.make_buckets(), batch)
-    return JointStream(index, data, batch_sizes=sizes, world=1, dtype=dtype)
+    size = StepSize.of(dict.fromkeys(data.make_buckets(), batch))
+    return JointStream(index, data, size=size, world=1, dtype=dtype)
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
@@ -86,7 +87,7 @@ def test_the_number_of_workers_changes_no_byte(demo: Path, tmp_path: Path, dtype
     keys = {stream.index.item(row)[0].key for row in rows}
     runs = []
     for workers in (0, 1, 4):
-        fresh = JointStream(stream.index, stream.config, batch_sizes=sizes_of(stream), world=1, dtype=dtype)
+        fresh = JointStream(stream.index, stream.config, size=stream.size, world=1, dtype=dtype)
         runs.append(load_batches(fresh, workers, 16))
         # found by whichever worker, known to this process
         assert all(row in fresh._faults for row in rows) and len(fresh._faults.known) == len(rows)
@@ -94,10 +95,6 @@ def test_the_number_of_workers_changes_no_byte(demo: Path, tmp_path: Path, dtype
     assert_same(runs[0], runs[2])
     assert {b["kind"][0] for b in runs[0]} == {"image", "video"}
     assert not keys & {key for b in runs[0] for key in b["key"]}
-
-
-def sizes_of(stream: JointStream) -> dict[Any, int]:
-    return dict.fromkeys(stream.config.make_buckets(), 2)
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -122,10 +119,10 @@ def test_uint8_batches_hold_the_pixels_as_they_are_and_are_ones_own(demo: Path) 
 
 def test_every_batch_says_what_its_loss_weighs(demo: Path) -> None:
     stream = make_stream(demo, batch=4)
-    for step, batch in zip(stream.schedule.steps(0), islice(stream.batches(start=0, rank=0), 6)):
-        weight = batch["loss_weight"]
+    for batch in islice(stream.batches(start=0, rank=0), 6):
+        weight, count = batch["loss_weight"], len(batch["txt"])
         assert weight.dtype == torch.float32
-        assert weight.tolist() == pytest.approx([stream.schedule.loss_weight(step.cell)] * len(batch["txt"]))
+        assert weight.tolist() == pytest.approx([count / stream.schedule.mean_samples] * count)
 
 
 def test_captions_are_drawn_by_weight_and_change_no_other_draw(demo: Path) -> None:
@@ -137,7 +134,7 @@ def test_captions_are_drawn_by_weight_and_change_no_other_draw(demo: Path) -> No
         place = table.schema.get_field_index(name)
         table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
     index = replace(stream.index, table=table)
-    drawn = JointStream(index, stream.config, batch_sizes=sizes_of(stream), world=1, dtype=torch.uint8)
+    drawn = JointStream(index, stream.config, size=stream.size, world=1, dtype=torch.uint8)
     batches = list(islice(drawn.batches(start=0, rank=0), 60))
     texts = [t for b in batches for t in b["txt"]]
     assert set(texts) == {"often", "sometimes"}

@@ -78,15 +78,16 @@ class Seen:
         self.calls: list[dict[str, Any]] = []
         engine.network.register_forward_pre_hook(self._remember, with_kwargs=True)
 
-    def _remember(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        self.calls.append(kwargs)
+    def _remember(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        (group,) = args[0]
+        self.calls.append({"latents": group.latents, "text": group.text, "timestep": group.timesteps, **kwargs})
 
     def latents(self, call: int = -1) -> torch.Tensor:
-        states: torch.Tensor = self.calls[call]["hidden_states"]
+        states: torch.Tensor = self.calls[call]["latents"]
         return states[:, :, :16]
 
     def condition(self, call: int = -1) -> torch.Tensor:
-        states: torch.Tensor = self.calls[call]["hidden_states"]
+        states: torch.Tensor = self.calls[call]["latents"]
         return states[:, :, 16:]
 
 

@@ -67,7 +67,7 @@ def test_offloaded_inputs_are_kept_nowhere_else(offload: bool) -> None:
     engine = engine_of(train=LORA, gradient_checkpointing={"offload": offload})
     inputs = []
     for block in engine.network.transformer_blocks:
-        block.register_forward_pre_hook(lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage())))
+        block.register_forward_pre_hook(lambda _, args: inputs.append(StorageWeakRef(args[3].untyped_storage())))
     loss = engine(make_batch(5, seed=3))[0]
     assert [reference.expired() for reference in inputs] == [offload] * LAYERS
     loss.backward()

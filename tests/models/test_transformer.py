@@ -91,7 +91,7 @@ def test_new_models_start_with_identity_blocks() -> None:
     transformer = build_transformer(load_model_config(small_config("5b")), torch.float32)
     block = transformer.transformer_blocks[0]
     hidden, text, time = torch.randn(1, 16, 32), torch.randn(1, 8, 32), torch.randn(1, 32)
-    after, after_text = block(hidden, text, time)
+    after_text, after = block([None], time, text, hidden)
     assert torch.equal(after, hidden) and torch.equal(after_text, text)
 
 

@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sat_ext.cli import cache as command
 from sat_ext.config import load
+from sat_ext.data.buckets import StepSize
 from sat_ext.data.index import build_index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig
@@ -191,8 +192,8 @@ def write_small_cache(data: Path, cache: Path) -> tuple[JointStream, list[str]]:
 
     write_latents(cache, [(entry, made_up(1 + visit.bucket.frames // 4)) for visit, entry in entries])
     reader = LatentReader(entries=entries, store=LatentStore(cache), draws=True, conditions=True)
-    sizes = dict.fromkeys(config.make_buckets(), 1)
-    return JointStream(index, config, batch_sizes=sizes, world=1, dtype=torch.uint8, reader=reader), captions
+    size = StepSize.of(dict.fromkeys(config.make_buckets(), 1))
+    return JointStream(index, config, size=size, world=1, dtype=torch.uint8, reader=reader), captions
 
 
 def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_replaced(

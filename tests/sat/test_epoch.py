@@ -63,7 +63,7 @@ def index_of(*sources: Any, **params: Any) -> Index:
 
 
 def schedule_of(index: Index, seed: int = SEED) -> Schedule:
-    cells = [Cell(source=g.source, bucket=g.bucket, records=len(g.rows), batch=1) for g in index.groups]
+    cells = [Cell(source=g.source, bucket=g.bucket, records=len(g.rows), tokens=1) for g in index.groups]
     return Schedule(cells, index.shares, seed=seed, world=1)
 
 

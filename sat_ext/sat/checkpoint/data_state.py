@@ -17,9 +17,29 @@ from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
 def first_step(args: argparse.Namespace) -> int:
-    """The step at which the data continue, in the schedule that begins with `samples_used`."""
-    resumed = run_of(args).resumed
-    return micro_steps(args) - (resumed.micro_steps if resumed else 0)
+    """The step of the stream's schedule at which the data continue."""
+    run = run_of(args)
+    return run.steps + micro_steps(args) - (run.resumed.micro_steps if run.resumed else 0)
+
+
+def continue_order(run: RunState, stream: JointStream) -> None:
+    """Let the stream of a resumed run begin where the checkpoint's order of steps began, to continue in the middle
+    of a window of packs. With other ranks, sizes of steps, shares or data a new order begins."""
+    resumed = run.resumed
+    if resumed is None or not resumed.cells:
+        return
+    starts = {(c.source, c.bucket): c.start for c in resumed.cells}
+    found = [starts.get((c.source, str(c.bucket))) for c in stream.schedule.cells]
+    start = [used for used in found if used is not None]
+    if len(start) == len(found):
+        begun = stream.schedule.begun_at(start)
+        if begun.state(resumed.steps) == stream.schedule.state(0):
+            stream.schedule, run.steps = begun, resumed.steps
+            return
+    print_rank0(
+        "resume: the steps come in a new order, each sample of the epoch still once: ranks, batches, shares or "
+        "data are not the checkpoint's, or it is of a version with another order."
+    )
 
 
 def samples_used(args: argparse.Namespace, index: Index, seed: int) -> list[int] | None:
@@ -64,7 +84,7 @@ def _report_changes(run: RunState, index: Index, used: list[int], seed: int) -> 
     if DATA_NAME in resumed.files:
         saved = read_file(folder / DATA_NAME)  # on every rank, so that all end if it is damaged
         if rank_and_world()[0] == 0:
-            cells = [Cell(source=g.source, bucket=g.bucket, records=len(g.rows), batch=1) for g in index.groups]
+            cells = [Cell(source=g.source, bucket=g.bucket, records=len(g.rows), tokens=1) for g in index.groups]
             schedule = Schedule(cells, index.shares, seed=seed, world=1)
             for sentence in changes(resumed.cells, saved, index, schedule, used):
                 print_rank0(sentence)
@@ -73,18 +93,10 @@ def _report_changes(run: RunState, index: Index, used: list[int], seed: int) -> 
             "resume: the checkpoint is of an earlier version, which does not list its samples: if the data have "
             "changed since then, some samples of this epoch come twice, and some not at all."
         )
-    samples = Counter[str]()
-    for group, count in zip(index.groups, used, strict=True):
-        samples[group.source] += count
     for source, share in resumed.shares.items():
         now = index.shares.get(source, 0) / sum(index.shares.values())
-        behind = round(now * samples.total() - samples[source])
-        if source in index.shares and abs(now - share) > 1e-9 and behind:
-            print_rank0(
-                f"resume: the share of source '{source}' was {share:.3g} and is {now:.3g}; shares count from the "
-                f"beginning of the run, so it comes {'more' if behind > 0 else 'less'} often until it has made up "
-                f"for {abs(behind)} samples."
-            )
+        if source in index.shares and abs(now - share) > 1e-9:
+            print_rank0(f"resume: the share of source '{source}' was {share:.3g}, and is {now:.3g} from now on.")
 
 
 def cells_of(args: argparse.Namespace) -> tuple[CellState, ...]:
@@ -95,8 +107,8 @@ def cells_of(args: argparse.Namespace) -> tuple[CellState, ...]:
     schedule = stream.schedule
     used = schedule.state(first_step(args))
     return tuple(
-        CellState(source=c.source, bucket=str(c.bucket), records=c.records, used=int(n), keys=keys)
-        for c, n, keys in zip(schedule.cells, used, epoch.keys, strict=True)
+        CellState(source=c.source, bucket=str(c.bucket), records=c.records, used=n, keys=keys, start=start)
+        for c, n, keys, start in zip(schedule.cells, used, epoch.keys, schedule.used.tolist(), strict=True)
     )
 
 

@@ -22,7 +22,7 @@ from sat_ext.checkpoint.manifest import Manifest, RateState, is_sound, write_man
 from sat_ext.files.atomic import PARTIAL, written_aside
 from sat_ext.sat import divergence
 from sat_ext.sat.checkpoint import rng
-from sat_ext.sat.checkpoint.data_state import cells_of, data_of, stream_of
+from sat_ext.sat.checkpoint.data_state import cells_of, data_of, first_step, stream_of
 from sat_ext.sat.checkpoint.matching import in_checkpoint, is_trained
 from sat_ext.sat.checkpoint.optimizer_state import round_robin
 from sat_ext.sat.checkpoint.partitions import gather_weights
@@ -152,6 +152,7 @@ def _manifest(iteration: int, model: Any, rate: Any, args: argparse.Namespace, f
         sat_ext=sat_ext.__version__,
         iteration=iteration,
         micro_steps=micro_steps(args),
+        steps=first_step(args) if stream else 0,
         world=dist.get_world_size(),
         zero_stage=model.zero_optimization_stage(),
         round_robin=round_robin(model),
