@@ -1,11 +1,13 @@
 """What a person would judge of a sample of the demo's model, measured from its pixels."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from sat_ext.demo_data import BACKGROUNDS, COLOURS, MOTIONS
+from sat_ext.errors import DataError
 
 CAPTION = re.compile(r"an? (\w+) (\w+)(?: moving (\w+))? on (\w+)")
 
@@ -21,11 +23,21 @@ class Seen:
 
 
 def described(caption: str) -> Seen:
-    """What a caption of the demo asks for."""
+    """What a caption of the demo asks for. Raises `DataError` for another caption."""
     match = CAPTION.fullmatch(caption)
-    assert match, caption
+    if match is None:
+        raise DataError(f"{caption!r} is no caption of the demo's data (sat-ext demo), which alone can be scored.")
     colour, shape, direction, background = match.groups()
     return Seen(colour=colour, background=background, shape=shape, direction=direction)
+
+
+def right_in(samples: Sequence[tuple[str, np.ndarray]]) -> dict[str, int]:
+    """How many of these captions and their pixels, as in `seen_in`, there are, and how many show the right colour,
+    background, shape and, of clips, direction."""
+    pairs = [(described(caption), seen_in(pixels)) for caption, pixels in samples]
+    asked = [f.name for f in fields(Seen) if any(getattr(wanted, f.name) for wanted, _ in pairs)]
+    right = {name: sum(getattr(w, name) == getattr(s, name) for w, s in pairs) for name in asked}
+    return {"samples": len(pairs), **right}
 
 
 def seen_in(pixels: np.ndarray) -> Seen:

@@ -88,8 +88,8 @@ def test_fp16_lies_over_every_zero_file_that_scales_the_loss(zero: str) -> None:
     DeepSpeedConfig({"train_batch_size": 1, **{k: merged[k] for k in ("fp16", "bf16")}})
     model = read_yaml([str(CONFIGS / "model" / "cogvideox-2b.yaml")])["model"]
     lora = {"optimizer": {"params": {"lr": 1e-4}}}
-    assert doubts_of(engine_of(model), {**merged, **lora}, {}) == []
-    assert "published in fp16" in doubts_of(engine_of(model), {**lora, "bf16": {"enabled": True}}, {})[0]
+    assert doubts_of(engine_of(model), {**merged, **lora}, {}, 1) == []
+    assert "published in fp16" in doubts_of(engine_of(model), {**lora, "bf16": {"enabled": True}}, {}, 1)[0]
 
 
 TINY = [str(CONFIGS / f) for f in ("model/tiny.yaml", "data/joint.yaml", "zero/zero1.yaml", "train/full.yaml")]

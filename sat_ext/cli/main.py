@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from sat_ext.errors import SatExtError
 
-COMMANDS = ("bench", "cache", "check", "convert", "demo", "export", "plan", "preview", "sample")
+COMMANDS = ("bench", "cache", "check", "convert", "demo", "export", "plan", "preview", "sample", "score")
 
 
 class Commands(TyperGroup):

@@ -52,7 +52,7 @@ def sample(
         bucket = _bucket(recipe, frames)
         rows = [_from_prompt(engine, p, bucket, image, options) for p in prompt]
     else:
-        rows = _held_out(engine, recipe, number, options)
+        rows = held_out_rows(engine, recipe, number, options)
     write_sheet(rows, sheet)
     print(f"checkpoint of step {iteration} in {folder}: {len(rows)} samples in {sheet}")
     if any(len(s) > 1 for row in rows for s in row.strips.values()):
@@ -88,7 +88,7 @@ def _from_prompt(
     return SheetRow(caption=prompt, strips={**strips, "generated": to_uint8(out[0])})
 
 
-def _held_out(
+def held_out_rows(
     engine: "VideoDiffusionEngine", recipe: Recipe, number: int, options: dict[str, Any]
 ) -> list[SheetRow]:
     """Captions of `args.valid_data`, up to `number` of each kind, and all of one kind from one bucket."""

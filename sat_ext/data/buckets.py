@@ -7,7 +7,7 @@ patches of 2 x 2 latents (Yang et al. 2024, "CogVideoX", section 2). So sizes ar
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sat_ext.cogvideox import TEMPORAL_COMPRESSION, TOKEN_SIDE, SequenceShape, tokens
@@ -117,6 +117,13 @@ class StepSize:
     def most(self, bucket: Bucket) -> int:
         """Samples of a bucket that a step can have."""
         return self.batches[bucket] if self.budget is None else self.budget // self.tokens[bucket]
+
+    def most_pixels(self, buckets: Iterable[Bucket]) -> int:
+        """Pixels of the largest step of these buckets, or a few more."""
+        pixels = {b: b.frames * b.height * b.width for b in buckets}
+        if self.budget is None:
+            return max(self.batches[b] * n for b, n in pixels.items())
+        return int(self.budget * max(n / self.tokens[b] for b, n in pixels.items()))
 
     def fullest(self, bucket: Bucket) -> dict[Bucket, int]:
         """The largest step with this bucket: as many of its samples as fit and, in a pack, the smallest beside."""

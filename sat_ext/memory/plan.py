@@ -31,10 +31,11 @@ CAPTIONS = 16  # that `write_text_embeddings` hands to the encoder at a time
 
 @dataclass(frozen=True, kw_only=True)
 class BucketPeak:
-    """The peak of micro-steps of one bucket on a GPU, as PyTorch counts it."""
+    """The peak of the largest micro-step with one bucket on a GPU, as PyTorch counts it; `step` is its samples by
+    bucket."""
 
     bucket: Bucket
-    samples: int
+    step: Mapping[Bucket, int]
     activations: int
     peak: int
 
@@ -111,7 +112,7 @@ def make_plan(run: Run, *, gpus: int = 1, per_node: int | None = None, name: str
         so_far = max(so_far, phases[phase])
     parts["overhead"] = CONTEXT + COMMUNICATION * (gpus > 1) + int(FRAGMENTATION * max(0, so_far - held))
     peaks = tuple(
-        BucketPeak(bucket=b, samples=step[b], activations=activations(run, b).on_gpu, peak=max(found.values()))
+        BucketPeak(bucket=b, step=step, activations=activations(run, b).on_gpu, peak=max(found.values()))
         for (b, step), found in zip(run.steps.items(), per_bucket, strict=True)
     )
     host = _host_parts(run, counts, own, gpus, min(per_node or gpus, gpus))

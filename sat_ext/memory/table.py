@@ -53,11 +53,17 @@ def of_one(plan: Plan) -> Table:
 
 
 def of_buckets(plan: Plan, measured: Mapping[str, int] | None = None) -> Table:
-    """A row for each bucket: the peak that PyTorch should allocate, and the one that was measured if given."""
-    titles = ["samples", "activations GB", "peak GB", *(["measured GB", "error"] if measured is not None else [])]
+    """A row for the largest micro-step with each bucket: the peak that PyTorch should allocate, and the one that was measured if given."""
+    titles = [
+        "micro-step",
+        "activations GB",
+        "peak GB",
+        *(["measured GB", "error"] if measured is not None else []),
+    ]
     table = _table("bucket", *titles)
     for peak in plan.buckets:
-        row = [str(peak.samples), gigabytes(peak.activations), gigabytes(peak.peak)]
+        step = " + ".join(f"{n} x {bucket}" for bucket, n in peak.step.items())
+        row = [step, gigabytes(peak.activations), gigabytes(peak.peak)]
         if measured is not None:
             found = measured.get(str(peak.bucket))
             row += ["not measured", ""] if found is None else [gigabytes(found), f"{peak.peak / found - 1:+.1%}"]
@@ -113,4 +119,9 @@ def as_data(advice: Advice, cache: CachePlan, room: Room) -> dict[str, Any]:
 
 def _plan_data(plan: Plan, room: Room) -> dict[str, Any]:
     sums = {"gpu": plan.gpu, "host": plan.host, "fits": room.holds(plan), "slowdown": round(plan.slowdown, 3)}
-    return {**asdict(plan), **sums, "buckets": [{**asdict(b), "bucket": str(b.bucket)} for b in plan.buckets]}
+    buckets = [
+        {"bucket": str(b.bucket), "step": {str(of): n for of, n in b.step.items()},
+         "activations": b.activations, "peak": b.peak}
+        for b in plan.buckets
+    ]  # fmt: skip
+    return {**vars(plan), **sums, "buckets": buckets}

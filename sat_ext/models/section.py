@@ -25,12 +25,16 @@ class BuiltIn:
 
     has_own_script = has_sat_network = samples_on_first_rank = False
     lora_remedy = "use configs/train/lora.yaml"
-    takes_packs = weighs_losses = True
+    weighs_losses = True
     caches_text = encodes_whole_clips = False
     recompute = "block"
 
     def __init__(self, model: Mapping[str, Any]) -> None:
         self.model = model
+
+    @property
+    def takes_packs(self) -> bool:
+        return bool(self.model)  # a run without the section has an engine of the user's own
 
     @property
     def is_conditioned(self) -> bool:

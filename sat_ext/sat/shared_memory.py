@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from math import prod
 from pathlib import Path
 
 import torch
@@ -25,9 +24,7 @@ def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
     """
     if not args.num_workers:
         return
-    cells = stream.schedule.cells
-    numbers = max(3 * c.batch * prod((c.bucket.frames, c.bucket.height, c.bucket.width)) for c in cells)
-    largest = numbers * stream.dtype.itemsize
+    largest = 3 * stream.size.most_pixels(c.bucket for c in stream.schedule.cells) * stream.dtype.itemsize
     world = dist.get_world_size()
     local = min(world, local_ranks(torch.cuda.device_count() or world))
     run = run_of(args)

@@ -163,7 +163,7 @@ def test_a_strip_says_how_many_of_its_frames_it_shows(page: Path) -> None:
 def test_it_says_that_cogvideos_own_loss_does_not_weigh(tmp_path: Path) -> None:
     write_data(tmp_path)
     model = "model: {network_config: {params: {hidden_size: 64}}}"
-    claim = "CogVideo's own loss does not know it"
+    claim = "but not under CogVideo's own loss, which takes the mean of each batch"
     assert claim in Reader(write_page(write_base(tmp_path, model=model))).text
     ours = f"{model[:-1]}, loss_fn_config: {{target: sat_ext.cogvideo.JointDiffusionLoss}}}}"
     assert claim not in Reader(write_page(write_base(tmp_path, model=ours))).text

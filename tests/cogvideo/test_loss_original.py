@@ -73,7 +73,7 @@ class Model:
         return losses, [*left, torch.get_rng_state()]
 
     def run_denoiser(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.given, self.output = kwargs, self.denoiser(*args, **kwargs)
+        self.levels, self.given, self.output = args[2], kwargs, self.denoiser(*args, **kwargs)
         self.output.retain_grad()
         output: Tensor = self.output
         return output
@@ -99,6 +99,25 @@ def check_clips_without_options_give_the_parents_numbers_gradients_and_draws(sat
             second, same = model.run(model.loss(), batch, frames)
             assert torch.equal(first, second)
             assert len(left) == len(same) and all(torch.equal(a, b) for a, b in zip(left, same))
+
+
+def check_noise_levels_lie_where_the_stream_put_the_samples(sat: Path) -> None:
+    for model in models(sat):
+        sampler = OmegaConf.to_container(model.config.loss_fn_config.params.sigma_sampler_config)
+        stratified = {**sampler, "target": "sat_ext.cogvideo.StratifiedSampling"}
+        batch = model.batch(["video"] * 4, 4)
+        _, left = model.run(model.loss(), batch, 4)
+        drawn = model.given["idx"].tolist()
+        loss = model.loss(sigma_sampler_config=stratified)
+        losses, _ = model.run(loss, batch | {"timestep": torch.tensor([0.0, 0.25, 0.5004, 0.99999999])}, 4)
+        assert model.given["idx"].tolist() == [0, 250, 500, 999]
+        levels = loss.sigma_sampler.idx_to_sigma(torch.tensor([0, 250, 500, 999]))
+        assert torch.equal(model.levels.flatten(), levels)
+        assert losses.unique().numel() == 4
+        # an evaluation has no places: as before, also in the random numbers
+        _, again = model.run(loss, batch, 4)
+        assert model.given["idx"].tolist() == drawn
+        assert all(torch.equal(a, b) for a, b in zip(left, again, strict=True))
 
 
 def check_the_parent_alone_has_the_faults_that_are_mended(sat: Path) -> None:

@@ -72,7 +72,7 @@ def run_of(mode: Any, item: int) -> Run:
     model = ModelConfig(
         transformer=TRANSFORMER, text=TextConfig(kind="byt5"), train=TrainConfig(mode=mode, rank=3),
     )  # fmt: skip
-    return Run(model=model, batches={}, deepspeed={}, itemsize=item)
+    return Run(model=model, steps={}, deepspeed={}, itemsize=item)
 
 
 def case(name: str, mode: str, item: int, steps: int) -> dict[str, Any]:

@@ -230,8 +230,9 @@ def run_rank(rank: int, request: dict[str, Any]) -> int:
 def prepare(records: Path, request: dict[str, Any]) -> None:
     """Have the rank write what it trains on; `draws`: and take dropout from the global generators."""
     import sat_ext.sat.training as training
+    from sat_ext.sat.checkpoint.data_state import stream_of
     from sat_ext.sat.checkpoint.writer import Writer
-    from sat_ext.types import Bucket
+    from sat_ext.types import Bucket, groups_of
 
     if request.get("slow_writes"):
         write = Writer.write
@@ -257,15 +258,21 @@ def prepare(records: Path, request: dict[str, Any]) -> None:
 
         def watched() -> Any:
             for batch in data:
-                _, frames, _, height, width = batch["mp4"].shape
-                shape = str(Bucket(frames=frames, height=height, width=width))
-                seen.update(keys=batch["key"], sources=batch["source"], shape=shape)
+                seen.update(keys=[], sources=[], shapes=[])
+                for group in groups_of(batch):
+                    _, frames, _, height, width = group["mp4"].shape
+                    shape = str(Bucket(frames=frames, height=height, width=width))
+                    seen["keys"] += group["key"]
+                    seen["sources"] += group["source"]
+                    seen["shapes"] += [shape] * len(group["key"])
                 yield batch
 
         if request.get("fill_at") == args.sat_ext.micro_steps and args.rank == 0:
             fill(Path(args.save).parent)
         if request.get("slow"):
             time.sleep(request["slow"])
+        if request.get("gradients") and not records.exists():
+            write_gradients(records.with_suffix(".pt"), stream_of(args).schedule)
         if args.sat_ext.micro_steps in request.get("nan", []):
             watched_data = watched()
             next(watched_data)
@@ -287,6 +294,38 @@ def prepare(records: Path, request: dict[str, Any]) -> None:
         return loss, metrics
 
     training.TrainingHooks.forward_step = forward_step
+
+
+def write_gradients(file: Path, schedule: Any) -> None:
+    """Write the batches of the first update, all weights before it, the gradients that the optimizer sees, and how
+    many samples a step of all ranks has on average."""
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_grad
+
+    from sat_ext.models.engine import VideoDiffusionEngine
+
+    forward, step = VideoDiffusionEngine.forward, DeepSpeedEngine.step
+    batches: list[Any] = []
+
+    def watched_forward(self: Any, batch: Any) -> Any:
+        if self.training:
+            batches.append(batch)
+        return forward(self, batch)
+
+    def watched_step(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.is_gradient_accumulation_boundary() and not file.exists():
+            parameters = dict(self.module.named_parameters())
+            with GatheredParameters(list(parameters.values())):
+                weights = {n: p.detach().clone() for n, p in parameters.items()}
+            gradients = {n: safe_get_full_grad(p) for n, p in parameters.items() if p.requires_grad}
+            steps = 10**9
+            found = {"batches": batches, "weights": weights, "gradients": gradients}
+            torch.save({**found, "samples": sum(schedule.state(steps)) / steps}, file)
+        return step(self, *arguments, **options)
+
+    VideoDiffusionEngine.forward, DeepSpeedEngine.step = watched_forward, watched_step
 
 
 def encode_slowly(seconds: float) -> None:

@@ -66,19 +66,35 @@ def test_batches_have_the_documented_keys_shapes_and_values(sat_args: MakeArgs) 
 
 def test_our_engine_gets_uint8_and_others_their_training_dtype(sat_args: MakeArgs) -> None:
     """uint8 is what the frames are; our engine makes [-1, 1] of it on its device, CogVideo's would not."""
-    ours = next(sat_iterator(sat_args(model_config=read_yaml([TINY])["model"])))["mp4"]
+    packs = islice(sat_iterator(sat_args(model_config=read_yaml([TINY])["model"])), 3)
+    ours = {key: clip for pack in packs for g in pack["groups"] for key, clip in zip(g["key"], g["mp4"])}
     theirs = {"network_config": {"params": {"hidden_size": 1920}}}
     for precision, dtype in (
         ({"bf16": True}, torch.bfloat16),
         ({"bf16": False, "fp16": True}, torch.float16),
         ({"bf16": False}, torch.float32),
     ):
-        pixels = next(sat_iterator(sat_args(model_config=theirs, **precision)))["mp4"]
-        assert pixels.dtype == dtype
-        assert pixels.abs().max() <= 1
-    assert ours.dtype == torch.uint8
-    assert ours.shape == pixels.shape
-    assert torch.equal(to_model_range(ours, torch.float32), pixels)
+        batch = next(sat_iterator(sat_args(model_config=theirs, **precision)))
+        assert batch["mp4"].dtype == dtype
+        assert batch["mp4"].abs().max() <= 1
+    for key, pixels in zip(batch["key"], batch["mp4"], strict=True):
+        assert ours[key].dtype == torch.uint8
+        assert torch.equal(to_model_range(ours[key], torch.float32), pixels)
+
+
+def test_our_engine_gets_packs_of_several_shapes(sat_args: MakeArgs) -> None:
+    """2 clips of 9 frames and 2 stills, or as many tokens: 3 latent frames of 16 tokens and 40 of text."""
+    model = read_yaml([TINY])["model"]
+    text, grid = model["transformer"]["max_text_seq_length"], (64 // 8) ** 2
+    budget = 2 * (text + 3 * grid) + 2 * (text + grid)
+    for batch in islice(sat_iterator(sat_args(model_config=model)), 12):
+        assert batch.keys() == {"groups"}
+        shapes = [group["mp4"].shape for group in batch["groups"]]
+        assert {shape[1] for shape in shapes} == {1, 9}
+        assert sum(shape[0] * (text + grid * (1 + (shape[1] - 1) // 4)) for shape in shapes) <= budget
+        for group in batch["groups"]:
+            count = len(group["mp4"])
+            assert {len(group[key]) for key in ("txt", "kind", "key", "loss_weight", "timestep")} == {count}
 
 
 def test_a_progress_bar_is_shown_where_there_is_something_to_wait_for(

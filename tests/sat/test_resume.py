@@ -161,9 +161,7 @@ def test_each_sample_of_an_epoch_is_seen_once_however_many_ranks_go_on(
         assert "starts from zero" not in run.log()
         for rank in range(world):
             for record in run.records(rank):
-                seen.update(
-                    (source, record["shape"], key) for source, key in zip(record["sources"], record["keys"])
-                )
+                seen.update(zip(record["sources"], record["shapes"], record["keys"], strict=True))
         load = {"load": str(folder_of(tmp_path / "save"))}
         by_cell: dict[tuple[str, str], list[int]] = {}
         for (source, shape, _), number in seen.items():
