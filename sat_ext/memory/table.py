@@ -53,7 +53,8 @@ def of_one(plan: Plan) -> Table:
 
 
 def of_buckets(plan: Plan, measured: Mapping[str, int] | None = None) -> Table:
-    """A row for the largest micro-step with each bucket: the peak that PyTorch should allocate, and the one that was measured if given."""
+    """A row for the largest micro-step with each bucket: the peak that PyTorch should allocate, and what was
+    measured if given."""
     titles = [
         "micro-step",
         "activations GB",

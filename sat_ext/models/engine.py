@@ -20,6 +20,7 @@ from sat_ext.models.conditioning import (
     padding_frames,
     stills,
 )
+from sat_ext.models.config import ABSENT
 from sat_ext.models.diffusion import (
     EVALUATED_TIMESTEPS,
     TIMESTEPS,
@@ -91,18 +92,31 @@ class VideoDiffusionEngine(nn.Module):
         mp4 (B, T, C, H, W), uint8 or in [-1, 1], and lists of B: txt, kind, source, key (the last two seed an
         evaluation); in training optionally `loss_weight` (B,), a factor on what its mean adds to the loss, and
         `timestep` (B,), from 0 to 1. In training the batch has `seed`, an int that differs between ranks, which
-        every draw follows from.
+        every draw follows from, and may have `gradient_norms`: if true, the metrics include `gradient_image` and
+        `gradient_video`, the norms of what each kind adds to the gradient.
         """
         groups = groups_of(batch)
         if self.training:
             losses = self._training_losses(groups, batch["seed"])
         else:
             losses = [self._evaluation_losses(group) for group in groups]
-        parts = [(self._factors(group, of) * of).mean() for group, of in zip(groups, losses, strict=True)]
-        kinds = [kind for group in groups for kind in group["kind"]]
-        every = torch.cat(losses).detach()
-        metrics = {f"loss_{kind}": mean_where(every, [k == kind for k in kinds]) for kind in ("image", "video")}
-        return torch.stack(parts).sum(), metrics
+        weighted = torch.cat([self._factors(g, of) * of / len(of) for g, of in zip(groups, losses, strict=True)])
+        every, metrics = torch.cat(losses).detach(), {}
+        of_kinds = {kind: [k == kind for group in groups for k in group["kind"]] for kind in ("image", "video")}
+        for kind, chosen in of_kinds.items():
+            metrics[f"loss_{kind}"] = mean_where(every, chosen)
+            if batch.get("gradient_norms"):
+                metrics[f"gradient_{kind}"] = self._gradient_norm(weighted, chosen)
+        return weighted.sum(), metrics
+
+    def _gradient_norm(self, losses: Tensor, chosen: list[bool]) -> Tensor:
+        """The norm of the gradient of the sum of the chosen losses, 0-dim, or -100 without any."""
+        if not any(chosen):
+            return losses.new_tensor(ABSENT)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        of_kind = losses[torch.tensor(chosen, device=losses.device)].sum()
+        gradients = torch.autograd.grad(of_kind, trained, retain_graph=True, allow_unused=True)
+        return torch.stack([g.float().norm() for g in gradients if g is not None]).norm()
 
     def _factors(self, group: Mapping[str, Any], losses: Tensor) -> Tensor:
         """What each sample's loss is multiplied by, (B,), before the mean over the group is added to the total."""

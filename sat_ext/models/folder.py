@@ -114,9 +114,9 @@ def _check_levers(config: ModelConfig) -> None:
             "recomputed; set model.gradient_checkpointing: true."
         )
     if swap and not BLOCKS_FETCHED < swap <= layers:
+        some = f"give {BLOCKS_FETCHED + 1} to {layers}, or 0 for none" if layers > BLOCKS_FETCHED else "use 0"
         raise ConfigError(
-            f"model.block_swap: {swap}; two blocks are on the GPU at a time, and the model has {layers}; give "
-            f"{BLOCKS_FETCHED + 1} to {layers}, or 0 for none."
+            f"model.block_swap: {swap}; two blocks are on the GPU at a time, and the model has {layers}; {some}."
         )
     if text.quantization != "none" and (text.kind, text.device) != ("t5", "gpu"):
         raise ConfigError(

@@ -74,6 +74,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop-after-bad-steps", type=int, help="bad steps in a row that end a run")
     group.add_argument("--timeout-minutes", type=float, help="how long a rank waits for another")
     group.add_argument("--deterministic", action="store_true", default=None, help="use only reproducible kernels")
+    group.add_argument("--gradient-norms", action="store_true", default=None, help="log each kind's gradient")
     group.add_argument("--without-fixes", nargs="*", metavar="NAME", help="repairs of SAT not to make")
 
 

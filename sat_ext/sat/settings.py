@@ -20,6 +20,8 @@ class Settings:
     `stop_after_bad_steps`: how many steps in a row may change no weight, because the loss or its gradients are not
     finite, before the run ends. `without_fixes`: repairs of SAT that are not made.
     `deterministic`: use only kernels that give the same bits every time; PyTorch raises an error if there is none.
+    `gradient_norms`: log how large each kind's part of the gradient is, at every `log_interval`; the backward pass
+    of that step runs once more for each kind.
     `timeout_minutes`: how long a rank waits for another, which may be sampling alone in an evaluation.
     """
 
@@ -27,6 +29,7 @@ class Settings:
     keep_last: int | None = None
     stop_after_bad_steps: int = 20
     deterministic: bool = False
+    gradient_norms: bool = False
     without_fixes: tuple[str, ...] = ()
     timeout_minutes: float = 60.0
 

@@ -69,6 +69,9 @@ class TrainingHooks:
         # noise and dropout follow from the step and the rank alone: a resumed run draws what the first would have
         seeds = np.random.SeedSequence([args.seed, micro_steps(args), dist.get_rank()])
         batch["seed"] = int(seeds.generate_state(1)[0])
+        batch["gradient_norms"] = (
+            run_of(args).settings.gradient_norms and (args.iteration + 1) % args.log_interval == 0
+        )
         loss, metrics = model(batch)
         if dist.get_rank() == 0:
             self._progress.update(
@@ -170,7 +173,7 @@ class Progress:
     def update(self, metrics: dict[str, torch.Tensor], samples: int, args: argparse.Namespace) -> None:
         """Count one micro-step of `samples` samples over all ranks."""
         for name, value in metrics.items():
-            if (loss := float(value.detach())) != ABSENT:
+            if name.startswith("loss_") and (loss := float(value.detach())) != ABSENT:
                 self._losses[name] = 0.95 * self._losses.get(name, loss) + 0.05 * loss
         now = time.monotonic()
         if self._begin is None:  # the first micro-step is left out: it warms up

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sat_ext.models.config import ABSENT
 from sat_ext.models.engine import VideoDiffusionEngine
 from sat_ext.models.packs import Group
 from sat_ext.models.quantize import QuantizedLinear
@@ -115,3 +116,35 @@ def test_the_loss_of_a_pack_is_the_sum_over_its_groups(family: str) -> None:
     assert [g.timesteps.tolist() for g in seen[0]] == [[100], [100, 500, 900]]
     expected = 0.5 * metrics["loss_video"] + 1.5 * 2.0 * metrics["loss_image"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {},
+        {"gradient_checkpointing": {"offload": True}},
+        {"train": {"mode": "lora", "rank": 4}, "block_swap": 3, "gradient_checkpointing": True},
+    ],
+    ids=["plain", "offload", "swap"],
+)
+def test_the_gradient_of_each_kind_is_measured_and_changes_nothing(levers: dict[str, Any]) -> None:
+    transformer = {**FAMILIES["5b"]["transformer"], "num_layers": 4}
+    engine = opened(make_engine(small_config("5b", **levers) | {"transformer": transformer})).train()
+    trained = [p for p in engine.parameters() if p.requires_grad]
+    clip, stills = make_batch(9, count=1), make_batch(1, count=3)
+    pack = {"groups": [clip, stills], "seed": 3}
+    norms, gradients = {}, {}
+    for kind, weight in (("image", 0.0), ("video", 0.0), ("both", 1.0)):
+        for group in (clip, stills):
+            group["loss_weight"] = torch.full((len(group["txt"]),), 1.0 if group["kind"][0] == kind else weight)
+        loss, metrics = engine({**pack, "gradient_norms": kind == "both"})
+        loss.backward()
+        gradients[kind] = [p.grad.clone() for p in trained if p.grad is not None]
+        norms[kind] = float(torch.stack([g.norm() for g in gradients[kind]]).norm())
+        engine.zero_grad()
+    for kind in ("image", "video"):
+        assert float(metrics[f"gradient_{kind}"]) == pytest.approx(norms[kind], rel=1e-4)
+    for both, image, video in zip(*(gradients[k] for k in ("both", "image", "video")), strict=True):
+        torch.testing.assert_close(both, image + video, rtol=1e-4, atol=1e-6)
+    _, metrics = engine({**stills, "seed": 3, "gradient_norms": True})
+    assert float(metrics["gradient_video"]) == ABSENT

@@ -29,6 +29,8 @@ from sat_ext.data.sources import SourceConfig
 from tests.sat.ranks import Server, finish
 
 FIXTURES = Path(__file__).parents[1] / "written" / "run"
+
+
 @pytest.fixture
 def before(tmp_path: Path) -> Path:
     """A copy, with the modification times of then: the index knows files by them, and Git does not."""
