@@ -104,5 +104,5 @@ def held_out_rows(
         is_still = held.bucket.frames == 1
         if is_still not in kinds:
             kinds.add(is_still)
-            rows += sample_rows(engine, stream.collated(cell, np.arange(held.batch)), **options)
+            rows += sample_rows(engine, stream.collated(cell, np.arange(min(number, held.records))), **options)
     return rows
