@@ -37,7 +37,7 @@ needs_checkout = pytest.mark.skipif(not CONFIGS, reason="COGVIDEO_SAT is not set
 REPLACED = {
     "joint": {
         "data.target", "model.loss_fn_config.target", "model.first_stage_config.target",
-        "deepspeed.optimizer.type",
+        "model.loss_fn_config.params.sigma_sampler_config.target", "deepspeed.optimizer.type",
     },
     "i2v": {"model.noised_image_dropout"},
     "1.5": {
@@ -164,16 +164,16 @@ def test_a_lora_of_every_generation_trains_at_cogvideos_own_rate_for_it(model: P
     assert 5e-4 <= merged["deepspeed"]["optimizer"]["params"]["lr"] <= 1e-3
     assert "Between 1E-3 and 5E-4 For Lora and 1E-5 For SFT" in model.with_name("sft.yaml").read_text()
     if "2b" in model.name:
-        assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {})[0].endswith(
+        assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {}, 4)[0].endswith(
             "append configs/train/fp16.yaml."
         )
         fp16 = str(FOLDER.parent / "train" / "fp16.yaml")
         merged = read_yaml([*theirs(model), *map(path_of, fitting(model)), fp16])
         assert not merged["deepspeed"]["bf16"]["enabled"] and merged["deepspeed"]["fp16"]["enabled"]
-    assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {}) == []
+    assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {}, 4) == []
     assert engine_of(merged["model"]).lora_scale is not None
     without = read_yaml([*theirs(model), *map(path_of, fitting(model)[:-1])])
-    found = doubts_of(engine_of(without["model"]), without["deepspeed"], {})
+    found = doubts_of(engine_of(without["model"]), without["deepspeed"], {}, 4)
     if "lora" not in model.name:
         assert not any("a LoRA" in sentence for sentence in found)
         with pytest.raises(ConfigError, match="'all' leaves only LoRA to train, and the network has none"):
@@ -189,7 +189,7 @@ def test_a_lora_of_every_generation_trains_at_cogvideos_own_rate_for_it(model: P
 def test_a_rate_is_doubted_for_the_built_in_lora_too_and_never_for_full_tuning() -> None:
     def found(lr: float | None, **train: Any) -> list[str]:
         optimizer = {} if lr is None else {"params": {"lr": lr}}
-        return doubts_of(engine_of({"train": train}), {"optimizer": optimizer}, {"lr": 1e-7})
+        return doubts_of(engine_of({"train": train}), {"optimizer": optimizer}, {"lr": 1e-7}, 4)
 
     assert found(1e-4, mode="lora") == found(1e-5, mode="full") == found(None) == []
     assert "a LoRA scaled by 64/128 hardly learns" in found(1e-6, mode="lora")[0]
@@ -198,15 +198,34 @@ def test_a_rate_is_doubted_for_the_built_in_lora_too_and_never_for_full_tuning()
 
 
 @needs_checkout
+@pytest.mark.parametrize("model", MODELS)
+def test_updates_of_one_kind_are_doubted_where_cogvideos_own_file_clips(model: Path) -> None:
+    merged = read_yaml([*theirs(model), *map(path_of, fitting(model))])
+    engine, deepspeed = engine_of(merged["model"]), merged["deepspeed"]
+    assert deepspeed["gradient_clipping"] == 0.1
+    found = doubts_of(engine, deepspeed, {}, accumulation=1)[-1]
+    assert found.startswith(
+        "deepspeed.gradient_accumulation_steps: 1, so each update of CogVideo's engine has one "
+    )
+    assert "clipped at 0.1" in found and "set it to 4 or more" in found
+    for mixed in (
+        doubts_of(engine, deepspeed, {}, 4),
+        doubts_of(engine, {**deepspeed, "gradient_clipping": 0}, {}, 1),
+    ):
+        assert not any("accumulation" in sentence for sentence in mixed)
+
+
+@needs_checkout
 @pytest.mark.parametrize("model", [p for p in MODELS if "1.5_5b_i2v" in p.id])
 def test_a_condition_that_no_sampler_uses_is_doubted(model: Path) -> None:
     merged = read_yaml([*theirs(model), *map(path_of, ["joint", "1.5", "i2v"])])
     params = merged["model"]["loss_fn_config"]["params"]
     assert params["condition_scale"] == merged["model"]["sampler_config"]["params"]["condition_scale"] == 1.0
-    assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {}) == []
+    assert doubts_of(engine_of(merged["model"]), merged["deepspeed"], {}, 4) == []
     del params["condition_scale"]
     assert (
-        "the condition trains at scale_factor (0.7), which no" in doubts_of(engine_of(merged["model"]), {}, {})[0]
+        "the condition trains at scale_factor (0.7), which no"
+        in doubts_of(engine_of(merged["model"]), {}, {}, 4)[0]
     )
 
 
