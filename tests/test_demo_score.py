@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from sat_ext.demo_data import write_demo
-from sat_ext.demo_score import Seen, described, seen_in
+from sat_ext.demo_score import Seen, described, right_in, seen_in
+from sat_ext.errors import DataError
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -40,3 +41,17 @@ def test_it_is_not_led_by_the_caption() -> None:
     found = seen_in(np.stack([frame, moved]))
     assert found == Seen(colour="blue", background="black", shape="square", direction="down")
     assert found != described("a red circle moving up on white")
+
+
+def test_what_is_right_is_counted() -> None:
+    still = np.full((1, 64, 64, 3), 24, np.uint8)
+    still[:, 20:44, 20:44] = (40, 90, 225)
+    captions = ("a blue square on black", "a red square on white")
+    assert right_in([(caption, still) for caption in captions]) == {
+        "samples": 2, "colour": 1, "background": 1, "shape": 2,
+    }  # fmt: skip
+
+
+def test_another_caption_is_refused() -> None:
+    with pytest.raises(DataError, match=r"'a dog' is no caption of the demo's data \(sat-ext demo\)"):
+        described("a dog")

@@ -216,6 +216,21 @@ def test_sample_command_shows_held_out_captions_and_prompts(by_stage: Any, tmp_p
 
 
 @pytest.mark.multiprocess
+def test_score_command_counts_what_held_out_samples_show(by_stage: Any) -> None:
+    folder = by_stage[2][2] / "save"
+    before = json.loads((folder / "result.json").read_text())
+    done = CliRunner().invoke(app, ["score", str(folder), "--number", "3"])
+    assert done.exit_code == 0, done.output
+    result = json.loads((folder / "result.json").read_text())
+    assert {**before, "samples": result["samples"]} == result
+    assert list(result["samples"]["image"]) == ["samples", "colour", "background", "shape"]
+    assert list(result["samples"]["video"]) == ["samples", "colour", "background", "shape", "direction"]
+    for counts in result["samples"].values():
+        assert counts["samples"] == 3 and max(counts.values()) == 3
+    assert "images that show what was asked for: samples 3, colour " in done.output
+
+
+@pytest.mark.multiprocess
 def test_sample_command_names_what_is_wrong(by_stage: Any, tmp_path: Path) -> None:
     folder = by_stage[2][2] / "save"
     with pytest.raises(ConfigError, match="no checkpoint here"):

@@ -27,6 +27,7 @@ from sat_ext.memory.counts import count
 from sat_ext.memory.run import Run, read_options
 from sat_ext.memory.states import persistent, states
 from sat_ext.models.config import ModelConfig, TextConfig, TrainConfig, TransformerConfig
+from sat_ext.models.packs import Group
 from sat_ext.models.transformer import build_transformer
 from tests.sat.ranks import free_port
 from tests.sat.repairs import repair
@@ -136,7 +137,7 @@ def backward(engine: Any, optimizer: Any, stage: int, item: int) -> dict[str, in
     transformer = TRANSFORMER
     latents = torch.randn(1, 2, transformer.in_channels, 4, 4, dtype=dtype)
     text = torch.randn(1, transformer.max_text_seq_length, transformer.text_embed_dim, dtype=dtype)
-    output = engine(latents, text, torch.tensor([3]), return_dict=False)[0]
+    (output,) = engine([Group(latents=latents, text=text, timesteps=torch.tensor([3]), rotary=None)])
     engine.backward(output.float().square().mean())
     if stage == 0:
         return {"gradients": nbytes(p.grad for p in engine.module.parameters())}
