@@ -20,6 +20,7 @@ from sat_ext.convert.convert import convert, export
 from sat_ext.convert.parts import ConvertOptions as Options
 from sat_ext.errors import ConfigError
 from sat_ext.models.engine import VideoDiffusionEngine
+from sat_ext.models.packs import Group, PackedTransformer
 from tests.sat_layout import AUTOENCODER, FAMILIES, HIDDEN, LAYERS, SIZE, sat_transformer, write_sat
 from tests.test_convert import assert_same, sat_file
 
@@ -99,7 +100,11 @@ def output(model: CogVideoXTransformer3DModel) -> Tensor:
     latents = torch.randn(1, 3, model.config.in_channels, 8, 8, generator=generator)
     text = torch.randn(1, model.config.max_text_seq_length, model.config.text_embed_dim, generator=generator)
     angles = torch.rand(3 * 4 * 4, 16, generator=generator)
-    found: Tensor = model(latents, text, torch.tensor([500]), image_rotary_emb=(angles.cos(), angles.sin()))[0]
+    rotary = (angles.cos(), angles.sin())
+    if isinstance(model, PackedTransformer):
+        (ours,) = model([Group(latents=latents, text=text, timesteps=torch.tensor([500]), rotary=rotary)])
+        return ours
+    found: Tensor = model(latents, text, torch.tensor([500]), image_rotary_emb=rotary)[0]
     return found
 
 

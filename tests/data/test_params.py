@@ -60,7 +60,8 @@ def test_an_unknown_sampler_is_named_before_anything_is_read_with_the_nearest_on
 )
 def test_a_batch_that_is_neither_auto_nor_samples_by_frames_is_refused(batch):
     assert refusal(batch=batch) == (
-        f"data.params.batch: {batch!r}; write {{cost: auto}}, or samples per frame count as in {{1: 8, 49: 1}}."
+        f"data.params.batch: {batch!r}; write {{cost: auto}}, {{tokens: 20000}}, or samples per frame count as in "
+        "{1: 8, 49: 1}."
     )
 
 
