@@ -113,6 +113,11 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
     target = section.get("target") or next(iter(TARGETS))
     data = load(DataConfig, section.get("params") or {}, "data.params")
     engine = engine_of(config.get("model"))
+    if engine.model and not engine.takes_packs and "tokens" in data.batch:
+        raise ConfigError(
+            f"data.params.batch: {data.batch!r} is the size of a pack, and CogVideo's engine takes one bucket a "
+            "step; write {cost: auto}, or samples per frame count as in {1: 8, 49: 1}."
+        )
     fp16, bf16 = precision(deepspeed)
     steps = "gradient_accumulation_steps"
     accumulation = _count(steps, args, deepspeed.get(steps))
@@ -133,14 +138,19 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
         num_workers=_count("num_workers", args, least=0),
         dtype=torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32,  # in SAT's order
         train_iters=convert(int | None, args.get("train_iters"), "args.train_iters"),
-        doubts=tuple(doubts_of(engine, deepspeed, args, accumulation)),
+        doubts=tuple(doubts_of(engine, deepspeed, args, accumulation, None if data.makes_packs else data.batch)),
     )
 
 
 def doubts_of(
-    engine: Engine, deepspeed: Mapping[str, Any], args: Mapping[str, Any], accumulation: int
+    engine: Engine,
+    deepspeed: Mapping[str, Any],
+    args: Mapping[str, Any],
+    accumulation: int,
+    batch: Mapping[Any, int] | None = None,
 ) -> list[str]:
-    """A sentence for each value that trains without an error, but probably not as intended."""
+    """A sentence for each value that trains without an error, but probably not as intended. `batch` are sizes by
+    hand, of one bucket a step."""
     found = []
     given = ((deepspeed.get("optimizer") or {}).get("params") or {}).get("lr")
     lr = float(args.get("lr") or SAT_LR if given is None else given)
@@ -159,11 +169,15 @@ def doubts_of(
             "append configs/train/fp16.yaml."
         )
     clip = deepspeed.get("gradient_clipping")
-    if clip and engine.model and not engine.takes_packs and accumulation == 1:
+    by_hand = engine.takes_packs and batch is not None
+    if clip and engine.model and accumulation == 1 and (by_hand or not engine.takes_packs):
+        cause, remedy = "deepspeed.gradient_accumulation_steps: 1", "set it to 4 or more"
+        if by_hand:
+            cause, remedy = f"data.params.batch: {batch!r}", "write {cost: auto}"
         found.append(
-            "deepspeed.gradient_accumulation_steps: 1, so each update of CogVideo's engine has one source and "
-            f"bucket; clipped at {clip} (deepspeed.gradient_clipping), one of many stills counts no more than one "
-            "of a clip; set it to 4 or more, so that updates are mixed."
+            f"{cause}, so each update has one source and one bucket; clipped at {clip} "
+            "(deepspeed.gradient_clipping), an update of many stills then counts no more than one of a "
+            f"single clip; {remedy}, so that updates are mixed."
         )
     return found
 

@@ -34,13 +34,12 @@ def test_held_out_originals_are_seen_as_captioned(tmp_path: Path, part: str) -> 
     assert not wrong
 
 
-def test_it_is_not_led_by_the_caption() -> None:
+def test_a_moved_square_is_seen() -> None:
     frame = np.full((64, 64, 3), 24, np.uint8)
     frame[10:30, 10:30] = (40, 90, 225)
     moved = np.roll(frame, 20, axis=0)
     found = seen_in(np.stack([frame, moved]))
     assert found == Seen(colour="blue", background="black", shape="square", direction="down")
-    assert found != described("a red circle moving up on white")
 
 
 def test_what_is_right_is_counted() -> None:

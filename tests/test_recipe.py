@@ -40,7 +40,7 @@ def test_the_shipped_demo_yields_what_training_reads() -> None:
     assert [s.path for s in run.held_out] == ["runs/demo/data/heldout"]
     assert (run.micro_batch, run.num_workers, run.train_iters, run.dtype) == (4, 1, 1000, torch.float32)
     clip, still = Bucket(frames=9, height=64, width=64), Bucket(frames=1, height=64, width=64)
-    assert run.step_size.budget == 8 * (run.step_size.tokens[clip] + run.step_size.tokens[still])
+    assert run.step_size.budget == 4 * (run.step_size.tokens[clip] + run.step_size.tokens[still])
     assert run.shape.hidden_size == 128
 
 

@@ -226,7 +226,7 @@ def test_score_command_counts_what_held_out_samples_show(by_stage: Any) -> None:
     assert list(result["samples"]["image"]) == ["samples", "colour", "background", "shape"]
     assert list(result["samples"]["video"]) == ["samples", "colour", "background", "shape", "direction"]
     for counts in result["samples"].values():
-        assert counts["samples"] == 3 and max(counts.values()) == 3
+        assert counts["samples"] == 3 and all(0 <= n <= 3 for n in counts.values())
     assert "images that show what was asked for: samples 3, colour " in done.output
 
 

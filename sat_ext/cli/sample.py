@@ -41,7 +41,7 @@ def sample(
     """Generate stills and clips from captions, and show them beside what was asked for."""
     # imported here: diffusers and transformers take seconds, which --help and a wrong call need not wait for
     from sat_ext.checkpoint.layout import find_run, read_run_config
-    from sat_ext.models.generate import load_engine
+    from sat_ext.models.generate import load_engine, sample_rows
 
     folder = find_run(run)
     recipe = recipe_of(read_run_config(folder))
@@ -52,7 +52,7 @@ def sample(
         bucket = _bucket(recipe, frames)
         rows = [_from_prompt(engine, p, bucket, image, options) for p in prompt]
     else:
-        rows = held_out_rows(engine, recipe, number, options)
+        rows = [row for batch in held_out_batches(recipe, number) for row in sample_rows(engine, batch, **options)]
     write_sheet(rows, sheet)
     print(f"checkpoint of step {iteration} in {folder}: {len(rows)} samples in {sheet}")
     if any(len(s) > 1 for row in rows for s in row.strips.values()):
@@ -88,21 +88,13 @@ def _from_prompt(
     return SheetRow(caption=prompt, strips={**strips, "generated": to_uint8(out[0])})
 
 
-def held_out_rows(
-    engine: "VideoDiffusionEngine", recipe: Recipe, number: int, options: dict[str, Any]
-) -> list[SheetRow]:
-    """Captions of `args.valid_data`, up to `number` of each kind, and all of one kind from one bucket."""
-    from sat_ext.models.generate import sample_rows
-
+def held_out_batches(recipe: Recipe, number: int) -> list[dict[str, Any]]:
+    """Captions and pixels of `args.valid_data`: up to `number` of each kind, all of a kind from one bucket."""
     sources, data = recipe.lists["valid_data"], recipe.data
     if not sources:
         raise ConfigError("--prompt: missing, and the run has no args.valid_data to take captions from.")
     size = replace(recipe.step_size, batches=dict.fromkeys(recipe.buckets, number), budget=None)
     stream = JointStream(build_index(sources, data), data, size=size, world=1, dtype=torch.float32)
-    rows, kinds = [], set()
-    for cell, held in enumerate(stream.schedule.cells):
-        is_still = held.bucket.frames == 1
-        if is_still not in kinds:
-            kinds.add(is_still)
-            rows += sample_rows(engine, stream.collated(cell, np.arange(min(number, held.records))), **options)
-    return rows
+    firsts = {cell.bucket.kind: i for i, cell in reversed(list(enumerate(stream.schedule.cells)))}
+    records = [cell.records for cell in stream.schedule.cells]
+    return [stream.collated(i, np.arange(min(number, records[i]))) for i in sorted(firsts.values())]

@@ -78,6 +78,11 @@ class DataConfig:
         """The buckets, from `buckets` or its short forms. Raises `ConfigError`."""
         return make_buckets(self.buckets, self.video_size, self.max_num_frames)
 
+    @property
+    def makes_packs(self) -> bool:
+        """Whether `batch` is of packs, and not the samples of one bucket, by frames."""
+        return "tokens" in self.batch or self.batch == {"cost": "auto"}
+
     def step_size(
         self, buckets: tuple[Bucket, ...], *, largest: int, shape: SequenceShape, packs: bool
     ) -> StepSize:
@@ -87,7 +92,7 @@ class DataConfig:
         batches, budget = batch_sizes(buckets, largest=largest, shape=shape), None
         if self.batch == {"cost": "auto"}:
             budget = pack_budget(buckets, largest=largest, shape=shape)
-        elif "tokens" in self.batch:
+        elif self.makes_packs:
             budget = int(self.batch["tokens"])
             longest = max(buckets, key=lambda bucket: length[bucket])
             if budget < length[longest]:

@@ -1,7 +1,8 @@
 """The composer: schedule -> reader -> collate. A step is a pack of groups, or one batch of one bucket."""
 
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,7 +51,7 @@ class JointStream:
     ) -> None:
         self.index, self.config, self.dtype = index, config, dtype
         self.size, self.accumulation = size, accumulation
-        cells = cells_of(index, size, world)
+        cells = cells_of(index, size, world, accumulation)
         self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, budget=size.budget, used=used)
         budget = config.on_bad_sample
         self._faults = Faults(skip=budget.skip, consecutive=budget.consecutive)
@@ -81,6 +82,13 @@ class JointStream:
             group["timestep"] = torch.from_numpy(of_part).float()
             groups.append(group)
         return groups[0] if self.size.budget is None else {"groups": groups}
+
+    def mixed_updates(self) -> float:
+        """The part of the updates that hold every source, of the first thousand."""
+        steps, sources = self.schedule.steps(), {c.source for c in self.schedule.cells}
+        updates = [islice(steps, self.accumulation) for _ in range(1000)]
+        held = [{self.schedule.cells[p.cell].source for step in update for p in step} for update in updates]
+        return sum(found == sources for found in held) / len(held)
 
     def summary(self) -> str:
         """What a rank's steps hold."""
@@ -118,15 +126,43 @@ class JointStream:
         raise AssertionError("the budget of faults ends the loop")
 
 
-def cells_of(index: Index, size: StepSize, world: int) -> list[Cell]:
+def cells_of(index: Index, size: StepSize, world: int, accumulation: int) -> list[Cell]:
     """The cells of the index's groups, in their order."""
     batches = [1] * len(index.groups)
     if size.budget is None:  # fewer where there are few records, so that no step holds a record twice
         batches = [max(1, min(size.batches[g.bucket], len(g.rows) // (2 * world))) for g in index.groups]
+        records = [(g.source, len(g.rows)) for g in index.groups]
+        batches = mixed_batches(records, batches, index.shares, accumulation)
     return [
         Cell(source=g.source, bucket=g.bucket, records=len(g.rows), tokens=size.tokens[g.bucket], batch=batch)
         for g, batch in zip(index.groups, batches)
     ]
+
+
+def mixed_batches(
+    cells: Sequence[tuple[str, int]], batches: Sequence[int], shares: Mapping[str, float], accumulation: int
+) -> list[int]:
+    """`batches` of steps of one bucket, reduced until each source has one in `accumulation` steps of an update.
+
+    `cells` are sources and records. Where shares are too far apart for that, batches end at 1.
+
+    >>> mixed_batches([("stills", 100), ("clips", 100)], [11, 1], {"stills": 1, "clips": 1}, accumulation=4)
+    [3, 1]
+    """
+    found, records = list(batches), Counter[str]()
+    if accumulation == 1:
+        return found
+    for source, n in cells:
+        records[source] += n
+    while True:
+        steps = dict.fromkeys(records, 0.0)  # of each source, in proportion
+        for (source, n), batch in zip(cells, found, strict=True):
+            steps[source] += shares[source] * n / records[source] / batch
+        least = sum(steps.values()) / accumulation
+        rare = [i for i, (source, _) in enumerate(cells) if steps[source] < least * (1 - 1e-9) and found[i] > 1]
+        if not rare:
+            return found
+        found[min(rare, key=lambda i: (steps[cells[i][0]], -found[i]))] -= 1
 
 
 def collate(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Where in the range of timesteps each sample of an update lies: spread evenly, each source apart.
 
 Independent draws leave gaps by chance: some updates see mostly high noise, others low. Of the n samples that an
-update has of a source, over all ranks and steps, each takes another of n equal parts of the range, in random order
-and at a random place in its part. A single sample still has every timestep with the same chance.
+update has of a source, over all ranks and steps, each takes a different one of n equal parts of the range, in
+random order and at a random place in its part. A single sample still has every timestep with the same chance.
 """
 
 from collections import Counter

@@ -233,8 +233,8 @@ def _few(facts: Facts) -> Iterator[Finding]:
         share = sum(c.records for c in few) / sum(c.records for c in cells)
         yield Finding(
             level="warning" if share > HEAVY_CUT else "note",
-            text=f"Few records: of {len(few)} of {len(cells)} pairs of source and bucket ({percent(share)} of the "
-            "records) a step takes fewer than fit, so that it has none twice, and may use the GPU less.",
+            text=f"{len(few)} of {len(cells)} pairs of source and bucket ({percent(share)} of the records) have "
+            "too few to fill a step without repeats: their steps are smaller, and may use the GPU less.",
             remedy="Use fewer buckets, join sources, or add files.",
             examples=[f"'{c.source}' in {c.bucket}: {count(c.records)}" for c in few],
         )

@@ -8,6 +8,7 @@ entries of a list share one stream: whichever entry SAT draws, the next batch of
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
+from math import ceil
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -32,6 +33,7 @@ from sat_ext.sat.run import recipe_in, run_of
 from sat_ext.sat.shared_memory import check_shared_memory
 
 MANY_FILES = 500  # some seconds of probing
+MIXED = 0.9  # of the updates: fewer that hold every source are worth a warning
 
 
 class SharedStream(DataPipeline):
@@ -152,6 +154,13 @@ def _stream(args: argparse.Namespace, recipe: Recipe, split: str, *, world: int)
     if trains:
         continue_order(run_of(args), stream)
     print_rank0(f"{split}: {stream.summary()}")
+    if trains and stream.accumulation > 1 and (part := stream.mixed_updates()) < MIXED:
+        rarest = min(index.shares.values()) / sum(index.shares.values())
+        print_rank0(
+            f"{split}: warning: only {part:.0%} of the updates hold every source, as the rarest has a share of "
+            f"{rarest:.2g}; with deepspeed.gradient_accumulation_steps of {ceil(1 / rarest)} nearly all do.",
+            level="WARNING",
+        )
     if reader is None:  # latents take a fiftieth of their pixels
         check_shared_memory(args, stream)
     return stream

@@ -205,7 +205,7 @@ def test_updates_of_one_kind_are_doubted_where_cogvideos_own_file_clips(model: P
     assert deepspeed["gradient_clipping"] == 0.1
     found = doubts_of(engine, deepspeed, {}, accumulation=1)[-1]
     assert found.startswith(
-        "deepspeed.gradient_accumulation_steps: 1, so each update of CogVideo's engine has one "
+        "deepspeed.gradient_accumulation_steps: 1, so each update has one source and one bucket"
     )
     assert "clipped at 0.1" in found and "set it to 4 or more" in found
     for mixed in (

@@ -290,3 +290,21 @@ def test_a_bucket_without_a_batch_size_is_named() -> None:
 def test_sizes_by_area_are_read_from_yaml() -> None:
     data = load(DataConfig, {"buckets": {"frames": [1], "sizes": {"area": 4096, "ratios": [1.0]}}}, "data.params")
     assert [str(b) for b in data.make_buckets()] == ["1x64x64"]
+
+
+@pytest.mark.parametrize(
+    ("share", "accumulation", "batches", "mixed"),
+    [(0.5, 4, {3, 1}, 1.0), (0.3, 4, {1}, 1.0), (0.5, 12, {8, 1}, 1.0), (0.1, 4, {1}, 0.4), (0.5, 1, {8, 1}, 0.0)],
+)
+def test_updates_of_steps_of_one_bucket_hold_every_source(
+    demo: Path, share: float, accumulation: int, batches: set[int], mixed: float
+) -> None:
+    parts = {"stills": share, "videos": 1 - share}
+    sources = [SourceConfig(path=str(demo / name), share=part) for name, part in parts.items()]
+    data = config(short_clips="loop", buckets={"frames": [1, 9]})
+    index = build_index(sources, data)
+    size = StepSize.of({b: 8 if b.frames == 1 else 1 for b in data.make_buckets()})
+    many = replace(index, groups=tuple(replace(g, rows=np.resize(g.rows, 1000)) for g in index.groups))
+    stream = JointStream(many, data, size=size, world=1, dtype=torch.float32, accumulation=accumulation)
+    assert {c.batch for c in stream.schedule.cells} == batches
+    assert stream.mixed_updates() == pytest.approx(mixed, abs=0.01)

@@ -83,7 +83,7 @@ def test_our_engine_gets_uint8_and_others_their_training_dtype(sat_args: MakeArg
 
 
 def test_our_engine_gets_packs_of_several_shapes(sat_args: MakeArgs) -> None:
-    """2 clips of 9 frames and 2 stills, or as many tokens: 3 latent frames of 16 tokens and 40 of text."""
+    """2 clips of 9 frames and 2 stills, or as many tokens: 3 latent frames of 64 tokens and those of the text."""
     model = read_yaml([TINY])["model"]
     text, grid = model["transformer"]["max_text_seq_length"], (64 // 8) ** 2
     budget = 2 * (text + 3 * grid) + 2 * (text + grid)
