@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
 from sat_ext.models.config import ABSENT
@@ -52,6 +53,28 @@ def test_a_pack_predicts_what_its_groups_do_alone(family: str) -> None:
         (alone,) = run(engine, [group])
         assert velocity.shape == (*group[0].shape[:2], engine.config.transformer.out_channels, *group[0].shape[3:])
         torch.testing.assert_close(velocity, alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_sample_of_a_pack_is_predicted_as_by_diffusers_alone(family: str) -> None:
+    engine = opened(make_engine(small_config(family)))
+    given: list[Any] = []
+    engine.network.register_forward_pre_hook(
+        lambda _, args, options: given.append((*args, options)), with_kwargs=True
+    )
+    together = run(engine, inputs_of(engine))
+    ((groups, options),) = given
+    own = CogVideoXTransformer3DModel.from_config(engine.network.config)
+    own.load_state_dict(engine.network.state_dict())
+    own.patch_embed = engine.network.patch_embed  # diffusers' raises for other sizes than the native one
+    for group, velocities in zip(groups, together, strict=True):
+        for i, velocity in enumerate(velocities):
+            ofs = options["ofs"] if options["ofs"] is None else torch.full((1,), options["ofs"])
+            (alone,) = own(
+                group.latents[i : i + 1], group.text[i : i + 1], group.timesteps[i : i + 1], ofs=ofs,
+                image_rotary_emb=group.rotary, return_dict=False,
+            )  # fmt: skip
+            torch.testing.assert_close(velocity, alone[0], rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
