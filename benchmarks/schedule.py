@@ -75,7 +75,7 @@ ROWS: dict[str, tuple[str, float | None, bool]] = {
     "the same after another number of ranks": ("ms", 1, True),
     "the same, and a rank's records of it": ("ms", None, True),
     "samples off a source's share, over any window": ("packs", 1, True),
-    "the same in steps of one bucket": ("batches", 2, True),
+    "the same in steps of one bucket": ("batches", 2.5, True),
     "records twice or never in a small epoch": ("records", 0, True),
     "the same, handed on through all numbers of ranks": ("records", 0, True),
     "records twice in a stretch": ("records", 0, True),

@@ -9,16 +9,17 @@ import numpy as np
 from sat_ext.demo_data import BACKGROUNDS, COLOURS, MOTIONS
 from sat_ext.errors import DataError
 
+LEAST_CONTRAST = 30.0  # in RGB: the demo's colours differ by more than 100 from its backgrounds
 CAPTION = re.compile(r"an? (\w+) (\w+)(?: moving (\w+))? on (\w+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """What is in a clip or still; `direction` is None in a still."""
+    """What is in a clip or still; None: nothing. `direction` is None in a still."""
 
-    colour: str
+    colour: str | None
     background: str
-    shape: str
+    shape: str | None
     direction: str | None
 
 
@@ -44,14 +45,16 @@ def seen_in(pixels: np.ndarray) -> Seen:
     """What `pixels`, uint8 RGB (T, H, W, 3), show.
 
     The background is the colour of the frame's edge, and the shape what is nearer to its own colour than to that.
-    Its kind is the template of the same area and centre that overlaps it best, its direction the main axis of the
-    path of its centre.
+    Where nothing differs visibly from it, there is none. Its kind is the template of the same area and centre that
+    overlaps it best, its direction the main axis of the path of its centre.
     """
     pixels = pixels.astype(np.float64)
     edge = np.concatenate([pixels[:, (0, -1)].reshape(-1, 3), pixels[:, :, (0, -1)].reshape(-1, 3)])
     background = np.median(edge, axis=0)
     distance = np.linalg.norm(pixels - background, axis=-1)
     farthest = np.quantile(distance, 0.97, axis=(1, 2), keepdims=True)  # a shape is a tenth of a frame or more
+    if farthest.max() < LEAST_CONTRAST:
+        return Seen(colour=None, background=_nearest(background, BACKGROUNDS), shape=None, direction=None)
     masks = distance > farthest / 2
     colour = np.median(pixels[distance > farthest * 0.8], axis=0)
     centres = [_centre(mask) for mask in masks]

@@ -113,10 +113,11 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
     target = section.get("target") or next(iter(TARGETS))
     data = load(DataConfig, section.get("params") or {}, "data.params")
     engine = engine_of(config.get("model"))
-    if engine.model and not engine.takes_packs and "tokens" in data.batch:
+    if not engine.takes_packs and "tokens" in data.batch:
+        why = "CogVideo's engine takes" if engine.model else "without a 'model' section there is"
         raise ConfigError(
-            f"data.params.batch: {data.batch!r} is the size of a pack, and CogVideo's engine takes one bucket a "
-            "step; write {cost: auto}, or samples per frame count as in {1: 8, 49: 1}."
+            f"data.params.batch: {data.batch!r} is the size of a pack, and {why} one bucket a step; write "
+            "{cost: auto}, or samples per frame count as in {1: 8, 49: 1}."
         )
     fp16, bf16 = precision(deepspeed)
     steps = "gradient_accumulation_steps"

@@ -16,6 +16,8 @@ from sat_ext.errors import ConfigError
 from sat_ext.latents.store import CacheConfig
 from sat_ext.types import Bucket, ShortClips
 
+MOST_SAMPLES = 4096  # of a rank's step: far more than any GPU holds
+
 
 @dataclass(frozen=True, kw_only=True)
 class BadSampleConfig:
@@ -108,7 +110,18 @@ class DataConfig:
                     "or write {cost: auto}."
                 )
             batches = {bucket: by_frames[bucket.frames] for bucket in buckets}
-        return StepSize(tokens=length, batches=batches, budget=budget if packs else None)
+        if not packs:
+            return StepSize(tokens=length, batches=batches)
+        shortest = min(buckets, key=lambda bucket: length[bucket])
+        if budget is not None and budget > MOST_SAMPLES * length[shortest]:
+            value = f"deepspeed.train_micro_batch_size_per_gpu: {largest}"
+            if self.batch != {"cost": "auto"}:
+                value = f"data.params.batch.tokens: {budget}"
+            raise ConfigError(
+                f"{value} makes steps of {budget // length[shortest]} samples of {shortest}, more than the "
+                f"{MOST_SAMPLES} that a step may have; use less."
+            )
+        return StepSize(tokens=length, batches=batches, budget=budget)
 
 
 def sources_of(paths: Sequence[str], weights: Sequence[float] | None) -> list[SourceConfig]:

@@ -6,11 +6,15 @@ step, a single draw of a whole batch. Positions count samples: a cell's stream i
 records, of which the first `used` positions have been trained on. So the state is one integer per cell, for any
 number of ranks.
 
-Draws come in windows of `WINDOW`. How many of a window's draws are of which cell follows from the number of draws
-before it (`Apportion`): so any step is found without replaying those before it, shares are exact, and the cells
-of a source reach the end of an epoch together. All windows have the same packs, laid out once by size (`pack`),
-into which each puts its own draws, spread evenly. As one window has a draw more of a size than another, a few
-places are made for a larger size than they get.
+Draws come in windows of a fixed number. How many of a window's draws are of which cell follows from the number of
+draws before it (`Apportion`): so any step is found without replaying those before it, shares are exact, and the
+cells of a source reach the end of an epoch together.
+
+All windows have the same packs, laid out once (`pack`) as slots of a size in tokens, into which each window puts
+its own draws, spread evenly. Windows differ by a draw or two of each size, so there are as many slots of a size or
+a larger one as any window may need, and what a window does not need of them is filled with smaller draws. If
+windows have 3 or 4 clips and 7 or 6 stills, the layout has 4 slots for clips and 6 for stills, and a window of 3
+clips puts its seventh still into a slot for a clip.
 """
 
 import math
@@ -26,7 +30,8 @@ from sat_ext.data.packing import pack
 from sat_ext.data.permutation import key_of, mix, permute
 from sat_ext.types import Bucket
 
-WINDOW = 1024  # draws: roundings are a hundredth of it, and it is laid out in some 20 ms
+WINDOW = 1024  # draws at least: roundings are a hundredth of it, and it is laid out in some 20 ms
+PACKS = 64  # in a window at least: the last may be a remainder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,32 +96,52 @@ class Schedule:
             records[c.source] += c.records
         draws = [shares[c.source] * c.records / records[c.source] / c.batch for c in cells]
         self._draw = np.array([c.batch * world for c in cells])  # samples
+        share = np.array(draws) / sum(draws)
+        self.window = WINDOW
+        if budget is not None:  # as many whole packs as fill it
+            samples = budget / float(share @ [c.tokens for c in cells])  # of a full pack
+            self.window = math.floor(max(PACKS, math.ceil(WINDOW / samples)) * samples)
         self._apportion = Apportion(
-            draws, [(c.source, c.tokens) for c in cells], window=WINDOW, used=(self.used / self._draw).tolist()
+            draws,
+            [(c.source, c.tokens) for c in cells],
+            window=self.window,
+            used=(self.used / self._draw).tolist(),
         )
         self._keys = [key_of(seed, c.source, str(c.bucket)) for c in cells]
-        self._of_size = np.array([c.tokens if budget else 1 for c in cells])
-        self._sizes = sorted(set(self._of_size.tolist()), reverse=True)
-        self._slots, packs = self._lay_out(np.array(draws) / sum(draws), budget or 1)
+        self._cell_size = np.array([c.tokens if budget else 1 for c in cells])
+        self._sizes = sorted(set(self._cell_size.tolist()), reverse=True)
+        self._slots, packs = self._lay_out(share, budget or 1)
         self._starts = np.concatenate([[0], np.cumsum(packs)])  # the first slot of each pack
         batch = np.array([c.batch for c in cells])
         # samples a rank and step, on average: the loss of a step is the sum over its samples divided by this
-        self.mean_samples = WINDOW / len(packs) * float(batch @ draws) / sum(draws)
+        self.mean_samples = self.window / len(packs) * float(batch @ draws) / sum(draws)
         self._window = lru_cache(2)(self._make_window)
 
     def _lay_out(self, share: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
-        """The size of each slot of a window, (WINDOW,), and the slots of each pack."""
-        most = []  # draws of this size or a larger one
+        """The size of each slot of a window, (window,), and the slots of each pack."""
+        most = []  # draws that a window may have of this size or a larger one
         for size in self._sizes[:-1]:
-            large = self._of_size >= size
+            large = self._cell_size >= size
             slack = self._apportion.slack(large.tolist())
-            most.append(min(WINDOW, math.floor(WINDOW * share[large].sum() + slack + 1e-6)))
-        most.append(WINDOW)  # together they are no more
-        # a step of more than half of a cell's records could hold one twice; a larger size's place may add a sample
-        few = np.array([max(1, c.records // (2 * self.world) - 1) for c in self.cells])
-        limits = [int(few[self._of_size == size].sum()) for size in self._sizes]
-        packs = pack(np.diff([0, *most]).tolist(), self._sizes, budget, limits)
+            most.append(math.floor(self.window * share[large].sum() + slack + 1e-6))
+        most.append(self.window)
+        # the slack of some cells can be more than that of all: they are not more draws for that
+        most = np.minimum.accumulate(most[::-1])[::-1].tolist()
+        packs = pack(np.diff([0, *most]).tolist(), self._sizes, budget, self._limits(share))
         return np.concatenate([np.repeat(np.arange(len(self._sizes)), p) for p in packs]), packs.sum(1)
+
+    def _limits(self, share: np.ndarray) -> list[int]:
+        """How many draws of each size a pack may have, so that it holds no record twice.
+
+        Up to half of a cell's records can be taken at once, less one for a slot of a larger size. A size's draws
+        are spread over its cells by their shares.
+        """
+        most = np.array([max(1, c.records // (2 * self.world) - 1) for c in self.cells])
+        limits = []
+        for size in self._sizes:
+            own = self._cell_size == size
+            limits.append(max(1, int((most[own] / (share[own] / share[own].sum())).min())))
+        return limits
 
     def begun_at(self, used: Sequence[int]) -> "Schedule":
         """The schedule of the same cells that began with `used`."""
@@ -181,20 +206,22 @@ class Schedule:
         return self._window(number), slice(int(self._starts[place]), int(self._starts[place + 1]))
 
     def _make_window(self, number: int) -> _Window:
-        before = np.array(self._apportion.counts(number * WINDOW))
-        draws = np.array(self._apportion.counts((number + 1) * WINDOW)) - before
-        cells = np.empty(WINDOW, dtype=np.int64)
-        free = np.zeros(WINDOW, dtype=bool)
+        before = np.array(self._apportion.counts(number * self.window))
+        draws = np.array(self._apportion.counts((number + 1) * self.window)) - before
+        cells = np.empty(self.window, dtype=np.int64)
+        free = np.zeros(self.window, dtype=bool)
         for i, size in enumerate(self._sizes):
             free |= self._slots == i
-            of_size = np.flatnonzero(self._of_size == size)
-            due = [(np.arange(draws[c]) + 0.5) / draws[c] for c in of_size]
+            own = np.flatnonzero(self._cell_size == size)
+            due = [(np.arange(draws[c]) + 0.5) / draws[c] for c in own]
             order = np.argsort(np.concatenate(due), kind="stable")
-            places = np.flatnonzero(free)
-            taken = np.arange(len(order)) * len(places) // max(1, len(order))  # what stays free is spread evenly
-            cells[places[taken]] = np.repeat(of_size, draws[of_size])[order]
-            free[places[taken]] = False
-        numbers = np.empty(WINDOW, dtype=np.int64)
+            slots = np.flatnonzero(free)
+            taken = slots[
+                np.arange(len(order)) * len(slots) // max(1, len(order))
+            ]  # what stays free is spread evenly
+            cells[taken] = np.repeat(own, draws[own])[order]
+            free[taken] = False
+        numbers = np.empty(self.window, dtype=np.int64)
         order = np.argsort(cells, kind="stable")
         numbers[order] = np.concatenate([np.arange(n) for n in draws])
         return _Window(before, cells, numbers)

@@ -51,6 +51,7 @@ class JointStream:
     ) -> None:
         self.index, self.config, self.dtype = index, config, dtype
         self.size, self.accumulation = size, accumulation
+        self.origin = 0  # a step at which an update begins
         cells = cells_of(index, size, world, accumulation)
         self.schedule = Schedule(cells, index.shares, seed=config.seed, world=world, budget=size.budget, used=used)
         budget = config.on_bad_sample
@@ -75,7 +76,7 @@ class JointStream:
         Raises `DataError` when too many files cannot be read.
         """
         groups = []
-        places = stratified_places(self.schedule, number, rank, accumulation=self.accumulation)
+        places = stratified_places(self.schedule, number, rank, accumulation=self.accumulation, origin=self.origin)
         for part, of_part in zip(self.schedule.step(number), places, strict=True):
             group = self.collated(part.cell, self.schedule.positions(part, rank))
             group["loss_weight"] = torch.full((part.samples,), part.samples / self.schedule.mean_samples)

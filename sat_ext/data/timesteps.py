@@ -13,16 +13,18 @@ from sat_ext.data.permutation import key_of, mix, permute
 from sat_ext.data.schedule import Schedule
 
 
-def stratified_places(schedule: Schedule, step: int, rank: int, *, accumulation: int) -> list[np.ndarray]:
+def stratified_places(
+    schedule: Schedule, step: int, rank: int, *, accumulation: int, origin: int = 0
+) -> list[np.ndarray]:
     """For each part of `step` the places of the samples of `rank`, float64 from 0 to below 1.
 
-    An update is `accumulation` steps. The places follow from seed, step and rank.
+    An update is `accumulation` steps, and one begins at step `origin`. The places follow from seed, step and rank.
     """
-    update, number = divmod(step, accumulation)
+    update, number = divmod(step - origin, accumulation)
     samples = Counter[str]()  # of each source in the update, over all ranks
     first: dict[int, int] = {}  # for each cell of this step: of its source, how many come before it
     for other in range(accumulation):
-        for part in schedule.step(update * accumulation + other):
+        for part in schedule.step(step - number + other):
             source = schedule.cells[part.cell].source
             if other == number:
                 first[part.cell] = samples[source]
@@ -32,6 +34,9 @@ def stratified_places(schedule: Schedule, step: int, rank: int, *, accumulation:
         source = schedule.cells[part.cell].source
         own = first[part.cell] + rank * part.samples + np.arange(part.samples, dtype=np.int64)
         key = np.full(own.shape, key_of(schedule.seed, "timesteps", source, update))
+        turn = int(key_of(schedule.seed, "turn", source, update))
         within = mix(key ^ mix(own.astype(np.uint64))) / 2**64
-        places.append((permute(own, samples[source], key) + within) / samples[source])
+        # a permutation of few values is not uniform, so it is turned by a number that is
+        turned = (permute(own, samples[source], key) + turn % samples[source]) % samples[source]
+        places.append((turned + within) / samples[source])
     return places

@@ -90,8 +90,10 @@ def test_shares_are_exact_over_any_window(plan: Plan, world: int) -> None:
     for name, share in shares.items():
         own = counts[:, [c.source == name for c in cells]].sum(1)
         error = own - share / sum(shares.values()) * counts.sum(1)
-        # every window is the difference of two prefixes
-        assert np.ptp(error) <= (3 * batch if budget is None else batch + 4 * world) + 1e-6
+        # every window is the difference of two prefixes; where few records keep packs small, their order matters less
+        # than that they are full
+        draws = 4 if min(c.records for c in cells) > 8 * world else 12
+        assert np.ptp(error) <= (3 * batch if budget is None else batch + draws * world) + 1e-6
 
 
 @given(plans(), worlds, st.integers(0, 3000))
@@ -108,7 +110,8 @@ def test_each_record_is_used_once_before_any_is_used_twice(plan: Plan, world: in
         own = [(c.records, c.batch * world, u) for c, u in zip(cells, used) if c.source == name]
         epochs = sum(u for _, _, u in own) / sum(n for n, _, _ in own)
         slack = sum(3 * g for _, g, _ in own) / sum(n for n, _, _ in own)
-        assert all(abs(u / n - epochs) <= 3 * g / n + slack for n, g, u in own)
+        # more where a source of few records keeps packs small: they are filled with clips first
+        assert all(abs(u / n - epochs) <= 5 * g / n + slack for n, g, u in own)
 
 
 @given(st.integers(2, 200), st.integers(1, 12), worlds, st.integers(0, 300))
@@ -121,6 +124,29 @@ def test_ranks_of_a_step_hold_disjoint_records(records: int, samples: int, world
     assert positions.tolist() == list(range(part.first, part.first + part.samples * world))
     if part.samples * world <= records // 2:
         assert len(set(schedule.records(0, positions).tolist())) == part.samples * world
+
+
+@given(
+    st.lists(st.floats(0, 4), min_size=2, max_size=7), st.integers(1, 4), worlds, st.integers(1, 8), st.booleans()
+)
+@settings(deadline=None, max_examples=150)
+def test_any_numbers_of_records_make_packs_that_hold_no_record_twice(
+    powers: list[float], largest: int, world: int, more: int, apart: bool
+) -> None:
+    """Stills, and clips of up to seven lengths, each with 1 to 10,000 records, in one source or in two."""
+    cells = [
+        Cell(
+            source="clips" if i and apart else "stills", bucket=Bucket(frames=1 + 8 * i, height=480, width=720),
+            records=max(1, round(10**power)), tokens=226 + 1350 * (1 + 2 * i),
+        )
+        for i, power in enumerate(powers)
+    ]  # fmt: skip
+    budget = largest * (cells[-1].tokens + more * cells[0].tokens)
+    schedule = Schedule(cells, {c.source: 1.0 for c in cells}, seed=0, world=world, budget=budget)
+    for step in walk(schedule, 300):
+        assert sum(part.samples * cells[part.cell].tokens for part in step) <= budget
+        for part in step:
+            assert part.samples <= max(2, cells[part.cell].records // (2 * world))
 
 
 def test_few_records_make_small_packs_so_that_a_step_holds_none_twice() -> None:

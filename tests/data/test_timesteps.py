@@ -50,6 +50,36 @@ def test_every_place_is_as_likely_for_each_sample() -> None:
     assert np.corrcoef(first, last)[0, 1] < 0.05  # in an update they avoid each other
 
 
+def test_no_bucket_and_no_rank_sees_one_part_of_the_range_more_often() -> None:
+    """Five samples a step, of which the clip is always the last: a permutation of five alone is not uniform."""
+    cells = [
+        Cell(source="all", bucket=Bucket(frames=f, height=64, width=64), records=100 * n, tokens=50 * f)
+        for f, n in ((1, 4), (9, 1))
+    ]
+    schedule = Schedule(cells, {"all": 1.0}, seed=0, world=1, budget=650)
+    places: dict[int, list[float]] = {0: [], 1: []}
+    for step in range(6000):
+        for part, of_part in zip(schedule.step(step), stratified_places(schedule, step, 0, accumulation=1)):
+            places[part.cell] += of_part.tolist()
+    for of_cell in places.values():
+        counts, _ = np.histogram(of_cell, bins=5, range=(0, 1))
+        expected = len(of_cell) / 5
+        assert abs(counts - expected).max() < 4 * (0.8 * expected) ** 0.5, counts / expected
+
+
+def test_an_update_may_begin_at_any_step() -> None:
+    schedule = schedule_of(2)
+    for origin in (1, 2, 5):
+        places: dict[str, list[float]] = {}
+        for step in range(origin, origin + 3):
+            for rank in range(2):
+                found = stratified_places(schedule, step, rank, accumulation=3, origin=origin)
+                for part, of_part in zip(schedule.step(step), found, strict=True):
+                    places.setdefault(schedule.cells[part.cell].source, []).extend(of_part)
+        for of in places.values():
+            assert sorted(np.floor(np.array(of) * len(of)).astype(int).tolist()) == list(range(len(of)))
+
+
 def test_they_follow_from_seed_step_and_rank_alone() -> None:
     one, two, other = schedule_of(2), schedule_of(2), schedule_of(2, seed=1)
     for step in (0, 7, 10**6):

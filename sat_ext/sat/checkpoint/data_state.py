@@ -35,6 +35,7 @@ def continue_order(run: RunState, stream: JointStream) -> None:
         begun = stream.schedule.begun_at(start)
         if begun.state(resumed.steps) == stream.schedule.state(0):
             stream.schedule, run.steps = begun, resumed.steps
+            stream.origin = run.steps % stream.accumulation  # which may have changed
             return
     print_rank0(
         "resume: the steps come in a new order, each sample of the epoch still once: ranks, batches, shares or "
