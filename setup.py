@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["sat_ext", "sat_ext.*"]),
-    package_data={"sat_ext.preview": ["page.html.j2", "page.css"]},
+    package_data={"sat_ext.preview": ["page.html.j2", "page.css"], "sat_ext.report": ["run.html.j2"]},
     install_requires=[
         "torch>=2.4",
         "SwissArmyTransformer>=0.4.12",
@@ -43,6 +43,7 @@ setup(
         "safetensors",
         "sentencepiece",
         "simplejpeg",
+        "tensorboard",
         "rich",
         "tqdm",
         "typer>=0.15",
@@ -53,6 +54,7 @@ setup(
         "heif": ["pillow-heif"],  # HEIC and HEIF stills
         "http": ["aiohttp"],  # sources behind http(s)://
         "s3": ["s3fs>=2026.7"],  # sources behind s3://
+        "scenes": ["scenedetect-headless>=0.7"],  # sat-ext scenes
         "test": [
             "aiohttp",
             "bitsandbytes>=0.46",
@@ -65,6 +67,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "s3fs>=2026.7",
+            "scenedetect-headless>=0.7",
             "scikit-image",
             "scikit-video",
             "types-PyYAML",

@@ -17,6 +17,7 @@ from sat_ext.errors import ConfigError
 T = TypeVar("T")
 
 SECTIONS = ("args", "model", "data", "deepspeed")
+INTERNAL = {"internal": True}  # metadata of a dataclass field that the program sets, not the YAML
 
 
 def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
@@ -70,7 +71,8 @@ def load(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Build the dataclass `cls` from `mapping`, whose YAML path is `where` ("data.params").
 
     Fields may be nested dataclasses, `X | None`, `tuple[X, ...]`, fixed tuples, `Literal`, `dict[K, V]` and
-    scalars. Raises `ConfigError` with the path, the value and the remedy.
+    scalars. Those with the metadata `INTERNAL` cannot be set. Raises `ConfigError` with the path, the value and
+    the remedy.
 
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class Fps:
@@ -80,7 +82,7 @@ def load(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a mapping of keys, got {mapping!r}.")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata != INTERNAL}  # type: ignore[arg-type]
     reject_unknown_keys(mapping, list(fields), where)
     hints = typing.get_type_hints(cls)
     values = {k: convert(hints[k], v, f"{where}.{k}") for k, v in mapping.items()}

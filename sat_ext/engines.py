@@ -86,6 +86,10 @@ class Engine(Protocol):
         """Whether the section takes text embeddings from a folder."""
 
     @property
+    def tokenizer(self) -> str | None:
+        """The folder of the text encoder's tokenizer, or "byt5"; None where the section names none."""
+
+    @property
     def encodes_whole_clips(self) -> bool:
         """Whether the first stage holds an activation of a clip at full resolution."""
 

@@ -14,6 +14,7 @@ import torch
 from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import convert, load, read_yaml, reject_unknown_keys
 from sat_ext.data.buckets import StepSize
+from sat_ext.data.mix import parts_of
 from sat_ext.data.params import DataConfig, name_sources, sources_of
 from sat_ext.data.sources import SourceConfig
 from sat_ext.engines import Engine, engine_of
@@ -24,6 +25,7 @@ from sat_ext.zero import precision
 # Our data classes, and the sampler that each gives to every source.
 TARGETS = {"sat_ext.JointImageVideoDataset": None, "sat_ext.FirstFrameDataset": "first_frame"}
 LISTS = ("train_data", "valid_data", "test_data")  # of SAT's args, in the order in which SAT builds them
+HELD_OUT = "data.params.held_out"  # the one entry of `valid_data` where a part of the training data is held out
 # SAT's own defaults (sat/arguments.py, add_training_args and add_data_args, 0.4.12).
 SAT_DEFAULTS = {"batch_size": 4, "gradient_accumulation_steps": 1, "num_workers": 1}
 SAT_LR = 1e-4
@@ -123,15 +125,28 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
     steps = "gradient_accumulation_steps"
     accumulation = _count(steps, args, deepspeed.get(steps))
 
+    sampler = TARGETS.get(target)
+    if data.mix and sampler is not None:
+        raise ConfigError(f"data.params.mix: every sample of {target} is a still; use {next(iter(TARGETS))}.")
+
     def sources(name: str) -> tuple[SourceConfig, ...]:
-        found = data.sources if name == "train_data" and data.sources else _of_list(args, name)
-        sampler = TARGETS.get(target)
-        return found if sampler is None else tuple(replace(s, sampler=sampler) for s in found)
+        trains, splits = name == "train_data", data.held_out is not None
+        if splits and name == "valid_data":
+            if (given := paths_of(args, name)) not in ([], [HELD_OUT]):
+                raise ConfigError(
+                    f"args.valid_data: {given[0]!r}, but {HELD_OUT}: {data.held_out} holds out a part of the "
+                    "training data; leave one of the two out (valid_data: null)."
+                )
+            return tuple(replace(s, side="held_out") for s in sources("train_data"))
+        found = data.sources if trains and data.sources else _of_list(args, name)
+        if sampler is not None:
+            found = tuple(replace(s, sampler=sampler) for s in found)
+        return tuple(replace(s, side="train") for s in found) if trains and splits else found
 
     return Recipe(
         target=target,
         data=data,
-        lists={name: sources(name) for name in LISTS},
+        lists={name: _mixed(sources(name), data) if name == "train_data" else sources(name) for name in LISTS},
         engine=engine,
         deepspeed=deepspeed,
         micro_batch=_count("batch_size", args, deepspeed.get("train_micro_batch_size_per_gpu")),
@@ -181,6 +196,10 @@ def doubts_of(
             f"single clip; {remedy}, so that updates are mixed."
         )
     return found
+
+
+def _mixed(sources: tuple[SourceConfig, ...], data: DataConfig) -> tuple[SourceConfig, ...]:
+    return parts_of(sources, data.mix) if data.mix else sources
 
 
 def nothing_to_train_on() -> ConfigError:

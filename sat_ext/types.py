@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 
 Kind = Literal["image", "video"]
+MixPart = Literal["image", "video", "first_frame"]  # what `data.params.mix` gives shares to
 
 # Seconds by which a time may precede a frame's start and still mean that frame, because files round times to their
 # container's clock, and arithmetic to binary fractions.

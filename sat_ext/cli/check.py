@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from sat_ext.caption_lengths import too_long
 from sat_ext.data.clips import find_sampler
 from sat_ext.data.decode import read_still
 from sat_ext.data.index import longest_is_rare, probe_files
@@ -27,6 +28,7 @@ from sat_ext.data.index.place import placer
 from sat_ext.data.parts import part_info
 from sat_ext.data.probe import probe
 from sat_ext.data.sources import check_roots, read_source
+from sat_ext.data.sources.texts import listed
 from sat_ext.data.transform import Fit
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files import suffix_of
@@ -119,6 +121,8 @@ def check(
         warnings.insert(0, f"{_printable(text)}; write a text file beside each, or a table.")
     if run and (rare := longest_is_rare(_clip_lengths(run, sources, files), run.data)):
         warnings.append(f"{'; '.join(rare)}.")
+    if run:
+        warnings += _long_captions(run, sources)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if any(f.kind == "bad" for f in files) or (bare and run):
@@ -186,17 +190,31 @@ def _clip_lengths(run: Recipe, sources: Mapping[str, Sequence[Item]], files: Ite
     infos = {f.path: f.info for f in files}
     lengths: Counter[int] = Counter()
     for source in run.sources:
-        place = placer(source.sampler, run.buckets, run.data)
+        place = placer(source, run.buckets, run.data)
         for item in () if find_sampler(source.sampler).still else sources[source.path]:
             info = infos[item.path]
             if info is None or item.weight == 0 or (part := part_info(item, info)).frames == 1:
                 continue
             verdict = place(part)
-            if not isinstance(verdict, str):
+            if isinstance(verdict, tuple):
                 lengths[run.buckets[verdict[0]].frames] += 1
-            elif is_too_short(verdict):
+            elif verdict is not None and is_too_short(verdict):
                 lengths[LEFT_OUT] += 1
     return lengths
+
+
+def _long_captions(run: Recipe, sources: Mapping[str, Sequence[Item]]) -> Iterator[str]:
+    """A warning about captions of which the model reads the start only, if there are any."""
+    captions = {}
+    for source in run.sources:
+        rule = source.caption or run.data.caption
+        captions |= {i.path: [c for text in i.captions for c in rule.of(text)] for i in sources[source.path]}
+    long, limit = too_long(captions.items(), run)
+    if long:
+        yield (
+            f"{len(long)} of {len(captions)} files have a caption of more than the {limit} that the model reads "
+            f"({listed(long)}): the rest is cut off; put what matters first, or shorten them."
+        )
 
 
 def _print_summary(files: Sequence[Checked]) -> None:

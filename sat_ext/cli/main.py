@@ -10,7 +10,10 @@ from typer.core import TyperGroup
 
 from sat_ext.errors import SatExtError
 
-COMMANDS = ("bench", "cache", "check", "convert", "demo", "export", "plan", "preview", "sample", "score")
+COMMANDS = (
+    *("bench", "cache", "check", "convert", "demo", "export", "init", "plan", "preview", "report", "sample"),
+    *("scenes", "score"),
+)
 
 
 class Commands(TyperGroup):
@@ -40,6 +43,8 @@ def about() -> None:
 def main() -> None:
     """Run a subcommand; a user's mistake ends in one sentence and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # PEFT imports it, and on a CPU it warns of a kernel that only a quantized model would call
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except SatExtError as error:

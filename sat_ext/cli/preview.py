@@ -29,10 +29,7 @@ def preview(
     yaml = [*base, *(more or [])]
     run = read_recipe(yaml).checked()
     console = Console(stderr=True)
-    if output.exists() and not output.is_file():  # a device or a folder, which the page would replace
-        raise ConfigError(f"-o: {output} is not a file; name one, such as report.html.")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"-o: there is no folder {output.absolute().parent}; make it, or name another.")
+    require_file(output)
     # The page has to show the very files that would stop a training run.
     unlimited = replace(run.data.on_bad_sample, skip=sys.maxsize)
     index = build_index(
@@ -43,10 +40,24 @@ def preview(
     stream = JointStream(index, run.data, size=run.step_size, world=gpus, dtype=run.dtype)
     with console.status("reading samples"):
         report = gather(yaml, stream, run)
-    page = render(report)
+    size = write_page(output, render(report))
+    print(f"{output}: {len(report.findings)} findings, {len(report.buckets)} buckets, {size}")
+
+
+def require_file(output: Path) -> None:
+    """Raise `ConfigError` unless a page can be written there."""
+    if output.exists() and not output.is_file():  # a device or a folder, which the page would replace
+        raise ConfigError(f"-o: {output} is not a file; name one, such as report.html.")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"-o: there is no folder {output.absolute().parent}; make it, or name another.")
+
+
+def write_page(output: Path, page: str) -> str:
+    """Write a page, and return how large it is. Raises `ConfigError`."""
+    require_file(output)
     try:
         with written_aside(output) as draft:
             draft.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"-o: {output} cannot be written ({error.strerror}); name another file.") from error
-    print(f"{output}: {len(report.findings)} findings, {len(report.buckets)} buckets, {len(page) / 1e3:,.0f} kB")
+    return f"{len(page) / 1e3:,.0f} kB"

@@ -82,6 +82,10 @@ class CogVideo:
         return text_embedder(self.model).target == CACHED_TEXT
 
     @property
+    def tokenizer(self) -> str | None:
+        return text_embedder(self.model).params.get("model_dir")
+
+    @property
     def encodes_whole_clips(self) -> bool:
         return component_of(self.model, "first_stage_config").target != CHUNKED_FIRST_STAGE
 

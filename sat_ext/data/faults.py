@@ -38,8 +38,7 @@ class Faults:
 
     def __contains__(self, row: int) -> bool:
         """Whether the row was found bad, by any worker."""
-        self._update()
-        return row in self.known
+        return row in self.found()
 
     def add(self, row: int, error: MediaError) -> None:
         """Note one bad file. Raises `DataError` with the list of files when the budget is spent."""
@@ -62,6 +61,11 @@ class Faults:
                 f"data.params.on_bad_sample allows (skip {self.skip}, consecutive {self.consecutive}), "
                 f"{self.summary()}; fix or remove them: {listed}"
             )
+
+    def found(self) -> dict[int, tuple[str, str]]:
+        """`known`, with what other workers have found by now."""
+        self._update()
+        return self.known
 
     def clear_run(self) -> None:
         """A file was read: start counting `consecutive` from 0."""

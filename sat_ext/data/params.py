@@ -10,11 +10,12 @@ from typing import Any, Literal
 from sat_ext.cogvideox import SequenceShape, tokens
 from sat_ext.config import convert
 from sat_ext.data.buckets import BucketConfig, StepSize, batch_sizes, make_buckets, pack_budget
+from sat_ext.data.captions import CaptionConfig
 from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig, check_roots
 from sat_ext.errors import ConfigError
 from sat_ext.latents.store import CacheConfig
-from sat_ext.types import Bucket, ShortClips
+from sat_ext.types import Bucket, MixPart, ShortClips
 
 MOST_SAMPLES = 4096  # of a rank's step: far more than any GPU holds
 
@@ -47,6 +48,9 @@ class DataConfig:
     max_num_frames: int | None = None  # 4k+1, short for `buckets.frames` up to it
     skip_frms_num: float = 0.0  # trimmed from both ends of a clip, as far as it still fills its bucket
     sources: tuple[SourceConfig, ...] = ()  # replaces SAT's `train_data`
+    mix: dict[MixPart, float] | None = None  # shares by kind, where sources hold both
+    held_out: int | float | None = None  # of the training data, for evaluations: a part below 1, or a number
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
     allowed_roots: tuple[str, ...] = ()  # where names and links in the data may lead to: folders, "sftp://"
     buckets: BucketConfig = field(default_factory=BucketConfig)
     # `{cost: auto}`; `{tokens: N}` of a pack; or samples per rank by number of frames, of one bucket a step
@@ -73,6 +77,14 @@ class DataConfig:
                     f"data.params.batch: {self.batch!r}; write {{cost: auto}}, {{tokens: 20000}}, or samples per "
                     "frame count as in {1: 8, 49: 1}."
                 )
+        if self.mix is not None and not (self.mix and all(0 < share < math.inf for share in self.mix.values())):
+            raise ConfigError(
+                f"data.params.mix: {self.mix!r}; write shares above 0, as in {{image: 0.4, video: 0.6}}."
+            )
+        if self.held_out is not None and (self.held_out <= 0 or 1 <= self.held_out != int(self.held_out)):
+            raise ConfigError(
+                f"data.params.held_out: {self.held_out}; write a part of the records (0.02) or a number of them."
+            )
         name_sources(self.sources, "data.params.sources")
         check_roots(self.allowed_roots, "data.params.allowed_roots")
 

@@ -91,6 +91,10 @@ class JointStream:
         held = [{self.schedule.cells[p.cell].source for step in update for p in step} for update in updates]
         return sum(found == sources for found in held) / len(held)
 
+    def skipped(self) -> list[tuple[str, str]]:
+        """Path and reason of every file that this rank could not read so far."""
+        return list(self._faults.found().values())
+
     def summary(self) -> str:
         """What a rank's steps hold."""
         cells, mean = self.schedule.cells, self.schedule.mean_samples

@@ -34,6 +34,7 @@ from sat_ext.models.diffusion import (
 )
 from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.folder import check_zero, folder_config, load_model_config
+from sat_ext.models.stopwatch import Stopwatch
 from sat_ext.models.t5 import build_text
 from sat_ext.models.transformer import build_transformer, predict_velocity
 from sat_ext.pixels import to_model_range
@@ -69,6 +70,7 @@ class VideoDiffusionEngine(nn.Module):
         self.first_stage: Any = build_first_stage(config, params_dtype) if cache is None else None
         self.text: Any = build_text(config, params_dtype) if cache is None else TextEmbeddings(Path(cache))
         self.schedule = NoiseSchedule(diffusers_scheduler(config.schedule).alphas_cumprod)
+        self.encoding = Stopwatch()  # of captions and pixels in training
         self.disable_untrainable_params()
         self.register_state_dict_post_hook(_leave_out_fixed)
         self.register_load_state_dict_post_hook(_forgive_fixed)
@@ -141,10 +143,12 @@ class VideoDiffusionEngine(nn.Module):
         captions = [caption for group in groups for caption in group["txt"]]
         dropped = drop_mask(len(captions), self.config.caption_dropout, generator).tolist()
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
-        texts = self.text.encode(captions, self.network.device, self.network.dtype)
+        with self.encoding:
+            texts = self.text.encode(captions, self.network.device, self.network.dtype)
         inputs, targets = [], []
         for group, text in zip(groups, texts.split([len(group["txt"]) for group in groups]), strict=True):
-            latents, condition, padding = self._inputs(group, generator)
+            with self.encoding:
+                latents, condition, padding = self._inputs(group, generator)
             timesteps = self._timesteps(group, generator)
             noise = torch.randn(latents.shape, generator=generator, device=latents.device)
             noisy = self.schedule.add_noise(latents, noise, timesteps)

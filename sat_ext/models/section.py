@@ -56,6 +56,13 @@ class BuiltIn:
         rotary = transformer.get("use_rotary_positional_embeddings", False)
         return bool(self.model.get("pretrained") and transformer and not rotary)
 
+    @property
+    def tokenizer(self) -> str | None:
+        if (self.model.get("text") or {}).get("kind") == "byt5":
+            return "byt5"
+        folder = self.model.get("pretrained")
+        return f"{folder}/tokenizer" if folder else None
+
     def doubt(self) -> str | None:
         return None
 

@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sat_ext.caption_lengths import too_long
 from sat_ext.cogvideox import tokens
 from sat_ext.data.clips import find_sampler
 from sat_ext.data.index import clip_lengths, longest_is_rare
@@ -23,8 +24,7 @@ ENLARGED = 1.25  # sides: below that, blur is hard to see
 RARE = 0.02  # of the records: below that, a fault of single files and not of the setting
 REPEATED = 5  # visits of a record of one source, for one of another
 SAME_CAPTION = 0.05
-LETTERS_PER_TOKEN = 4  # English text in T5's vocabulary, about
-_LISTED = 5
+_LISTED, _MOST_EXAMPLES = 5, 8
 _LEVELS = ("problem", "warning", "note")
 
 
@@ -40,7 +40,20 @@ class Facts:
 
 def find(facts: Facts) -> list[Finding]:
     """All findings, the worst first."""
-    return sorted((f for check in _CHECKS for f in check(facts)), key=lambda f: _LEVELS.index(f.level))
+    return by_level(finding for check in _CHECKS for finding in check(facts))
+
+
+def by_level(findings: Iterable[Finding]) -> list[Finding]:
+    """The worst first."""
+    return sorted(findings, key=lambda f: _LEVELS.index(f.level))
+
+
+def by_reason(gone: Iterable[tuple[str, str]]) -> list[tuple[str, int, list[str]]]:
+    """Why files, given with their reasons, were left out, the commonest first: how many, and some of them."""
+    found: dict[str, list[str]] = {}
+    for path, reason in gone:
+        found.setdefault(reason_group(reason), []).append(f"{path}: {reason}")
+    return [(r, len(found[r]), found[r][:_MOST_EXAMPLES]) for r in sorted(found, key=lambda r: -len(found[r]))]
 
 
 def reason_group(reason: str) -> str:
@@ -211,15 +224,12 @@ def _same_captions(facts: Facts) -> Iterator[Finding]:
 
 
 def _long_captions(facts: Facts) -> Iterator[Finding]:
-    model, read = facts.recipe.engine.model, facts.recipe.shape.text_length
-    is_byt5 = (model.get("text") or {}).get("kind") == "byt5"  # whose tokens are bytes
-    most = read if is_byt5 else read * LETTERS_PER_TOKEN
-    long = [p for p, captions in _captions(facts) if any(len(c.encode(errors="replace")) > most for c in captions)]
+    long, limit = too_long(_captions(facts), facts.recipe)
     if long:
         yield Finding(
             level="note",
-            text=f"{_files(len(long))} have captions longer than the {read} tokens "
-            f"({'' if is_byt5 else 'about '}{count(most)} letters) that the model reads: the rest is cut off.",
+            text=f"{_files(len(long))} have captions longer than the {limit} that the model reads: the rest is "
+            "cut off.",
             remedy="Put what matters first, or shorten them.",
             examples=long[:_LISTED],
         )

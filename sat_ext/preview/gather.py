@@ -12,7 +12,7 @@ from sat_ext.data.params import name_sources
 from sat_ext.data.schedule import Schedule
 from sat_ext.data.stream import JointStream
 from sat_ext.preview.charts import charts_of
-from sat_ext.preview.findings import Facts, find, reason_group
+from sat_ext.preview.findings import Facts, by_reason, find
 from sat_ext.preview.report import BucketPart, Report, SourcePart
 from sat_ext.preview.samples import show
 from sat_ext.preview.uses import Uses, uses_of
@@ -23,7 +23,6 @@ LOOKED = 1000  # steps of the schedule: its shares are exact to a batch over any
 MOST_SAMPLES = 96  # on the page: about 3 MB of pictures
 SAMPLES = {"image": 6, "video": 3}  # of one bucket
 _MOST_LEFT_OUT = 2000  # files without a bucket that are probed again for the histograms, at some 10 ms each
-_LISTED = 8
 
 
 def gather(yaml: Sequence[str], stream: JointStream, recipe: Recipe) -> Report:
@@ -55,7 +54,7 @@ def gather(yaml: Sequence[str], stream: JointStream, recipe: Recipe) -> Report:
         sources=sources,
         buckets=_buckets(stream, taken, cost),
         charts=charts_of(uses, recipe.buckets, recipe.data.fps),
-        reasons=_reasons([*index.bad, *index.dropped]),
+        reasons=by_reason([*index.bad, *index.dropped]),
     )
 
 
@@ -63,6 +62,8 @@ def _sources(recipe: Recipe, index: Index, schedule: Schedule, samples: np.ndarr
     mean = schedule.mean_samples * schedule.world
     parts = []
     for name, source in name_sources(recipe.sources, "sources").items():
+        if name not in index.shares:  # a part of the mix that the source does not have
+            continue
         own = [c.source == name for c in schedule.cells]
         records = sum(c.records for c in schedule.cells if c.source == name)
         asked = index.shares[name] / sum(index.shares.values())
@@ -124,11 +125,3 @@ def _span(values: Sequence[float], form: str) -> str:
     """One number, or the least and the most of several."""
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f"{low} to {high}"
-
-
-def _reasons(gone: Sequence[tuple[str, str]]) -> list[tuple[str, int, list[str]]]:
-    """Why files are left out, the most frequent reason first: how many, and some of them."""
-    found: dict[str, list[str]] = {}
-    for path, reason in gone:
-        found.setdefault(reason_group(reason), []).append(f"{path}: {reason}")
-    return [(r, len(found[r]), found[r][:_LISTED]) for r in sorted(found, key=lambda r: -len(found[r]))]

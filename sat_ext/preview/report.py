@@ -114,15 +114,21 @@ class Report:
 
 def render(report: Report) -> str:
     """The page. All text is escaped: captions and file names may hold anything."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sat_ext.preview", "."),
+    return environment().get_template("page.html.j2").render(report=report)
+
+
+def environment() -> jinja2.Environment:
+    """The templates of all pages, and what they are printed with."""
+    packages = [jinja2.PackageLoader(f"sat_ext.{name}", ".") for name in ("preview", "report")]
+    made = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(packages),
         autoescape=True,
         undefined=jinja2.StrictUndefined,  # a misspelt name fails, where it would print nothing
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, count=count)
-    return environment.get_template("page.html.j2").render(report=report)
+    made.filters.update(percent=percent, count=count)
+    return made
 
 
 def percent(share: float) -> str:

@@ -14,7 +14,7 @@ from sat import arguments as sat_arguments
 
 from sat_ext.config import convert, plain, read_yaml, reject_unknown_keys
 from sat_ext.errors import ConfigError
-from sat_ext.recipe import LISTS, nothing_to_train_on, paths_of, weights_of
+from sat_ext.recipe import HELD_OUT, LISTS, nothing_to_train_on, paths_of, weights_of
 from sat_ext.sat import peers
 from sat_ext.sat.section import TWICE, check_keys, check_section
 from sat_ext.sat.settings import settings_of
@@ -110,7 +110,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.strict_eval:
         raise ConfigError("args.strict_eval: a stream has no last batch; leave it out, eval_iters says how many.")
     if args.eval_interval and not args.valid_data:
-        raise ConfigError("args.eval_interval: there is nothing to evaluate on; name folders in args.valid_data.")
+        raise ConfigError(
+            "args.eval_interval: there is nothing to evaluate on; name folders in args.valid_data, or set "
+            f"{HELD_OUT}."
+        )
     weights_of(vars(args), args.train_data)
     if args.save:
         try:
@@ -156,13 +159,15 @@ def _fill_in(args: argparse.Namespace, explicit: set[str]) -> None:
 
 
 def fill_in_lists(args: argparse.Namespace) -> None:
-    """An entry for `data.params.sources`, and None for an empty list: SAT builds a data set for each entry, and
-    divides by their number. Raises `ConfigError`."""
+    """An entry for `data.params.sources` and `held_out`, and None for an empty list, because SAT builds a data set
+    for each entry and divides by their number. Raises `ConfigError`."""
     for name in LISTS:
         setattr(args, name, paths_of(vars(args), name) or None)
     params = plain(getattr(args, "data_config", None)).get("params") or {}
     if not args.train_data and params.get("sources"):
         args.train_data = ["data.params.sources"]
+    if not args.valid_data and params.get("held_out"):
+        args.valid_data = [HELD_OUT]
     if not args.train_data:
         raise nothing_to_train_on()
 

@@ -56,6 +56,7 @@ class RunState:
     engine: Any = field(default=None, repr=False)
     recipe: Recipe | None = field(default=None, repr=False)
     memory: Any = field(default=None, repr=False)
+    log: Any = field(default=None, repr=False)
 
     @property
     def cache_folder(self) -> str | None:

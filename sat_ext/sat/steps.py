@@ -19,6 +19,7 @@ from sat_ext.sat.checkpoint.claim import claim
 from sat_ext.sat.checkpoint.load import restore_rng
 from sat_ext.sat.memory_report import measuring, report_of
 from sat_ext.sat.run import RunState, micro_steps, run_of
+from sat_ext.sat.run_log import RunLog
 
 
 def with_spared_workers(
@@ -55,6 +56,7 @@ def counted_step(
     loss, skipped, metrics = train_step(data, model, optimizer, lr_scheduler, args, timers, hooks=hooks, **options)
     report_of(args).close()
     divergence.count(run, model, args, before)
+    run.log.after_step(timers, getattr(model, "module", model))
     return loss, skipped, metrics | ({} if skipped else _of_update(model))
 
 
@@ -93,6 +95,7 @@ def _begin(run: RunState, args: argparse.Namespace) -> None:
     restored earlier would be overwritten."""
     run.began = True
     run.micro_steps = micro_steps(args)
+    run.log = RunLog(run, args)
     if _saves(run, args):
         atexit.register(sigterm.end_workers)  # after multiprocessing's own function, and so called before it
         claim(Path(args.save))
@@ -107,7 +110,7 @@ def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:
     forward = _with_losses_by_kind(forward_step)
 
     def step(data: Iterator[Any], model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
-        result = forward(data, model, args, *rest, **options)
+        result = forward(run_of(args).log.seeing(data), model, args, *rest, **options)
         run_of(args).micro_steps = micro_steps(args) + 1
         return result
 

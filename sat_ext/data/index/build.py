@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from sat_ext.data.captions import CaptionConfig, with_captions
 from sat_ext.data.index.columns import FILE_COLUMNS, ITEM_COLUMNS, item_batches, to_info, to_item
 from sat_ext.data.index.place import Placed, place_rows, placer, visits_by_weight
 from sat_ext.data.index.probing import Probing, read_files
+from sat_ext.data.mix import shares_of
 from sat_ext.data.params import DataConfig, name_sources
 from sat_ext.data.sources import SourceConfig, read_source
+from sat_ext.data.split import split
 from sat_ext.errors import DataError
 from sat_ext.types import Bucket, Item, MediaInfo
 
@@ -95,23 +98,34 @@ def build_index(
     paths = dict.fromkeys(source.path for source in named.values())  # several sources may read one folder
     unread: Counter[str] = Counter()
     roots = config.allowed_roots
-    items = {p: list(item_batches(read_source(p, allowed_roots=roots, unread=unread))) for p in paths}
+    rows = {p: read_source(p, allowed_roots=roots, unread=unread) for p in paths}
+    side = next(iter(named.values())).side  # of all, as they are one list
+    if side is not None and config.held_out is not None:
+        rows = {p: own for p, own in split(rows, config.held_out, side).items() if own}
+        named = {name: s for name, s in named.items() if s.path in rows}
+    items = {p: list(item_batches(rows.pop(p))) for p in list(rows)}
     infos = _infos(items, config, probing)
     names = pa.array(list(named))
     buckets = config.make_buckets()
     placed = {
-        name: place_rows(items[s.path], infos[s.path], placer(s.sampler, buckets, config))
-        for name, s in named.items()
+        name: place_rows(items[s.path], infos[s.path], placer(s, buckets, config)) for name, s in named.items()
     }
     bad = tuple(dict.fromkeys(entry for found in placed.values() for entry in found.bad))  # each file once
     for path, reason in bad:
         log.warning("left out, fix or remove it: %s: %s", path, reason)
+    # a source need not have every part of a mix, or anything held out
+    optional = {n for n, s in named.items() if (s.part or s.side == "held_out") and not len(placed[n].bucket)}
+    if len(optional) < len(named):
+        named = {name: s for name, s in named.items() if name not in optional}
     _refuse_if_spoilt(named, placed, bad, config)
+    placed = {name: placed[name] for name in named}
     batches: list[pa.RecordBatch] = []
     groups: list[Group] = []
     for number, (name, found) in enumerate(placed.items()):
         groups += _groups(name, found, buckets, first_row=sum(batch.num_rows for batch in batches))
+        rule = named[name].caption or config.caption
         for batch in found.batches:
+            batch = batch if rule == CaptionConfig() else with_captions(batch, rule)
             source_column = pa.DictionaryArray.from_arrays(np.full(batch.num_rows, number, np.int16), names)
             batches.append(pa.record_batch([source_column, *batch.columns], schema=COLUMNS))
     counts = {name: sum(len(g.rows) for g in groups if g.source == name) for name in named}
@@ -119,7 +133,7 @@ def build_index(
         table=pa.Table.from_batches(batches, COLUMNS),
         groups=tuple(groups),
         samplers={name: s.sampler for name, s in named.items()},
-        shares={name: float(counts[name]) if s.share is None else s.share for name, s in named.items()},
+        shares=shares_of(named, counts, config.mix),
         bad=bad,
         dropped=tuple(entry for found in placed.values() for entry in found.dropped),
         unread=dict(sorted(unread.items())),

@@ -13,14 +13,16 @@ from sat_ext.data.clips import available_frames, find_sampler, records_of
 from sat_ext.data.index.columns import FILE_COLUMNS, INFO_COLUMNS, ITEM_COLUMNS
 from sat_ext.data.params import DataConfig
 from sat_ext.data.parts import part_info
+from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import MediaError
 from sat_ext.types import Bucket, Item, MediaInfo
 
 _MOST_WANTED = 1e15  # visits: more than any run makes, and still a whole number
 WEIGHT_TOLERANCE = 0.05  # by how much the visits of a record may miss its weight, as a part of it
 
-# What a row holds -> its bucket's number and its number of windows, or why it has no bucket
-Place = Callable[[MediaInfo], "tuple[int, int] | str"]
+# What a row holds -> its bucket's number and its number of windows, or why it has no bucket; None: the source
+# does not use it
+Place = Callable[[MediaInfo], "tuple[int, int] | str | None"]
 
 _PART = ("start", "end", "crop", "item_fps")
 
@@ -57,7 +59,7 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
                 continue
             if isinstance(verdict, str):
                 dropped.append((path, verdict))
-            else:
+            elif verdict is not None:
                 found[row] = verdict
         kept = found[:, 0] >= 0
         columns = [*batch.columns, *(info[name].combine_chunks() for name in FILE_COLUMNS.names)]
@@ -69,9 +71,9 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
     return Placed(batches=batches, bucket=bucket, windows=windows, weight=weights, bad=bad, dropped=dropped)
 
 
-def placer(sampler: str, buckets: Sequence[Bucket], config: DataConfig) -> Place:
-    """The rule for the sources of one sampler. Numbers count from 0, in `buckets`."""
-    only_stills = find_sampler(sampler).still
+def placer(source: SourceConfig, buckets: Sequence[Bucket], config: DataConfig) -> Place:
+    """The rule for the records of `source`. Numbers count from 0, in `buckets`."""
+    sampler, only_stills = source.sampler, find_sampler(source.sampler).still
     numbers = {bucket: number for number, bucket in enumerate(buckets)}
 
     @lru_cache(maxsize=1 << 16)  # sizes and lengths repeat, and there may be many buckets to compare with
@@ -79,7 +81,9 @@ def placer(sampler: str, buckets: Sequence[Bucket], config: DataConfig) -> Place
         info = MediaInfo(width=width, height=height, frames=2 - still, fps=0.0, duration=0.0, codec="")
         return assign(info, buckets, available=available, still=still, short=config.short_clips)
 
-    def place(info: MediaInfo) -> tuple[int, int] | str:
+    def place(info: MediaInfo) -> tuple[int, int] | str | None:
+        if source.kind not in (None, info.kind):
+            return None
         still = only_stills or info.frames == 1
         available = 1 if still else available_frames(info, config.fps)
         bucket = assigned(info.width, info.height, still, available)

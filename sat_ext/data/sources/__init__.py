@@ -16,21 +16,26 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import braceexpand
 
+from sat_ext.config import INTERNAL
+from sat_ext.data.captions import CaptionConfig
 from sat_ext.data.sources.folder import read_folder
 from sat_ext.data.sources.listing import Notes, list_folder
 from sat_ext.data.sources.reach import Reach, check_roots
 from sat_ext.data.sources.shards import read_shards
 from sat_ext.data.sources.tables import TABLES, read_tables
 from sat_ext.data.sources.texts import listed
+from sat_ext.data.split import Side
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import is_url, suffix_of
-from sat_ext.types import Item
+from sat_ext.types import Item, Kind, MixPart
 
 __all__ = ["SourceConfig", "check_roots", "read_source"]
+
+_EMPTY = "a path is empty; give a folder, a table or tar shards."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +44,23 @@ class SourceConfig:
 
     `path` is a folder, a table or tar shards, local or a URL (see `sat_ext.data.sources`); `name` is for logs and
     the batch, by default the path's; `share` is the part of the samples that come from it, relative to the other
-    shares; `sampler` is one of `sat_ext.data.clips`.
+    shares; `sampler` is one of `sat_ext.data.clips`. With a `kind` only its stills or only its clips are used.
+    `caption` replaces `data.params.caption`. `side` is that of `data.params.held_out`, and `part` that of
+    `data.params.mix`.
     """
 
     path: str
     name: str | None = None
     share: float | None = None
     sampler: str = "random_start"
+    kind: Kind | None = None
+    caption: CaptionConfig | None = None
+    side: Side | None = field(default=None, metadata=INTERNAL)
+    part: MixPart | None = field(default=None, metadata=INTERNAL)
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ConfigError("sources: a path is empty; give a folder, a table or tar shards.")
+            raise ConfigError(f"sources: {_EMPTY}")
         if self.share is not None and not 0 < self.share < float("inf"):
             raise ConfigError(f"sources: share {self.share} of '{self.path}' must be a number above 0.")
 
@@ -69,7 +80,7 @@ def read_source(
     is an item with empty `captions`. `unread` counts files that may be media but are not read, by suffix.
     """
     if not path:  # such as an unset variable of a shell; it would be the folder of the process
-        raise DataError("sources: a path is empty; give a folder, a table or tar shards.")
+        raise DataError(_EMPTY)
     notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
         items = sorted(_read(path, notes), key=lambda item: _natural(item.key))

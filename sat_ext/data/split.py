@@ -1,0 +1,79 @@
+"""`data.params.held_out`: which items are never trained on, chosen by a hash of their keys."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Literal
+
+from sat_ext.errors import DataError
+from sat_ext.types import Item
+
+Side = Literal["train", "held_out"]
+
+# Folders that data sets of clips, stills and first frames are sorted into, each with the same names.
+_SORTED_INTO = frozenset(("videos", "clips", "images", "stills", "frames", "first_frames"))
+_REPEAT = re.compile(r"#[0-9]+$")  # of a table's row that names a file again
+
+
+def family_of(key: str) -> str:
+    """What an item's near-duplicates share: its key without ending, without number, and without such a folder.
+
+    A clip, its first frame, and the rows of a table that name it again stay on one side.
+
+    >>> {family_of(k) for k in ("a/x.mp4", "a/x.mp4#2", "a/x.jpg", "a/videos/x.mp4", "a/first_frames/x.first.png")}
+    {'a/x'}
+    >>> family_of("shard.parquet#12")  # a row that holds its file: its number is its name
+    'shard.parquet#12'
+    """
+    *folders, name = key.split("/")
+    if ".parquet#" not in name:
+        name = _REPEAT.sub("", name).partition(".")[0] or name
+    return "/".join([*(f for f in folders if f.lower() not in _SORTED_INTO), name])
+
+
+def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side) -> dict[str, list[Item]]:
+    """One side of the items of each source.
+
+    `held_out` is a part of all items, below 1, or a number of them, reached family by family in the order of their
+    hashes. Either way an item keeps its side when others are added, except that a new one may take the
+    place of one that a number held out. A file that is held out under one key is so under every other. Raises
+    `DataError` if nothing is held out, or nothing of a source is left.
+
+    >>> files = [Item(path=f"{i}.mp4", key=f"{i}.mp4", captions=("",)) for i in range(1000)]
+    >>> [len(split({"data": files}, part, "held_out")["data"]) for part in (0.02, 7)]
+    [20, 7]
+    """
+    families = {source: [family_of(item.key) for item in own] for source, own in items.items()}
+    sizes = Counter(family for own in families.values() for family in own)
+    chosen: set[str] = set()
+    if isinstance(held_out, int):
+        found = 0
+        for family in sorted(sizes, key=_hash):
+            if found >= held_out:
+                break
+            chosen.add(family)
+            found += sizes[family]
+    else:
+        chosen = {family for family in sizes if _hash(family) < held_out * 2**64}
+    pairs = {source: list(zip(own, families[source])) for source, own in items.items()}
+    paths = {item.path for own in pairs.values() for item, family in own if family in chosen}
+    sides = {
+        source: [item for item, family in own if (family in chosen or item.path in paths) == (side == "held_out")]
+        for source, own in pairs.items()
+    }
+    if side == "train" and (emptied := [source for source, own in sides.items() if not own]):
+        raise DataError(
+            f"data.params.held_out: {held_out} takes all records of {emptied[0]}; use less, or name held-out data "
+            "in args.valid_data instead."
+        )
+    if not paths:
+        raise DataError(
+            f"data.params.held_out: {held_out} of {sum(map(len, items.values()))} records is none; write a number "
+            "of records, such as 8, or name held-out data in args.valid_data instead."
+        )
+    return sides
+
+
+def _hash(family: str) -> int:
+    return int.from_bytes(blake2b(family.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

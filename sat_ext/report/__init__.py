@@ -1,0 +1,1 @@
+"""`sat-ext report`: one page about a run, from the files that it leaves."""

@@ -1,0 +1,159 @@
+"""From a run's files to its page."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from PIL import Image
+
+from sat_ext.memory.table import gigabytes
+from sat_ext.preview.findings import by_reason
+from sat_ext.preview.report import Finding, environment
+from sat_ext.report.charts import LineChart, line_chart
+from sat_ext.report.findings import find, share_of_step
+from sat_ext.report.read import KINDS, RunFiles
+
+MOST_SHEETS = 12  # evaluations whose samples are shown, the first and the last among them
+WIDEST, QUALITY = 1600, 80  # pixels and WebP's quality of a sheet
+PARTS = {  # of a step
+    "data": "waiting for data",
+    "encode": "captions and pixels to embeddings and latents",
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "optimizer": "optimizer",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sheet:
+    """The samples of one evaluation, as a picture in a data: URI."""
+
+    step: int
+    uri: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What the template prints. `parts` are the parts of a step and their share of its time, `buckets` rows of
+    text, `starts` texts, and `reasons` as in the preview."""
+
+    run: RunFiles
+    verdict: str
+    figures: Sequence[tuple[str, str]]
+    findings: Sequence[Finding]
+    charts: Sequence[LineChart]
+    parts: Sequence[tuple[str, float]]
+    sheets: Mapping[str, Sequence[Sheet]]
+    buckets: Sequence[Sequence[str]]
+    starts: Sequence[str]
+    reasons: Sequence[tuple[str, int, Sequence[str]]]
+
+
+def render(run: RunFiles) -> str:
+    """The page. All text is escaped: file names may hold anything."""
+    bad, dropped = (run.data.get(name, [0, []])[1] for name in ("bad", "dropped"))
+    gone = [*bad, *dropped, *((row["path"], row["reason"]) for row in run.skipped)]
+    shares = share_of_step(run)
+    page = Page(
+        run=run, verdict=_verdict(run), figures=_figures(run), findings=find(run), charts=_charts(run),
+        parts=[(PARTS[name], share) for name, share in shares.items()],
+        sheets={KINDS[kind]: _sheets(of) for kind, of in run.samples.items() if of}, buckets=_buckets(run),
+        starts=_starts(run), reasons=by_reason(gone),
+    )  # fmt: skip
+    return environment().get_template("run.html.j2").render(page=page)
+
+
+def _verdict(run: RunFiles) -> str:
+    done, of = run.iteration, run.train_iters
+    if of is None:
+        return f"{done:,} steps."
+    return f"All {of:,} steps are done." if done >= of else f"{done:,} of {of:,} steps."
+
+
+def _figures(run: RunFiles) -> list[tuple[str, str]]:
+    """Names and values."""
+    found = []
+    for kind, name in KINDS.items():
+        if run.held_out[kind]:
+            found.append((f"held-out loss of {name}", f"{list(run.held_out[kind].values())[-1]:.4g}"))
+    seconds = sum(sum(row["seconds"].values()) for row in run.steps)
+    if seconds:
+        samples, tokens, steps = (sum(row[name] for row in run.steps) for name in ("samples", "tokens", "steps"))
+        found.append(("seconds a step", f"{seconds / steps:.3g}"))
+        if samples:  # a data set of ours
+            found += [
+                ("samples a second", f"{samples / seconds:,.3g}"),
+                ("tokens a second", f"{tokens / seconds:,.0f}"),
+            ]
+            found.append(("samples seen", f"{samples:,}"))
+        found.append(("of training, without evaluations", str(timedelta(seconds=round(seconds)))))
+    return found
+
+
+def _charts(run: RunFiles) -> list[LineChart]:
+    of = run.scalars
+    losses, names = {}, list(KINDS.values())
+    for color, (kind, name) in enumerate(KINDS.items()):
+        losses[f"{name}, training"] = (color, of.get(f"loss_{kind}", {}))
+        losses[f"{name}, held out"] = (color, run.held_out[kind])
+    if not any(series for _, series in losses.values()):  # a script without losses by kind
+        losses = {"training": (0, of.get("train_loss", {})), "held out": (0, of.get("valid_loss", {}))}
+    held_out = [name for name in losses if name.endswith("held out")]
+    norms = {f"of {names[i]}": (i, of.get(f"gradient_{kind}", {})) for i, kind in enumerate(KINDS)}
+    charts = [
+        line_chart("Loss", "Dots are held-out samples, always the same ones.", losses, marked=held_out),
+        line_chart(
+            "Gradient norm",
+            "Of an update, before clipping.",
+            {"all": (2, of.get("grad_norm", {})), **norms},
+            log=True,
+        ),
+        line_chart(
+            "Clipped", "The part of the updates that were clipped.", {"clipped": (2, of.get("clipped", {}))}
+        ),
+        line_chart("Learning rate", "", {"rate": (0, of.get("lr", {}))}),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _sheets(of: Mapping[int, Path]) -> list[Sheet]:
+    steps = sorted(of)
+    if len(steps) > MOST_SHEETS:
+        steps = [steps[round(k * (len(steps) - 1) / (MOST_SHEETS - 1))] for k in range(MOST_SHEETS)]
+    return [_sheet(step, of[step]) for step in steps]
+
+
+def _sheet(step: int, file: Path) -> Sheet:
+    with Image.open(file) as image:
+        shown = image.convert("RGB")
+    shown.thumbnail((WIDEST, 10 * WIDEST), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    shown.save(out, "WEBP", quality=QUALITY)
+    uri = "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+    return Sheet(step=step, uri=uri, width=shown.width, height=shown.height)
+
+
+def _buckets(run: RunFiles) -> list[list[str]]:
+    """Bucket, its steps, seconds of one, and predicted and measured GB."""
+    rows = []
+    for b in run.memory.get("buckets", []):
+        sizes = [gigabytes(b[name]) if b.get(name) else "not measured" for name in ("predicted", "allocated")]
+        seconds = f"{b['seconds']:.3g}" if b.get("seconds") else "not measured"
+        rows.append([b["bucket"], f"{b['steps']:,}", seconds, *sizes])
+    return rows
+
+
+def _starts(run: RunFiles) -> list[str]:
+    found = []
+    for number, row in enumerate(run.starts):
+        when = datetime.fromtimestamp(row["time"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        what = (
+            "started" if row["start"] == 0 else f"{'resumed' if number else 'continued'} at step {row['start']:,}"
+        )
+        found.append(f"{when}: {what} on {row['world']} rank{'' if row['world'] == 1 else 's'}")
+    return found
