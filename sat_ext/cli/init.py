@@ -91,8 +91,10 @@ def _after(output: Path) -> Path:
 
 
 def _commands(choice: Choice, output: Path, gpus: int, checkout: Path | None) -> list[str]:
-    own = output if checkout is None else output.absolute()
-    base = " ".join(map(shlex.quote, [*choice.before, str(own)]))
+    own, theirs = output, choice.before
+    if checkout is not None:
+        own, theirs = output.absolute(), [os.path.relpath(file, checkout) for file in choice.before]
+    base = " ".join(map(shlex.quote, [*theirs, str(own)]))
     trains = f"{base} {shlex.quote(str(_after(own)))}" if choice.cached else base
     start = f"torchrun --standalone --nproc_per_node {gpus}" if gpus > 1 else "python"
     script = shlex.quote(os.path.relpath(ROOT / "train_video.py"))
@@ -103,4 +105,4 @@ def _commands(choice: Choice, output: Path, gpus: int, checkout: Path | None) ->
             start = "WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 python"
     commands = [f"{into}sat-ext cache --base {base} -o {shlex.quote(choice.cache)}"] if choice.cache else []
     page = shlex.quote(str(own.with_suffix(".html")))
-    return [*commands, f"sat-ext preview --base {base} -o {page}", f"{into}{start} {script} --base {trains}"]
+    return [*commands, f"{into}sat-ext preview --base {base} -o {page}", f"{into}{start} {script} --base {trains}"]

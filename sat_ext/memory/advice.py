@@ -66,19 +66,25 @@ def advise(run: Run, room: Room) -> Advice:
     return Advice(plans=(given, *plans), recommended=None, levers=yaml, with_levers=plan)
 
 
-def first_that_fits(run: Run, room: Room) -> tuple[tuple[str, ...], Plan | None]:
-    """The cheapest levers with which a ZeRO configuration fits, and no more than are needed."""
+def first_that_fits(
+    run: Run, room: Room, names: Sequence[str] = ZERO_NAMES
+) -> tuple[tuple[str, ...], Plan | None]:
+    """The cheapest levers with which one of these ZeRO configurations fits, and no more than are needed."""
+
+    def fits(pulled: Sequence[Lever]) -> bool:
+        return any(room.holds(plan) for plan in _zero_plans(_with(run, pulled), room, names))
+
     pulled: list[Lever] = []
-    for lever in levers(run):
+    remaining = iter(levers(run))
+    while not fits(pulled):
+        lever = next(remaining, None)
+        if lever is None:
+            return (), None
         pulled.append(lever)
-        if _fits(run, pulled, room):
-            break
-    else:
-        return (), None
     # leave out the most expensive that is not needed; then look again, because some rule out a configuration
-    while spare := [p for p in reversed(pulled) if _fits(run, [q for q in pulled if q is not p], room)]:
+    while spare := [p for p in reversed(pulled) if fits([q for q in pulled if q is not p])]:
         pulled.remove(spare[0])
-    return tuple(lever.yaml for lever in pulled), _best(_zero_plans(_with(run, pulled), room), room)
+    return tuple(lever.yaml for lever in pulled), _best(_zero_plans(_with(run, pulled), room, names), room)
 
 
 def cache_that_fits(run: Run, per_node: int, gpu_memory: int) -> CachePlan:
@@ -139,8 +145,8 @@ def _plan(run: Run, room: Room, name: str) -> Plan:
     return replace(plan, slowdown=slowdown(run, room.gpus))
 
 
-def _zero_plans(run: Run, room: Room) -> Iterator[Plan]:
-    for name in ZERO_NAMES:
+def _zero_plans(run: Run, room: Room, names: Sequence[str] = ZERO_NAMES) -> Iterator[Plan]:
+    for name in names:
         if (changed := with_zero(run, name)) is not None:
             yield _plan(changed, room, name)
 
@@ -155,7 +161,3 @@ def _with(run: Run, pulled: Sequence[Lever]) -> Run:
     for lever in pulled:
         run = lever.pull(run)
     return run
-
-
-def _fits(run: Run, pulled: Sequence[Lever], room: Room) -> bool:
-    return any(room.holds(plan) for plan in _zero_plans(_with(run, pulled), room))

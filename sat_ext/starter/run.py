@@ -13,8 +13,9 @@ from sat_ext.config import plain
 from sat_ext.data.index import build_index
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
-from sat_ext.memory.advice import Advice, Room, advise
+from sat_ext.memory.advice import Room, advise, first_that_fits
 from sat_ext.memory.measured import measurements
+from sat_ext.memory.plan import Plan
 from sat_ext.memory.run import run_from
 from sat_ext.memory.table import gigabytes, sentences
 from sat_ext.models.folder import load_model_config
@@ -22,12 +23,14 @@ from sat_ext.recipe import recipe_of
 from sat_ext.starter.buckets import choose_lengths, choose_sizes
 from sat_ext.starter.models import Model, config_file, merged, own_files
 from sat_ext.starter.survey import Survey, sources_of
+from sat_ext.zero import ZERO_NAMES
 
 TARGET_UPDATES, MOST_EPOCHS = 2000, 100  # a LoRA's usual length, and where few files only repeat
 EVALUATIONS = 10
 HELD_OUT, FEW, MANY = 8, 20, 400  # records: of the small, below which nothing is held out, from which 2 % are
 LEAST_SHARE = 0.25  # of the rarer kind
 WORKERS = 4  # at most, for each rank
+QUICK = ("zero1", "zero2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +74,14 @@ def choose(
         if weights:
             parts.append({"args": {"load": str(weights)}})
     own = merged([*parts, {"data": data}])
-    advice = _advice(merged([*_read(before), own, _zero("zero1", model, weights, checkout)]), room)
-    plan = advice.with_levers or next(p for p in advice.plans if p.name == advice.recommended)
-    zero = "zero1" if plan.name == "given" or (plan.name == "zero0" and model.fp16) else plan.name
-    own = merged([own, _zero(zero, model, weights, checkout)])
-    cache = str(output.with_suffix("").absolute()) + "_cache" if any("cache" in s for s in advice.levers) else None
-    own, cached = _pull(own, advice.levers, cache, comments)
-    comments["deepspeed.zero_optimization"] = f"configs/zero/{zero}.yaml, chosen by sat-ext plan"
-    reasons.append(
-        f"memory: {zero}"
-        + (f", {', '.join(lever.partition('  #')[0] for lever in advice.levers)}" if advice.levers else "")
-        + f"; predicted {gigabytes(plan.gpu)} of {gigabytes(room.gpu_memory)} GB a GPU"
-    )
+    levers, plan = _fitting(merged([*_read(before), own, _zero("zero1", model, weights, checkout)]), room)
+    own = merged([own, _zero(plan.name, model, weights, checkout)])
+    cache = str(output.with_suffix("").absolute()) + "_cache" if any("cache" in s for s in levers) else None
+    own, cached = _pull(own, levers, cache, comments)
+    comments["deepspeed.zero_optimization"] = f"configs/zero/{plan.name}.yaml, chosen by sat-ext plan"
+    pulled = [lever.partition("  #")[0].partition(", with what")[0] for lever in levers]
+    predicted = f"predicted {gigabytes(plan.gpu)} of {gigabytes(room.gpu_memory)} GB a GPU"
+    reasons.append(f"memory: {', '.join([plan.name, *pulled])}; {predicted}")
     workers = max(1, min(WORKERS, (os.cpu_count() or 1) // room.gpus - 1))
     own["args"] = {**own.get("args", {}), "experiment_name": output.stem, "num_workers": workers}
     own["args"]["save"] = str(output.with_suffix("").parent / "runs" / output.stem)
@@ -157,14 +156,17 @@ def _zero(name: str, model: Model, weights: Path | None, checkout: Path | None) 
     return {"deepspeed": section}
 
 
-def _advice(config: dict[str, Any], room: Room) -> Advice:
+def _fitting(config: dict[str, Any], room: Room) -> tuple[tuple[str, ...], Plan]:
+    """The levers to pull and the ZeRO configuration. Levers come before the configurations that move weights over
+    PCIe or between machines in every step, which fit without but are several times slower."""
     run = run_from(recipe_of(plain(config)).checked())
     for measure in measurements(run):
         measure()
-    advice = advise(run, room)
-    if advice.recommended is None and advice.with_levers is None:
-        raise ConfigError(f"--gpu-memory: {' '.join(sentences(advice, room)[:2])}")
-    return advice
+    for names in (QUICK, ZERO_NAMES[1:]):
+        levers, plan = first_that_fits(run, room, names)
+        if plan is not None:
+            return levers, plan
+    raise ConfigError(f"--gpu-memory: {' '.join(sentences(advise(run, room), room)[:2])}")
 
 
 def _pull(
