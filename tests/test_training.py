@@ -24,6 +24,7 @@ from sat_ext.cli.main import app
 from sat_ext.demo_data import write_demo
 from sat_ext.errors import ConfigError
 from sat_ext.models.generate import load_engine
+from sat_ext.report.read import read_run
 from tests.sat.ranks import Server
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +153,23 @@ def test_a_run_leaves_its_configuration_losses_and_weights(by_stage: Any, stage:
     engine, iteration = load_engine(run)
     assert iteration == 4
     assert all(p.isfinite().all() and p.numel() > 0 for p in engine.parameters())
+
+
+@pytest.mark.multiprocess
+def test_the_report_shows_what_the_run_has_logged(by_stage: Any, tmp_path: Path) -> None:
+    losses, output, folder = by_stage[1]
+    done = CliRunner().invoke(app, ["report", str(folder / "save"), "-o", str(tmp_path / "run.html")])
+    assert done.exit_code == 0, done.output
+    run = read_run(folder / "save")
+    assert list(run.scalars["train_loss"].values()) == pytest.approx(losses, rel=1e-4)
+    assert [row["iteration"] for row in run.steps] == [1, 2, 3, 4] and len(run.starts) == 1
+    for row in run.steps:
+        assert row["seconds"].keys() == {"data", "encode", "forward", "backward", "optimizer"}
+        assert min(row["seconds"].values()) >= 0 and row["samples"] >= 2 and row["tokens"] >= 2 * row["samples"]
+    held_out = {kind: list(of) for kind, of in run.held_out.items()}
+    assert held_out == {"image": [0, 2, 4], "video": [0, 2, 4]}
+    text = (tmp_path / "run.html").read_text()
+    assert "All 4 steps are done." in text and "started on 2 ranks" in text
 
 
 @pytest.mark.multiprocess
