@@ -96,8 +96,7 @@ def precision(deepspeed: Mapping[str, Any]) -> tuple[bool, bool]:
 
 def zero_of(args: Any) -> Mapping[str, Any]:
     """`deepspeed.zero_optimization` of SAT's `args`, empty if it is not there."""
-    found: Mapping[str, Any] = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
-    return found
+    return (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
 
 
 def offloads_optimizer(zero: Mapping[str, Any]) -> bool:

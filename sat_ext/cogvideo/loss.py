@@ -118,8 +118,7 @@ class JointDiffusionLoss(Target, nn.Module):
 
     def get_loss(self, model_output: Tensor, target: Tensor, w: Tensor) -> Tensor:
         """The parent's loss (B,) without the padding in front, which neither counts nor has a gradient."""
-        losses: Tensor = super().get_loss(model_output[:, self._padding :], target[:, self._padding :], w)  # type: ignore[misc]
-        return losses
+        return super().get_loss(model_output[:, self._padding :], target[:, self._padding :], w)  # type: ignore[misc]
 
     def metrics(self) -> dict[str, Tensor]:
         """Of the last call, `loss_image` and `loss_video`: unweighted means, 0-dim, -100 where there was none."""

@@ -53,8 +53,7 @@ class PaddedSampler(Target):
         """
         sample: Any = super().__call__  # type: ignore[misc]
         if ofs is not None:
-            given: Tensor = sample(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)
-            return given
+            return sample(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)
         padding = padding_frames(x.shape[1], PATCH)
         x = torch.cat([torch.randn_like(x[:, :padding]), x], dim=1)
         cond, uc = (self._as_trained(c, padding) for c in (cond, uc))

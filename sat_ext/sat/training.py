@@ -88,8 +88,7 @@ class TrainingHooks:
         if self._sampled.get(kind) != args.iteration:
             self._sampled[kind] = args.iteration
             self._write_samples(getattr(model, "module", model), batch, kind)
-        loss_and_metrics: tuple[torch.Tensor, dict[str, torch.Tensor]] = model(batch)
-        return loss_and_metrics
+        return model(batch)
 
     def handle_metrics(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Write down the held-out losses. SAT calls it on the first rank."""

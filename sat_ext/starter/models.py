@@ -65,8 +65,7 @@ def model_of(name: str) -> Model:
 
 def config_file(name: str) -> dict[str, Any]:
     """A file of `configs/`, such as "zero/zero1". What it takes from files before it stays as written."""
-    found: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    return found
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def own_files(model: Model, checkout: Path) -> list[str]:
