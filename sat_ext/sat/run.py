@@ -96,11 +96,11 @@ def recipe_in(args: argparse.Namespace, data: Mapping[str, Any] | None = None) -
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:
     engine = engine_of(getattr(args, "model_config", None))
-    if engine.has_own_script and getattr(args, "deepspeed_config", None):
+    if engine.is_cogvideo and getattr(args, "deepspeed_config", None):
         _check_section(args)
     stage = int(zero_of(args).get("stage", 0))
-    if settings.gradient_norms and (engine.has_own_script or stage == 3):
-        why = "CogVideo's engine has none" if engine.has_own_script else "ZeRO-3 has split the weights by then"
+    if settings.gradient_norms and (engine.is_cogvideo or stage == 3):
+        why = "CogVideo's engine has none" if engine.is_cogvideo else "ZeRO-3 has split the weights by then"
         raise ConfigError(f"args.gradient_norms: true, but {why}; leave it out.")
     if settings.checkpoint != "full":
         return
