@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from sat.helpers import print_rank0
 from sat.training.deepspeed_training import evaluate_and_print_results
 
 from sat_ext.checkpoint.layout import CONFIG_NAME
+from sat_ext.config import import_named
 from sat_ext.contact_sheet import write_sheet
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ABSENT
@@ -37,10 +37,7 @@ def get_target(name: str) -> Any:
     if "." not in name:
         import_module("sat_ext.sat.dataset")  # registers ours
         return get_dataset(name)
-    try:
-        target = resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"data.target: '{name}' cannot be imported ({error}); check the spelling.") from error
+    target = import_named(name, f"data.target: '{name}'", "check the spelling.")
     if not hasattr(target, "create_dataset_function"):
         raise ConfigError(f"data.target: '{name}' has no create_dataset_function; name a data set class.")
     return target

@@ -4,12 +4,12 @@ import argparse
 import inspect
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from sat.training import deepspeed_training
 
+from sat_ext.config import import_named
 from sat_ext.errors import ConfigError
 from sat_ext.sat.standin import StandIn, replaced
 from sat_ext.zero import offloads_optimizer, zero_of
@@ -66,14 +66,8 @@ def _foreign(name: str, params: dict[str, Any]) -> list[str]:
 
 
 def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
-    module, _, attribute = name.rpartition(".")
-    try:
-        cls = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{WHERE}.type: '{name}' cannot be imported ({error}); pip install {name.split('.')[0]}, or check the "
-            "spelling."
-        ) from error
+    remedy = f"pip install {name.split('.')[0]}, or check the spelling."
+    cls = import_named(name, f"{WHERE}.type: '{name}'", remedy)
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"{WHERE}.type: '{name}' is not a torch.optim.Optimizer; name one.")
     known = inspect.signature(cls).parameters
