@@ -99,12 +99,6 @@ def zero_of(args: Any) -> Mapping[str, Any]:
     return (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
 
 
-def offloads_optimizer(zero: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's states are in CPU memory or on a disk."""
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    return bool(zero.get("cpu_offload")) or device != "none"
-
-
 def _refuse_auto(section: Mapping[str, Any], where: str) -> None:
     for key, value in section.items():
         if value == AUTO:

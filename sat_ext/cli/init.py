@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
+from sat_ext.cli.base import probing
 from sat_ext.cli.plan import size_of
 from sat_ext.errors import ConfigError
 from sat_ext.files.atomic import written_aside
@@ -54,11 +54,7 @@ def init(
         host_memory=size_of(host_memory, "--host-memory"),
     )  # fmt: skip
     console = Console(stderr=True)
-
-    def probing(found, total):  # type: ignore[no-untyped-def]
-        return track(found, description="probing files", total=total, console=console)
-
-    found = survey(data, known.fps, known.native, probing=probing)
+    found = survey(data, known.fps, known.native, probing=probing(console))
     with console.status("choosing"):
         choice = choose(
             model, known, data, found, output.absolute(), room, weights=weights and weights.absolute(),

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
-from sat_ext.cli.base import BaseOption, MoreYaml
+from sat_ext.cli.base import BaseOption, MoreYaml, probing
 from sat_ext.data.index import build_index
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
@@ -31,12 +30,8 @@ def preview(
     console = Console(stderr=True)
     require_file(output)
     # The page has to show the very files that would stop a training run.
-    unlimited = replace(run.data.on_bad_sample, skip=sys.maxsize)
-    index = build_index(
-        run.sources,
-        replace(run.data, on_bad_sample=unlimited),
-        probing=lambda found, total: track(found, description="probing files", total=total, console=console),
-    )
+    data = replace(run.data, on_bad_sample=replace(run.data.on_bad_sample, skip=sys.maxsize))
+    index = build_index(run.sources, data, probing=probing(console))
     stream = JointStream(index, run.data, size=run.step_size, world=gpus, dtype=run.dtype)
     with console.status("reading samples"):
         report = gather(yaml, stream, run)

@@ -89,7 +89,10 @@ class JointDiffusionLoss(Target, nn.Module):
         transformer = getattr(network, "diffusion_model", network)
         still, dropped, factors = self._per_sample(batch, input, getattr(network, "training", True))
         batch, frames = dict(batch), input.shape[1]
-        self._padding = padding_frames(frames, temporal_patch(transformer))
+        patch = getattr(
+            transformer, "patch_size", 1
+        )  # (frames, rows, columns) in 1.5, and rows, an integer, in 1.0
+        self._padding = padding_frames(frames, 1 if isinstance(patch, int) else int(patch[0]))
         if "condition_latents" in batch:  # from a cache, which has the first frame alone
             first = batch.pop("condition_latents").to(input)
             batch["concat_images"] = condition_latents(first, frames, torch.zeros_like(still))
@@ -191,9 +194,3 @@ def kinds(batch: Mapping[str, Any], count: int) -> list[str]:
     if "num_frames" in batch:
         return ["image" if frames == 1 else "video" for frames in batch["num_frames"].tolist()]
     return ["video"] * count
-
-
-def temporal_patch(transformer: nn.Module) -> int:
-    """Latent frames in a patch: `patch_size` is (frames, rows, columns) in 1.5, and rows, an integer, in 1.0."""
-    patch = getattr(transformer, "patch_size", 1)
-    return 1 if isinstance(patch, int) else int(patch[0])

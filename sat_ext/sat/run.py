@@ -71,8 +71,10 @@ def run_of(args: argparse.Namespace) -> RunState:
     if run is None:
         run = args.sat_ext = RunState(settings=settings_of(args))
         _check(args, run.settings)
-        if run.settings.deterministic:
-            _be_deterministic()
+        if run.settings.deterministic:  # https://docs.pytorch.org/docs/stable/notes/randomness.html
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS reads it at its first use
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False  # after SAT seeded, which turns it on
         if getattr(args, "load", None):
             _look_at(run, Path(args.load), resuming=args.mode == "pretrain")
     return run
@@ -113,16 +115,6 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
             "args.checkpoint: 'full' cannot save an optimizer that is offloaded to NVMe; use "
             "deepspeed.zero_optimization.offload_optimizer.device: cpu, or 'checkpoint: weights'."
         )
-
-
-def _be_deterministic() -> None:
-    """After SAT seeded, which turns cuDNN's benchmark on, and before cuBLAS reads its variable at its first use.
-
-    https://docs.pytorch.org/docs/stable/notes/randomness.html
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def _check_section(args: argparse.Namespace) -> None:

@@ -83,7 +83,9 @@ def read_source(
         raise DataError(_EMPTY)
     notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
-        items = sorted(_read(path, notes), key=lambda item: _natural(item.key))
+        items = _read(path, notes)
+        # numbers inside names by value; the plain key last, so that the order is total
+        items.sort(key=lambda i: (re.sub("[0-9]+", lambda n: n[0].zfill(18), i.key.casefold()), i.key))
         for item in items:
             if item.captions and not any(item.captions):
                 notes.add("empty captions, to be trained without one", item.key)
@@ -92,11 +94,6 @@ def read_source(
     if unread is not None:
         unread.update(notes.unread)
     return items
-
-
-def _natural(key: str) -> tuple[str, str]:
-    """Sorts numbers inside names by value; the plain key last, so that the order is total."""
-    return re.sub(r"[0-9]+", lambda number: number[0].zfill(18), key.casefold()), key
 
 
 def _read(path: str, notes: Notes) -> list[Item]:

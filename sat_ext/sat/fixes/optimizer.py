@@ -12,7 +12,7 @@ from sat.training import deepspeed_training
 from sat_ext.config import import_named
 from sat_ext.errors import ConfigError
 from sat_ext.sat.standin import StandIn, replaced
-from sat_ext.zero import offloads_optimizer, zero_of
+from sat_ext.zero import zero_of
 
 WHERE = "deepspeed.optimizer"
 FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that choose among DeepSpeed's Adams
@@ -34,7 +34,9 @@ def optimizer_path(args: argparse.Namespace) -> bool:
         return False
     _optimizer(name, params)
     if name.startswith("bitsandbytes."):
-        _check_place(name, offloaded=offloads_optimizer(zero_of(args)))
+        zero = zero_of(args)
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+        _check_place(name, offloaded=bool(zero.get("cpu_offload")) or offload != "none")
     config["zero_force_ds_cpu_optimizer"] = False  # under offload, DeepSpeed would refuse any but its own
     return True
 
