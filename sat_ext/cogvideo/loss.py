@@ -29,24 +29,19 @@ class JointDiffusionLoss(Target, nn.Module):
     and as many random numbers are drawn. Beyond that:
 
     - Stills train with `concat_images` zeroed, as their condition frame is their target.
-    - `condition_dropout` is the probability that a sample trains without its condition, drawn per sample and
-      rank, on top of CogVideo's `model.noised_image_dropout` of whole batches. Evaluations (the network not in
-      training mode) drop none.
+    - `condition_dropout` is the probability that a sample trains without its condition, on top of CogVideo's
+      `model.noised_image_dropout` of whole batches. Evaluations (the network not in training mode) drop none.
     - `loss_weights` are factors by kind, in training and evaluation. The batch's `loss_weight` (B,) is another in
-      training. As in the built-in engine.
-    - A `sigma_sampler_config` of `StratifiedSampling` takes the noise levels of the batch's `timestep` (B,).
+      training, and its `timestep` (B,) goes to a `sigma_sampler_config` of `StratifiedSampling`.
     - Where the network's patches span several latent frames (2 in 1.5), copies of the first latent frame are put
-      in front until the patches fit, as CogVideo's diffusers trainers do. Its sampler drops that frame when it
-      decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch). The loss is a mean over the
-      other frames.
+      in front until the patches fit, as CogVideo's diffusers trainers do. The loss is a mean over the others.
     - `condition_latents` (B, 1, C, h, w), of a batch from a cache, replace `concat_images`.
     - `condition_scale` is the factor on the first stage's latent of the condition frame, by default
-      `scale_factor`, which must equal the engine's `model.scale_factor`. A 1.5 model needs it: CogVideo trains
-      with 0.7, which no sampler uses (docs/cogvideo.md).
+      `scale_factor`, which must equal the engine's `model.scale_factor`. A 1.5 model needs it (docs/cogvideo.md).
     - A network that embeds `ofs` (B,) is given it: 2.0, or the batch's own.
 
-    `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown, out of its
-    range, or of no use (`condition_dropout` of a model without condition, at the first step).
+    Raises `ConfigError` for an option that is unknown, out of its range, or of no use (`condition_dropout` of a
+    model without condition, at the first step).
     """
 
     PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"

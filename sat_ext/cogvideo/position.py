@@ -3,7 +3,7 @@
 CogVideo 1.0 builds its tables for one size (`latent_height`, `latent_width`, `num_frames`) and takes as many of
 their first entries as the input has tokens: right at that size, for any number of frames, and wrong at others.
 These targets go by the input's own frames, rows and columns. At the configured size they call the parent, so
-nothing changes there; the weights and their names are the parent's. `parent` and its parameters stay in `params`.
+nothing changes there; the weights and their names are the parent's.
 """
 
 import math

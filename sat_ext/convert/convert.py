@@ -106,15 +106,15 @@ def _write_diffusers(part: Part, folder: Path) -> list[Path]:
 
 def _write_sat(name: str, part: Part, folder: Path) -> list[Path]:
     """A folder as CogVideo reads it: of the autoencoder `3d-vae.pt`, which its `ckpt_path` names, of the
-    transformer `latest` and iteration 1 for SAT's load_checkpoint. A LoRA is in the same file as the base weights, as in
-    CogVideo's own; `lora.yaml` is what its YAML must say."""
+    transformer `latest` and iteration 1 for SAT's load_checkpoint. A LoRA is in the same file as the base weights,
+    as in CogVideo's own; `lora.yaml` is what its YAML must say."""
     if part.config is None:
         raise ConfigError(
             f"{part.where}: holds a LoRA and not the weights that it belongs to; name their folder with "
             "--base-weights."
         )
-    texts: dict[str, str] = {}
-    file, section, prefix, weights = AUTOENCODER_FILE, "state_dict", "", to_sat(rows_of(part.config), part.weights)
+    weights, texts = to_sat(rows_of(part.config), part.weights), dict[str, str]()
+    file, section, prefix = AUTOENCODER_FILE, "state_dict", ""
     if name == "transformer":
         file, section, prefix, texts["latest"] = f"1/{WEIGHTS_NAME}", "module", PREFIX, "1"
         weights |= computed(part.config, next(iter(part.weights.values())).dtype)
