@@ -25,7 +25,7 @@ from sat_ext.models.config import ABSENT
 from sat_ext.models.generate import sample_rows
 from sat_ext.sat.registry import get_dataset
 from sat_ext.sat.run import micro_steps, run_of
-from sat_ext.sat.side_files import side_file
+from sat_ext.sat.side_files import side_file, write_side_file
 from sat_ext.sat.steps import mean_metrics
 from sat_ext.types import groups_of
 
@@ -95,9 +95,7 @@ class TrainingHooks:
             record["data"] = "test_data"
         else:
             self.evaluations.append(record)
-        if self.args.save:
-            with side_file("heldout.jsonl"), (Path(self.args.save) / "heldout.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        write_side_file(self.args.save, "heldout.jsonl", json.dumps(record) + "\n", append=True)
         return means
 
     def write_result(self) -> None:
