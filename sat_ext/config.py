@@ -5,6 +5,8 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -65,6 +67,24 @@ def reject_unknown_keys(keys: Iterable[str], known: Sequence[str], where: str) -
         if key not in known:
             hint = did_you_mean(key, known) or f"valid keys: {', '.join(sorted(known))}."
             raise ConfigError(f"{where}: unknown key '{key}'; {hint}")
+
+
+def import_named(name: str, shown: str, remedy: str) -> Any:
+    """What has this dotted path. Raises `ConfigError` about the place and name `shown` where nothing has."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the latter two: no path at all
+        raise ConfigError(f"{shown} cannot be imported ({error}); {remedy}") from error
+
+
+def load_entry(point: EntryPoint, where: str) -> Any:
+    """What another package offers by an entry point. Raises `ConfigError` that begins with `where`."""
+    try:
+        return point.load()
+    except Exception as error:  # another package's import may raise anything
+        found = f"'{point.name}' cannot be loaded from '{point.value}' ({type(error).__name__}: {error})"
+        raise ConfigError(f"{where}: {found}; fix or remove that package.") from error
 
 
 def load(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:

@@ -5,115 +5,44 @@
 | built-in | keys of `ModelConfig` | `models.section.BuiltIn` | this repository's train_video.py |
 | CogVideo's | `network_config` ... | `cogvideo.section.CogVideo` | the train_video.py of a CogVideo checkout |
 
-Only `engine_of` tells them apart. A third engine would be one more class with the members of `Engine`.
+Only `engine_of` tells them apart. A third engine would be one more class with these members:
+
+| member | meaning |
+|---|---|
+| `model` | the section, which may be empty: then nothing is known of the model |
+| `is_cogvideo` | its layers are SAT's, CogVideo's script trains with its own arguments, and rank 0 alone samples |
+| `is_conditioned` | the model is image-to-video |
+| `condition_dropout` | how often an image-to-video model trains without its condition, 0 to 1 |
+| `takes_packs` | a step can have samples of several shapes |
+| `weighs_losses` | the loss multiplies by the batches' `loss_weight` |
+| `lora_scale` | factor on the product of a LoRA's two matrices, and how it is written; None where no LoRA trains |
+| `lora_remedy` | what gives a LoRA a learning rate that fits |
+| `is_2b` | the model is CogVideoX-2B, the one without rotary positions |
+| `doubt()` | what of the section trains without an error, but hardly as it is meant, in a sentence; or None |
+| `batch_dtype(training)` | what the pixels of a batch are handed over in, where the run trains in `training` |
+| `sequence_shape()` | what the cost of a batch follows from |
+| `model_config()` | the model in the built-in engine's words; its folder need not be on this machine |
+| `caches_text` | the section takes text embeddings from a folder |
+| `tokenizer` | the folder of the text encoder's tokenizer, or "byt5"; None where the section names none |
+| `encodes_whole_clips` | the first stage holds an activation of a clip at full resolution |
+| `recompute` | what it computes again in its backward pass, in the words of `ChunkedFirstStage` |
+| `check(buckets)` | raises `ConfigError` where the model cannot train on samples of these shapes |
+| `check_run(args, buckets)` | `check`, and what only a run with SAT's arguments, or from a cache, can get wrong |
+| `fingerprints(dtype)` | of both encoders, without loading a weight; raises `ConfigError` |
+| `encoders(dtype, device)` | the first stage and the text encoder, for `sat-ext cache`; raises `ConfigError` |
+| `too_large(part)` | what to do where a GPU is too small for one of the encoders |
+| `train_from(folder, clips)` | how to train from a cache in `folder` that has `clips` draws of each clip |
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import torch
+from collections.abc import Mapping
+from typing import Any
 
 from sat_ext.cogvideo.section import CogVideo
-from sat_ext.cogvideox import SequenceShape
 from sat_ext.config import plain
 from sat_ext.errors import ConfigError
-from sat_ext.latents.encoders import Encoders, Fingerprints, Part
-from sat_ext.models.config import ModelConfig
 from sat_ext.models.section import BuiltIn
-from sat_ext.types import Bucket
 
-
-class Engine(Protocol):
-    """One engine with its `model` section, which may be empty: then nothing is known of the model."""
-
-    model: Mapping[str, Any]
-
-    @property
-    def has_own_script(self) -> bool:
-        """Whether the train_video.py of a CogVideo checkout trains it, with arguments that are not ours."""
-
-    @property
-    def has_sat_network(self) -> bool:
-        """Whether its network is CogVideo's, built of SAT's layers and described by `network_config`."""
-
-    @property
-    def samples_on_first_rank(self) -> bool:
-        """Whether the first rank alone generates samples in an evaluation."""
-
-    @property
-    def is_conditioned(self) -> bool:
-        """Whether the model is image-to-video."""
-
-    @property
-    def condition_dropout(self) -> float:
-        """How often an image-to-video model trains without its condition, 0 to 1."""
-
-    @property
-    def takes_packs(self) -> bool:
-        """Whether a step can have samples of several shapes."""
-
-    @property
-    def weighs_losses(self) -> bool:
-        """Whether the loss multiplies by the batches' `loss_weight`."""
-
-    @property
-    def lora_scale(self) -> tuple[float, str] | None:
-        """The factor on the product of a LoRA's two matrices, and how it is written; None where no LoRA trains."""
-
-    @property
-    def lora_remedy(self) -> str:
-        """What gives a LoRA a learning rate that fits."""
-
-    @property
-    def is_2b(self) -> bool:
-        """Whether the model is CogVideoX-2B, the one without rotary positions."""
-
-    def doubt(self) -> str | None:
-        """What of the section trains without an error, but hardly as it is meant, in a sentence."""
-
-    def batch_dtype(self, training: torch.dtype, *, model_parallel: int = 1) -> torch.dtype:
-        """What the pixels of a batch are handed over in, where the run trains in `training`."""
-
-    def sequence_shape(self) -> SequenceShape:
-        """What the cost of a batch follows from."""
-
-    def model_config(self) -> ModelConfig:
-        """The model, in the built-in engine's words. Its folder need not be on this machine."""
-
-    @property
-    def caches_text(self) -> bool:
-        """Whether the section takes text embeddings from a folder."""
-
-    @property
-    def tokenizer(self) -> str | None:
-        """The folder of the text encoder's tokenizer, or "byt5"; None where the section names none."""
-
-    @property
-    def encodes_whole_clips(self) -> bool:
-        """Whether the first stage holds an activation of a clip at full resolution."""
-
-    @property
-    def recompute(self) -> str:
-        """What the first stage computes again in its backward pass, in the words of `ChunkedFirstStage`."""
-
-    def check(self, buckets: Sequence[Bucket]) -> None:
-        """Raise `ConfigError` where the model cannot train on samples of these shapes."""
-
-    def check_run(self, args: argparse.Namespace, buckets: Sequence[Bucket], *, is_cached: bool) -> None:
-        """`check`, and what only a run with SAT's arguments, or one from a cache, can get wrong."""
-
-    def fingerprints(self, dtype: torch.dtype) -> Fingerprints:
-        """Of the first stage and the text encoder, without loading a weight. Raises `ConfigError`."""
-
-    def encoders(self, dtype: torch.dtype, device: torch.device) -> Encoders:
-        """The first stage and the text encoder, for `sat-ext cache`. Raises `ConfigError`."""
-
-    def too_large(self, part: Part) -> str:
-        """What to do where a GPU is too small for one of the encoders."""
-
-    def train_from(self, folder: str, clips: int) -> str:
-        """How to train from a cache in `folder` that has `clips` draws of each clip."""
+Engine = CogVideo | BuiltIn
 
 
 def engine_of(model: Any) -> Engine:

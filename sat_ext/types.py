@@ -122,5 +122,4 @@ class Sample:
 
 def groups_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The groups of a pack; a batch of one shape is its own only group."""
-    groups: list[dict[str, Any]] = batch.get("groups", [batch])
-    return groups
+    return batch.get("groups", [batch])

@@ -96,14 +96,7 @@ def precision(deepspeed: Mapping[str, Any]) -> tuple[bool, bool]:
 
 def zero_of(args: Any) -> Mapping[str, Any]:
     """`deepspeed.zero_optimization` of SAT's `args`, empty if it is not there."""
-    found: Mapping[str, Any] = (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
-    return found
-
-
-def offloads_optimizer(zero: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's states are in CPU memory or on a disk."""
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    return bool(zero.get("cpu_offload")) or device != "none"
+    return (getattr(args, "deepspeed_config", None) or {}).get("zero_optimization") or {}
 
 
 def _refuse_auto(section: Mapping[str, Any], where: str) -> None:

@@ -1,20 +1,4 @@
-"""What lies where in a run's folder.
-
-<run>/latest                                   names the newest whole checkpoint; replaced at the end of a save
-<run>/training_config.yaml                     the merged YAML
-<run>/<iteration>/mp_rank_00_model_states.pt   weights, as SAT reads them
-
-and of full checkpoints:
-
-<run>/<iteration>/sat_ext.json                 the `Manifest`
-<run>/<iteration>/*_optim_states.pt            DeepSpeed's, of each rank; `optimizer.pt` without ZeRO
-<run>/<iteration>/zero_pp_rank_*_model_states.pt   DeepSpeed's under ZeRO-3: the order of the shards
-<run>/<iteration>/rng_<rank>.pt                random number generators of each rank
-<run>/<iteration>/data.pt                      hashes of the epoch's samples (`sat/checkpoint/epoch.py`)
-<run>/<iteration>.partial/                     one being written, or left behind by a killed run
-<run>/<iteration>.old.partial/                 one that is being replaced by another of its iteration
-<run>/.lock                                    held by the run that saves here
-"""
+"""What lies where in a run's folder: docs/checkpoints.md has the list."""
 
 from pathlib import Path
 from typing import Any
@@ -23,11 +7,11 @@ from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
 from sat_ext.files.atomic import PARTIAL
 
-CONFIG_NAME = "training_config.yaml"
+CONFIG_NAME = "training_config.yaml"  # the merged YAML
 WEIGHTS_NAME = "mp_rank_00_model_states.pt"
 MANIFEST_NAME = "sat_ext.json"
 OPTIMIZER_NAME = "optimizer.pt"
-DATA_NAME = "data.pt"
+DATA_NAME = "data.pt"  # written by `sat/checkpoint/epoch.py`
 LOCK_NAME = ".lock"
 
 

@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, IterableDataset
 
-from sat_ext.cli.base import BaseOption, MoreYaml
+from sat_ext.cli.base import BaseOption, MoreYaml, probing
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.stream import JointStream
 from sat_ext.data.transform import Fit
@@ -38,11 +38,7 @@ def bench(
     """Measure how fast data workers are, by stage, and how many of them keep the training fed."""
     run = read_recipe([*base, *(more or [])]).checked()
     console = Console(stderr=True)
-    index = build_index(
-        run.sources,
-        run.data,
-        probing=lambda found, total: track(found, description="probing files", total=total, console=console),
-    )
+    index = build_index(run.sources, run.data, probing=probing(console))
     buckets = _by_stage(index, run, steps, console)
     seconds = _through_a_worker(index, run, steps, console)
     unseen = sorted({str(group.bucket) for group in index.groups} - {times.bucket for times in buckets})

@@ -205,7 +205,7 @@ def _clip_lengths(run: Recipe, sources: Mapping[str, Sequence[Item]], files: Ite
 
 def _long_captions(run: Recipe, sources: Mapping[str, Sequence[Item]]) -> Iterator[str]:
     """A warning about captions of which the model reads the start only, if there are any."""
-    captions = {}
+    captions: dict[str, list[str]] = {}
     for source in run.sources:
         rule = source.caption or run.data.caption
         captions |= {i.path: [c for text in i.captions for c in rule.of(text)] for i in sources[source.path]}

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -52,9 +52,8 @@ def convert(
     # here, because diffusers takes seconds to import, which would slow down the other subcommands
     from sat_ext.convert import convert as conversions
 
-    options = make_options(
-        source, base, more, size=size, scale_factor=scale_factor, alpha=alpha, base_weights=base_weights
-    )
+    given = {"scale_factor": scale_factor, "alpha": alpha, "base_weights": base_weights}
+    options = make_options(source, base, more, size, **given)
     done = conversions.convert(source, output, to, (part,) if part else tuple(conversions.READERS), options)
     report(done)
     if to == "sat" and done.lora is not None:
@@ -63,14 +62,7 @@ def convert(
 
 
 def make_options(
-    source: Path,
-    base: list[str] | None,
-    more: list[str] | None,
-    *,
-    size: str | None = None,
-    scale_factor: float | None = None,
-    alpha: float | None = None,
-    base_weights: Path | None = None,
+    source: Path, base: list[str] | None, more: list[str] | None, size: str | None, **given: Any
 ) -> "ConvertOptions":
     """The options as the conversions take them; `more`: of `--base a.yaml b.yaml` all but the first file, which
     arrive as arguments after the source. Raises `ConfigError`."""
@@ -80,14 +72,11 @@ def make_options(
         raise ConfigError(f"{more[0]}: only one source is taken at a time; YAML files go after --base.")
     if base and source.suffix in (".yaml", ".yml"):
         raise ConfigError(f"{source}: is taken for the source; name the source before --base.")
-    for name, value in (("--alpha", alpha), ("--scale-factor", scale_factor)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{name}: {value:g} is not a scale; use a number above 0.")
+    for name, value in given.items():
+        if isinstance(value, float) and not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"--{name.replace('_', '-')}: {value:g} is not a scale; use a number above 0.")
     yaml = read_yaml([*base, *(more or [])]) if base else None
-    bucket = None if size is None else _size(size)
-    return ConvertOptions(
-        base=yaml, size=bucket, scale_factor=scale_factor, alpha=alpha, base_weights=base_weights
-    )
+    return ConvertOptions(base=yaml, size=None if size is None else _size(size), **given)
 
 
 def _size(text: str) -> Bucket:

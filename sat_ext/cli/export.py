@@ -23,7 +23,7 @@ def export(
     # here, because diffusers takes seconds to import, which would slow down the other subcommands
     from sat_ext.convert import convert as conversions
 
-    options = make_options(checkpoint, base, more, size=size, alpha=alpha)
+    options = make_options(checkpoint, base, more, size, alpha=alpha)
     done = conversions.export(checkpoint, output, options)
     report(done)
     if done.lora is not None:

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
+from sat_ext.cli.base import probing, require_file, write_file
 from sat_ext.cli.plan import size_of
 from sat_ext.errors import ConfigError
-from sat_ext.files.atomic import written_aside
 from sat_ext.memory.advice import Room
 from sat_ext.starter.models import ROOT, model_of
 from sat_ext.starter.render import render
@@ -38,10 +37,7 @@ def init(
     """
     known = model_of(model)
     output = output if output.suffix in (".yaml", ".yml") else output.with_name(f"{output.name}.yaml")
-    if output.exists():
-        raise ConfigError(f"-o: {output} exists; remove it, or name another.")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"-o: there is no folder {output.absolute().parent}; make it, or name another.")
+    require_file(output, new=True)
     is_tiny = known.cogvideo is None
     if weights is None and cogvideo is None and not is_tiny:
         raise ConfigError("--weights: missing; name the model's folder in diffusers' layout, or --cogvideo.")
@@ -54,11 +50,7 @@ def init(
         host_memory=size_of(host_memory, "--host-memory"),
     )  # fmt: skip
     console = Console(stderr=True)
-
-    def probing(found, total):  # type: ignore[no-untyped-def]
-        return track(found, description="probing files", total=total, console=console)
-
-    found = survey(data, known.fps, known.native, probing=probing)
+    found = survey(data, known.fps, known.native, probing=probing(console))
     with console.status("choosing"):
         choice = choose(
             model, known, data, found, output.absolute(), room, weights=weights and weights.absolute(),
@@ -70,19 +62,16 @@ def init(
     )
     if choice.before:
         heading += f"\nAppend it to {' '.join(choice.before)}."
-    _write(output, render(choice.config, choice.comments, heading))
+    write_file(output, render(choice.config, choice.comments, heading))
     if choice.cached:
-        _write(_after(output), render(choice.cached, {}, f"Append it to {output.name} once the cache is made."))
+        write_file(
+            _after(output), render(choice.cached, {}, f"Append it to {output.name} once the cache is made.")
+        )
     for line in (*found.sentences(), *choice.reasons):
         print(line)
     print(f"\nWritten to {output}. Next:")
     for command in _commands(choice, output, gpus, cogvideo):
         print(f"  {command}")
-
-
-def _write(file: Path, text: str) -> None:
-    with written_aside(file) as draft:
-        draft.write_text(text, encoding="utf-8")
 
 
 def _after(output: Path) -> Path:

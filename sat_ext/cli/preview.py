@@ -7,13 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
-from sat_ext.cli.base import BaseOption, MoreYaml
+from sat_ext.cli.base import BaseOption, MoreYaml, probing, require_file, write_file
 from sat_ext.data.index import build_index
 from sat_ext.data.stream import JointStream
-from sat_ext.errors import ConfigError
-from sat_ext.files.atomic import written_aside
 from sat_ext.preview.gather import gather
 from sat_ext.preview.report import render
 from sat_ext.recipe import read_recipe
@@ -31,33 +28,10 @@ def preview(
     console = Console(stderr=True)
     require_file(output)
     # The page has to show the very files that would stop a training run.
-    unlimited = replace(run.data.on_bad_sample, skip=sys.maxsize)
-    index = build_index(
-        run.sources,
-        replace(run.data, on_bad_sample=unlimited),
-        probing=lambda found, total: track(found, description="probing files", total=total, console=console),
-    )
+    data = replace(run.data, on_bad_sample=replace(run.data.on_bad_sample, skip=sys.maxsize))
+    index = build_index(run.sources, data, probing=probing(console))
     stream = JointStream(index, run.data, size=run.step_size, world=gpus, dtype=run.dtype)
     with console.status("reading samples"):
         report = gather(yaml, stream, run)
-    size = write_page(output, render(report))
+    size = write_file(output, render(report))
     print(f"{output}: {len(report.findings)} findings, {len(report.buckets)} buckets, {size}")
-
-
-def require_file(output: Path) -> None:
-    """Raise `ConfigError` unless a page can be written there."""
-    if output.exists() and not output.is_file():  # a device or a folder, which the page would replace
-        raise ConfigError(f"-o: {output} is not a file; name one, such as report.html.")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"-o: there is no folder {output.absolute().parent}; make it, or name another.")
-
-
-def write_page(output: Path, page: str) -> str:
-    """Write a page, and return how large it is. Raises `ConfigError`."""
-    require_file(output)
-    try:
-        with written_aside(output) as draft:
-            draft.write_text(page, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise ConfigError(f"-o: {output} cannot be written ({error.strerror}); name another file.") from error
-    return f"{len(page) / 1e3:,.0f} kB"

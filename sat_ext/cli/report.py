@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sat_ext.cli.preview import write_page
+from sat_ext.cli.base import write_file
 from sat_ext.report.page import render
 from sat_ext.report.read import read_run
 
@@ -20,5 +20,5 @@ def report(
 ) -> None:
     """Write a page with the losses by kind, gradients, samples, time, memory and skipped files of a run."""
     found = read_run(run, events)
-    size = write_page(output, render(found))
+    size = write_file(output, render(found))
     print(f"{output}: {found.folder.name}, step {found.iteration:,}, {size}")

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from sat_ext.cli.base import require_file, write_file
 from sat_ext.data.index import probe_files
 from sat_ext.data.sources import read_source
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.files import container_of, is_url, suffix_of
-from sat_ext.files.atomic import written_aside
 from sat_ext.types import IMAGE_EXTENSIONS, Item
 
 TIMEOUT = 3600.0  # seconds a file: every frame of it is decoded
@@ -37,10 +37,7 @@ def scenes(
         raise ConfigError('scenes: needs PySceneDetect; run pip install "sat_ext[scenes]".') from error
     if output.suffix != ".jsonl":
         raise ConfigError(f"-o: {output} is not the name of a table; write one that ends in .jsonl.")
-    if output.exists():
-        raise ConfigError(f"-o: {output} exists; remove it, or name another.")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"-o: there is no folder {output.absolute().parent}; make it, or name another.")
+    require_file(output, new=True)
     items = read_source(source, captions_required=False)
     if inside := next((i.path for i in items if container_of(i.path) != i.path or is_url(i.path)), None):
         raise DataError(f"{source}: a table cannot name {inside}; scenes reads local files.")
@@ -69,8 +66,7 @@ def scenes(
             print(f"left out, fix or remove it: {outcome}", file=sys.stderr)
     if not lengths:
         raise DataError(f"{source}: no clip of {shortest:g} s or more between two cuts; lower --shortest.")
-    with written_aside(output) as draft:
-        draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_file(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     cut = sum(len(parts) > 1 for parts in takes.values() if not isinstance(parts, MediaError))
     print(f"{output}: {len(lengths)} clips of {len(paths)} files, {cut} of which have cuts", end="")
     print(f"; median {median(lengths):.1f} s" if lengths else "", end="")

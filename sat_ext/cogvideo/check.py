@@ -29,19 +29,6 @@ OVERLAY = "sat_ext_overlay"  # the key of `model` in which an overlay says what 
 _FRAMES = "data.params.buckets.frames"
 
 
-def doubt_of_condition_scale(model: Mapping[str, Any]) -> str | None:
-    """What is doubtful about the scale of the condition, in a sentence; None where nothing is."""
-    network, loss = read_network(model), component_of(model, "loss_fn_config")
-    has_scale = loss.target != LOSS or loss.params.get("condition_scale") is not None
-    if has_scale or network.generation != "1.5" or not network.is_conditioned:
-        return None
-    return (
-        f"model.loss_fn_config.params.condition_scale: missing, so the condition trains at scale_factor "
-        f"({SCALE_FACTOR}), which no sampler of CogVideoX 1.5 uses; append configs/cogvideo/1.5.yaml (1.0, for "
-        "sample_video.py)."
-    )
-
-
 def check_model(model: Mapping[str, Any], buckets: Sequence[Bucket]) -> None:
     """Raise `ConfigError` where CogVideo's engine, as the YAML's `model` section builds it, cannot train on
     samples of these shapes, or would learn something else than they show."""

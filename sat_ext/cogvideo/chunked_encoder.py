@@ -73,8 +73,7 @@ class Convolution:
 
     def __call__(self, chunk: Tensor, first: bool) -> Tensor:
         """The output for `chunk`, which is the clip's `first` or follows the one of the last call."""
-        padded: Tensor = self.module.conv(self.padded(chunk, first))
-        return padded
+        return self.module.conv(self.padded(chunk, first))
 
     def padded(self, chunk: Tensor, first: bool) -> Tensor:
         """`chunk` with the frames before it, and zeros around, in one copy."""
@@ -102,8 +101,7 @@ class Norm:
         """The normed chunk, or None as long as the statistics are being measured."""
         if self.statistics is not None:
             # the module is called, not its weights used, so that ZeRO-3's hooks gather them first
-            normed: Tensor = self.module(chunk, *self.statistics)
-            return normed
+            return self.module(chunk, *self.statistics)
         for frame in chunk.unbind(2):  # one at a time: bfloat16 is widened for it
             values = frame.to(torch.promote_types(frame.dtype, torch.float32))
             groups = values.reshape(len(frame), self.module.num_groups, -1)
@@ -162,8 +160,7 @@ class Activated:
         normed *= torch.sigmoid(normed)  # not F.silu, which rounds once where CogVideo's `nonlinearity` does twice
         padded = self.convolution.padded(normed, first)
         del normed  # at full resolution its memory is needed for the convolution's output
-        output: Tensor = self.convolution.module.conv(padded)
-        return output
+        return self.convolution.module.conv(padded)
 
 
 class Block:

@@ -17,16 +17,13 @@ ENCODER = ("conv_in", "down", "mid", "norm_out", "conv_out", "temporal_compress_
 class ChunkedFirstStage(Target, nn.Module):
     """A target for `model.first_stage_config`: the class `parent`, with an `encode` of low peak memory.
 
-    - `frames`: pixel frames that are encoded at a time, a multiple of the temporal compression (4); the first
-      chunk has one more.
-    - `clips`: how many samples of the batch are encoded at a time.
-    - `recompute`: "block" holds one activation of the whole clip at full resolution, and computes the convolutions
-      1.5 times; "level" holds none at full resolution, and computes the convolutions there 3.5 times.
+    docs/cogvideo.md has the options. The first chunk has a frame more than `frames`; `recompute: level` holds no
+    activation of a clip at full resolution, "block" one.
 
     The latents are the parent's within rounding, and the posterior is sampled once for the whole batch, from the
     same random numbers. `decode` is the parent's. There is no gradient and no dropout in the encoder (0 in
-    CogVideo's YAMLs), as the first stage never trains. `parent` and its parameters stay in `params`. Raises
-    `ConfigError` for an encoder that is not built like `ContextParallelEncoder3D`.
+    CogVideo's YAMLs), as the first stage never trains. Raises `ConfigError` for an encoder that is not built
+    like `ContextParallelEncoder3D`.
     """
 
     PARENT = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"

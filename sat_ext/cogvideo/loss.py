@@ -29,24 +29,19 @@ class JointDiffusionLoss(Target, nn.Module):
     and as many random numbers are drawn. Beyond that:
 
     - Stills train with `concat_images` zeroed, as their condition frame is their target.
-    - `condition_dropout` is the probability that a sample trains without its condition, drawn per sample and
-      rank, on top of CogVideo's `model.noised_image_dropout` of whole batches. Evaluations (the network not in
-      training mode) drop none.
+    - `condition_dropout` is the probability that a sample trains without its condition, on top of CogVideo's
+      `model.noised_image_dropout` of whole batches. Evaluations (the network not in training mode) drop none.
     - `loss_weights` are factors by kind, in training and evaluation. The batch's `loss_weight` (B,) is another in
-      training. As in the built-in engine.
-    - A `sigma_sampler_config` of `StratifiedSampling` takes the noise levels of the batch's `timestep` (B,).
+      training, and its `timestep` (B,) goes to a `sigma_sampler_config` of `StratifiedSampling`.
     - Where the network's patches span several latent frames (2 in 1.5), copies of the first latent frame are put
-      in front until the patches fit, as CogVideo's diffusers trainers do. Its sampler drops that frame when it
-      decodes (`decode_first_stage` in sat/diffusion_video.py of the main branch). The loss is a mean over the
-      other frames.
+      in front until the patches fit, as CogVideo's diffusers trainers do. The loss is a mean over the others.
     - `condition_latents` (B, 1, C, h, w), of a batch from a cache, replace `concat_images`.
     - `condition_scale` is the factor on the first stage's latent of the condition frame, by default
-      `scale_factor`, which must equal the engine's `model.scale_factor`. A 1.5 model needs it: CogVideo trains
-      with 0.7, which no sampler uses (docs/cogvideo.md).
+      `scale_factor`, which must equal the engine's `model.scale_factor`. A 1.5 model needs it (docs/cogvideo.md).
     - A network that embeds `ofs` (B,) is given it: 2.0, or the batch's own.
 
-    `parent` and its parameters stay in `params`. Raises `ConfigError` for an option that is unknown, out of its
-    range, or of no use (`condition_dropout` of a model without condition, at the first step).
+    Raises `ConfigError` for an option that is unknown, out of its range, or of no use (`condition_dropout` of a
+    model without condition, at the first step).
     """
 
     PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"
@@ -89,7 +84,10 @@ class JointDiffusionLoss(Target, nn.Module):
         transformer = getattr(network, "diffusion_model", network)
         still, dropped, factors = self._per_sample(batch, input, getattr(network, "training", True))
         batch, frames = dict(batch), input.shape[1]
-        self._padding = padding_frames(frames, temporal_patch(transformer))
+        patch = getattr(
+            transformer, "patch_size", 1
+        )  # (frames, rows, columns) in 1.5, and rows, an integer, in 1.0
+        self._padding = padding_frames(frames, 1 if isinstance(patch, int) else int(patch[0]))
         if "condition_latents" in batch:  # from a cache, which has the first frame alone
             first = batch.pop("condition_latents").to(input)
             batch["concat_images"] = condition_latents(first, frames, torch.zeros_like(still))
@@ -118,8 +116,7 @@ class JointDiffusionLoss(Target, nn.Module):
 
     def get_loss(self, model_output: Tensor, target: Tensor, w: Tensor) -> Tensor:
         """The parent's loss (B,) without the padding in front, which neither counts nor has a gradient."""
-        losses: Tensor = super().get_loss(model_output[:, self._padding :], target[:, self._padding :], w)  # type: ignore[misc]
-        return losses
+        return super().get_loss(model_output[:, self._padding :], target[:, self._padding :], w)  # type: ignore[misc]
 
     def metrics(self) -> dict[str, Tensor]:
         """Of the last call, `loss_image` and `loss_video`: unweighted means, 0-dim, -100 where there was none."""
@@ -192,9 +189,3 @@ def kinds(batch: Mapping[str, Any], count: int) -> list[str]:
     if "num_frames" in batch:
         return ["image" if frames == 1 else "video" for frames in batch["num_frames"].tolist()]
     return ["video"] * count
-
-
-def temporal_patch(transformer: nn.Module) -> int:
-    """Latent frames in a patch: `patch_size` is (frames, rows, columns) in 1.5, and rows, an integer, in 1.0."""
-    patch = getattr(transformer, "patch_size", 1)
-    return 1 if isinstance(patch, int) else int(patch[0])

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
-from sat_ext.cogvideox import LATENT_SIDE, TEXT_TOKENS, SequenceShape
 from sat_ext.config import load
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import FirstStageConfig, ModelConfig, TextConfig, TrainConfig, TransformerConfig
@@ -135,22 +134,12 @@ def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
     return network
 
 
-def sequence_shape(network: Network) -> SequenceShape:
-    """What the cost of a batch follows from. Raises `ConfigError` where the YAML leaves out the width."""
-    return SequenceShape(
-        hidden_size=_given(network, "model", "hidden_size"),
-        text_length=network.text_length or TEXT_TOKENS,
-        pixels_per_token=LATENT_SIDE * network.patch[1],
-        latents_per_token=network.patch[0],
-    )
-
-
 def transformer_values(network: Network, where: str = "model") -> dict[str, Any]:
     """The transformer's architecture under the names of diffusers' config.json.
 
     Raises `ConfigError` where the `model` section at `where` is incomplete.
     """
-    given = partial(_given, network, where)
+    given = partial(given_in, network, where)
     given("generation")
     return {
         "num_layers": given("num_layers"),
@@ -172,7 +161,8 @@ def transformer_values(network: Network, where: str = "model") -> dict[str, Any]
     }
 
 
-def _given(network: Network, where: str, name: str) -> Any:
+def given_in(network: Network, where: str, name: str) -> Any:
+    """A value of the network. Raises `ConfigError` where the `model` section at `where` leaves it out."""
     value = getattr(network, name)
     if value is None:
         key = "patch_size" if name == "generation" else name

@@ -3,7 +3,7 @@
 CogVideo 1.0 builds its tables for one size (`latent_height`, `latent_width`, `num_frames`) and takes as many of
 their first entries as the input has tokens: right at that size, for any number of frames, and wrong at others.
 These targets go by the input's own frames, rows and columns. At the configured size they call the parent, so
-nothing changes there; the weights and their names are the parent's. `parent` and its parameters stay in `params`.
+nothing changes there; the weights and their names are the parent's.
 """
 
 import math
@@ -67,23 +67,20 @@ class InterpolatedRotaryPositionEmbedding(Target, nn.Module):
                 "model.network_config.params.num_frames."
             )
         if grid[1:] == self.native[1:]:
-            same: Tensor = super().position_embedding_forward(position_ids, **kwargs)  # type: ignore[misc]
-            return same
+            return super().position_embedding_forward(position_ids, **kwargs)  # type: ignore[misc]
         text, learned = self.pos_embedding.tensor_split([-math.prod(self.native)], dim=1)
         return torch.cat([text, learned_positions(learned, self.native, grid)], dim=1)
 
     def attention_fn(self, *args: Any, **kwargs: Any) -> Tensor:
         """The parent's attention, with the angles of the input's size."""
         self.grid = grid_of(kwargs)  # kept, as 1.0's `attention_fn` passes nothing on to `rotary`
-        attended: Tensor = super().attention_fn(*args, **kwargs)  # type: ignore[misc]
-        return attended
+        return super().attention_fn(*args, **kwargs)  # type: ignore[misc]
 
     def rotary(self, t: Tensor, **kwargs: Any) -> Tensor:
         """Queries or keys (B, heads, tokens, D), turned by the angles of their tokens."""
         inside = all(size <= table for size, table in zip(self.grid, self.native, strict=True))
         if inside and (self.cuts or self.grid[1:] == self.native[1:]):
-            same: Tensor = super().rotary(t, **kwargs)  # type: ignore[misc]
-            return same
+            return super().rotary(t, **kwargs)  # type: ignore[misc]
         cosines, sines = angles(self.grid, self.stretch_to, self.hidden_size_head, self.theta, t.device)
         dtype = t.dtype if self.cuts else self.freqs_cos.dtype  # as the parent rounds its table
         halves = torch.stack((-t[..., 1::2], t[..., ::2]), dim=-1).flatten(-2)
@@ -111,8 +108,7 @@ class SinusoidalPositionEmbedding(Target, nn.Module):
         """The embedding (1, text + tokens, D) for `kwargs["images"]`."""
         grid = grid_of(kwargs)
         if grid[1:] == self.native[1:] and grid.frames <= self.native.frames:
-            same: Tensor = super().position_embedding_forward(position_ids, **kwargs)  # type: ignore[misc]
-            return same
+            return super().position_embedding_forward(position_ids, **kwargs)  # type: ignore[misc]
         text = self.pos_embedding[:, : -math.prod(self.native)]
         video = sinusoidal_table(grid, text.shape[-1], self.scales, dtype=text.dtype, device=text.device)
         return torch.cat([text, video[None]], dim=1)
@@ -128,8 +124,7 @@ class FinalLayer(Target, nn.Module):
     def final_forward(self, logits: Tensor, **kwargs: Any) -> Tensor:
         """The latents (B, T, C, h, w) of tokens (B, text + tokens, D); h and w are those of `kwargs["images"]`."""
         self.latent_height, self.latent_width = kwargs["images"].shape[-2:]
-        latents: Tensor = super().final_forward(logits, **kwargs)  # type: ignore[misc]
-        return latents
+        return super().final_forward(logits, **kwargs)  # type: ignore[misc]
 
 
 def native_grid(params: dict[str, Any]) -> Grid:

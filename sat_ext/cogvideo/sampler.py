@@ -18,14 +18,11 @@ class PaddedSampler(Target):
 
     CogVideo's evaluations (`log_video` in sat/diffusion_video.py of its main branch) sample as many latent frames
     as the batch has, which fails for an odd number, and pass no `ofs`, which fails for image-to-video models. Here
-    both are as in training (`JointDiffusionLoss`): a frame of padding in front, and 2.0 as `ofs`. The condition,
-    which comes at `scale_factor`, is brought to `condition_scale` as in that loss.
+    both are as in training (`JointDiffusionLoss`), and so is the scale of the condition.
 
     The engine drops the first frame that it decodes, as padding (`decode_first_stage`). So the padding stays in
     the result, and where none was needed a copy of the first frame goes in front. With an `ofs` given, as by
     sample_video.py for image-to-video models, the parent samples alone: that script pads by itself.
-
-    `parent` and its parameters stay in `params`.
     """
 
     PARENT = "sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSampler"
@@ -53,8 +50,7 @@ class PaddedSampler(Target):
         """
         sample: Any = super().__call__  # type: ignore[misc]
         if ofs is not None:
-            given: Tensor = sample(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)
-            return given
+            return sample(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)
         padding = padding_frames(x.shape[1], PATCH)
         x = torch.cat([torch.randn_like(x[:, :padding]), x], dim=1)
         cond, uc = (self._as_trained(c, padding) for c in (cond, uc))

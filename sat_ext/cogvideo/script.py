@@ -18,7 +18,7 @@ def is_for_script(argv: Sequence[str]) -> bool:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--base", nargs="+", default=[])
     paths = parser.parse_known_args(list(argv))[0].base
-    return bool(paths) and engine_of(read_yaml(paths).get("model")).has_own_script
+    return bool(paths) and engine_of(read_yaml(paths).get("model")).is_cogvideo
 
 
 def run_script() -> None:

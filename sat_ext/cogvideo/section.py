@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from sat_ext.cogvideo.check import check_cache, check_model, check_run, doubt_of_condition_scale
+from sat_ext.cogvideo.check import check_cache, check_model, check_run
 from sat_ext.cogvideo.cogvideo_encoders import CogVideoEncoders, fingerprints
 from sat_ext.cogvideo.network import (
     CACHED_TEXT,
     CHUNKED_FIRST_STAGE,
     LOSS,
     component_of,
+    given_in,
     model_config,
     read_network,
-    sequence_shape,
     text_embedder,
 )
-from sat_ext.cogvideox import SequenceShape
+from sat_ext.cogvideox import LATENT_SIDE, SCALE_FACTOR, TEXT_TOKENS, SequenceShape
 from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 from sat_ext.models.config import ModelConfig
 from sat_ext.types import Bucket
@@ -31,7 +31,7 @@ CHECKOUT = "COGVIDEO_SAT"  # the environment variable that names the `sat` folde
 class CogVideo:
     """The engine of a CogVideo checkout, whose classes the section names."""
 
-    has_own_script = has_sat_network = samples_on_first_rank = True
+    is_cogvideo = True
     takes_packs = False
     lora_remedy = "append configs/cogvideo/lora-rate.yaml"
 
@@ -65,14 +65,28 @@ class CogVideo:
         return network.text_length is not None and not network.is_rotary
 
     def doubt(self) -> str | None:
-        return doubt_of_condition_scale(self.model)
+        network, loss = read_network(self.model), component_of(self.model, "loss_fn_config")
+        has_scale = loss.target != LOSS or loss.params.get("condition_scale") is not None
+        if has_scale or network.generation != "1.5" or not network.is_conditioned:
+            return None
+        return (
+            f"model.loss_fn_config.params.condition_scale: missing, so the condition trains at scale_factor "
+            f"({SCALE_FACTOR}), which no sampler of CogVideoX 1.5 uses; append configs/cogvideo/1.5.yaml (1.0, "
+            "for sample_video.py)."
+        )
 
     def batch_dtype(self, training: torch.dtype, *, model_parallel: int = 1) -> torch.dtype:
         # `broad_cast_batch` of its script has ranks that share a model receive float32, whatever was sent
         return training if model_parallel == 1 else torch.float32
 
     def sequence_shape(self) -> SequenceShape:
-        return sequence_shape(read_network(self.model))
+        network = read_network(self.model)
+        return SequenceShape(
+            hidden_size=given_in(network, "model", "hidden_size"),
+            text_length=network.text_length or TEXT_TOKENS,
+            pixels_per_token=LATENT_SIDE * network.patch[1],
+            latents_per_token=network.patch[0],
+        )
 
     def model_config(self) -> ModelConfig:
         return model_config(self.model)

@@ -1,12 +1,11 @@
 """The base of our YAML targets: each extends a class of CogVideo's, found by name when the target is called."""
 
 import inspect
-from importlib import import_module
 from typing import Any, ClassVar
 
 from torch import nn
 
-from sat_ext.config import reject_unknown_keys
+from sat_ext.config import import_named, reject_unknown_keys
 from sat_ext.errors import ConfigError
 
 
@@ -47,13 +46,7 @@ class Target:
 
 def import_class(name: str, where: str, kind: type = nn.Module) -> Any:
     """The class of this dotted name, a subclass of `kind`; `ConfigError` where there is none."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{where}: {name} cannot be imported ({error}); run CogVideo's own train_video.py in its sat folder."
-        ) from error
+    found = import_named(name, f"{where}: {name}", "run CogVideo's own train_video.py in its sat folder.")
     if not (isinstance(found, type) and issubclass(found, kind)):
         sort = "module class" if kind is nn.Module else "class"
         raise ConfigError(f"{where}: {name} is not a {sort}; name the one that CogVideo's own YAML has there.")

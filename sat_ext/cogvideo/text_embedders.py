@@ -34,13 +34,10 @@ class FrozenEmbedder(Target, nn.Module):
 class OffloadedTextEmbedder(FrozenEmbedder):
     """A target for an entry of `emb_models`: the class `parent`, its encoder not on the GPU.
 
-    - `device`: "cpu" encodes on the CPU; "on_off" copies the encoder to the GPU for each call, if the engine is
-      there, and frees the copy after it.
-    - `dtype` of the encoder, "bf16" or "fp32". By default it is the training dtype, as in CogVideo, but on the CPU
-      fp32 unless that is bf16 and the CPU computes in it.
-
-    Every rank holds the encoder in its own memory, and remembers the embeddings of recent captions. `parent` (one
-    of CogVideo's `Frozen...` classes: it takes `device`) and its parameters stay in `params`.
+    "on_off" copies it to the GPU for each call, if the engine is there, and frees the copy after it. By default it
+    has the training dtype, as in CogVideo, but on the CPU fp32 unless that is bf16 and the CPU computes in it.
+    Every rank holds it in its own memory, and remembers the embeddings of recent captions. `parent` is one of
+    CogVideo's `Frozen...` classes, which take `device`.
     """
 
     PARENT = "sgm.modules.encoders.modules.FrozenT5Embedder"

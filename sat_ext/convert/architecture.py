@@ -148,7 +148,7 @@ def autoencoder_config(
             f"{where}: the scale of its latents is not in the weights; give CogVideo's YAML with --base, or "
             f"--scale-factor ({SCALE_FACTOR_2B} for 2B, {SCALE_FACTOR} for the others)."
         )
-    has_network = engine_of(given).has_sat_network
+    is_cogvideo = engine_of(given).is_cogvideo
     levels = count(weights, r"encoder\.down\.(\d+)\.")
     config = {
         "_class_name": AUTOENCODER,
@@ -159,7 +159,7 @@ def autoencoder_config(
         "latent_channels": latent,
         "scaling_factor": float(factor),
         # as published beside 1.5's I2V model, the only one with `ofs`; see CogVideoXImageToVideoPipeline
-        "invert_scale_latents": has_network and read_network(given, SECTION).ofs_embed_dim is not None,
+        "invert_scale_latents": is_cogvideo and read_network(given, SECTION).ofs_embed_dim is not None,
     }
     return config_of(config, where)
 

@@ -53,12 +53,8 @@ def convert(
         )
     written = []
     for name, part in held.items():
-        if to == "diffusers":
-            written += _write_diffusers(part, target / name)
-        elif name == "vae":
-            written += _write_sat_autoencoder(part, target / name)
-        else:
-            written += _write_sat_transformer(part, target / name)
+        folder = target / name
+        written += _write_diffusers(part, folder) if to == "diffusers" else _write_sat(name, part, folder)
     lora = next((part.lora for part in held.values() if part.lora is not None), None)
     return Converted(written, lora, tuple(name for part in held.values() for name in part.left_out))
 
@@ -108,42 +104,36 @@ def _write_diffusers(part: Part, folder: Path) -> list[Path]:
     return written
 
 
-def _write_sat_transformer(part: Part, folder: Path) -> list[Path]:
-    """A folder as SAT's load_checkpoint reads it: `latest`, and iteration 1. A LoRA is in the same file as the
-    base weights, as in CogVideo's own; `lora.yaml` is what its YAML must say."""
+def _write_sat(name: str, part: Part, folder: Path) -> list[Path]:
+    """A folder as CogVideo reads it: of the autoencoder `3d-vae.pt`, which its `ckpt_path` names, of the
+    transformer `latest` and iteration 1 for SAT's load_checkpoint. A LoRA is in the same file as the base weights,
+    as in CogVideo's own; `lora.yaml` is what its YAML must say."""
     if part.config is None:
         raise ConfigError(
             f"{part.where}: holds a LoRA and not the weights that it belongs to; name their folder with "
             "--base-weights."
         )
-    dtype = next(iter(part.weights.values())).dtype
-    weights = to_sat(rows_of(part.config), part.weights) | computed(part.config, dtype) | part.sat_only
+    weights, texts = to_sat(rows_of(part.config), part.weights), dict[str, str]()
+    file, section, prefix = AUTOENCODER_FILE, "state_dict", ""
+    if name == "transformer":
+        file, section, prefix, texts["latest"] = f"1/{WEIGHTS_NAME}", "module", PREFIX, "1"
+        weights |= computed(part.config, next(iter(part.weights.values())).dtype)
+    weights |= part.sat_only
     if part.lora is not None:
         matrices = adapters.to_sat(adapter_rows(part.config["num_layers"]), part.lora, part.where)
         adapted = {name.partition(".matrix_")[0] for name in matrices}
         weights = {_original(name, adapted): tensor for name, tensor in weights.items()} | matrices
+        params = {"r": part.lora.rank, "lora_alpha": part.lora.alpha}
+        config = {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}
+        yaml_of_it = {"model": {"network_config": {"params": {"modules": {"lora_config": config}}}}}
+        texts[LORA_YAML] = yaml.safe_dump(yaml_of_it, sort_keys=False)
     with aside(folder) as draft:
-        (draft / "1").mkdir(parents=True)
-        named = {PREFIX + name: tensor for name, tensor in weights.items()}
-        write_checkpoint(draft / "1" / WEIGHTS_NAME, "module", named, str(folder))
-        (draft / "latest").write_text("1")
+        (draft / file).parent.mkdir(parents=True)
+        named = {prefix + name: tensor for name, tensor in weights.items()}
+        write_checkpoint(draft / file, section, named, str(folder))
         _write_json(draft / "config.json", part.config)
-        if part.lora is not None:
-            params = {"r": part.lora.rank, "lora_alpha": part.lora.alpha}
-            config = {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}
-            section = {"model": {"network_config": {"params": {"modules": {"lora_config": config}}}}}
-            (draft / LORA_YAML).write_text(yaml.safe_dump(section, sort_keys=False))
-    return [folder]
-
-
-def _write_sat_autoencoder(part: Part, folder: Path) -> list[Path]:
-    """A folder with `3d-vae.pt`, which CogVideo's `ckpt_path` names."""
-    assert part.config is not None
-    weights = to_sat(rows_of(part.config), part.weights) | part.sat_only
-    with aside(folder) as draft:
-        draft.mkdir()
-        write_checkpoint(draft / AUTOENCODER_FILE, "state_dict", weights, str(folder))
-        _write_json(draft / "config.json", part.config)
+        for name, text in texts.items():
+            (draft / name).write_text(text)
     return [folder]
 
 

@@ -132,7 +132,7 @@ def write(file: Path, lora: Lora) -> None:
 def alpha_of(base: Mapping[str, Any]) -> float | None:
     """SAT's `lora_alpha` in CogVideo's YAML; None if that has no LoRA."""
     model = base.get("model") or {}
-    if not engine_of(model).has_sat_network:
+    if not engine_of(model).is_cogvideo:
         return None
     network = read_network(model)
     return None if network.lora_rank is None else network.lora_alpha

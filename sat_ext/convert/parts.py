@@ -121,7 +121,12 @@ def take_sat_only(plain: dict[str, Tensor], config: Mapping[str, Any], where: st
         tensor, own = plain.pop(name), made.get(name)
         if own is not None and own.dtype == tensor.dtype and torch.equal(own, tensor):
             continue
-        if own is not None and name != UNREAD and not _is_rounded(own, tensor):
+        # 0.02: positions of another size are further apart than that, and rounding, even to bfloat16, is below it
+        if (
+            own is not None
+            and name != UNREAD
+            and not (own.shape == tensor.shape and torch.allclose(own.float(), tensor.float(), rtol=0, atol=0.02))
+        ):
             raise ConfigError(
                 f"{where}: {name} {list(tensor.shape)} is not the one for videos of {config['sample_frames']}x"
                 f"{config['sample_height'] * LATENT_SIDE}x{config['sample_width'] * LATENT_SIDE}; give the YAML "
@@ -129,8 +134,3 @@ def take_sat_only(plain: dict[str, Tensor], config: Mapping[str, Any], where: st
             )
         kept[name] = tensor
     return kept
-
-
-def _is_rounded(one: Tensor, other: Tensor) -> bool:
-    # 0.02: the positions of another size are further apart than that, and rounding, even to bfloat16, is below it
-    return one.shape == other.shape and float((one.float() - other.float()).abs().max()) <= 0.02

@@ -210,7 +210,7 @@ def _with_base(part: Part, path: Path, options: ConvertOptions) -> Part:
     if place is None:
         return part
     # CogVideo's YAML of a run describes the base too, which has none beside it
-    yaml = options.base or (own if engine_of(own.get("model")).has_sat_network else None)
+    yaml = options.base or (own if engine_of(own.get("model")).is_cogvideo else None)
     base = read_transformer(place, replace(options, base_weights=None, base=yaml, to=None))
     if base is None or base.config is None:
         raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sat_ext.config import convert
+from sat_ext.config import convert, load_entry
 from sat_ext.errors import ConfigError
 from sat_ext.types import TIME_TOLERANCE, MediaInfo
 
@@ -126,13 +126,7 @@ def find_sampler(name: str, where: str = "sampler") -> Sampler:
         points = entry_points(group="sat_ext.samplers")
         known = (*SAMPLERS, *sorted(points.names))
         convert(Literal[known], name, where)  # raises with the nearest name
-        try:
-            pick = points[name].load()
-        except Exception as error:  # another package's import may raise anything
-            place, why = points[name].value, f"{type(error).__name__}: {error}"
-            raise ConfigError(
-                f"{where}: '{name}' cannot be loaded from '{place}' ({why}); fix or remove that package."
-            ) from error
+        pick = load_entry(points[name], where)
         SAMPLERS.setdefault(name, Sampler(pick=pick))  # unless the package has used the decorator
     return SAMPLERS[name]
 

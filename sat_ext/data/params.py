@@ -136,7 +136,7 @@ class DataConfig:
         return StepSize(tokens=length, batches=batches, budget=budget)
 
 
-def sources_of(paths: Sequence[str], weights: Sequence[float] | None) -> list[SourceConfig]:
+def sources_of(paths: Sequence[str], weights: Sequence[float] | None = None) -> list[SourceConfig]:
     """One source for each path of SAT's `train_data`; `weights` are its `train_data_weights`."""
     stems = [PurePath(p).stem for p in paths]
     names = [None if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]

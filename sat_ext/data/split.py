@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Literal
 
 from sat_ext.errors import DataError
@@ -46,14 +47,10 @@ def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side
     """
     families = {source: [family_of(item.key) for item in own] for source, own in items.items()}
     sizes = Counter(family for own in families.values() for family in own)
-    chosen: set[str] = set()
     if isinstance(held_out, int):
-        found = 0
-        for family in sorted(sizes, key=_hash):
-            if found >= held_out:
-                break
-            chosen.add(family)
-            found += sizes[family]
+        ordered = sorted(sizes, key=_hash)
+        before = accumulate((sizes[family] for family in ordered), initial=0)
+        chosen = {family for family, found in zip(ordered, before) if found < held_out}
     else:
         chosen = {family for family in sizes if _hash(family) < held_out * 2**64}
     pairs = {source: list(zip(own, families[source])) for source, own in items.items()}

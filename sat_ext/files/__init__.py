@@ -21,16 +21,8 @@ from sat_ext.files.cells import Cells
 from sat_ext.files.locations import ParquetCell, container_of, inside_of, is_local, is_url, suffix_of
 from sat_ext.files.ranged import EMPTY, MemberFile, RemoteFile, info_of, reason_of
 
-__all__ = [
-    "container_of",
-    "fingerprint",
-    "is_local",
-    "is_url",
-    "open_binary",
-    "require_file",
-    "require_unchanged",
-    "suffix_of",
-]
+__all__ = ["container_of", "fingerprint", "is_local", "is_url", "open_binary", "require_file", "require_unchanged",
+           "suffix_of"]  # fmt: skip
 
 # Parquet files that stay open in a process. Each may hold a page: with large cells, a row group's column.
 _OPEN_TABLES = 2

@@ -1,11 +1,6 @@
-"""A folder of latents: written once, then read by what they were made of.
+"""A folder of latents: written once, then read by what they were made of (docs/cache.md).
 
-<folder>/latents-*.safetensors   each of some hundred samples; the metadata lists them (`Entry`)
-<folder>/text-*.safetensors      embeddings of captions (`sat_ext.latents.text`)
-
-A sample's key is a hash of all that its latents follow from: the file's size and time, the moments shown, the
-crop, the bucket and the encoder. A sample that changes gets another key and is encoded again, so stale latents are
-never read.
+Files of latents have some hundred samples each, and list them in their metadata (`Entry`).
 """
 
 import json
@@ -28,16 +23,11 @@ VERSION = 1  # raise it when latents are computed differently: every sample is t
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """`data.params.cache`: train from what `sat-ext cache` wrote, without first stage and text encoder.
-
-    `clips`: how many draws of each record a random sampler gets; visit v of a record uses draw v modulo `clips`.
-    `conditions`: how many noisy versions of each clip's first frame an image-to-video model gets; without a cache
-    every visit draws its own.
-    """
+    """`data.params.cache`: train from what `sat-ext cache` wrote, without first stage and text encoder."""
 
     folder: str
-    clips: int = 1
-    conditions: int = 4
+    clips: int = 1  # draws of each record with a random sampler; visit v uses draw v modulo `clips`
+    conditions: int = 4  # noisy versions of each clip's first frame, for an image-to-video model
 
     def __post_init__(self) -> None:
         for name in ("clips", "conditions"):

@@ -37,9 +37,12 @@ def levers(run: Run) -> list[Lever]:
             (TEXT, not run.cached_text, text),
         ]
     else:
-        in_lora, not_offloaded = run.lora, recompute is None or not recompute.offload
-        offload = GradientCheckpointing(offload=True)
-        eight_bit = {**run.deepspeed, "optimizer": {"type": "bitsandbytes.optim.AdamW8bit"}}
+        not_offloaded = recompute is None or not recompute.offload
+        offload = partial(with_model, gradient_checkpointing=GradientCheckpointing(offload=True))
+        optimizer = {"type": "bitsandbytes.optim.AdamW8bit"}
+        eight_bit = partial(replace, deepspeed={**run.deepspeed, "optimizer": optimizer})
+        four_bit = partial(_change, section="train", quantization="nf4")
+        in_lora, as_loaded = run.lora, run.lora and model.train.quantization == "none"
         blocks = model.transformer.num_layers
         known = [
             ("model.first_stage.slicing: true", encodes, _first_stage(slicing=True)),
@@ -49,21 +52,9 @@ def levers(run: Run) -> list[Lever]:
             ("model.first_stage.frames: 4", encodes, _first_stage(frames=4)),
             ("data.params.cache: {folder: ...}  # made once, by sat-ext cache", not run.cached, _from_cache),
             ("model.text.device: cpu  # seconds a caption; a cache costs none", not run.cached_text, text),
-            (
-                "deepspeed.optimizer.type: bitsandbytes.optim.AdamW8bit",
-                not run.has_eight_bit_optimizer,
-                partial(replace, deepspeed=eight_bit),
-            ),
-            (
-                "model.gradient_checkpointing: {offload: true}",
-                not_offloaded,
-                partial(with_model, gradient_checkpointing=offload),
-            ),
-            (
-                "model.train.quantization: nf4",
-                in_lora and model.train.quantization == "none",
-                partial(_change, section="train", quantization="nf4"),
-            ),
+            (f"deepspeed.optimizer.type: {optimizer['type']}", not run.has_eight_bit_optimizer, eight_bit),
+            ("model.gradient_checkpointing: {offload: true}", not_offloaded, offload),
+            ("model.train.quantization: nf4", as_loaded, four_bit),
         ]
         for swapped in sorted({blocks // 4, blocks // 2, 3 * blocks // 4, blocks - 2}):
             applies = in_lora and swapped > max(2, model.block_swap)

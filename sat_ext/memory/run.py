@@ -112,7 +112,7 @@ def run_from(recipe: Recipe) -> Run:
     if not engine.model:
         raise ConfigError("--base: no 'model' section; add a file of configs/model/.")
     # CogVideo's files are planned before the overlays that make them fit our data, to show what those save
-    if recipe.target in TARGETS and not engine.has_own_script:
+    if recipe.target in TARGETS and not engine.is_cogvideo:
         engine.check(recipe.buckets)
     cached = recipe.data.cache is not None
     return Run(

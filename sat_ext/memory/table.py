@@ -55,13 +55,8 @@ def of_one(plan: Plan) -> Table:
 def of_buckets(plan: Plan, measured: Mapping[str, int] | None = None) -> Table:
     """A row for the largest micro-step with each bucket: the peak that PyTorch should allocate, and what was
     measured if given."""
-    titles = [
-        "micro-step",
-        "activations GB",
-        "peak GB",
-        *(["measured GB", "error"] if measured is not None else []),
-    ]
-    table = _table("bucket", *titles)
+    more = [] if measured is None else ["measured GB", "error"]
+    table = _table("bucket", "micro-step", "activations GB", "peak GB", *more)
     for peak in plan.buckets:
         step = " + ".join(f"{n} x {bucket}" for bucket, n in peak.step.items())
         row = [step, gigabytes(peak.activations), gigabytes(peak.peak)]

@@ -67,12 +67,9 @@ class AutoencoderConfig:
 class FirstStageConfig:
     """Pixels to latents: the video autoencoder, or the tiny models' cosine transform, which has no weights.
 
-    Levers on the autoencoder's memory when it encodes, in the order in which to pull them:
-    - `slicing`: one sample at a time. Without it diffusers fails from nine stills of 480x720 on.
-    - `tiling`: in overlapping, blended tiles of half the native height and width; a quarter of the memory for some
-      40 % more time. Latents differ a little from those of the whole frame.
-    - `frames`: so many pixel frames at a time, a multiple of 4. The published models saw latents of 8; other
-      values give slightly different ones.
+    `slicing`, `tiling` and `frames` are levers on the autoencoder's memory when it encodes. Without `slicing`
+    diffusers fails from nine stills of 480x720 on. Tiles are of half the native height and width; they take a
+    quarter of the memory for some 40 % more time. The published models saw latents of 8 `frames`, a multiple of 4.
 
     `condition_scale` multiplies the latents of the I2V condition frame, in training and in `sat-ext sample`. Null
     is as in diffusers' pipeline: `scaling_factor`, or its inverse if the folder's vae/config.json has
@@ -102,11 +99,8 @@ class TextConfig:
     """Captions to embeddings: `t5` is a folder's encoder; `byt5` is a small random one over bytes, for
     models without a folder.
 
-    - `device`: "cpu" encodes on the CPU, which takes seconds a caption for a T5-XXL. "on_off" copies the encoder
-      to the GPU for each call, before the transformer's activations are there. Both keep it in the CPU memory of
-      each rank.
-    - `quantization` of a `t5` that stays on the GPU, by bitsandbytes: "int8" or "nf4", of the linear layers except
-      `wo`, which transformers leaves alone. Embeddings differ a little from those the model was trained on.
+    `device: on_off` copies the encoder before the transformer's activations are there. `quantization` is of a `t5`
+    that stays on the GPU, by bitsandbytes: of the linear layers except `wo`, which transformers leaves alone.
     """
 
     kind: Literal["t5", "byt5"] = "t5"
@@ -126,10 +120,8 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What trains. Rank, alpha and targets default to those of CogVideo's diffusers trainer
-    (finetune/schemas/args.py).
-
-    `quantization` applies to the frozen weights below a LoRA, in the blocks' linear layers: "fp8" takes 1 byte
-    each, with an error of some 3 % of a weight, "nf4" 0.53 bytes with some 9 %; bf16 takes 2.
+    (finetune/schemas/args.py). `quantization` applies to the frozen weights below a LoRA, in the blocks' linear
+    layers: "fp8" takes 1 byte each, "nf4" 0.53, and bf16 2.
     """
 
     mode: Literal["full", "lora"] = "full"
@@ -141,14 +133,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientCheckpointing:
-    """Keep a transformer block's input alone, and recompute the rest in the backward pass.
+    """Keep a transformer block's input alone, and recompute the rest in the backward pass."""
 
-    `every`: of n blocks the first is recomputed; 1 is all of them, for the least memory, and costs another forward
-    pass. `offload`: those inputs wait in page-locked CPU memory, copied while the GPU computes.
-    """
-
-    every: int = 1
-    offload: bool = False
+    every: int = 1  # of so many blocks the first is recomputed
+    offload: bool = False  # those inputs wait in page-locked CPU memory
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -189,8 +177,7 @@ class ModelConfig:
     `ucg_rate` and `noised_image_dropout` (sat/configs/cogvideox_5b_i2v_lora.yaml at tag v1.0).
 
     `gradient_checkpointing` is true for every block, or `GradientCheckpointing`. `block_swap` is the number of
-    blocks whose frozen weights wait in the page-locked CPU memory of each rank, and are fetched while the block
-    before computes (5B: 264 MB of bf16, some 10 ms over PCIe): all but two of them leave the GPU.
+    blocks whose frozen weights wait in the CPU memory of each rank; all but two of them leave the GPU.
     """
 
     pretrained: str | None = None

@@ -3,7 +3,6 @@
 CogVideoX trains v-prediction with uniform timesteps on a schedule of zero terminal signal-to-noise ratio.
 """
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ABSENT, ScheduleConfig
-from sat_ext.ranks import rank_and_world
 
 TIMESTEPS = 1000
 EVALUATED_TIMESTEPS = 4  # noise levels at which an evaluation looks at each sample
@@ -89,28 +87,6 @@ def mean_where(losses: Tensor, chosen: Sequence[bool]) -> Tensor:
     """
     places = [i for i, is_chosen in enumerate(chosen) if is_chosen]  # a mask on the GPU would make the CPU wait
     return losses[places].float().mean() if places else losses.new_full((), ABSENT, dtype=torch.float32)
-
-
-def timestep_interval(rank: int, world: int) -> tuple[int, int]:
-    """The timesteps [low, high) that a rank draws from: the ranks share out the range, so that a step covers it.
-
-    As in CogVideo (`uniform_sampling: True` of `DiscreteSampling`, sat/sgm/modules/diffusionmodules/
-    sigma_sampling.py at tag v1.0), the parts are equal, and neighbours may share one.
-
-    >>> [timestep_interval(rank, 4) for rank in range(4)]
-    [(0, 250), (250, 500), (500, 750), (750, 1000)]
-    >>> timestep_interval(2, 3)
-    (0, 1000)
-    """
-    parts = math.gcd(world, TIMESTEPS)
-    part, width = rank // (world // parts), TIMESTEPS // parts
-    return part * width, (part + 1) * width
-
-
-def uniform_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """`count` independent timesteps of this rank's interval, (count,) int64, on the generator's device."""
-    interval = timestep_interval(*rank_and_world())
-    return torch.randint(*interval, (count,), generator=generator, device=generator.device)
 
 
 def sample_seeds(batch: Mapping[str, Any]) -> list[int]:

@@ -23,14 +23,12 @@ from sat_ext.models.conditioning import (
 from sat_ext.models.config import ABSENT
 from sat_ext.models.diffusion import (
     EVALUATED_TIMESTEPS,
-    TIMESTEPS,
     NoiseSchedule,
     diffusers_scheduler,
     mean_where,
     read_schedule,
     sample_seeds,
     stratified_timesteps,
-    uniform_timesteps,
 )
 from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.folder import check_zero, folder_config, load_model_config
@@ -161,10 +159,11 @@ class VideoDiffusionEngine(nn.Module):
 
     def _timesteps(self, group: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Where in the range the stream has put each sample, else (a data set of the user's own) a draw, (B,)."""
-        if "timestep" not in group:
-            return uniform_timesteps(len(group["txt"]), generator)
-        places = group["timestep"].to(generator.device) * TIMESTEPS
-        return places.long().clamp(max=TIMESTEPS - 1)
+        if "timestep" in group:
+            places = group["timestep"].to(generator.device)
+        else:
+            places = torch.rand(len(group["txt"]), generator=generator, device=generator.device)
+        return stratified_timesteps(places, 1)[0]
 
     @torch.no_grad()
     def _evaluation_losses(self, batch: Mapping[str, Any]) -> Tensor:

@@ -75,6 +75,27 @@ def generate(
     noise = torch.randn(shape, generator=generator, device=source).to(device)
     texts = engine.text.encode([*captions, ""], device, dtype)
     empty = texts[-1:] if guidance_scale > 1.0 else None
+
+    def denoise(latents: Tensor, text: Tensor, condition: Tensor | None) -> Tensor:
+        """Pure noise to clean latents, in float32, both (B, T, C, H, W) with any padding."""
+        scheduler = diffusers_scheduler(config.schedule)
+        scheduler.set_timesteps(steps)
+        estimate, previous = None, None  # of the step before
+        for timestep in scheduler.timesteps:
+            timesteps = timestep.to(latents.device).expand(len(latents))
+            velocity = engine.predict(latents, text, timesteps, condition).float()
+            if empty is not None:  # two passes, not a batch of two, which would take twice the memory
+                unguided = engine.predict(latents, empty, timesteps, condition).float()
+                velocity = unguided + guidance_scale * (velocity - unguided)
+            if config.schedule.sampler == "ddim":
+                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            else:
+                latents, estimate = scheduler.step(
+                    velocity, estimate, timestep, previous, latents, generator=generator, return_dict=False
+                )
+            latents, previous = latents.float(), timestep
+        return latents
+
     samples = []
     # one after another, and decoded so: samples at an evaluation then take no more memory than training does
     for i in range(len(captions)):
@@ -84,8 +105,7 @@ def generate(
             if first_frames is not None:
                 first = engine.first_stage.encode_condition(first_frames[i : i + 1, None].to(device, dtype))
                 condition = condition_latents(first, shape[1], torch.zeros(1, dtype=torch.bool))
-        one, text = noise[i : i + 1], texts[i : i + 1]
-        latents = _denoise(engine, one, text, empty, condition, steps, guidance_scale, generator)
+        latents = denoise(noise[i : i + 1], texts[i : i + 1], condition)
         samples.append(engine.first_stage.decode(latents[:, padding:]).float())
     return torch.cat(samples)
 
@@ -111,33 +131,3 @@ def sample_rows(engine: VideoDiffusionEngine, batch: dict[str, Any], **options: 
         SheetRow(caption=caption, strips={"generated": to_uint8(m), "held out": to_uint8(r)})
         for caption, m, r in zip(batch["txt"], made, real)
     ]
-
-
-def _denoise(
-    engine: VideoDiffusionEngine,
-    latents: Tensor,
-    text: Tensor,
-    empty: Tensor | None,
-    condition: Tensor | None,
-    steps: int,
-    guidance_scale: float,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Pure noise to clean latents, in float32, both (B, T, C, H, W) with any padding."""
-    scheduler = diffusers_scheduler(engine.config.schedule)
-    scheduler.set_timesteps(steps)
-    estimate, previous = None, None  # of the step before
-    for timestep in scheduler.timesteps:
-        timesteps = timestep.to(latents.device).expand(len(latents))
-        velocity = engine.predict(latents, text, timesteps, condition).float()
-        if empty is not None:  # two passes, not a batch of two, which would take twice the memory
-            unguided = engine.predict(latents, empty, timesteps, condition).float()
-            velocity = unguided + guidance_scale * (velocity - unguided)
-        if engine.config.schedule.sampler == "ddim":
-            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        else:
-            latents, estimate = scheduler.step(
-                velocity, estimate, timestep, previous, latents, generator=generator, return_dict=False
-            )
-        latents, previous = latents.float(), timestep
-    return latents

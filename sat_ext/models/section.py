@@ -23,7 +23,7 @@ from sat_ext.types import Bucket
 class BuiltIn:
     """This package's engine, on diffusers' CogVideoX modules."""
 
-    has_own_script = has_sat_network = samples_on_first_rank = False
+    is_cogvideo = False
     lora_remedy = "use configs/train/lora.yaml"
     weighs_losses = True
     caches_text = encodes_whole_clips = False

@@ -76,8 +76,7 @@ def predict_velocity(
         rotary = rotary_embedding(config, frames, height, width, inputs.device)
         latents, text = inputs.to(network.dtype), text.to(network.dtype)
         packed.append(Group(latents=latents, text=text, timesteps=timesteps, rotary=rotary))
-    velocities: list[Tensor] = network(packed, ofs=None if config.transformer.ofs_embed_dim is None else OFS)
-    return velocities
+    return network(packed, ofs=None if config.transformer.ofs_embed_dim is None else OFS)
 
 
 def build_transformer(config: ModelConfig, dtype: torch.dtype) -> PackedTransformer:

@@ -105,12 +105,13 @@ def _buckets(stream: JointStream, taken: np.ndarray, cost: np.ndarray) -> list[B
         own = [i for i, c in enumerate(cells) if c.bucket == bucket]
         shown, remark = show(stream, bucket, min(most, SAMPLES[bucket.kind]))
         rows = [g.rows for g in stream.index.groups if g.bucket == bucket]
+        sizes = {n for n in taken[:, own].sum(1).tolist() if n} or {0}
         parts.append(
             BucketPart(
                 bucket=bucket,
                 records=sum(len(np.unique(r)) for r in rows),
                 tokens=cells[own[0]].tokens,
-                batch=_span([n for n in taken[:, own].sum(1).tolist() if n] or [0], "d"),
+                batch=" to ".join(str(n) for n in sorted({min(sizes), max(sizes)})),
                 cost=float(cost[own[0]] / cost.max()),
                 share=float(taken[:, own].sum() / taken.sum()),
                 work_share=float(done[own].sum() / done.sum()),
@@ -119,9 +120,3 @@ def _buckets(stream: JointStream, taken: np.ndarray, cost: np.ndarray) -> list[B
             )
         )
     return parts
-
-
-def _span(values: Sequence[float], form: str) -> str:
-    """One number, or the least and the most of several."""
-    low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low} to {high}"

@@ -32,6 +32,12 @@ from sat_ext.sat.settings import settings_of
 SAT = "sat.training.deepspeed_training:"
 RATE = "sat.training.learning_rates:AnnealingLR."
 EVENTS = "tensorboardX.event_file_writer:EventsWriter."
+SET_UP = SAT + "setup_model_untrainable_params_and_optimizer"
+SCHEDULER = SAT + "get_learning_rate_scheduler"
+PATCH = (
+    "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses.patch_init_and_builtins"
+)
+ENGINE = "diffusion_video:"
 
 
 # Whether a repair is needed, by its name in `args.without_fixes`, in the order in which they are made.
@@ -77,36 +83,13 @@ ENTRY = (
 HOOKS = (
     *ENTRY,
     Hook(SAT + "get_model", zero3.split_while_built, "no rank holds all weights of a network", "zero3_build"),
-    Hook(
-        "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses.patch_init_and_builtins",
-        zero3.arguments_by_position,
-        "an argument of SAT's layers has the name of one in DeepSpeed's wrapper",
-        "parallel_layers",
-    ),
+    Hook(PATCH, zero3.arguments_by_position, "DeepSpeed's wrapper has an argument's name too", "parallel_layers"),
     Hook(SAT + "load_checkpoint", weights.mapped_and_checked, "for SAT's own checkpoints", "load"),
     Hook(SAT + "load_checkpoint", load.load_full, "full checkpoints bypass SAT's load, repaired or not"),
-    Hook(
-        SAT + "setup_model_untrainable_params_and_optimizer",
-        optimizer.of_its_path,
-        "innermost: it replaces the `initialize` that SAT's set-up calls",
-        "optimizer_path",
-    ),
-    Hook(
-        SAT + "setup_model_untrainable_params_and_optimizer",
-        load.set_up_resumable,
-        "before an optimizer is made, what trains must be in the checkpoint",
-    ),
-    Hook(
-        SAT + "get_learning_rate_scheduler",
-        schedule.continued,
-        "the rate of SAT's own checkpoints",
-        "lr_schedule",
-    ),
-    Hook(
-        SAT + "get_learning_rate_scheduler",
-        load.with_saved_state,
-        "the last call before the steps: SAT has read the optimizer's rates as scales by now",
-    ),
+    Hook(SET_UP, optimizer.of_its_path, "innermost: it replaces `initialize`, which SAT calls", "optimizer_path"),
+    Hook(SET_UP, load.set_up_resumable, "before an optimizer is made: what trains must be in the checkpoint"),
+    Hook(SCHEDULER, schedule.continued, "the rate of SAT's own checkpoints", "lr_schedule"),
+    Hook(SCHEDULER, load.with_saved_state, "last before the steps: SAT has read the optimizer's rates as scales"),
     Hook(RATE + "get_lr", schedule.never_negative, "no division by zero, and no rate below it", "lr_schedule"),
     Hook(RATE + "state_dict", schedule.with_warm_up, "a checkpoint must say which steps warm up", "lr_schedule"),
     Hook(SAT + "get_sample_writer", events.or_none, "TensorBoard's file may fail to be made", "events"),
@@ -125,13 +108,8 @@ HOOKS = (
     Hook("sat.training.model_io:torch", cpu.without_gpu, "the same", "cpu_training"),
     Hook("sat.training.utils:torch", cpu.without_gpu, "the same", "cpu_training"),
     Hook("deepspeed.comm.torch:build_shm_op", cpu.never_built, "gloo has what it compiles", "no_compiler"),
-    Hook(
-        "diffusion_video:torch",
-        memory.emptied_if_full,
-        "CogVideo's engine empties it in every step",
-        "empty_cache",
-    ),
-    Hook("diffusion_video:gc", memory.collected_seldom, "the same", "empty_cache"),
+    Hook(ENGINE + "torch", memory.emptied_if_full, "CogVideo's engine empties it in every step", "empty_cache"),
+    Hook(ENGINE + "gc", memory.collected_seldom, "the same", "empty_cache"),
 )
 
 _done: set[str] = set()  # which of `enter` and `install` this process has done: each wraps once

@@ -13,6 +13,7 @@ from typing import Any
 
 from sat.model.registry import Registry
 
+from sat_ext.config import load_entry
 from sat_ext.errors import ConfigError
 
 ENTRY_POINT_GROUP = "sat_ext.datasets"
@@ -28,10 +29,4 @@ def get_dataset(name: str) -> Any:
     if name not in points:
         known = ", ".join(sorted({*registered, *points}))
         raise ConfigError(f"data.target: no data set is called '{name}'; registered: {known}.")
-    try:
-        return points[name].load()
-    except Exception as error:  # another package's import may raise anything
-        raise ConfigError(
-            f"data.target: '{name}' cannot be loaded from '{points[name].value}' ({type(error).__name__}: "
-            f"{error}); fix or remove that package."
-        ) from error
+    return load_entry(points[name], "data.target")

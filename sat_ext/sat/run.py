@@ -71,8 +71,10 @@ def run_of(args: argparse.Namespace) -> RunState:
     if run is None:
         run = args.sat_ext = RunState(settings=settings_of(args))
         _check(args, run.settings)
-        if run.settings.deterministic:
-            _be_deterministic()
+        if run.settings.deterministic:  # https://docs.pytorch.org/docs/stable/notes/randomness.html
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS reads it at its first use
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False  # after SAT seeded, which turns it on
         if getattr(args, "load", None):
             _look_at(run, Path(args.load), resuming=args.mode == "pretrain")
     return run
@@ -96,11 +98,11 @@ def recipe_in(args: argparse.Namespace, data: Mapping[str, Any] | None = None) -
 
 def _check(args: argparse.Namespace, settings: Settings) -> None:
     engine = engine_of(getattr(args, "model_config", None))
-    if engine.has_own_script and getattr(args, "deepspeed_config", None):
+    if engine.is_cogvideo and getattr(args, "deepspeed_config", None):
         _check_section(args)
     stage = int(zero_of(args).get("stage", 0))
-    if settings.gradient_norms and (engine.has_own_script or stage == 3):
-        why = "CogVideo's engine has none" if engine.has_own_script else "ZeRO-3 has split the weights by then"
+    if settings.gradient_norms and (engine.is_cogvideo or stage == 3):
+        why = "CogVideo's engine has none" if engine.is_cogvideo else "ZeRO-3 has split the weights by then"
         raise ConfigError(f"args.gradient_norms: true, but {why}; leave it out.")
     if settings.checkpoint != "full":
         return
@@ -113,16 +115,6 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
             "args.checkpoint: 'full' cannot save an optimizer that is offloaded to NVMe; use "
             "deepspeed.zero_optimization.offload_optimizer.device: cpu, or 'checkpoint: weights'."
         )
-
-
-def _be_deterministic() -> None:
-    """After SAT seeded, which turns cuDNN's benchmark on, and before cuBLAS reads its variable at its first use.
-
-    https://docs.pytorch.org/docs/stable/notes/randomness.html
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def _check_section(args: argparse.Namespace) -> None:

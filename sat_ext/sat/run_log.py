@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from sat import mpu
@@ -20,7 +19,7 @@ from sat_ext.data.stream import JointStream
 from sat_ext.ranks import rank_and_world
 from sat_ext.sat.memory_report import bucket_of
 from sat_ext.sat.run import RunState
-from sat_ext.sat.side_files import side_file
+from sat_ext.sat.side_files import write_side_file
 from sat_ext.types import groups_of
 
 STEPS, SKIPPED, DATA = "steps.jsonl", "skipped.jsonl", "data.json"
@@ -81,17 +80,12 @@ class RunLog:
     def _write_skipped(self) -> None:
         found = self.stream.skipped() if self.stream is not None else []
         for path, reason in found[self._skipped :]:
-            row = {
-                "iteration": self.args.iteration + 1,
-                "rank": rank_and_world()[0],
-                "path": path,
-                "reason": reason,
-            }
-            self._append(SKIPPED, row)
+            row = {"iteration": self.args.iteration + 1, "rank": rank_and_world()[0]}
+            self._append(SKIPPED, {**row, "path": path, "reason": reason})
         self._skipped = len(found)
 
     def _write_data(self) -> None:
-        if self.stream is None or not self.args.save:
+        if self.stream is None:
             return
         index = self.stream.index
         facts = {
@@ -100,16 +94,7 @@ class RunLog:
             "dropped": [len(index.dropped), list(index.dropped[:MOST_FILES])],
             "unread": dict(index.unread),
         }
-        with side_file(DATA):
-            folder = Path(self.args.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / DATA).write_text(json.dumps(facts) + "\n", errors="backslashreplace")
+        write_side_file(self.args.save, DATA, json.dumps(facts) + "\n")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        if not self.args.save:
-            return
-        with side_file(name):
-            folder = Path(self.args.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / name).open("a", errors="backslashreplace") as file:
-                file.write(json.dumps(row) + "\n")
+        write_side_file(self.args.save, name, json.dumps(row) + "\n", append=True)

@@ -14,24 +14,15 @@ MINUTES = 0.2, 10080  # more than the seconds between two messages of a rank tha
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`checkpoint`: what a checkpoint holds, `weights` as SAT saves them or the `full` state of the run.
+    """Our keys of `args` (docs/checkpoints.md)."""
 
-    `keep_last`: how many of the newest `full` checkpoints stay; None keeps all.
-    `stop_after_bad_steps`: how many steps in a row may change no weight, because the loss or its gradients are not
-    finite, before the run ends. `without_fixes`: repairs of SAT that are not made.
-    `deterministic`: use only kernels that give the same bits every time; PyTorch raises an error if there is none.
-    `gradient_norms`: log how large each kind's part of the gradient is, at every `log_interval`; the backward pass
-    of that step runs once more for each kind.
-    `timeout_minutes`: how long a rank waits for another, which may be sampling alone in an evaluation.
-    """
-
-    checkpoint: Literal["weights", "full"] = "weights"
-    keep_last: int | None = None
-    stop_after_bad_steps: int = 20
-    deterministic: bool = False
-    gradient_norms: bool = False
-    without_fixes: tuple[str, ...] = ()
-    timeout_minutes: float = 60.0
+    checkpoint: Literal["weights", "full"] = "weights"  # as SAT saves them, or all that the run needs to continue
+    keep_last: int | None = None  # how many of the newest `full` checkpoints stay; None keeps all
+    stop_after_bad_steps: int = 20  # in a row that change no weight: the loss or its gradients are not finite
+    deterministic: bool = False  # kernels that give the same bits every time, or an error where there is none
+    gradient_norms: bool = False  # log each kind's; the backward pass runs once more for each, at `log_interval`
+    without_fixes: tuple[str, ...] = ()  # repairs of SAT that are not made
+    timeout_minutes: float = 60.0  # how long a rank waits for another, which may be sampling alone
 
     def __post_init__(self) -> None:
         if self.keep_last is not None and self.keep_last < 1:

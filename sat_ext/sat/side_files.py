@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sat.helpers import print_rank0
 
@@ -20,3 +21,13 @@ def side_file(name: str) -> Iterator[None]:
                 f"warning: {name} cannot be written ({error.strerror or error}); training continues without it.",
                 level="WARNING",
             )
+
+
+def write_side_file(folder: str | None, name: str, text: str, *, append: bool = False) -> None:
+    """Write `name` in `folder`, that of `args.save`, if there is one."""
+    if not folder:
+        return
+    with side_file(name):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with Path(folder, name).open("a" if append else "w", errors="backslashreplace") as file:
+            file.write(text)

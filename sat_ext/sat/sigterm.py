@@ -5,8 +5,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,22 +31,15 @@ def _ask(_number: int, _frame: FrameType | None) -> None:
     _asked = True
 
 
-class Spared:
-    """A data loader whose workers ignore SIGTERM, even while they start: a batch system sends it to all processes,
+@contextmanager
+def spared() -> Iterator[None]:
+    """Processes that start inside ignore SIGTERM from the first: a batch system sends it to the data workers too,
     and the training process needs their batches until it stops."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the workers inherit the mask
-        try:
-            return iter(self.loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-    def __len__(self) -> int:
-        return len(self.loader)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # they inherit the mask
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def stop_asked(device: torch.device) -> bool:

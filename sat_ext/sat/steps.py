@@ -4,6 +4,7 @@ import argparse
 import atexit
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,24 @@ def with_spared_workers(
 ) -> Any:  # fmt: skip
     """SAT's `train`, whose data workers SIGTERM does not reach, and whose held-out batches draw nothing."""
     if _saves(run_of(args), args):
-        train_data, val_data = (None if data is None else sigterm.Spared(data) for data in (train_data, val_data))
-    val_data = None if val_data is None else rng.Unseen(val_data)
+        train_data, val_data = (None if d is None else Begun(d, sigterm.spared) for d in (train_data, val_data))
+    # PyTorch draws a seed for its workers: a run with held-out data would train on other numbers than one without
+    val_data = None if val_data is None else Begun(val_data, rng.untouched)
     return train(model, optimizer, lr_scheduler, train_data, val_data, timers, args, **options)
+
+
+class Begun:
+    """A data loader whose iterator, and with it its workers, begins inside of `around`."""
+
+    def __init__(self, loader: Any, around: Callable[[], AbstractContextManager[None]]) -> None:
+        self.loader, self.around = loader, around
+
+    def __iter__(self) -> Iterator[Any]:
+        with self.around():
+            return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
 
 def counted_step(

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,14 @@ from sat.helpers import print_rank0
 from sat.training.deepspeed_training import evaluate_and_print_results
 
 from sat_ext.checkpoint.layout import CONFIG_NAME
+from sat_ext.config import import_named
 from sat_ext.contact_sheet import write_sheet
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ABSENT
 from sat_ext.models.generate import sample_rows
 from sat_ext.sat.registry import get_dataset
 from sat_ext.sat.run import micro_steps, run_of
-from sat_ext.sat.side_files import side_file
+from sat_ext.sat.side_files import side_file, write_side_file
 from sat_ext.sat.steps import mean_metrics
 from sat_ext.types import groups_of
 
@@ -37,10 +37,7 @@ def get_target(name: str) -> Any:
     if "." not in name:
         import_module("sat_ext.sat.dataset")  # registers ours
         return get_dataset(name)
-    try:
-        target = resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"data.target: '{name}' cannot be imported ({error}); check the spelling.") from error
+    target = import_named(name, f"data.target: '{name}'", "check the spelling.")
     if not hasattr(target, "create_dataset_function"):
         raise ConfigError(f"data.target: '{name}' has no create_dataset_function; name a data set class.")
     return target
@@ -88,8 +85,7 @@ class TrainingHooks:
         if self._sampled.get(kind) != args.iteration:
             self._sampled[kind] = args.iteration
             self._write_samples(getattr(model, "module", model), batch, kind)
-        loss_and_metrics: tuple[torch.Tensor, dict[str, torch.Tensor]] = model(batch)
-        return loss_and_metrics
+        return model(batch)
 
     def handle_metrics(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Write down the held-out losses. SAT calls it on the first rank."""
@@ -99,9 +95,7 @@ class TrainingHooks:
             record["data"] = "test_data"
         else:
             self.evaluations.append(record)
-        if self.args.save:
-            with side_file("heldout.jsonl"), (Path(self.args.save) / "heldout.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        write_side_file(self.args.save, "heldout.jsonl", json.dumps(record) + "\n", append=True)
         return means
 
     def write_result(self) -> None:

@@ -1,11 +1,12 @@
 """The models that a run can be written for, and the files of `configs/` that it starts from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from sat_ext.config import did_you_mean
 from sat_ext.errors import ConfigError
@@ -65,8 +66,7 @@ def model_of(name: str) -> Model:
 
 def config_file(name: str) -> dict[str, Any]:
     """A file of `configs/`, such as "zero/zero1". What it takes from files before it stays as written."""
-    found: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    return found
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def own_files(model: Model, checkout: Path) -> list[str]:
@@ -89,12 +89,6 @@ def own_files(model: Model, checkout: Path) -> list[str]:
     return files
 
 
-def merged(parts: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sections of several files, the later over the earlier."""
-    out: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            old = out.get(key)
-            both = isinstance(old, Mapping) and isinstance(value, Mapping)
-            out[key] = merged([old, value]) if both else value  # type: ignore[list-item]
-    return out
+def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sections of several files, the later over the earlier, with what they refer to as written."""
+    return dict(OmegaConf.to_container(OmegaConf.merge(*parts)))  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import yaml
 
 from sat_ext.config import plain
 from sat_ext.data.index import build_index
+from sat_ext.data.params import sources_of
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.memory.advice import Room, advise, first_that_fits
@@ -22,7 +23,7 @@ from sat_ext.models.folder import load_model_config
 from sat_ext.recipe import recipe_of
 from sat_ext.starter.buckets import choose_lengths, choose_sizes
 from sat_ext.starter.models import Model, config_file, merged, own_files
-from sat_ext.starter.survey import Survey, sources_of
+from sat_ext.starter.survey import Survey
 from sat_ext.zero import ZERO_NAMES
 
 TARGET_UPDATES, MOST_EPOCHS = 2000, 100  # a LoRA's usual length, and where few files only repeat
@@ -74,7 +75,8 @@ def choose(
         if weights:
             parts.append({"args": {"load": str(weights)}})
     own = merged([*parts, {"data": data}])
-    levers, plan = _fitting(merged([*_read(before), own, _zero("zero1", model, weights, checkout)]), room)
+    theirs = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in before]
+    levers, plan = _fitting(merged([*theirs, own, _zero("zero1", model, weights, checkout)]), room)
     own = merged([own, _zero(plan.name, model, weights, checkout)])
     cache = str(output.with_suffix("").absolute()) + "_cache" if any("cache" in s for s in levers) else None
     own, cached = _pull(own, levers, cache, comments)
@@ -86,7 +88,7 @@ def choose(
     own["args"] = {**own.get("args", {}), "experiment_name": output.stem, "num_workers": workers}
     own["args"]["save"] = str(output.with_suffix("").parent / "runs" / output.stem)
     comments["args.num_workers"] = "data workers of each rank; sat-ext bench says whether they keep up"
-    _length(merged([*_read(before), own]), own, room.gpus, comments, reasons, evaluates=not cached)
+    _length(merged([*theirs, own]), own, room.gpus, comments, reasons, evaluates=not cached)
     order = ("args", "model", "data", "deepspeed")
     return Choice(
         config={key: own[key] for key in order if own.get(key)}, comments=comments, reasons=reasons, before=before,
@@ -136,10 +138,6 @@ def _data(
     else:
         reasons.append(f"held out: nothing, as there are {total} records; there are no evaluations")
     return {"target": "sat_ext.JointImageVideoDataset", "params": params}
-
-
-def _read(files: Sequence[str]) -> list[dict[str, Any]]:
-    return [yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in files]
 
 
 def _zero(name: str, model: Model, weights: Path | None, checkout: Path | None) -> dict[str, Any]:

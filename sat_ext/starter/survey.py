@@ -10,8 +10,7 @@ import numpy as np
 from sat_ext.data.buckets import BucketConfig
 from sat_ext.data.index import Index, build_index
 from sat_ext.data.index.probing import Probing
-from sat_ext.data.params import BadSampleConfig, DataConfig
-from sat_ext.data.sources import SourceConfig
+from sat_ext.data.params import BadSampleConfig, DataConfig, sources_of
 from sat_ext.preview.uses import uses_of
 from sat_ext.starter.buckets import Size
 
@@ -64,9 +63,3 @@ def survey(paths: Sequence[str], fps: int, native: Size, *, probing: Probing) ->
     index: Index = build_index(sources_of(paths), config, probing=probing)
     part = uses_of(index, fps, []).part
     return Survey(clips=part[part["seconds"] > 0], stills=part[part["seconds"] == 0], bad=index.bad)
-
-
-def sources_of(paths: Sequence[str]) -> list[SourceConfig]:
-    """The sources of a run on these paths, named by them where their last parts are alike."""
-    stems = [path.rstrip("/").rpartition("/")[2] for path in paths]
-    return [SourceConfig(path=p, name=None if stems.count(s) == 1 else p) for p, s in zip(paths, stems)]

@@ -26,7 +26,8 @@ from sat_ext.errors import ConfigError, DataError
 from sat_ext.sat import peers
 from sat_ext.sat.excepthook import sentence_of
 from sat_ext.sat.settings import NAMES, Settings
-from sat_ext.sat.sigterm import Spared, end_workers
+from sat_ext.sat.sigterm import end_workers, spared
+from sat_ext.sat.steps import Begun
 from tests.sat.ranks import Server, folder_of
 from tests.sat.runs import QUICK
 
@@ -80,7 +81,7 @@ def test_a_data_worker_that_is_killed_is_told_of_in_a_sentence(process_group: No
 
 @pytest.mark.multiprocess
 def test_sigterm_does_not_reach_a_data_worker_that_has_just_begun(process_group: None) -> None:
-    batches: Any = iter(Spared(DataLoader(Stream(spend), batch_size=None, num_workers=1)))
+    batches: Any = iter(Begun(DataLoader(Stream(spend), batch_size=None, num_workers=1), spared))
     os.kill(batches._workers[0].pid, signal.SIGTERM)
     assert next(batches) == {"txt": ["a"]}
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

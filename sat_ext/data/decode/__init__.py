@@ -14,11 +14,8 @@ __all__ = ["DECODERS", "read_frames", "read_still"]
 
 # PyAV by default: decord cannot read AV1, fails on VP9, and does not notice damage that FFmpeg conceals.
 DECODERS: dict[str, Callable[[str, Sequence[float], Fit], np.ndarray]] = {
-    "auto": read_pyav,
-    "pyav": read_pyav,
-    "decord": read_decord,
-    "torchcodec": read_torchcodec,
-}
+    "auto": read_pyav, "pyav": read_pyav, "decord": read_decord, "torchcodec": read_torchcodec,
+}  # fmt: skip
 
 
 def read_frames(path: str, times: Sequence[float], *, fit: Fit, decoder: str = "auto") -> np.ndarray:

@@ -44,7 +44,7 @@ def probe_files(
     paths: Iterable[str],
     *,
     timeout: float,
-    look: Callable[[str], MediaInfo] | None = None,
+    look: Callable[[str], Any] | None = None,
     setting: str = "data.params.on_bad_sample.timeout",
 ) -> Iterator[Outcome]:
     """What each of `paths` holds, in their order, probed in parallel; `timeout` is for one file, in seconds.
@@ -78,11 +78,11 @@ def _guarded(guard: Guard[list[Outcome]], paths: list[str]) -> list[Outcome]:
     return [outcome for path in paths for outcome in _guarded(guard, [path])]  # which of them was it?
 
 
-def _outcomes(look: Callable[[str], MediaInfo], *paths: str) -> list[Outcome]:
+def _outcomes(look: Callable[[str], Any], *paths: str) -> list[Outcome]:
     return [_outcome(look, path) for path in paths]
 
 
-def _outcome(look: Callable[[str], MediaInfo], path: str) -> Outcome:
+def _outcome(look: Callable[[str], Any], path: str) -> Outcome:
     try:
         return look(path), True
     except MediaError as error:

@@ -1,15 +1,6 @@
 """Sources to lists of items: paths, captions and what tables say about them. No media file is opened.
 
-| a source can be | captions |
-|---|---|
-| a folder of media, any nesting | `x.txt` beside `x.mp4`; or CogVideo's `labels/x.txt` for `videos/x.mp4` |
-| a `.jsonl`, `.csv` or `.parquet` table of paths or URLs | a column |
-| a `.parquet` table with files in its cells | a column |
-| a folder with `metadata.jsonl`, or of `.parquet` shards (Hugging Face) | a column |
-| a folder with `prompts.txt` and `videos.txt` (CogVideo's diffusers layout) | line by line |
-| a `.tar`, `shards/{0000..0009}.tar`, a folder of tars (WebDataset) | `x.txt` or `x.json` beside `x.mp4` |
-
-Each may be a URL that fsspec reads.
+docs/data.md has the layouts that a source can be in.
 """
 
 import os
@@ -42,7 +33,7 @@ _EMPTY = "a path is empty; give a folder, a table or tar shards."
 class SourceConfig:
     """One entry of `data.params.sources`.
 
-    `path` is a folder, a table or tar shards, local or a URL (see `sat_ext.data.sources`); `name` is for logs and
+    `path` is a folder, a table or tar shards, local or a URL (docs/data.md); `name` is for logs and
     the batch, by default the path's; `share` is the part of the samples that come from it, relative to the other
     shares; `sampler` is one of `sat_ext.data.clips`. With a `kind` only its stills or only its clips are used.
     `caption` replaces `data.params.caption`. `side` is that of `data.params.held_out`, and `part` that of
@@ -83,7 +74,9 @@ def read_source(
         raise DataError(_EMPTY)
     notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
-        items = sorted(_read(path, notes), key=lambda item: _natural(item.key))
+        items = _read(path, notes)
+        # numbers inside names by value; the plain key last, so that the order is total
+        items.sort(key=lambda i: (re.sub("[0-9]+", lambda n: n[0].zfill(18), i.key.casefold()), i.key))
         for item in items:
             if item.captions and not any(item.captions):
                 notes.add("empty captions, to be trained without one", item.key)
@@ -92,11 +85,6 @@ def read_source(
     if unread is not None:
         unread.update(notes.unread)
     return items
-
-
-def _natural(key: str) -> tuple[str, str]:
-    """Sorts numbers inside names by value; the plain key last, so that the order is total."""
-    return re.sub(r"[0-9]+", lambda number: number[0].zfill(18), key.casefold()), key
 
 
 def _read(path: str, notes: Notes) -> list[Item]:

@@ -55,18 +55,16 @@ def read_folder(folder: Folder, notes: Notes) -> list[Item]:
 
 def _one_split(names: list[str], notes: Notes) -> list[str]:
     """Of files that are named after splits, or lie in their folders, those of the training split, sorted."""
-    splits = {name: _split_of(name) for name in sorted(names)}
+    splits: dict[str, str | None] = dict.fromkeys(sorted(names))
+    for name in splits:
+        found = (_SPLIT.match(part) for part in name.lower().split("/"))
+        splits[name] = next((match[1] for match in found if match), None)
     if not set(splits.values()) & set(_TRAIN):
         return list(splits)
     for name, split in splits.items():
         if split in _OTHER_SPLITS:
             notes.add("left out as of other splits than train; to use them, name them as a source", name)
     return [name for name, split in splits.items() if split not in _OTHER_SPLITS]
-
-
-def _split_of(name: str) -> str | None:
-    found = (_SPLIT.match(part) for part in name.lower().split("/"))
-    return next((match[1] for match in found if match), None)
 
 
 def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Notes) -> list[Item]:

@@ -123,7 +123,8 @@ def cut(
         for key, value in first.states.get(saved.group, {}).items():
             # a number that differs between shards belongs to weights, and cannot be cut
             others = [shard.states.get(part.group, {}).get(key) for shard, part in sources]
-            if _is_number(value) and all(type(o) is type(value) and bool(o == value) for o in others):
+            is_number = value is None or isinstance(value, int | float | str) or getattr(value, "ndim", 1) == 0
+            if is_number and all(type(o) is type(value) and bool(o == value) for o in others):
                 # cloned: a single number would keep its whole file mapped, and on the disk after its removal
                 state.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
                 continue
@@ -137,10 +138,6 @@ def cut(
             for shard, group, here, there in overlaps:
                 target[here] = shard.states[group][key][there]
     return weights, states
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float, str)) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def _is_one_per_weight(shard: Shard, group: int, value: Any) -> bool:

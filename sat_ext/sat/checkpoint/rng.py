@@ -55,18 +55,3 @@ def untouched() -> Iterator[None]:
         yield
     finally:
         restore(state)
-
-
-class Unseen:
-    """A data loader whose iterator draws no random numbers. PyTorch's draws a seed for its workers, and a run with
-    held-out data would train on other random numbers than one without."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        with untouched():
-            return iter(self.loader)
-
-    def __len__(self) -> int:
-        return len(self.loader)

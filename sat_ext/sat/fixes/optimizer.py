@@ -4,15 +4,15 @@ import argparse
 import inspect
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from sat.training import deepspeed_training
 
+from sat_ext.config import import_named
 from sat_ext.errors import ConfigError
 from sat_ext.sat.standin import StandIn, replaced
-from sat_ext.zero import offloads_optimizer, zero_of
+from sat_ext.zero import zero_of
 
 WHERE = "deepspeed.optimizer"
 FOR_DEEPSPEED = ("torch_adam", "adam_w_mode")  # parameters that choose among DeepSpeed's Adams
@@ -34,7 +34,9 @@ def optimizer_path(args: argparse.Namespace) -> bool:
         return False
     _optimizer(name, params)
     if name.startswith("bitsandbytes."):
-        _check_place(name, offloaded=offloads_optimizer(zero_of(args)))
+        zero = zero_of(args)
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+        _check_place(name, offloaded=bool(zero.get("cpu_offload")) or offload != "none")
     config["zero_force_ds_cpu_optimizer"] = False  # under offload, DeepSpeed would refuse any but its own
     return True
 
@@ -66,14 +68,8 @@ def _foreign(name: str, params: dict[str, Any]) -> list[str]:
 
 
 def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
-    module, _, attribute = name.rpartition(".")
-    try:
-        cls = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{WHERE}.type: '{name}' cannot be imported ({error}); pip install {name.split('.')[0]}, or check the "
-            "spelling."
-        ) from error
+    remedy = f"pip install {name.split('.')[0]}, or check the spelling."
+    cls = import_named(name, f"{WHERE}.type: '{name}'", remedy)
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"{WHERE}.type: '{name}' is not a torch.optim.Optimizer; name one.")
     known = inspect.signature(cls).parameters

@@ -68,8 +68,8 @@ def split_while_built(
         partition = Partition(args)
         # Other models may change their layers after they are built, and a layer that is split has no shape.
         # CogVideo's network has one such change, LoRA.
-        is_cogvideos = engine_of(getattr(args, "model_config", None)).has_sat_network
-        with _layer_by_layer(partition) if is_cogvideos else nullcontext():
+        is_cogvideo = engine_of(getattr(args, "model_config", None)).is_cogvideo
+        with _layer_by_layer(partition) if is_cogvideo else nullcontext():
             model = model_cls(*arguments, **options)
         partition(model)
         return model
@@ -144,8 +144,8 @@ def zero3_sampling(args: argparse.Namespace) -> bool:
     """Symptom: under ZeRO-3, an evaluation of CogVideo's hangs: its first rank alone samples videos, and waits for
     the others' parts of the weights.
     """
-    samples = engine_of(getattr(args, "model_config", None)).samples_on_first_rank
-    return zero_of(args).get("stage") == 3 and samples and getattr(args, "model_parallel_size", 1) == 1
+    is_cogvideo = engine_of(getattr(args, "model_config", None)).is_cogvideo
+    return zero_of(args).get("stage") == 3 and is_cogvideo and getattr(args, "model_parallel_size", 1) == 1
 
 
 def as_first_rank(evaluate: Callable[..., Any], *arguments: Any, hooks: dict[str, Any], **options: Any) -> Any:
