@@ -76,11 +76,15 @@ class JointStream:
         Raises `DataError` when too many files cannot be read.
         """
         groups = []
+        parts = self.schedule.step(number)
         places = stratified_places(self.schedule, number, rank, accumulation=self.accumulation, origin=self.origin)
-        for part, of_part in zip(self.schedule.step(number), places, strict=True):
-            group = self.collated(part.cell, self.schedule.positions(part, rank))
-            group["loss_weight"] = torch.full((part.samples,), part.samples / self.schedule.mean_samples)
-            group["timestep"] = torch.from_numpy(of_part).float()
+        buckets = [self.schedule.cells[part.cell].bucket for part in parts]
+        for bucket in dict.fromkeys(buckets):  # the cells of several sources with one bucket make one group
+            own = [i for i, of in enumerate(buckets) if of == bucket]
+            group = self._group([(parts[i].cell, self.schedule.positions(parts[i], rank)) for i in own])
+            samples = len(group["txt"])
+            group["loss_weight"] = torch.full((samples,), samples / self.schedule.mean_samples)
+            group["timestep"] = torch.from_numpy(np.concatenate([places[i] for i in own])).float()
             groups.append(group)
         return groups[0] if self.size.budget is None else {"groups": groups}
 
@@ -104,8 +108,11 @@ class JointStream:
 
     def collated(self, cell: int, positions: np.ndarray) -> dict[str, Any]:
         """The samples at `positions` of a cell's stream as a group, as `collate` makes it. Raises as `batch`."""
+        return self._group([(cell, positions)])
+
+    def _group(self, parts: Sequence[tuple[int, np.ndarray]]) -> dict[str, Any]:
         self.guard.release()  # the samples of the last group were copied into it
-        return collate([self.sample(cell, int(p)) for p in positions], self.dtype)
+        return collate([self.sample(cell, int(p)) for cell, positions in parts for p in positions], self.dtype)
 
     def sample(self, cell: int, position: int) -> Sample:
         """The sample at `position` of a cell's stream; a bad file is replaced by another of the same cell.

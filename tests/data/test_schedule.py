@@ -90,7 +90,7 @@ def test_shares_are_exact_over_any_window(plan: Plan, world: int) -> None:
     for name, share in shares.items():
         own = counts[:, [c.source == name for c in cells]].sum(1)
         error = own - share / sum(shares.values()) * counts.sum(1)
-        # every window is the difference of two prefixes; where few records keep packs small, their order matters less
+        # every window is the difference of two prefixes; where few records keep packs small, order matters less
         # than that they are full
         draws = 4 if min(c.records for c in cells) > 8 * world else 12
         assert np.ptp(error) <= (3 * batch if budget is None else batch + draws * world) + 1e-6
