@@ -35,9 +35,9 @@ STILL_SIZES = ((96, 96), (160, 120), (120, 160), (256, 256), (320, 240), (240, 3
 FRAME_RATES = (8, 12, 16, 24, 25, 30)
 SECONDS = (1.125, 2.0)  # at least 9 frames at 8 fps, the first and the last included
 STILL_SUFFIXES = (".jpg", ".png", ".webp", ".jpg", ".png", ".webp", ".jpg", ".mp4")  # in turn
-SPEED = (0.30, 0.36)  # of the short side a second: 9 frames at 8 fps cross about a third of the picture
-DIAMETER = (0.35, 0.45)  # of the short side
-PLACE = (0.35, 0.65)  # of the centre square's side; with half of DIAMETER around it, never over the edge
+SPEED = (0.34, 0.40)  # of the short side a second: 9 frames at 8 fps cross about a third of the picture
+DIAMETER = (0.5, 0.6)  # of the short side: five or six latents, which can tell a circle from a square
+PLACE = (0.43, 0.57)  # of the centre square's side; with half of DIAMETER around it, never over the edge
 OVERSAMPLING = 4  # drawn larger by this and scaled down, for smooth edges and motion by fractions of a pixel
 
 README = """Demo data of sat_ext: coloured shapes on plain backgrounds, with captions.
