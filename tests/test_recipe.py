@@ -41,7 +41,7 @@ def test_the_shipped_demo_yields_what_training_reads() -> None:
     assert (run.micro_batch, run.num_workers, run.train_iters, run.dtype) == (4, 1, 1000, torch.float32)
     clip, still = Bucket(frames=9, height=64, width=64), Bucket(frames=1, height=64, width=64)
     assert run.step_size.budget == 4 * (run.step_size.tokens[clip] + run.step_size.tokens[still])
-    assert run.shape.hidden_size == 128
+    assert run.shape.hidden_size == 64
 
 
 def test_without_its_folder_a_model_has_the_sizes_of_its_yaml() -> None:

@@ -18,7 +18,7 @@ def render(config: Mapping[str, Any], comments: Mapping[str, str], heading: str)
       save: runs/a
     data:
       params:
-        fps: 8                    # why
+        fps: 8                        # why
     <BLANKLINE>
     """
     lines = [f"# {line}" for line in heading.splitlines()]
