@@ -1,5 +1,6 @@
 """`data.params.held_out`: which items are never trained on, chosen by a hash of their keys."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from itertools import accumulate
 from typing import Literal
 
 from sat_ext.errors import DataError
+from sat_ext.files import is_url
 from sat_ext.types import Item
 
 Side = Literal["train", "held_out"]
@@ -54,9 +56,12 @@ def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side
     else:
         chosen = {family for family in sizes if _hash(family) < held_out * 2**64}
     pairs = {source: list(zip(own, families[source])) for source, own in items.items()}
-    paths = {item.path for own in pairs.values() for item, family in own if family in chosen}
+    # a table may name a folder's files by another way
+    paths = {_file(item) for own in pairs.values() for item, family in own if family in chosen}
     sides = {
-        source: [item for item, family in own if (family in chosen or item.path in paths) == (side == "held_out")]
+        source: [
+            item for item, family in own if (family in chosen or _file(item) in paths) == (side == "held_out")
+        ]
         for source, own in pairs.items()
     }
     if side == "train" and (emptied := [source for source, own in sides.items() if not own]):
@@ -70,6 +75,10 @@ def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side
             "of records, such as 8, or name held-out data in args.valid_data instead."
         )
     return sides
+
+
+def _file(item: Item) -> str:
+    return item.path if is_url(item.path) else os.path.normpath(item.path)
 
 
 def _hash(family: str) -> int:

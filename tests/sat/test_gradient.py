@@ -58,7 +58,7 @@ def test_the_gradient_of_an_update_is_that_of_its_samples_one_by_one(
     assert norm > 0 and off <= 1e-5 * norm, f"{off / norm} off"
     log = run.log()
     assert logged(log, "grad_norm") == pytest.approx(norm, rel=1e-4)
-    assert logged(log, "clipped") == 1.0
+    assert logged(log, "clipped") == float(norm > 0.01)
     if stage < 3 and world * accumulate == 1:  # of a micro-step, and here that is the update
         for kind, gradient in of_kinds.items():
             assert logged(log, f"gradient_{kind}") == pytest.approx(norm_of(gradient), rel=1e-4)
