@@ -47,7 +47,7 @@ def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side
     >>> [len(split({"data": files}, part, "held_out")["data"]) for part in (0.02, 7)]
     [20, 7]
     """
-    families = {source: [family_of(item.key) for item in own] for source, own in items.items()}
+    families = _families(items)
     sizes = Counter(family for own in families.values() for family in own)
     if isinstance(held_out, int):
         ordered = sorted(sizes, key=_hash)
@@ -55,21 +55,16 @@ def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side
         chosen = {family for family, found in zip(ordered, before) if found < held_out}
     else:
         chosen = {family for family in sizes if _hash(family) < held_out * 2**64}
-    pairs = {source: list(zip(own, families[source])) for source, own in items.items()}
-    # a table may name a folder's files by another way
-    paths = {_file(item) for own in pairs.values() for item, family in own if family in chosen}
     sides = {
-        source: [
-            item for item, family in own if (family in chosen or _file(item) in paths) == (side == "held_out")
-        ]
-        for source, own in pairs.items()
+        source: [item for item, of in zip(own, families[source]) if (of in chosen) == (side == "held_out")]
+        for source, own in items.items()
     }
     if side == "train" and (emptied := [source for source, own in sides.items() if not own]):
         raise DataError(
             f"data.params.held_out: {held_out} takes all records of {emptied[0]}; use less, or name held-out data "
             "in args.valid_data instead."
         )
-    if not paths:
+    if not chosen:
         raise DataError(
             f"data.params.held_out: {held_out} of {sum(map(len, items.values()))} records is none; write a number "
             "of records, such as 8, or name held-out data in args.valid_data instead."
@@ -77,8 +72,25 @@ def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side
     return sides
 
 
-def _file(item: Item) -> str:
-    return item.path if is_url(item.path) else os.path.normpath(item.path)
+def _families(items: Mapping[str, Sequence[Item]]) -> dict[str, list[str]]:
+    """The family of each item. Families that share a file, which a table may name by another way than its folder
+    does, are one, under the first of their names."""
+    own = {source: [family_of(item.key) for item in of] for source, of in items.items()}
+    first: dict[str, str] = {}  # of each name, another one of its family that is before it
+
+    def root(family: str) -> str:
+        while family in first:
+            family = first[family]
+        return family
+
+    of_file: dict[str, str] = {}
+    for source, of in items.items():
+        for item, family in zip(of, own[source]):
+            path = item.path if is_url(item.path) else os.path.normpath(item.path)
+            one, other = sorted((root(of_file.setdefault(path, family)), root(family)))
+            if one != other:
+                first[other] = one
+    return {source: [root(family) for family in names] for source, names in own.items()}
 
 
 def _hash(family: str) -> int:
