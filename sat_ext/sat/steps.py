@@ -111,7 +111,6 @@ def _begin(run: RunState, args: argparse.Namespace) -> None:
     restored earlier would be overwritten."""
     run.began = True
     run.micro_steps = micro_steps(args)
-    run.log = RunLog(run, args)
     if _saves(run, args):
         atexit.register(sigterm.end_workers)  # after multiprocessing's own function, and so called before it
         claim(Path(args.save))
@@ -119,6 +118,7 @@ def _begin(run: RunState, args: argparse.Namespace) -> None:
         print_rank0(f"on SIGTERM the run saves a checkpoint and ends: kill -TERM {os.getpid()}")
     if run.resumed is not None:
         restore_rng(run, args)
+    run.log = RunLog(run, args)  # once the folder is known to be this run's
 
 
 def _counted(forward_step: Callable[..., Any]) -> Callable[..., Any]:
