@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 from sat import mpu
@@ -33,7 +34,7 @@ class RunLog:
         self.run, self.args = run, args
         self.first = rank_and_world()[0] == 0
         self.samples = self.tokens = 0
-        self._skipped = 0
+        self._skipped, self._waited = 0, 0.0
         stream = run.streams.get("train_data", [None])[0]
         self.stream: JointStream | None = stream if isinstance(stream, JointStream) else None
         if self.first:
@@ -45,11 +46,13 @@ class RunLog:
 
     def seeing(self, data: Iterator[Any] | None) -> Iterator[Any] | None:
         """`data`, whose batches are counted. None, on a rank that gets its batches from another, stays None."""
-        return None if data is None or self.run.recipe is None else map(self._see, data)
+        return None if data is None else map(self._next, repeat(data))
 
-    def _see(self, batch: dict[str, Any]) -> dict[str, Any]:
-        assert self.run.recipe is not None
-        for group in groups_of(batch):
+    def _next(self, data: Iterator[Any]) -> Any:
+        begun = time.perf_counter()
+        batch = next(data)
+        self._waited += time.perf_counter() - begun
+        for group in groups_of(batch) if self.run.recipe is not None else ():
             self.samples += len(group["txt"])
             self.tokens += len(group["txt"]) * tokens(bucket_of(group), self.run.recipe.shape)
         return batch
@@ -63,17 +66,17 @@ class RunLog:
         encode = encoding.take() if encoding is not None else None
         if not self.first:
             return
-        of = {name: timers(name).elapsed_ for name in ("data loader", "forward", "backward", "optimizer")}
+        of = {name: timers(name).elapsed_ for name in ("forward", "backward", "optimizer")}
         seconds = {
-            "data": of["data loader"],
+            "data": self._waited,  # SAT's own timer counts what evaluations wait, too
             **({} if encode is None else {"encode": encode}),
-            "forward": of["forward"] - of["data loader"] - (encode or 0.0),
+            "forward": max(0.0, of["forward"] - self._waited - (encode or 0.0)),
             "backward": of["backward"],
             "optimizer": of["optimizer"],
         }
         ranks = mpu.get_data_parallel_world_size()
         row = {"samples": self.samples * ranks, "tokens": self.tokens * ranks, "steps": self.args.log_interval}
-        self.samples = self.tokens = 0
+        self.samples, self.tokens, self._waited = 0, 0, 0.0
         seconds = {name: round(value, 4) for name, value in seconds.items()}
         self._append(STEPS, {"iteration": self.args.iteration + 1, "time": time.time(), **row, "seconds": seconds})
 
