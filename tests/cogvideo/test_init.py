@@ -49,7 +49,7 @@ def test_it_trains_on_both_kinds_and_evaluates_what_it_holds_out(
     done = launch(file, (), merged([config, small]))
     assert done.kinds() == {"image", "video"}
     trained = {key for record in done.steps() for key in record["key"]}
-    evaluated = {key for record in done.steps("val") for key in record["key"]}
+    evaluated = {key for record in done.steps("valid") for key in record["key"]}
     assert evaluated and not trained & evaluated
     assert "every source" not in done.log  # all updates are mixed
 
