@@ -52,9 +52,10 @@ class RunLog:
         begun = time.perf_counter()
         batch = next(data)
         self._waited += time.perf_counter() - begun
-        for group in groups_of(batch) if self.run.recipe is not None else ():
-            self.samples += len(group["txt"])
-            self.tokens += len(group["txt"]) * tokens(bucket_of(group), self.run.recipe.shape)
+        if (recipe := self.run.recipe) is not None:
+            for group in groups_of(batch):
+                self.samples += len(group["txt"])
+                self.tokens += len(group["txt"]) * tokens(bucket_of(group), recipe.shape)
         return batch
 
     def after_step(self, timers: Any, engine: Any) -> None:
