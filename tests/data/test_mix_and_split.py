@@ -74,8 +74,10 @@ def test_shares_hold_over_kinds_as_they_do_over_sources(mixed: Path) -> None:
 def test_a_source_without_a_kind_leaves_the_share_to_those_that_have_it(mixed: Path, tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("one")
     Image.new("RGB", (64, 64)).save(tmp_path / "only.png")
-    sources = [{"path": str(mixed), "share": 1}, {"path": str(tmp_path), "name": "one", "share": 2}]
-    index = index_of(recipe(sources, mix={"image": 0.4, "video": 0.6}))
+    sources = [{"path": str(tmp_path), "name": "one", "share": 2}, {"path": str(mixed), "share": 1}]
+    index = index_of(recipe(sources, mix={"video": 0.6, "image": 0.4}))
+    for group in index.groups:  # the rows say which source they are of, too
+        assert {index.table["source"][int(row)].as_py() for row in group.rows} == {group.source}
     assert index.shares == pytest.approx({"mixed:image": 0.4 / 3, "mixed:video": 0.6, "one:image": 0.8 / 3})
     assert not index.dropped and not index.bad
 

@@ -105,7 +105,6 @@ def build_index(
         named = {name: s for name, s in named.items() if s.path in rows}
     items = {p: list(item_batches(rows.pop(p))) for p in list(rows)}
     infos = _infos(items, config, probing)
-    names = pa.array(list(named))
     buckets = config.make_buckets()
     placed = {
         name: place_rows(items[s.path], infos[s.path], placer(s, buckets, config)) for name, s in named.items()
@@ -119,6 +118,7 @@ def build_index(
         named = {name: s for name, s in named.items() if name not in optional}
     _refuse_if_spoilt(named, placed, bad, config)
     placed = {name: placed[name] for name in named}
+    names = pa.array(list(named))
     batches: list[pa.RecordBatch] = []
     groups: list[Group] = []
     for number, (name, found) in enumerate(placed.items()):
