@@ -72,9 +72,9 @@ def scenes(
     print(f"; median {median(lengths):.1f} s" if lengths else "", end="")
     print(f"; {too_short} of less than {shortest:g} s left out" if too_short else "", end="")
     print(f"; {len(rows) - len(lengths)} stills" if len(rows) > len(lengths) else "")
-    root = os.path.commonpath([os.path.abspath(item.path) for item in items])
-    if not root.startswith(os.path.join(output.absolute().parent, "")):
-        print(f"The table lies outside the media: add 'allowed_roots: [{os.path.dirname(root)}]' to data.params.")
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(item.path)) for item in items])
+    if not os.path.join(root, "").startswith(os.path.join(output.absolute().parent, "")):
+        print(f"The table lies outside the media: add 'allowed_roots: [{root}]' to data.params.")
 
 
 def takes_in(path: str) -> list[tuple[float, float]]:

@@ -75,8 +75,8 @@ def test_no_row_crosses_a_cut(takes: Path, tmp_path: Path) -> None:
 
 def test_outside_the_media_the_table_says_what_it_needs(takes: Path, tmp_path: Path) -> None:
     status, said = scenes(takes, "-o", tmp_path / "clips.jsonl", "--shortest", "0.1")
-    assert status == 0 and f"add 'allowed_roots: [{takes.parent}]'" in said.replace("\n", ""), said
-    assert len(read_source(str(tmp_path / "clips.jsonl"), allowed_roots=[str(takes.parent)])) == 5
+    assert status == 0 and f"add 'allowed_roots: [{takes}]'" in said.replace("\n", ""), said
+    assert len(read_source(str(tmp_path / "clips.jsonl"), allowed_roots=[str(takes)])) == 5
 
 
 def test_what_cannot_be_is_one_sentence(takes: Path, tmp_path: Path) -> None:
