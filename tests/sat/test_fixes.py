@@ -7,12 +7,13 @@ import logging
 import os
 import pickle
 import sys
-import types
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from threading import Event, Thread
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import nn
 from sat_ext.errors import ConfigError
 from sat_ext.sat import hooks
 from sat_ext.sat.fixes import memory, sizes
+from sat_ext.sat.fixes.events import until_it_fails
 from sat_ext.sat.fixes.memory import COLLECT_EVERY
 from sat_ext.sat.run import RunState
 from sat_ext.sat.settings import NAMES, Settings
@@ -254,7 +256,7 @@ def step():
 @pytest.fixture
 def engine_module(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module as CogVideo's, which cleans up in every step."""
-    module = types.ModuleType("diffusion_video")
+    module = ModuleType("diffusion_video")
     exec(STEP, vars(module))
     monkeypatch.setitem(sys.modules, "diffusion_video", module)
     return module
@@ -337,3 +339,25 @@ def test_offload_to_nvme_that_cannot_work_is_refused_before_the_model_is_loaded(
         sizes.auto_sizes(section(str(tmp_path)))
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: True)
     assert not sizes.auto_sizes(section(str(tmp_path)))
+
+
+def test_a_flush_in_one_thread_does_not_lose_what_another_writes() -> None:
+    writer, written, flushing, go_on = SimpleNamespace(), [], Event(), Event()
+
+    def flush(_writer: Any) -> None:
+        flushing.set()
+        assert go_on.wait(60)
+
+    thread = Thread(target=until_it_fails, args=(flush, writer))
+    thread.start()
+    assert flushing.wait(60)
+    until_it_fails(lambda _writer, value: written.append(value), writer, 1)
+    go_on.set()
+    thread.join()
+
+    def fails(_writer: Any) -> None:
+        raise OSError("disk full")
+
+    until_it_fails(fails, writer)
+    until_it_fails(lambda _writer, value: written.append(value), writer, 2)
+    assert written == [1]

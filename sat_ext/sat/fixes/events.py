@@ -18,14 +18,12 @@ def events(_args: argparse.Namespace) -> bool:
 
 def until_it_fails(method: Callable[..., Any], writer: Any, *arguments: Any) -> Any:
     """A method of the events writer that does nothing more after an error, so that its thread keeps emptying the
-    queue that the training puts values into."""
+    queue that the training puts values into. One that failed may leave half a record, after which nothing could be
+    read."""
     if not getattr(writer, "sat_ext_ended", False):
-        # set before the write: one that failed may leave half a record, after which nothing could be read
-        writer.sat_ext_ended = True
         with side_file(NAME):
-            result = method(writer, *arguments)
-            writer.sat_ext_ended = False
-            return result
+            return method(writer, *arguments)
+        writer.sat_ext_ended = True  # not before the write: another thread's flush must not make it skip a value
     return None
 
 
