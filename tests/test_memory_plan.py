@@ -11,6 +11,7 @@ import torch
 
 from sat_ext.config import read_yaml
 from sat_ext.errors import ConfigError
+from sat_ext.memory.advice import with_zero
 from sat_ext.memory.counts import Parameter, bytes_of, count
 from sat_ext.memory.measured import encoding
 from sat_ext.memory.plan import Plan, checkpoint_memory, make_plan, power_of_two, rounding
@@ -45,6 +46,44 @@ def test_parameters_of_the_published_models(model: str, millions: int) -> None:
 def test_a_lora_trains_two_matrices_a_layer() -> None:
     (trained,) = count(run_of()).groups
     assert sum(trained) == 42 * 4 * 2 * 3072 * 128
+
+
+def of_targets(targets: Any, **changes: Any) -> Run:
+    run = run_of()
+    return with_model(run, train=replace(run.model.train, target_modules=targets, **changes))
+
+
+def test_a_dora_of_all_linear_layers_also_trains_a_norm_a_row() -> None:
+    (trained,) = count(of_targets("all-linear", dora=True)).groups
+    ins, outs = [3072] * 5 + [12288] + [512] * 2, [3072] * 4 + [12288, 3072] + [18432] * 2
+    assert sum(trained) == 42 * (128 * sum(ins + outs) + sum(outs))
+
+
+def test_more_adapters_take_more_memory_and_a_dora_the_most() -> None:
+    lora, every, dora, nf4 = (
+        make_plan(run)
+        for run in (
+            run_of(), of_targets("all-linear"), of_targets("all-linear", dora=True),
+            of_targets("all-linear", dora=True, quantization="nf4"),
+        )
+    )  # fmt: skip
+    for part in ("weights", "gradients", "optimizer", "activations"):
+        assert lora.per_gpu[part] < every.per_gpu[part] < dora.per_gpu[part], part
+    assert nf4.per_gpu["weights"] < dora.per_gpu["weights"]
+
+
+@pytest.mark.parametrize("targets", [("proj_out",), ("patch_embed.proj",), ("transformer_blocks",)])
+def test_adapters_outside_of_the_blocks_are_planned_and_unknown_ones_refused(targets: tuple[str, ...]) -> None:
+    if targets == ("transformer_blocks",):
+        with pytest.raises(ConfigError, match="no layer of the transformer is called 'transformer_blocks'"):
+            make_plan(of_targets(targets))
+        return
+    assert make_plan(of_targets(targets)).gpu < make_plan(run_of()).gpu
+
+
+def test_a_dora_is_not_planned_for_zero3() -> None:
+    assert with_zero(of_targets("attention", dora=True), "zero3") is None
+    assert with_zero(of_targets("attention", rslora=True), "zero3") is not None
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

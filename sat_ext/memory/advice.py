@@ -108,7 +108,7 @@ def with_zero(run: Run, name: str) -> Run | None:
     if run.has_eight_bit_optimizer and changed.options.offload_optimizer.device != "none":
         return None
     # ZeRO-3 moves and packs weights itself
-    if changed.options.stage == 3 and (run.model.block_swap or run.model.train.quantization != "none"):
+    if changed.options.stage == 3 and run.model.without_zero3:
         return None
     return changed
 

@@ -108,7 +108,8 @@ def _training_step(config: ModelConfig, itemsize: int, groups: tuple[tuple[Bucke
             states = [t for t in (*given, *named.values()) if isinstance(t, Tensor) and t.ndim == TOKENS]
             inputs.extend(t.nbytes for t in states)
             held.append(meter.now)
-            states[0].register_hook(leave)
+            if states[0].requires_grad:  # not where nothing trains before the block
+                states[0].register_hook(leave)
 
         def leave(_: Tensor) -> None:  # the backward pass has left the last block
             peaks.append(meter.least_peak)
@@ -129,7 +130,7 @@ def _training_step(config: ModelConfig, itemsize: int, groups: tuple[tuple[Bucke
         _loss(network, config, groups, dtype).backward()
         saved = held[1] - held[0]
         return TrainingStep(
-            peak=max(*peaks, meter.least_peak) - before - (BLOCKS - 1) * saved,
+            peak=max([*peaks, meter.least_peak]) - before - (BLOCKS - 1) * saved,
             at_end=meter.peak - before - meter.aside,
             saved=saved,
             inputs=tuple(inputs),

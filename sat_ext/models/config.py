@@ -20,6 +20,8 @@ from sat_ext.errors import ConfigError
 from sat_ext.types import Bucket
 
 Quantization = Literal["none", "nf4", "fp8"]
+# What `target_modules` may name in one word; see docs/weights.md for why "all-linear" stays within the blocks.
+TARGETS = {"attention": ("to_q", "to_k", "to_v", "to_out.0"), "all-linear": ("attn1", "ff", "norm1", "norm2")}
 ABSENT = -100.0  # SAT's mark for a metric that a rank has no value for; SAT averages the others
 
 
@@ -122,13 +124,24 @@ class TrainConfig:
     """What trains. Rank, alpha and targets default to those of CogVideo's diffusers trainer
     (finetune/schemas/args.py). `quantization` applies to the frozen weights below a LoRA, in the blocks' linear
     layers: "fp8" takes 1 byte each, "nf4" 0.53, and bf16 2.
+
+    `target_modules` is one of `TARGETS`, or names of layers or of what contains them, in every block alike.
+    `rslora` scales by alpha / sqrt(rank) in place of alpha / rank, and `dora` also learns the norm of each row.
     """
 
     mode: Literal["full", "lora"] = "full"
     quantization: Quantization = "none"
     rank: int = 128
     alpha: int = 64
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
+    rslora: bool = False
+    dora: bool = False
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """`target_modules` as names."""
+        given = self.target_modules
+        return TARGETS[given] if isinstance(given, str) else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +221,17 @@ class ModelConfig:
         """Which blocks are recomputed in the backward pass; None if all keep what they need."""
         given = self.gradient_checkpointing
         return (GradientCheckpointing() if given else None) if isinstance(given, bool) else given
+
+    @property
+    def without_zero3(self) -> str | None:
+        """The value that reaches for weights itself, as ZeRO-3 does too; None if there is none."""
+        train = self.train
+        values = {
+            f"model.block_swap: {self.block_swap}": self.block_swap > 0,
+            f"model.train.quantization: {train.quantization}": train.quantization != "none",
+            "model.train.dora: true": train.mode == "lora" and train.dora,
+        }
+        return next((value for value, is_set in values.items() if is_set), None)
 
     @property
     def latent_channels(self) -> int:

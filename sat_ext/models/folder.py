@@ -51,14 +51,11 @@ def folder_config(pretrained: str, subfolder: str, name: str = "config.json") ->
 
 def check_zero(config: ModelConfig, stage: int) -> None:
     """Raise `ConfigError` for levers that do not work with this ZeRO stage."""
-    quantization, swap = config.train.quantization, config.block_swap
-    if stage < 3 or (quantization == "none" and not swap):
-        return
-    lever = f"model.block_swap: {swap}" if swap else f"model.train.quantization: {quantization}"
-    raise ConfigError(
-        f"{lever}, but ZeRO-3 shards all weights and gathers them itself; use stage 2, or without the lever "
-        "configs/zero/zero3-offload.yaml."
-    )
+    if stage == 3 and config.without_zero3:
+        raise ConfigError(
+            f"{config.without_zero3}, but ZeRO-3 shards all weights and gathers them itself; use stage 2, or "
+            "without the lever configs/zero/zero3-offload.yaml."
+        )
 
 
 def _with_folder(config: ModelConfig, folder: str, *, expects: bool) -> ModelConfig:

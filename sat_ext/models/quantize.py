@@ -104,6 +104,15 @@ class QuantizedLinear(nn.Linear):
         """(..., out_features), with weights in the dtype of `x`."""
         return _Linear.apply(x, self.weight, self.scales, self.bias, self.read)
 
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802 - what PEFT knows a layer by whose weight it gets from `dequantize`
+        """The codes."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weight, whose norms DoRA needs."""
+        return self.read(self.weight, self.scales, torch.float32)
+
     def read(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight (out_features, in_features) of `codes` and `scales`."""
         return self.code.dequantize(codes, scales, torch.Size((self.out_features, self.in_features)), dtype)

@@ -1,6 +1,7 @@
 """The built-in engine's `model` section, as `Engine` and `Encoders` ask of it. Only `build` imports diffusers."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,11 @@ class BuiltIn:
     def lora_scale(self) -> tuple[float, str] | None:
         train = self.model.get("train") or {}
         alpha, rank = train.get("alpha", TrainConfig.alpha), train.get("rank", TrainConfig.rank)
-        return (alpha / rank, f"{alpha}/{rank}") if train.get("mode") == "lora" and rank else None
+        if train.get("mode") != "lora" or not rank:
+            return None
+        if train.get("rslora"):
+            return alpha / math.sqrt(rank), f"{alpha}/sqrt({rank})"
+        return alpha / rank, f"{alpha}/{rank}"
 
     @property
     def is_2b(self) -> bool:

@@ -1,20 +1,24 @@
 """The diffusion transformer: diffusers' CogVideoX module, for any frame count and size, with LoRA."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import CogVideoXPatchEmbed
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from sat_ext.cogvideox import OFS, Grid, latent_frames, learned_positions, rotary_table
 from sat_ext.errors import ConfigError
 from sat_ext.models.block_swap import swap_blocks
 from sat_ext.models.checkpointing import Checkpointing
-from sat_ext.models.config import ModelConfig, TrainConfig
+from sat_ext.models.config import TARGETS, ModelConfig, TrainConfig
 from sat_ext.models.packs import Group, PackedTransformer, pack_blocks
 from sat_ext.models.quantize import quantize_blocks
 
@@ -95,7 +99,7 @@ def build_transformer(config: ModelConfig, dtype: torch.dtype) -> PackedTransfor
         embed.__class__ = LearnedPatchEmbed  # same weights, same names in the checkpoint
         if train.mode == "full":  # a buffer in diffusers, which would never train; CogVideo trains it
             positions = embed._buffers.pop("pos_embedding").to(embed.proj.weight.dtype)
-            embed.pos_embedding = torch.nn.Parameter(positions, requires_grad=False)  # until the engine says so
+            embed.pos_embedding = nn.Parameter(positions, requires_grad=False)  # until the engine says so
     transformer = pack_blocks(transformer)
     blocks = transformer.transformer_blocks
     # In this order: PEFT wraps the quantized layers, and what is swapped is what is frozen beside its adapters.
@@ -115,17 +119,41 @@ def _start_at_identity(transformer: CogVideoXTransformer3DModel) -> None:
     # as CogVideo does (`AdaLNMixin.reinit` in sat/dit_video_concat.py); diffusers' module does not
     for module in transformer.modules():
         if isinstance(module, CogVideoXLayerNormZero):
-            torch.nn.init.zeros_(module.linear.weight)
-            torch.nn.init.zeros_(module.linear.bias)
+            nn.init.zeros_(module.linear.weight)
+            nn.init.zeros_(module.linear.bias)
 
 
 def _add_lora(transformer: CogVideoXTransformer3DModel, train: TrainConfig) -> None:
-    names = [name for name, _ in transformer.named_modules()]
-    for target in train.target_modules:
-        if not any(name.endswith(f".{target}") for name in names):
+    layers = {
+        # a name is of all blocks, as the planner measures one of them for all
+        name: re.sub(r"^transformer_blocks\.\d+\.", "", name)
+        for name, module in transformer.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    adapted: set[str] = set()
+    for target in train.targets:
+        named = {name for name, kind in layers.items() if f".{target}." in f".{kind}."}
+        if not named:
             raise ConfigError(
-                f"model.train.target_modules: no layer of the transformer is called '{target}'; "
-                "the attention layers are to_q, to_k, to_v and to_out.0."
+                f"model.train.target_modules: no layer of the transformer is called '{target}'; write "
+                f"{' or '.join(TARGETS)}, or a list of {', '.join(dict.fromkeys(layers.values()))}."
             )
-    lora = LoraConfig(r=train.rank, lora_alpha=train.alpha, target_modules=list(train.target_modules))
+        adapted |= named
+    lora = LoraConfig(
+        r=train.rank, lora_alpha=train.alpha, target_modules=sorted(adapted), use_rslora=train.rslora,
+        use_dora=train.dora,
+    )  # fmt: skip
     transformer.add_adapter(lora)
+    for name in adapted if train.dora else ():
+        transformer.get_submodule(name).register_load_state_dict_post_hook(partial(_measure_norms, name))
+
+
+def _measure_norms(name: str, layer: Any, keys: _IncompatibleKeys) -> None:
+    """DoRA begins with the norms of the base's rows, which are others after weights without its own are loaded."""
+    if not any(key.endswith(f"{name}.lora_magnitude_vector.default.weight") for key in keys.missing_keys):
+        return
+    dora = layer.lora_magnitude_vector["default"]
+    magnitude, (a, b) = dora.weight, (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+    dora.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=layer.scaling["default"])
+    magnitude.data.copy_(dora.weight)
+    dora.weight = magnitude  # the same parameter as before
