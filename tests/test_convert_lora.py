@@ -35,6 +35,14 @@ NETWORK: dict[str, Any] = {
         "patch_embed_config": {"params": {"text_hidden_size": 32}},
     },
 }  # fmt: skip
+# The last has a convolution.
+TARGETS = [
+    "attention",
+    "all-linear",
+    ["to_v", "ff.net.2"],
+    ["patch_embed", "time_embedding", "norm_out", "proj_out"],
+]
+VARIANTS = [[], ["rslora"], ["dora"], ["rslora", "dora"]]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -158,9 +166,16 @@ def engine_run(folder: Path, model: dict[str, Any]) -> VideoDiffusionEngine:
     for name, parameter in engine.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
+        elif "magnitude" in name:
+            with torch.no_grad():
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
     write_sat(folder, engine.state_dict())
     (folder / "training_config.yaml").write_text(yaml.safe_dump({"model": model}))
     return engine.eval()
+
+
+def lora_of(targets: Any, variant: list[str]) -> dict[str, Any]:
+    return {"mode": "lora", "rank": RANK, "alpha": 3, "target_modules": targets, **dict.fromkeys(variant, True)}
 
 
 def small_model(**changes: Any) -> dict[str, Any]:
@@ -177,11 +192,12 @@ def pretrained(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("targets", [["to_q", "to_k", "to_v", "to_out.0"], ["to_v", "ff.net.2"]], ids=["4", "2"])
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
 def test_an_exported_lora_of_the_built_in_engine_does_the_same_in_diffusers(
-    targets: list[str], tmp_path: Path
+    targets: Any, variant: list[str], tmp_path: Path
 ) -> None:
-    train = {"mode": "lora", "rank": RANK, "alpha": 3, "target_modules": targets}
+    train = lora_of(targets, variant)
     engine = engine_run(tmp_path / "run", small_model(train=train))
     done = export(tmp_path / "run", tmp_path / "out", Options())
     # no folder holds the base of a model that began with random weights, so it goes along
@@ -189,7 +205,12 @@ def test_an_exported_lora_of_the_built_in_engine_does_the_same_in_diffusers(
     model = with_lora(
         CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer"), tmp_path / "out"
     )
-    assert torch.allclose(output(model), output(engine.network), atol=1e-6)
+    assert torch.allclose(output(model), output(engine.network), atol=1e-5)
+    ours, theirs = engine.network.peft_config["default"], model.peft_config["default_0"]
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        assert getattr(theirs, name) == getattr(ours, name), name
+    adapted = [{n for n, m in of.named_modules() if hasattr(m, "lora_A")} for of in (engine.network, model)]
+    assert adapted[0] == adapted[1] == set(theirs.target_modules)
 
 
 def test_a_lora_of_the_built_in_engine_goes_to_sat_with_the_weights_of_its_folder(tmp_path: Path) -> None:

@@ -46,19 +46,20 @@ def convert(
         float | None, typer.Option(help="of the autoencoder's latents; default: the YAML's")
     ] = None,
     alpha: AlphaOption = None,
+    merge: Annotated[bool, typer.Option("--merge", help="add the LoRA to its base weights")] = False,
     more: MoreYaml = None,
 ) -> None:
     """Convert CogVideoX weights between SAT's layout and diffusers', bit for bit."""
     # here, because diffusers takes seconds to import, which would slow down the other subcommands
     from sat_ext.convert import convert as conversions
 
-    given = {"scale_factor": scale_factor, "alpha": alpha, "base_weights": base_weights}
+    given = {"scale_factor": scale_factor, "alpha": alpha, "base_weights": base_weights, "merge": merge}
     options = make_options(source, base, more, size, **given)
     done = conversions.convert(source, output, to, (part,) if part else tuple(conversions.READERS), options)
     report(done)
     if to == "sat" and done.lora is not None:
         yaml = output / "transformer" / "lora.yaml"
-        print(f"append {yaml} to CogVideo's --base: rank {done.lora.rank}, alpha {done.lora.alpha}")
+        print(f"append {yaml} to CogVideo's --base: rank {done.lora.rank}, alpha {done.lora.sat_alpha}")
 
 
 def make_options(

@@ -40,8 +40,9 @@ def convert(
 ) -> Converted:
     """Write those of `parts` that `source` holds into `target`, as `transformer/`, `vae/` and the LoRA's file.
 
-    Raises `ConfigError` if `source` holds none or is in the layout `to` already, if `target` lies inside a part,
-    and for what cannot be converted exactly; then nothing of that part is left in `target`.
+    With `options.merge` the LoRA is added to its base instead. Raises `ConfigError` if `source` holds none or is
+    in the layout `to` already, if `target` lies inside a part, and for what cannot be converted exactly; then
+    nothing of that part is left in `target`.
     """
     _reject_inside(target, source)
     found = {name: READERS[name](source, replace(options, to=to)) for name in parts}
@@ -51,6 +52,8 @@ def convert(
             f"{source}: holds no {' and no '.join(parts)} of CogVideoX; SAT's layout has transformer/latest and "
             "vae/3d-vae.pt, diffusers' has transformer/config.json and vae/config.json."
         )
+    if options.merge:
+        held["transformer"] = _merged(held.get("transformer"), source)
     written = []
     for name, part in held.items():
         folder = target / name
@@ -66,6 +69,32 @@ def export(source: Path, target: Path, options: ConvertOptions) -> Converted:
     if part is None:
         raise ConfigError(f"{source}: holds no transformer and no LoRA; name a run's folder or a checkpoint.")
     return Converted(_write_diffusers(part, target / "transformer"), part.lora, part.left_out)
+
+
+def _merged(part: Part | None, source: Path) -> Part:
+    if part is None or part.lora is None:
+        raise ConfigError(f"--merge: {source} holds no LoRA; leave the option out.")
+    config = _known_base(part)
+    weights = adapters.merge(part.weights, config, _known_scale(part.lora, part.where), part.where)
+    return replace(part, weights=weights, lora=None)
+
+
+def _known_base(part: Part) -> dict[str, Any]:
+    if part.config is None:
+        raise ConfigError(
+            f"{part.where}: holds a LoRA and not the weights that it belongs to; name their folder with "
+            "--base-weights."
+        )
+    return part.config
+
+
+def _known_scale(lora: adapters.Lora, where: str) -> adapters.Lora:
+    if lora.alpha is None:
+        raise ConfigError(
+            f"{where}: SAT keeps the scale of a LoRA in the YAML; give CogVideo's YAML of the run with --base, or "
+            "its lora_alpha with --alpha."
+        )
+    return lora
 
 
 def _reject_inside(target: Path, source: Path) -> None:
@@ -93,13 +122,9 @@ def _write_diffusers(part: Part, folder: Path) -> list[Path]:
                 write_tensors(draft / SAT_ONLY_FILE, part.sat_only)
         written.append(folder)
     if part.lora is not None:
-        if part.lora.alpha is None:
-            raise ConfigError(
-                f"{part.where}: SAT keeps the scale of a LoRA in the YAML; give CogVideo's YAML of the run with "
-                "--base, or its lora_alpha with --alpha."
-            )
+        lora = _known_scale(part.lora, part.where)
         with aside(folder.parent / adapters.FILE) as draft:
-            adapters.write(draft, part.lora)
+            adapters.write(draft, lora)
         written.append(folder.parent / adapters.FILE)
     return written
 
@@ -108,30 +133,26 @@ def _write_sat(name: str, part: Part, folder: Path) -> list[Path]:
     """A folder as CogVideo reads it: of the autoencoder `3d-vae.pt`, which its `ckpt_path` names, of the
     transformer `latest` and iteration 1 for SAT's load_checkpoint. A LoRA is in the same file as the base weights,
     as in CogVideo's own; `lora.yaml` is what its YAML must say."""
-    if part.config is None:
-        raise ConfigError(
-            f"{part.where}: holds a LoRA and not the weights that it belongs to; name their folder with "
-            "--base-weights."
-        )
-    weights, texts = to_sat(rows_of(part.config), part.weights), dict[str, str]()
+    config = _known_base(part)
+    weights, texts = to_sat(rows_of(config), part.weights), dict[str, str]()
     file, section, prefix = AUTOENCODER_FILE, "state_dict", ""
     if name == "transformer":
         file, section, prefix, texts["latest"] = f"1/{WEIGHTS_NAME}", "module", PREFIX, "1"
-        weights |= computed(part.config, next(iter(part.weights.values())).dtype)
+        weights |= computed(config, next(iter(part.weights.values())).dtype)
     weights |= part.sat_only
     if part.lora is not None:
-        matrices = adapters.to_sat(adapter_rows(part.config["num_layers"]), part.lora, part.where)
+        matrices = adapters.to_sat(adapter_rows(config["num_layers"]), part.lora, part.where)
         adapted = {name.partition(".matrix_")[0] for name in matrices}
         weights = {_original(name, adapted): tensor for name, tensor in weights.items()} | matrices
-        params = {"r": part.lora.rank, "lora_alpha": part.lora.alpha}
-        config = {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}
-        yaml_of_it = {"model": {"network_config": {"params": {"modules": {"lora_config": config}}}}}
+        params = {"r": part.lora.rank, "lora_alpha": part.lora.sat_alpha}
+        mixin = {"target": "sat.model.finetune.lora2.LoraMixin", "params": params}
+        yaml_of_it = {"model": {"network_config": {"params": {"modules": {"lora_config": mixin}}}}}
         texts[LORA_YAML] = yaml.safe_dump(yaml_of_it, sort_keys=False)
     with aside(folder) as draft:
         (draft / file).parent.mkdir(parents=True)
         named = {prefix + name: tensor for name, tensor in weights.items()}
         write_checkpoint(draft / file, section, named, str(folder))
-        _write_json(draft / "config.json", part.config)
+        _write_json(draft / "config.json", config)
         for name, text in texts.items():
             (draft / name).write_text(text)
     return [folder]

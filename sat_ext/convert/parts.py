@@ -23,7 +23,8 @@ UNREAD_LENGTH = 64  # `max_sequence_length` of every YAML of CogVideo's
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """What the weights do not show. `base` is CogVideo's YAML, `size` that of the video in pixels, `base_weights`
-    where the weights below a LoRA are; without `with_base` the LoRA alone is read. `to` is the layout to write."""
+    where the weights below a LoRA are; without `with_base` the LoRA alone is read. `to` is the layout to write,
+    with `merge` after a LoRA is merged into its base."""
 
     base: Mapping[str, Any] | None = None
     size: Bucket | None = None
@@ -32,10 +33,11 @@ class ConvertOptions:
     base_weights: Path | None = None
     with_base: bool = True
     to: Layout | None = None
+    merge: bool = False
 
     def reject_layout(self, layout: Layout, where: str) -> None:
         """Raise `ConfigError` if `where` is in the layout to be written."""
-        if layout == self.to:
+        if layout == self.to and not self.merge:
             raise ConfigError(f"--to: {where} is in the layout of {layout} already; name the other one.")
 
 

@@ -187,7 +187,7 @@ def _engine(file: Path, weights: Mapping[str, Tensor], options: ConvertOptions) 
     matrices = {n: t for n, t in weights.items() if ".lora_" in n}
     plain = {n.replace(".base_layer.", "."): t for n, t in weights.items() if n not in matrices}
     alpha = model.train.alpha if options.alpha is None else options.alpha
-    lora = adapters.from_peft(matrices, alpha, where) if matrices else None
+    lora = adapters.from_peft(matrices, alpha, where, rslora=model.train.rslora) if matrices else None
     if not plain:
         return Part(where=where, weights={}, config=None, lora=lora)
     config = _config_in(Path(model.pretrained) / "transformer", TRANSFORMER) if model.pretrained else None

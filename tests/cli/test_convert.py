@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from sat_ext.cli.main import app, main
 from sat_ext.errors import ConfigError
 from tests.sat_layout import sat_autoencoder, sat_transformer, write_sat
+from tests.test_convert import sat_file
+from tests.test_convert_lora import engine_run, lora_of, small_model
 
 
 def test_convert_there_and_back(tmp_path: Path) -> None:
@@ -78,3 +80,13 @@ def test_arguments_that_do_not_fit_are_one_sentence(arguments: list[str], messag
 def test_help_says_that_base_takes_several() -> None:
     for name in ("convert", "export"):
         assert "YAML..." in CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+
+
+def test_merge_writes_whole_weights(tmp_path: Path) -> None:
+    engine_run(tmp_path / "run", small_model(train=lora_of("all-linear", ["dora"])))
+    command = ["convert", str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--to", "sat"]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, ConfigError) and "--merge" in str(refused.exception)
+    done = CliRunner().invoke(app, [*command, "--merge"])
+    assert done.exit_code == 0 and "lora.yaml" not in done.output
+    assert not any("matrix" in n or "original" in n for n in sat_file(tmp_path / "out" / "transformer"))

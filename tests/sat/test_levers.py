@@ -16,11 +16,11 @@ from tests.sat.runs import MODEL, QUICK
 WEIGHT = "network.transformer_blocks.{}.ff.net.2.weight"
 
 
-def levers(folder: Path, quantization: str) -> str:
+def levers(folder: Path, quantization: str, **train: Any) -> str:
     """A YAML over the small run's."""
     model = {
         "transformer": {**MODEL["transformer"], "num_layers": 4},
-        "train": {"mode": "lora", "rank": 4, "alpha": 4, "quantization": quantization},
+        "train": {"mode": "lora", "rank": 4, "alpha": 4, "quantization": quantization, **train},
         "gradient_checkpointing": {"every": 1, "offload": True},
         "block_swap": 3,
         "text": {**MODEL["text"], "device": "cpu"},
@@ -33,11 +33,15 @@ def levers(folder: Path, quantization: str) -> str:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("quantization", ["nf4", "fp8"])
+@pytest.mark.parametrize(
+    ("quantization", "train"),
+    [("nf4", {}), ("fp8", {"target_modules": "all-linear", "rslora": True, "dora": True})],
+    ids=["nf4", "fp8 and dora"],
+)
 def test_a_lora_under_all_levers_resumes_bit_for_bit(
-    server: Server, configure: Any, tmp_path: Path, quantization: str
+    server: Server, configure: Any, tmp_path: Path, quantization: str, train: dict[str, Any]
 ) -> None:
-    more = levers(tmp_path / "yaml", quantization)
+    more = levers(tmp_path / "yaml", quantization, **train)
     options = {"stage": 2, **QUICK}
     whole = server.start([*configure(tmp_path, **options), more], world=2, folder=tmp_path / "whole")
     finish(whole)
@@ -45,9 +49,11 @@ def test_a_lora_under_all_levers_resumes_bit_for_bit(
 
     saved = folder_of(tmp_path / "save")
     state = torch.load(saved / "4" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
-    shapes = {state[WEIGHT.format(block)].shape for block in range(4)}
+    weight = WEIGHT.replace(".weight", ".base_layer.weight") if train else WEIGHT
+    shapes = {state[weight.format(block)].shape for block in range(4)}
     assert shapes == {torch.Size([32, 128])}  # whole, of swapped and other blocks alike
     assert any("lora_B" in name and value.any() for name, value in state.items())
+    assert any("magnitude" in name for name in state) == ("dora" in train)
 
     half_way = tmp_path / "half-way"
     shutil.copytree(saved, half_way)
