@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sat_ext.convert.convert import convert, export
 from sat_ext.convert.parts import ConvertOptions as Options
 from sat_ext.errors import ConfigError
-from tests.sat_layout import HIDDEN, SIZE, sat_transformer, write_sat
+from tests.sat_layout import HIDDEN, LAYERS, SIZE, sat_transformer, write_sat
 from tests.test_convert import assert_same, sat_file
 from tests.test_convert_lora import (
     ALPHA,
@@ -108,6 +108,17 @@ def test_the_scale_of_an_rslora_folds_into_sats_alpha(tmp_path: Path) -> None:
     said = yaml.safe_load((tmp_path / "sat" / "transformer" / "lora.yaml").read_text())
     params = said["model"]["network_config"]["params"]["modules"]["lora_config"]["params"]
     assert params == {"r": RANK, "lora_alpha": 3 * RANK**0.5}
+    convert(tmp_path / "sat", tmp_path / "back", "diffusers", PARTS, Options())
+    found = output(with_lora(loaded(tmp_path / "back"), tmp_path / "back"))
+    assert torch.allclose(found, output(engine.network), atol=1e-5)
+
+
+def test_attention_layers_without_an_adapter_have_zeros_in_sat(tmp_path: Path) -> None:
+    engine = engine_run(tmp_path / "run", small_model(train=lora_of(["to_v"], [])))
+    convert(tmp_path / "run", tmp_path / "sat", "sat", PARTS, Options())
+    weights = sat_file(tmp_path / "sat" / "transformer")
+    assert {name for name in weights if ".matrix_" in name} == sat_lora().keys()
+    assert sum(bool(weights[name].any()) for name in sat_lora()) == 2 * LAYERS
     convert(tmp_path / "sat", tmp_path / "back", "diffusers", PARTS, Options())
     found = output(with_lora(loaded(tmp_path / "back"), tmp_path / "back"))
     assert torch.allclose(found, output(engine.network), atol=1e-5)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors import safe_open
 from torch import Tensor
@@ -87,7 +88,9 @@ def to_sat(rows: Iterable[LayerNames], lora: Lora, where: str) -> dict[str, Tens
         raise ConfigError(f"{where}: SAT's lora2 has no DoRA, with which this LoRA was trained; {remedy}.")
     only = "SAT's lora2 adapts to_q, to_k, to_v and to_out.0 only"
     _reject(lora.weights.keys() - names, where, f"{only}; {remedy}")
-    return {names[name]: tensor for name, tensor in lora.weights.items()}
+    # SAT samples from no file that lacks a matrix of lora2's; zeros add nothing, and all attention layers are square
+    zeros = {k: torch.zeros_like(next(t for n, t in lora.weights.items() if f".lora_{k}." in n)) for k in "AB"}
+    return {sat: lora.weights.get(name, zeros[name[-len("A.weight")]]) for name, sat in names.items()}
 
 
 def _sat_names(rows: Iterable[LayerNames]) -> dict[str, str]:
