@@ -88,7 +88,7 @@ def to_sat(rows: Iterable[LayerNames], lora: Lora, where: str) -> dict[str, Tens
         raise ConfigError(f"{where}: SAT's lora2 has no DoRA, with which this LoRA was trained; {remedy}.")
     only = "SAT's lora2 adapts to_q, to_k, to_v and to_out.0 only"
     _reject(lora.weights.keys() - names, where, f"{only}; {remedy}")
-    # SAT samples from no file that lacks a matrix of lora2's; zeros add nothing, and all attention layers are square
+    # SAT samples from no file that lacks one of lora2's matrices; all are alike, as attention layers are square
     zeros = {k: torch.zeros_like(next(t for n, t in lora.weights.items() if f".lora_{k}." in n)) for k in "AB"}
     return {sat: lora.weights.get(name, zeros[name[-len("A.weight")]]) for name, sat in names.items()}
 
