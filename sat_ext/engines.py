@@ -17,6 +17,7 @@ Only `engine_of` tells them apart. A third engine would be one more class with t
 | `weighs_losses` | the loss multiplies by the batches' `loss_weight` |
 | `lora_scale` | factor on the product of a LoRA's two matrices, and how it is written; None where no LoRA trains |
 | `lora_remedy` | what gives a LoRA a learning rate that fits |
+| `check_base()` | raises `ConfigError` where the target "base", the model without its LoRA, cannot be had |
 | `is_2b` | the model is CogVideoX-2B, the one without rotary positions |
 | `doubt()` | what of the section trains without an error, but hardly as it is meant, in a sentence; or None |
 | `batch_dtype(training)` | what the pixels of a batch are handed over in, where the run trains in `training` |

@@ -143,10 +143,15 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
             found = tuple(replace(s, sampler=sampler) for s in found)
         return tuple(replace(s, side="train") for s in found) if trains and splits else found
 
+    lists = {name: sources(name) for name in LISTS}
+    if data.mix:
+        lists["train_data"] = parts_of(lists["train_data"], data.mix)
+    if any(s.target == "base" for s in lists["train_data"]):
+        engine.check_base()
     return Recipe(
         target=target,
         data=data,
-        lists={name: _mixed(sources(name), data) if name == "train_data" else sources(name) for name in LISTS},
+        lists=lists,
         engine=engine,
         deepspeed=deepspeed,
         micro_batch=_count("batch_size", args, deepspeed.get("train_micro_batch_size_per_gpu")),
@@ -196,10 +201,6 @@ def doubts_of(
             f"single clip; {remedy}, so that updates are mixed."
         )
     return found
-
-
-def _mixed(sources: tuple[SourceConfig, ...], data: DataConfig) -> tuple[SourceConfig, ...]:
-    return parts_of(sources, data.mix) if data.mix else sources
 
 
 def nothing_to_train_on() -> ConfigError:

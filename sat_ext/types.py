@@ -7,6 +7,7 @@ import torch
 
 Kind = Literal["image", "video"]
 MixPart = Literal["image", "video", "first_frame"]  # what `data.params.mix` gives shares to
+Target = Literal["data", "base"]  # whose velocity a sample is trained on
 
 # Seconds by which a time may precede a frame's start and still mean that frame, because files round times to their
 # container's clock, and arithmetic to binary fractions.

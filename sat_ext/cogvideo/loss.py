@@ -1,7 +1,8 @@
 """CogVideo's loss for stills and clips together."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class JointDiffusionLoss(Target, nn.Module):
     - `condition_latents` (B, 1, C, h, w), of a batch from a cache, replace `concat_images`.
     - `condition_scale` is the factor on the first stage's latent of the condition frame, by default
       `scale_factor`, which must equal the engine's `model.scale_factor`. A 1.5 model needs it (docs/cogvideo.md).
+    - Samples whose `target` in the batch is "base" are trained on what the network predicts with its LoRA switched
+      off, instead of `input`.
     - A network that embeds `ofs` (B,) is given it: 2.0, or the batch's own.
 
     Raises `ConfigError` for an option that is unknown, out of its range, or of no use (`condition_dropout` of a
@@ -70,6 +73,7 @@ class JointDiffusionLoss(Target, nn.Module):
                 f"{PARAMS}.condition_dropout: {condition_dropout} is not a probability; use a value from 0 to 1."
             )
         self._padding = 0
+        self._base: Callable[[Tensor], Tensor] | None = None  # puts the base's prediction into a target
         self._metrics = {"loss_image": torch.tensor(ABSENT), "loss_video": torch.tensor(ABSENT)}
 
     def __call__(
@@ -82,7 +86,7 @@ class JointDiffusionLoss(Target, nn.Module):
     ) -> Tensor:
         """The loss of each sample, (B,), of latents `input` (B, T, C, h, w)."""
         transformer = getattr(network, "diffusion_model", network)
-        still, dropped, factors = self._per_sample(batch, input, getattr(network, "training", True))
+        still, dropped, taught, factors = self._per_sample(batch, input, getattr(network, "training", True))
         batch, frames = dict(batch), input.shape[1]
         patch = getattr(
             transformer, "patch_size", 1
@@ -107,16 +111,32 @@ class JointDiffusionLoss(Target, nn.Module):
         if "timestep" in batch and isinstance(self.sigma_sampler, StratifiedSampling):
             self.sigma_sampler.places = batch["timestep"]
         latents = pad_front(input, self._padding)
+        if taught.any():
+            denoiser = self._with_base(denoiser, taught.to(input.device))
         losses: Tensor = super().__call__(network, denoiser, conditioner, latents, batch)
-        self._metrics = {
-            "loss_image": mean_where(losses.detach(), still.tolist()),
-            "loss_video": mean_where(losses.detach(), (~still).tolist()),
-        }
+        of_kinds = {"image": still & ~taught, "video": ~still & ~taught}
+        if taught.any():
+            of_kinds["base"] = taught
+        self._metrics = {f"loss_{k}": mean_where(losses.detach(), of.tolist()) for k, of in of_kinds.items()}
         return losses * factors.to(losses)
 
     def get_loss(self, model_output: Tensor, target: Tensor, w: Tensor) -> Tensor:
         """The parent's loss (B,) without the padding in front, which neither counts nor has a gradient."""
+        if self._base is not None:
+            target, self._base = self._base(target), None
         return super().get_loss(model_output[:, self._padding :], target[:, self._padding :], w)  # type: ignore[misc]
+
+    def _with_base(self, denoiser: Callable[..., Tensor], taught: Tensor) -> Callable[..., Tensor]:
+        """`denoiser`, that first notes what it makes of this noise without the LoRA: the target of `taught`."""
+
+        def denoise(network: nn.Module, *inputs: Any, **more: Any) -> Tensor:
+            with torch.no_grad(), lora_off(network):
+                base = denoiser(network, *inputs, **more)
+            where = taught.view(-1, *[1] * (base.ndim - 1))
+            self._base = lambda target: torch.where(where, base, target)  # in the wider dtype of the two
+            return denoiser(network, *inputs, **more)
+
+        return denoise
 
     def metrics(self) -> dict[str, Tensor]:
         """Of the last call, `loss_image` and `loss_video`: unweighted means, 0-dim, -100 where there was none."""
@@ -124,28 +144,42 @@ class JointDiffusionLoss(Target, nn.Module):
 
     def _per_sample(
         self, batch: Mapping[str, Any], latents: Tensor, training: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each sample, (B,): whether it is a still, whether its condition is dropped, and its loss's factor.
-
-        The first two are on the CPU, so that no GPU waits.
-        """
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each sample, (B,): whether it is a still, whether its condition is dropped, whether the base teaches
+        it, and its loss's factor. All but the last are on the CPU, so that no GPU waits."""
         still = stills(kinds(batch, len(latents)), latents.shape[1])
         factors = torch.where(still, self.kind_weights.image, self.kind_weights.video).to(latents.device)
         if training and "loss_weight" in batch:
             factors = factors * batch["loss_weight"].to(latents.device)
-        dropped = torch.zeros_like(still)
+        dropped, taught = torch.zeros_like(still), torch.zeros_like(still)
+        if training and "target" in batch:
+            taught = torch.tensor([target == "base" for target in batch["target"]])
         if training and self.condition_dropout:
             # SAT seeds all ranks alike: each takes a row of its own, or all would drop at once
             rank, world = rank_and_world()
             dropped = torch.rand(world, len(still))[rank] < self.condition_dropout
         if not mpu.model_parallel_is_initialized() or mpu.get_model_parallel_world_size() == 1:
-            return still, dropped, factors
-        # Ranks that share a model must agree, as on the parent's noise, and only the first of them has `kind` and
-        # `loss_weight`: `broad_cast_batch` in CogVideo's train_video.py sends neither.
-        values = torch.stack([v.to(factors) for v in (still, dropped, factors)])
+            return still, dropped, taught, factors
+        # Ranks that share a model must agree, as on the parent's noise, and only the first of them has `kind`,
+        # `target` and `loss_weight`: `broad_cast_batch` in CogVideo's train_video.py sends none of them.
+        values = torch.stack([v.to(factors) for v in (still, dropped, taught, factors)])
         source = dist.get_rank() - mpu.get_model_parallel_rank()
         dist.broadcast(values, src=source, group=mpu.get_model_parallel_group())
-        return values[0].bool().cpu(), values[1].bool().cpu(), values[2]
+        return values[0].bool().cpu(), values[1].bool().cpu(), values[2].bool().cpu(), values[3]
+
+
+@contextmanager
+def lora_off(network: nn.Module) -> Iterator[None]:
+    """Inside, SAT's `LoraLinear`s add nothing to what they adapt."""
+    layers: list[Any] = [m for m in network.modules() if hasattr(m, "matrix_A") and hasattr(m, "scaling")]
+    scales = [layer.scaling for layer in layers]
+    for layer in layers:
+        layer.scaling = 0.0  # SAT has no switch; the product is computed, and adds zero
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling = scale
 
 
 def condition_factor(condition_scale: float | None, scale_factor: float, where: str) -> float:

@@ -21,6 +21,7 @@ from sat_ext.cogvideo.network import (
     text_embedder,
 )
 from sat_ext.cogvideox import LATENT_SIDE, SCALE_FACTOR, TEXT_TOKENS, SequenceShape
+from sat_ext.errors import ConfigError
 from sat_ext.latents.encoders import Encoders, Fingerprints, Part
 from sat_ext.models.config import ModelConfig
 from sat_ext.types import Bucket
@@ -58,6 +59,20 @@ class CogVideo:
         network = read_network(self.model)
         alpha, rank = network.lora_alpha, network.lora_rank
         return (alpha / rank, f"{alpha:g}/{rank}") if rank else None
+
+    def check_base(self) -> None:
+        network = read_network(self.model)
+        if network.lora_rank is None:
+            raise ConfigError(
+                "model.network_config.params.modules: no lora_config, but a source of data.params.sources has the "
+                "target base, which is what the model predicts without its LoRA; append "
+                "configs/cogvideo/lora.yaml, or take the target out."
+            )
+        if not self.weighs_losses:
+            raise ConfigError(
+                "model.loss_fn_config.target: CogVideo's own loss knows no target base, which a source of "
+                f"data.params.sources has; name {LOSS}, or take the target out."
+            )
 
     @property
     def is_2b(self) -> bool:

@@ -71,7 +71,8 @@ class JointStream:
 
         A group has what `collate` makes, and for each sample `loss_weight` and `timestep` (B,), float32. Its mean
         loss is to be multiplied by the weight and added to the step's: so a sample counts 1 over the mean number
-        of a step's samples, whatever its bucket. `timestep` is a place in the range, from 0 to 1.
+        of a step's samples, whatever its bucket. `timestep` is a place in the range, from 0 to 1. Where a source
+        has another target than its data, `target` is a list of "data" or "base".
 
         Raises `DataError` when too many files cannot be read.
         """
@@ -84,6 +85,8 @@ class JointStream:
             group = self._group([(parts[i].cell, self.schedule.positions(parts[i], rank)) for i in own])
             samples = len(group["txt"])
             group["loss_weight"] = torch.full((samples,), samples / self.schedule.mean_samples)
+            if self.index.by_base:
+                group["target"] = ["base" if s in self.index.by_base else "data" for s in group["source"]]
             group["timestep"] = torch.from_numpy(np.concatenate([places[i] for i in own])).float()
             groups.append(group)
         return groups[0] if self.size.budget is None else {"groups": groups}

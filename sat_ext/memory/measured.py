@@ -140,7 +140,7 @@ def _training_step(config: ModelConfig, itemsize: int, groups: tuple[tuple[Bucke
 def _loss(network: Any, config: ModelConfig, groups: tuple[tuple[Bucket, int], ...], dtype: torch.dtype) -> Tensor:
     """The engine's loss, from latents on."""
     from sat_ext.models.conditioning import padding_frames
-    from sat_ext.models.diffusion import NoiseSchedule
+    from sat_ext.models.diffusion import NoiseSchedule, velocity_losses
     from sat_ext.models.transformer import predict_velocity
 
     transformer, schedule = config.transformer, NoiseSchedule(torch.empty(1000))
@@ -157,9 +157,9 @@ def _loss(network: Any, config: ModelConfig, groups: tuple[tuple[Bucket, int], .
             noisy = torch.cat([noisy, torch.empty_like(latents).float()], dim=2)
         text = torch.empty(samples, config.text_length, transformer.text_embed_dim, dtype=dtype)
         inputs.append((noisy, text, timesteps))
-        targets.append((latents, noise, timesteps))
+        targets.append(schedule.velocity(latents, noise, timesteps))
     predictions = predict_velocity(network, config, inputs)
-    losses = [schedule.losses(made, *target).mean() for made, target in zip(predictions, targets, strict=True)]
+    losses = [velocity_losses(made, target).mean() for made, target in zip(predictions, targets, strict=True)]
     return torch.stack(losses).sum()
 
 

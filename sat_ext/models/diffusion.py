@@ -67,16 +67,15 @@ class NoiseSchedule:
         root_signal, root_noise = self._at(timesteps, latents)
         return root_signal * noise.float() - root_noise * latents.float()
 
-    def losses(
-        self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, padding: int = 0
-    ) -> Tensor:
-        """The loss of each sample, (B,) float32, without the first `padding` latent frames of (B, T, C, H, W).
 
-        The squared error of the velocity is SAT's loss, the squared error of the denoised latents weighted by
-        1 / (1 - alpha), because the two errors differ by the factor sqrt(1 - alpha); this way nothing is divided.
-        """
-        error = prediction.float() - self.velocity(latents, noise, timesteps)
-        return error[:, padding:].square().flatten(1).mean(dim=1)
+def velocity_losses(prediction: Tensor, target: Tensor, padding: int = 0) -> Tensor:
+    """The loss of each sample, (B,) float32, without the first `padding` latent frames of (B, T, C, H, W).
+
+    The squared error of the velocity is SAT's loss, the squared error of the denoised latents weighted by
+    1 / (1 - alpha), because the two errors differ by the factor sqrt(1 - alpha); this way nothing is divided.
+    """
+    error = prediction.float() - target
+    return error[:, padding:].square().flatten(1).mean(dim=1)
 
 
 def mean_where(losses: Tensor, chosen: Sequence[bool]) -> Tensor:

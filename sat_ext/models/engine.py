@@ -29,12 +29,13 @@ from sat_ext.models.diffusion import (
     read_schedule,
     sample_seeds,
     stratified_timesteps,
+    velocity_losses,
 )
 from sat_ext.models.first_stage import build_first_stage
 from sat_ext.models.folder import check_zero, folder_config, load_model_config
 from sat_ext.models.stopwatch import Stopwatch
 from sat_ext.models.t5 import build_text
-from sat_ext.models.transformer import build_transformer, predict_velocity
+from sat_ext.models.transformer import adapters_off, build_transformer, predict_velocity
 from sat_ext.pixels import to_model_range
 from sat_ext.types import groups_of
 from sat_ext.zero import zero_of
@@ -86,14 +87,15 @@ class VideoDiffusionEngine(nn.Module):
         return self.config.pretrained is not None and self.config.train.mode == "lora" and "lora_" not in name
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and `loss_image` and `loss_video`: -100 if it has no such sample.
+        """The loss of a batch, and `loss_image` and `loss_video`: -100 if it has no such sample. Samples whose
+        target is the base count in `loss_base` instead.
 
         `batch` is a group of samples of one shape or, with the key `groups`, a pack of several groups. A group has
         mp4 (B, T, C, H, W), uint8 or in [-1, 1], and lists of B: txt, kind, source, key (the last two seed an
-        evaluation); in training optionally `loss_weight` (B,), a factor on what its mean adds to the loss, and
-        `timestep` (B,), from 0 to 1. In training the batch has `seed`, an int that differs between ranks, which
-        every draw follows from, and may have `gradient_norms`: if true, the metrics include `gradient_image` and
-        `gradient_video`, the norms of what each kind adds to the gradient.
+        evaluation); in training optionally `loss_weight` (B,), a factor on what its mean adds to the loss,
+        `timestep` (B,), from 0 to 1, and `target`, a list of "data" or "base". In training the batch has `seed`,
+        an int that differs between ranks, which every draw follows from, and may have `gradient_norms`: if true,
+        the metrics include `gradient_image` and so on, the norms of what each kind adds to the gradient.
         """
         groups = groups_of(batch)
         if self.training:
@@ -102,8 +104,9 @@ class VideoDiffusionEngine(nn.Module):
             losses = [self._evaluation_losses(group) for group in groups]
         weighted = torch.cat([self._factors(g, of) * of / len(of) for g, of in zip(groups, losses, strict=True)])
         every, metrics = torch.cat(losses).detach(), {}
-        of_kinds = {kind: [k == kind for group in groups for k in group["kind"]] for kind in ("image", "video")}
-        for kind, chosen in of_kinds.items():
+        kinds = [kind for group in groups for kind in kinds_of(group)]
+        for kind in dict.fromkeys(["image", "video", *kinds]):
+            chosen = [k == kind for k in kinds]
             metrics[f"loss_{kind}"] = mean_where(every, chosen)
             if batch.get("gradient_norms"):
                 metrics[f"gradient_{kind}"] = self._gradient_norm(weighted, chosen)
@@ -153,9 +156,28 @@ class VideoDiffusionEngine(nn.Module):
             if condition is not None:
                 noisy = torch.cat([noisy, condition.to(noisy.dtype)], dim=2)
             inputs.append((noisy, text, timesteps))
-            targets.append((latents, noise, timesteps, padding))
+            targets.append((self.schedule.velocity(latents, noise, timesteps), padding))
+        self._put_base(groups, inputs, [velocity for velocity, _ in targets])
         predictions = predict_velocity(self.network, self.config, inputs)
-        return [self.schedule.losses(made, *target) for made, target in zip(predictions, targets, strict=True)]
+        return [velocity_losses(made, *target) for made, target in zip(predictions, targets, strict=True)]
+
+    @torch.no_grad()
+    def _put_base(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        inputs: Sequence[tuple[Tensor, Tensor, Tensor]],
+        targets: Sequence[Tensor],
+    ) -> None:
+        """Replace the velocities of samples of the target "base", in place, by those without the adapters."""
+        chosen = [[i for i, kind in enumerate(kinds_of(group)) if kind == "base"] for group in groups]
+        taught = [number for number, own in enumerate(chosen) if own]
+        if not taught:
+            return
+        with adapters_off(self.network):  # before the pass that keeps activations, so that the two do not add up
+            parts = [tuple(value[chosen[n]] for value in inputs[n]) for n in taught]
+            made = predict_velocity(self.network, self.config, parts)  # type: ignore[arg-type]
+        for number, velocity in zip(taught, made, strict=True):
+            targets[number][chosen[number]] = velocity.float()
 
     def _timesteps(self, group: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Where in the range the stream has put each sample, else (a data set of the user's own) a draw, (B,)."""
@@ -181,7 +203,8 @@ class VideoDiffusionEngine(nn.Module):
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g, device=g.device) for g in generators])
             noisy = self.schedule.add_noise(latents, noise, timesteps)
             prediction = self.predict(noisy, text, timesteps, condition)
-            losses.append(self.schedule.losses(prediction, latents, noise, timesteps, padding))
+            velocity = self.schedule.velocity(latents, noise, timesteps)
+            losses.append(velocity_losses(prediction, velocity, padding))
         return torch.stack(losses).mean(dim=0)
 
     def _inputs(
@@ -218,6 +241,12 @@ class VideoDiffusionEngine(nn.Module):
             return latents, None
         frames = pixels[:, :1] if generator is None else noisy_first_frames(pixels, generator)
         return latents, self.first_stage.encode_condition(frames, generator)
+
+
+def kinds_of(group: Mapping[str, Any]) -> list[str]:
+    """The kind of each sample, or "base" where that is its target."""
+    targets = group.get("target") or group["kind"]
+    return [t if t == "base" else kind for t, kind in zip(targets, group["kind"], strict=True)]
 
 
 def _leave_out_fixed(engine: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -55,6 +55,13 @@ class BuiltIn:
             return alpha / math.sqrt(rank), f"{alpha}/sqrt({rank})"
         return alpha / rank, f"{alpha}/{rank}"
 
+    def check_base(self) -> None:
+        if self.lora_scale is None:
+            raise ConfigError(
+                "model.train.mode: full, but a source of data.params.sources has the target base, which is what "
+                "the model predicts without its LoRA; append configs/train/lora.yaml, or take the target out."
+            )
+
     @property
     def is_2b(self) -> bool:
         transformer = self.model.get("transformer") or {}

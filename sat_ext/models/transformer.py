@@ -1,7 +1,8 @@
 """The diffusion transformer: diffusers' CogVideoX module, for any frame count and size, with LoRA."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from diffusers.models.embeddings import CogVideoXPatchEmbed
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -157,3 +159,16 @@ def _measure_norms(name: str, layer: Any, keys: _IncompatibleKeys) -> None:
     dora.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=layer.scaling["default"])
     magnitude.data.copy_(dora.weight)
     dora.weight = magnitude  # the same parameter as before
+
+
+@contextmanager
+def adapters_off(network: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base."""
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # not `enable_adapters(False)`, which also freezes what DeepSpeed trains
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -401,3 +401,42 @@ def test_a_wrong_option_is_named(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         JointDiffusionLoss(**({"parent": f"{__name__}.ParentLoss", "sigma_sampler_config": {}} | params))
     assert str(error.value) == message
+
+
+class LoraLinear(nn.Module):
+    """What SAT's class of this name has that the loss looks at."""
+
+    def __init__(self, original: Transformer) -> None:
+        super().__init__()
+        self.original, self.scaling, self.patch_size = original, 0.5, original.patch_size
+        self.matrix_A = nn.ParameterList([nn.Parameter(torch.tensor(2.0))])
+
+    def forward(self, x: Tensor, **inputs: Any) -> Tensor:
+        base: Tensor = self.original(x, **inputs)
+        return base + self.scaling * self.matrix_A[0] * x[:, :, :CHANNELS]
+
+
+@pytest.mark.parametrize("patch, frames", [(2, 3), ([2, 2, 2], 3)])
+def test_the_base_is_the_target_where_the_batch_says_so(patch: Any, frames: int) -> None:
+    network = Network(LoraLinear(Transformer(patch)))  # type: ignore[arg-type]
+    base = Network(network.diffusion_model.original)
+    batch = batch_of(["video", "video", "image"], frames)
+    loss, taught = joint(), {**batch, "target": ["data", "base", "base"]}
+    of_data = losses(loss, network, frames, batch)
+    value = losses(loss, network, frames, taught)
+    padding = loss._padding
+    predicted = denoiser.prediction.detach()  # type: ignore[attr-defined]
+    losses(loss, base, frames, batch)
+    expected = denoiser.prediction.detach()  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    signal = torch.rand(3)
+    error = (predicted - expected)[:, padding:].square().flatten(1).mean(1) / (1 - signal**2)
+    assert value[0] == of_data[0]
+    torch.testing.assert_close(value[1:], error[1:])
+    losses(loss, network, frames, taught).sum().backward()
+    assert network.diffusion_model.scaling == 0.5 and network.diffusion_model.matrix_A[0].grad.any()
+    metrics = loss.metrics()
+    assert metrics["loss_image"] == ABSENT and metrics["loss_video"] == value[0]
+    torch.testing.assert_close(metrics["loss_base"], error[1:].mean())
+    network.eval()
+    assert torch.equal(losses(loss, network, frames, taught), losses(loss, network, frames, batch))

@@ -227,3 +227,21 @@ def test_what_cannot_train_ends_in_a_sentence(
     (sentence,) = [line for line in run.log.splitlines() if line.startswith("error: ")]
     assert sentence.startswith(f"error: {beginning}")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_source_can_be_taught_by_the_base(checkout: Checkout, launch: Launch, media: Path) -> None:
+    """CogVideo's LoRA is switched off for it: before the first update it adds nothing, so there is no loss."""
+    model, overlays = I2V[checkout.generation]
+    path = str(media / "train")
+    sources = [
+        {"path": path, "name": "stills", "kind": "image", "share": 1},
+        {"path": path, "name": "clips", "kind": "video", "share": 1, "target": "base"},
+    ]
+    settings = {
+        "data": {"params": {"sources": sources}},
+        "deepspeed": {"gradient_accumulation_steps": 2, "optimizer": {"params": {"lr": 0.05}}},
+    }
+    run = launch(model, overlays, settings, train_iters=4, valid_data=None, train_data=None)
+    found = [float(value) for value in re.findall(r"\bloss_base ([-+.\dE]+)", run.log)]
+    assert len(found) == 4 and found[0] == 0 < found[-1], run.log
+    assert "loss_video" not in run.log and "loss_image" in run.log

@@ -50,7 +50,8 @@ class Group:
 class Index:
     """`table` holds every row that can be trained on; `groups` sorts them by source and bucket.
 
-    `samplers` and `shares` are by source name; the default share is the number of the source's records. `bad` are
+    `samplers` and `shares` are by source name; the default share is the number of the source's records.
+    `by_base` names the sources of the target "base". `bad` are
     files, or parts of files, that cannot be read, `dropped` those that fit no bucket or have the weight 0, each as
     (path, reason). `made` is the time (`time.time`) of indexing. `unread` counts files that may be media but are
     not read, by suffix.
@@ -64,6 +65,7 @@ class Index:
     dropped: tuple[tuple[str, str], ...]
     made: float
     unread: Mapping[str, int] = field(default_factory=dict)
+    by_base: frozenset[str] = frozenset()
 
     def item(self, row: int) -> tuple[Item, MediaInfo]:
         """The item of one row, and what its whole file holds."""
@@ -138,6 +140,7 @@ def build_index(
         dropped=tuple(entry for found in placed.values() for entry in found.dropped),
         unread=dict(sorted(unread.items())),
         made=made,
+        by_base=frozenset(name for name, s in named.items() if s.target == "base"),
     )
 
 

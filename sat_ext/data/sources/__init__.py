@@ -22,7 +22,7 @@ from sat_ext.data.sources.texts import listed
 from sat_ext.data.split import Side
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import is_url, suffix_of
-from sat_ext.types import Item, Kind, MixPart
+from sat_ext.types import Item, Kind, MixPart, Target
 
 __all__ = ["SourceConfig", "check_roots", "read_source"]
 
@@ -36,6 +36,7 @@ class SourceConfig:
     `path` is a folder, a table or tar shards, local or a URL (docs/data.md); `name` is for logs and
     the batch, by default the path's; `share` is the part of the samples that come from it, relative to the other
     shares; `sampler` is one of `sat_ext.data.clips`. With a `kind` only its stills or only its clips are used.
+    With the `target` base, its samples are trained on what the model predicts without its LoRA.
     `caption` replaces `data.params.caption`. `side` is that of `data.params.held_out`, and `part` that of
     `data.params.mix`.
     """
@@ -45,6 +46,7 @@ class SourceConfig:
     share: float | None = None
     sampler: str = "random_start"
     kind: Kind | None = None
+    target: Target = "data"
     caption: CaptionConfig | None = None
     side: Side | None = field(default=None, metadata=INTERNAL)
     part: MixPart | None = field(default=None, metadata=INTERNAL)
