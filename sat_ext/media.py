@@ -167,7 +167,7 @@ def frames_of(image: Image.Image) -> Iterator[Image.Image]:
 
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: int, *, crf: int) -> None:
     """uint8 frames (H, W, 3) as H.264 in MP4, as cameras and sites write it; a lower `crf` is better."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         # threads: with more than one, the bytes differ from run to run
         options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
         stream = container.add_stream("libx264", rate=fps, options=options)

@@ -45,7 +45,7 @@ def cache(
     the folder already holds is kept, so a killed command can be run again.
     """
     run = read_recipe([*base, *(more or [])]).checked()
-    rank, world = _join()
+    rank, world = join()
     settings, prints = _settings(run, output, clips), run.engine.fingerprints(run.dtype)
     console = Console(stderr=True, quiet=rank > 0)
 
@@ -61,7 +61,7 @@ def cache(
     job = CacheJob(indices=indices, data=run.data, settings=settings, prints=prints)
     missing = share_from_first_rank(job.missing)
     if missing.samples or missing.captions:
-        encoders = run.engine.encoders(run.dtype, _own_device())
+        encoders = run.engine.encoders(run.dtype, own_device())
         share_from_first_rank(lambda: _announce(job, missing, encoders, console))
         errors = encode_missing(
             job, missing.of_rank(rank, world), encoders, run.engine, workers=run.num_workers, progress=progress
@@ -78,7 +78,7 @@ def cache(
     dist.destroy_process_group()
 
 
-def _join() -> tuple[int, int]:
+def join() -> tuple[int, int]:
     """This process among those of a launcher, or alone."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
         os.environ.setdefault(name, value)
@@ -91,7 +91,7 @@ def _join() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _own_device() -> torch.device:
+def own_device() -> torch.device:
     """This rank's GPU, made the current one: CogVideo's T5 sends its tokens to "cuda", and bitsandbytes quantizes
     there. Raises `ConfigError` where the machine has too few."""
     local = int(os.environ["LOCAL_RANK"])

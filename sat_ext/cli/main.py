@@ -11,8 +11,8 @@ from typer.core import TyperGroup
 from sat_ext.errors import SatExtError
 
 COMMANDS = (
-    *("bench", "cache", "check", "convert", "demo", "export", "init", "plan", "preview", "report", "sample"),
-    *("scenes", "score"),
+    *("bench", "cache", "check", "convert", "demo", "export", "init", "plan", "preview", "prior", "report"),
+    *("sample", "scenes", "score"),
 )
 
 

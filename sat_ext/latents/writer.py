@@ -171,9 +171,11 @@ def write_samples(
     return errors
 
 
-def encode_sample(encoders: Encoders, pixels: Tensor, entry: Entry, conditions: int) -> dict[str, Tensor]:
-    """The parts of one sample, from its pixels (1, T, 3, H, W)."""
-    mean, deviation = encoders.moments(pixels)
+def encode_sample(
+    encoders: Encoders, pixels: Tensor, entry: Entry, conditions: int, *, latents: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The parts of one sample, from its pixels (1, T, 3, H, W), and `latents` (t, C, h, w) if they are known."""
+    mean, deviation = encoders.moments(pixels) if latents is None else (latents[None], None)
     parts = {"mean": mean[0]}
     if deviation is not None:
         parts["std"] = deviation[0]

@@ -1,7 +1,7 @@
 """Sampling: captions, and for I2V a first frame, to pixels; from an engine, or from a run's folder."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,20 @@ from sat_ext.types import Bucket
 
 def load_engine(run: Path) -> tuple[VideoDiffusionEngine, int]:
     """The engine of a run's newest checkpoint, in evaluation mode, and its iteration. Raises `ConfigError`."""
-    config = read_run_config(run)
+    engine = build_engine(read_run_config(run))
+    return engine, load_weights(engine, run)
+
+
+def build_engine(config: Mapping[str, Any]) -> VideoDiffusionEngine:
+    """The engine of a run's YAML, with its folder's weights or random ones, in evaluation mode."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = bool(config.get("deepspeed", {}).get("bf16", {}).get("enabled"))
     dtype = torch.bfloat16 if bf16 and device == "cuda" else torch.float32
-    engine = VideoDiffusionEngine(Namespace(model_config=config["model"]), params_dtype=dtype).to(device)
+    return VideoDiffusionEngine(Namespace(model_config=config["model"]), params_dtype=dtype).to(device).eval()
+
+
+def load_weights(engine: VideoDiffusionEngine, run: Path) -> int:
+    """Put the weights of a run's newest checkpoint into its engine; its iteration. Raises `ConfigError`."""
     weights, iteration = read_weights(run)
     weights = under_adapters(weights, {name for name, _ in engine.named_parameters()})
     missing, unexpected = engine.load_state_dict(weights, strict=False)
@@ -36,11 +45,19 @@ def load_engine(run: Path) -> tuple[VideoDiffusionEngine, int]:
             f"{find_weights(run)}: {len(missing)} weights of the model in {CONFIG_NAME} are missing and "
             f"{len(unexpected)} belong to another; first: {(missing or unexpected)[0]}."
         )
-    return engine.eval(), iteration
+    return iteration
 
 
 @torch.no_grad()
-def generate(
+def generate(engine: VideoDiffusionEngine, captions: Sequence[str], **options: Any) -> Tensor:
+    """Pixels (B, T, C, H, W) in [-1, 1], float32, for B captions, with the options of `generate_latents`."""
+    # one after another, and decoded so: samples at an evaluation then take no more memory than training does
+    made = generate_latents(engine, captions, **options)
+    return torch.cat([engine.first_stage.decode(latents).float() for latents in made])
+
+
+@torch.no_grad()
+def generate_latents(
     engine: VideoDiffusionEngine,
     captions: Sequence[str],
     *,
@@ -51,8 +68,8 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Pixels (B, T, C, H, W) in [-1, 1], float32, for B captions.
+) -> Iterator[Tensor]:
+    """Latents (1, T, C, h, w), float32, of each caption in turn. `frames`, `height` and `width` are in pixels.
 
     `first_frames`, (B, C, H, W) in [-1, 1], is what an I2V model animates; without it the condition is zero,
     as in training's condition dropout. Guidance pushes away from the empty caption; a `guidance_scale` of 1
@@ -96,8 +113,6 @@ def generate(
             latents, previous = latents.float(), timestep
         return latents
 
-    samples = []
-    # one after another, and decoded so: samples at an evaluation then take no more memory than training does
     for i in range(len(captions)):
         condition = None
         if config.conditioning == "i2v":
@@ -105,9 +120,7 @@ def generate(
             if first_frames is not None:
                 first = engine.first_stage.encode_condition(first_frames[i : i + 1, None].to(device, dtype))
                 condition = condition_latents(first, shape[1], torch.zeros(1, dtype=torch.bool))
-        latents = denoise(noise[i : i + 1], texts[i : i + 1], condition)
-        samples.append(engine.first_stage.decode(latents[:, padding:]).float())
-    return torch.cat(samples)
+        yield denoise(noise[i : i + 1], texts[i : i + 1], condition)[:, padding:]
 
 
 def sample_rows(engine: VideoDiffusionEngine, batch: dict[str, Any], **options: Any) -> list[SheetRow]:

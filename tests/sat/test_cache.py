@@ -383,11 +383,11 @@ def test_each_rank_encodes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch.cuda, name, value)
     for rank in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        command._own_device()
+        command.own_device()
     assert chosen == [0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="LOCAL_RANK: 2, but this machine has 2 GPUs; start one process per GPU"):
-        command._own_device()
+        command.own_device()
 
 
 def test_a_kill_costs_a_minute_of_captions_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,237 @@
+"""`sat-ext prior`: clips that the base makes itself, to train a LoRA on with `target: base`."""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from sat_ext.cli.base import BaseOption, MoreYaml
+from sat_ext.cli.cache import join, own_device
+from sat_ext.cogvideox import latent_frames
+from sat_ext.config import read_yaml
+from sat_ext.data.decode import read_still
+from sat_ext.data.index import build_index
+from sat_ext.data.sources import SourceConfig, read_source
+from sat_ext.data.transform import Fit
+from sat_ext.data.visits import read_pixels
+from sat_ext.errors import ConfigError, DataError
+from sat_ext.files import suffix_of
+from sat_ext.files.atomic import written_aside
+from sat_ext.latents.reader import Entries
+from sat_ext.latents.store import fingerprint_of, write_latents
+from sat_ext.latents.writer import encode_sample
+from sat_ext.media import write_video
+from sat_ext.pixels import to_model_range, to_uint8
+from sat_ext.recipe import Recipe, recipe_of
+from sat_ext.types import IMAGE_EXTENSIONS, Bucket
+
+if TYPE_CHECKING:
+    from sat_ext.models.engine import VideoDiffusionEngine
+
+CRF = 4  # of H.264, as good as lossless: what a first stage loses is more
+WRITE_SECONDS = 60.0  # latents of so much work are lost by a kill, and encoded again by `sat-ext cache`
+
+
+class Prompt(NamedTuple):
+    """What a clip is to show, and the still that it begins with, if it does."""
+
+    caption: str
+    image: str | None = None
+
+
+def prior(
+    base: BaseOption,
+    prompts: Annotated[
+        str, typer.Option(help="a text file, one prompt a line; or a folder or table of captioned stills")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the folder of the clips, a source to train on")],
+    more: MoreYaml = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: the model's YAML")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="strength of the prompt; default: the model's YAML")
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Let the model of a run, without its LoRA, make a clip of each prompt, as long as the run's longest bucket.
+
+    Each is an MP4 with its caption beside it; an image-to-video model animates stills. Where the run has a cache,
+    the latents go into it as they are. What is there is kept, so a killed command can be run again. Under torchrun
+    or the DeepSpeed launcher each rank makes a part.
+    """
+    from sat_ext.models.generate import build_engine, load_weights
+
+    config = read_yaml([*base, *(more or [])])
+    run = recipe_of(config)
+    if not run.engine.takes_packs:
+        raise ConfigError(
+            "--base: needs a 'model' section of the built-in engine (configs/model/), which makes the clips; they "
+            "can be trained on under CogVideo's script too."
+        )
+    wanted = read_prompts(prompts, animates=run.engine.is_conditioned)
+    rank, world = join()
+    console = Console(stderr=True, quiet=rank > 0)
+    output.mkdir(parents=True, exist_ok=True)
+    missing = missing_in(output, wanted)[rank::world]
+    dist.barrier()  # or a rank would count what another has made by now
+    if missing:
+        device = own_device()
+        engine = build_engine(config)
+        if (loaded := (config.get("args") or {}).get("load")) is not None:
+            load_weights(engine, Path(loaded))
+        options = {"steps": steps, "guidance_scale": guidance}
+        options = {name: value for name, value in options.items() if value is not None}
+        maker = Maker(engine.to(device), run, output, seed, options)
+        console.print(
+            f"{len(missing)} of {len(wanted)} clips of {maker.buckets[0]} to make on this rank", end=", "
+        )
+        console.print(f"about {timedelta(seconds=round(maker.seconds() * len(missing)))}")
+        shown: Iterable[int] = track(missing, "clips", total=len(missing), console=console)
+        maker.make(wanted, shown)
+    dist.barrier()
+    if rank == 0:
+        name = source_at(output, run).name or output.name
+        print(f"{output}: {len(wanted)} clips. To train on them, add to data.params.sources:")
+        print(f"  - {{name: {name}, path: {output}, share: 0.3, target: base}}")
+    dist.destroy_process_group()
+
+
+def read_prompts(source: str, *, animates: bool) -> list[Prompt]:
+    """The prompts, each of a still where the model `animates` them. Raises `ConfigError` and `DataError`."""
+    if suffix_of(source) == ".txt":
+        if animates:
+            raise ConfigError(
+                f"--prompts: {source} is a list, and an image-to-video model animates pictures; name a folder or "
+                "table of captioned stills."
+            )
+        try:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts: {source} cannot be read ({error}); name a text file.") from error
+        found = [Prompt(line.strip()) for line in lines if line.strip()]
+    else:
+        stills = [item for item in read_source(source) if suffix_of(item.path) in IMAGE_EXTENSIONS]
+        found = [Prompt(item.captions[0], item.path if animates else None) for item in stills]
+    if not found:
+        raise DataError(f"--prompts: nothing in {source}; write one prompt a line, or name captioned stills.")
+    return found
+
+
+def missing_in(folder: Path, prompts: Sequence[Prompt]) -> list[int]:
+    """The numbers of the prompts without a clip. Raises `ConfigError` where a clip is of another prompt."""
+    found = []
+    for number, prompt in enumerate(prompts):
+        clip = folder / f"{number:06d}.mp4"
+        if not clip.exists():
+            found.append(number)
+        elif (caption := clip.with_suffix(".txt").read_text(encoding="utf-8").strip()) != prompt.caption.strip():
+            raise ConfigError(f"-o: {clip} is of another prompt ({caption[:60]!r}); name a new folder.")
+    return found
+
+
+def source_at(folder: Path, run: Recipe) -> SourceConfig:
+    """The run's source of this folder, or what its default would be: the keys of a cache have its name."""
+    own = SourceConfig(path=str(folder))
+    return next((s for s in run.sources if os.path.abspath(s.path) == os.path.abspath(folder)), own)
+
+
+class Maker:
+    """Makes clips with the base of `engine`, and puts them into `output` and, where the run has one, its cache."""
+
+    def __init__(
+        self, engine: "VideoDiffusionEngine", run: Recipe, output: Path, seed: int, options: dict[str, Any]
+    ) -> None:
+        self.engine, self.run, self.output, self.seed, self.options = engine, run, output, seed, options
+        longest = max(bucket.frames for bucket in run.buckets)
+        self.buckets = [bucket for bucket in run.buckets if bucket.frames == longest]
+        if longest == 1:
+            raise ConfigError("data.params.buckets: only stills; the base makes clips, so add a longer bucket.")
+        self.waiting: dict[str, Tensor] = {}  # latents (t, C, h, w) by file name, not yet in the cache
+
+    def seconds(self) -> float:
+        """About how long one clip takes: as measured now for one denoising step, without the first stage."""
+        from sat_ext.models.generate import generate_latents
+
+        begun = [time.perf_counter()]
+        for steps in (1, 2):
+            list(
+                generate_latents(
+                    self.engine, [""], **{**self._shape(self.buckets[0]), **self.options, "steps": steps}
+                )
+            )
+            begun.append(time.perf_counter())
+        one = (begun[2] - begun[1]) - (begun[1] - begun[0])
+        one = one if one > 0 else (begun[2] - begun[1]) / 2  # the first pass warms up
+        return one * (self.options.get("steps") or self.engine.config.sampling.steps)
+
+    def make(self, prompts: Sequence[Prompt], numbers: Iterable[int]) -> None:
+        """The clips of these numbers."""
+        from sat_ext.models.generate import generate_latents
+        from sat_ext.models.transformer import adapters_off
+
+        since = time.monotonic()
+        for number in numbers:
+            prompt, first = prompts[number], None
+            bucket = self.buckets[number % len(self.buckets)]
+            if prompt.image is not None:
+                pixels = torch.from_numpy(read_still(prompt.image, fit=Fit(bucket.height, bucket.width)))
+                first = to_model_range(pixels, torch.float32)
+            seed = int(fingerprint_of(self.seed, number, prompt.caption)[:15], 16)  # of any rank the same
+            noise = torch.Generator().manual_seed(seed)
+            with adapters_off(self.engine.network):
+                made = generate_latents(
+                    self.engine, [prompt.caption], first_frames=first, generator=noise, **self._shape(bucket),
+                    **self.options,
+                )  # fmt: skip
+                (latents,) = made
+            self._write(number, prompt.caption, to_uint8(self.engine.first_stage.decode(latents)[0]))
+            self.waiting[f"{number:06d}.mp4"] = latents[0].cpu()
+            if time.monotonic() - since > WRITE_SECONDS:
+                self._into_cache()
+                since = time.monotonic()
+        self._into_cache()
+
+    def _shape(self, bucket: Bucket) -> dict[str, int]:
+        return {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+
+    def _write(self, number: int, caption: str, frames: Any) -> None:
+        """The caption first: a clip without one would be an error for who trains on the folder meanwhile."""
+        file = self.output / f"{number:06d}.mp4"
+        file.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        with written_aside(file) as draft:
+            write_video(draft, frames, self.run.data.fps, crf=CRF)
+
+    def _into_cache(self) -> None:
+        """Write the latents that wait under the keys that training will ask for."""
+        data, waiting = self.run.data, self.waiting
+        self.waiting = {}
+        if data.cache is None or not waiting:
+            return
+        prints, device = self.run.engine.fingerprints(self.run.dtype), self.engine.network.device
+        encoders = self.run.engine.encoders(self.engine.network.dtype, device)
+        encoders.first_stage = self.engine.first_stage
+        entries = Entries(
+            index=build_index([source_at(self.output, self.run)], data),
+            config=data,
+            encoder=prints.first_stage,
+            clips=data.cache.clips,
+        )
+        samples = []
+        for visit, entry in entries:
+            latents = waiting.get(visit.item.key)
+            if latents is not None and latent_frames(visit.bucket.frames) == len(latents):
+                pixels = visit.pixels(data.decoder, read_pixels)[None]
+                conditions = data.cache.conditions if encoders.conditions else 0
+                parts = encode_sample(encoders, pixels, entry, conditions, latents=latents)
+                samples.append((entry, {name: part.to(self.run.dtype) for name, part in parts.items()}))
+        folder = Path(data.cache.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_latents(folder, samples)

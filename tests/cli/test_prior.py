@@ -1,0 +1,184 @@
+"""`sat-ext prior`: clips that the base makes, and a run that trains on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from sat_ext.cli.main import app
+from sat_ext.cli.prior import missing_in, read_prompts
+from sat_ext.errors import ConfigError, DataError
+from sat_ext.latents.store import LatentStore
+from sat_ext.models.generate import build_engine
+from tests.sat.ranks import Server, finish
+from tests.sat.runs import MODEL, write_config
+
+LORA = {"mode": "lora", "rank": 4, "alpha": 4}
+PROMPTS = ("a red circle moving left on black", "", "a blue square", "a dog")
+
+
+@pytest.fixture
+def stills(tmp_path: Path) -> Path:
+    """Two captioned stills."""
+    folder = tmp_path / "stills"
+    folder.mkdir()
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (48, 40), colour).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {colour} picture")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random weights of every command are the same."""
+
+    def build(config: Any) -> Any:
+        torch.manual_seed(0)
+        return build_engine(config)
+
+    monkeypatch.setattr("sat_ext.models.generate.build_engine", build)
+
+
+def write_run(folder: Path, *, conditioning: str = "none", **params: Any) -> list[str]:
+    """The YAML of a run on stills, and on what the base makes in `folder / "prior"`."""
+    files = write_config(
+        folder / "none", folder, train_data=None, valid_data=None, eval_interval=None, train_iters=2
+    )
+    channels = 32 if conditioning == "i2v" else 16
+    transformer = {**MODEL["transformer"], "in_channels": channels}  # type: ignore[dict-item]
+    sampling = {"steps": 2, "guidance_scale": 2.0}
+    model = {
+        **MODEL,
+        "conditioning": conditioning,
+        "transformer": transformer,
+        "train": LORA,
+        "sampling": sampling,
+    }
+    sources = [
+        {"path": str(folder / "stills"), "share": 1},
+        {"path": str(folder / "prior"), "share": 1, "target": "base"},
+    ]
+    config = yaml.safe_load(Path(files[1]).read_text())
+    config |= {"model": model}
+    config["data"]["params"] |= {"sources": sources, **params}
+    Path(files[1]).write_text(yaml.safe_dump(config))
+    return files
+
+
+def run(*options: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [*map(str, options)])
+    return done.exit_code, done.output + str(done.exception or "")
+
+
+def frames_of(file: Path) -> list[Any]:
+    with av.open(str(file)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_a_clip_of_each_prompt_once(tmp_path: Path, stills: Path) -> None:
+    files, output = write_run(tmp_path), tmp_path / "prior"
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = ("prior", *files, "--prompts", tmp_path / "prompts.txt", "-o", output)
+    status, said = run(*command)
+    assert status == 0, said
+    assert "3 of 3 clips of 5x32x32 to make on this rank, about 0:00:0" in said
+    assert f"- {{name: prior, path: {output}, share: 0.3, target: base}}" in said
+    clips = sorted(output.glob("*.mp4"))
+    assert [clip.with_suffix(".txt").read_text().strip() for clip in clips] == [p for p in PROMPTS if p]
+    assert [len(frames_of(clip)) for clip in clips] == [5, 5, 5]
+    made = [clip.read_bytes() for clip in clips]
+    assert len(set(made)) == 3
+    clips[1].unlink()
+    (output / "000002.mp4.partial").write_bytes(b"of a killed one")
+    status, said = run(*command)
+    assert status == 0 and "1 of 3 clips" in said, said
+    assert [clip.read_bytes() for clip in clips] == made
+    (tmp_path / "prompts.txt").write_text("something else")
+    status, said = run(*command)
+    assert status == 1 and "is of another prompt ('a red circle moving left on black'); name a new folder." in said
+
+
+def test_they_are_the_bases_whatever_the_lora(
+    tmp_path: Path, stills: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_run(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    made = []
+    for trained in (False, True):
+
+        def build(config: Any, trained: bool = trained) -> Any:
+            torch.manual_seed(0)  # of the random weights
+            engine = build_engine(config)
+            for name, weight in engine.named_parameters():
+                if trained and "lora_B" in name:
+                    weight.data.normal_()
+            return engine
+
+        monkeypatch.setattr("sat_ext.models.generate.build_engine", build)
+        output = tmp_path / f"prior{trained}"
+        status, said = run("prior", *files, "--prompts", tmp_path / "prompts.txt", "-o", output)
+        assert status == 0, said
+        made.append((output / "000000.mp4").read_bytes())
+    assert made[0] == made[1]
+
+
+@pytest.mark.multiprocess
+def test_stills_are_animated_and_the_latents_go_into_the_cache(
+    tmp_path: Path, stills: Path, server: Server
+) -> None:
+    """`sat-ext cache` has nothing of the clips left to encode, and a run trains from it."""
+    cache = tmp_path / "cache"
+    files = write_run(tmp_path, conditioning="i2v", cache={"folder": str(cache), "conditions": 2})
+    output = tmp_path / "prior"
+    status, said = run("prior", *files, "--prompts", stills, "-o", output)
+    assert status == 0, said
+    first = frames_of(output / "000000.mp4")[0].reshape(-1, 3).mean(0)
+    assert first.argmax() == 0  # as red as its picture
+    store = LatentStore(cache)
+    (parts,) = [store.read(key) for key in list(store._places)[:1]]
+    assert parts["mean"].shape == (2, 16, 4, 4) and "std" not in parts
+    assert parts["first"].shape == (1, 16, 4, 4) and parts["noisy"].shape[0] == 2
+    status, said = run("cache", *files, "--json")
+    assert status == 0, said
+    facts = json.loads(said[said.index("{") :])
+    assert (facts["samples"], facts["encoded"]) == (4, 2)  # the stills
+    finish(server.start(files, world=1, folder=tmp_path / "run"), (0,))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "animates", "message"),
+    [
+        ("absent.txt", False, "--prompts: absent.txt cannot be read"),
+        ("absent.txt", True, "--prompts: absent.txt is a list, and an image-to-video model animates pictures"),
+        ("absent", True, "absent: no such file or folder"),
+    ],
+)
+def test_prompts_that_cannot_be_used(prompts: str, animates: bool, message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=f"^{message}"):
+        read_prompts(prompts, animates=animates)
+
+
+def test_captions_of_stills_are_prompts_of_a_text_model(stills: Path, tmp_path: Path) -> None:
+    assert [p.image for p in read_prompts(str(stills), animates=False)] == [None, None]
+    found = read_prompts(str(stills), animates=True)
+    assert [p.image for p in found] == [str(stills / f"{n}.png") for n in range(2)]
+    assert missing_in(tmp_path, found) == [0, 1]
+
+
+def test_a_run_of_cogvideos_or_of_stills_is_refused(tmp_path: Path, stills: Path) -> None:
+    file = tmp_path / "cogvideo.yaml"
+    file.write_text("model: {network_config: {}}\ndata: {params: {sources: [{path: stills}]}}\n")
+    status, said = run("prior", "--base", file, "--prompts", stills, "-o", tmp_path / "prior")
+    assert status == 1 and "--base: needs a 'model' section of the built-in engine" in said
+    files = write_run(tmp_path, max_num_frames=1)
+    (tmp_path / "prompts.txt").write_text("a dog")
+    status, said = run("prior", *files, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "prior")
+    assert status == 1 and "only stills; the base makes clips, so add a longer bucket." in said
