@@ -51,7 +51,7 @@ from sat_ext.recipe import recipe_of
 COLOURS = {"pink": (230, 80, 160), "teal": (0, 130, 130), "brown": (120, 70, 30), "navy": (30, 30, 110)}
 PAPER = (240, 222, 180)
 SIDE, FRAMES, STILLS, PROMPTS = 96, 9, 32, 48
-TRAIN = {"mode": "lora", "rank": 16, "alpha": 16}
+TRAIN = {"mode": "lora", "rank": 16, "alpha": 16, "target_modules": "all-linear"}
 LEARNING_RATE = 5e-3
 LOOK, MOTION = 0.95, 0.9  # goals: of the look of stills alone, and of the base's motion
 
@@ -117,7 +117,7 @@ def write_stills(folder: Path) -> None:
     for number, (shape, colour) in enumerate(
         itertools.islice(itertools.cycle(itertools.product(SHAPES, COLOURS)), STILLS)
     ):
-        x, y, size = (*rng.uniform(0.4, 0.6, 2), rng.uniform(0.5, 0.6))
+        x, y, size = (*rng.uniform(0.4, 0.6, 2), rng.uniform(0.55, 0.65))
         outline(shape, colour, x, y, size).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a {colour} {shape} on paper")
 
@@ -126,7 +126,7 @@ def outline(shape: str, colour: str, x: float, y: float, size: float) -> Image.I
     """One picture; lengths are in parts of its side."""
     scale = SIDE * 4
     image = Image.new("RGB", (scale, scale), PAPER)
-    pen, r, width = ImageDraw.Draw(image), size / 2 * scale, scale // 14
+    pen, r, width = ImageDraw.Draw(image), size / 2 * scale, scale // 7
     x, y = x * scale, y * scale
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), outline=COLOURS[colour], width=width)

@@ -76,13 +76,14 @@ def prior(
             "--base: needs a 'model' section of the built-in engine (configs/model/), which makes the clips; they "
             "can be trained on under CogVideo's script too."
         )
+    if max(bucket.frames for bucket in run.buckets) == 1:
+        raise ConfigError("data.params.buckets: only stills; the base makes clips, so add a longer bucket.")
     wanted = read_prompts(prompts, animates=run.engine.is_conditioned)
+    output.mkdir(parents=True, exist_ok=True)
+    missing = missing_in(output, wanted)  # of all ranks, as none makes a clip before all have met
     rank, world = join()
     console = Console(stderr=True, quiet=rank > 0)
-    output.mkdir(parents=True, exist_ok=True)
-    missing = missing_in(output, wanted)[rank::world]
-    dist.barrier()  # or a rank would count what another has made by now
-    if missing:
+    if missing := missing[rank::world]:
         device = own_device()
         engine = build_engine(config)
         if (loaded := (config.get("args") or {}).get("load")) is not None:
@@ -152,8 +153,6 @@ class Maker:
         self.engine, self.run, self.output, self.seed, self.options = engine, run, output, seed, options
         longest = max(bucket.frames for bucket in run.buckets)
         self.buckets = [bucket for bucket in run.buckets if bucket.frames == longest]
-        if longest == 1:
-            raise ConfigError("data.params.buckets: only stills; the base makes clips, so add a longer bucket.")
         self.waiting: dict[str, Tensor] = {}  # latents (t, C, h, w) by file name, not yet in the cache
 
     def seconds(self) -> float:

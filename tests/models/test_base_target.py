@@ -15,6 +15,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "nf4": {"train": {"quantization": "nf4"}},
     "fp8": {"train": {"quantization": "fp8"}},
+    "dora": {"train": {"target_modules": "all-linear", "dora": True}},
     "swapped": {"block_swap": 3, "gradient_checkpointing": True},
 }
 
