@@ -52,6 +52,7 @@ setup(
     extras_require={
         "bitsandbytes": ["bitsandbytes>=0.46"],  # 8-bit optimizers, bases and encoders in NF4
         "heif": ["pillow-heif"],  # HEIC and HEIF stills
+        "motion": ["opencv-python-headless"],  # model.sampling.motion
         "http": ["aiohttp"],  # sources behind http(s)://
         "s3": ["s3fs>=2026.7"],  # sources behind s3://
         "scenes": ["scenedetect-headless>=0.7"],  # sat-ext scenes
@@ -61,6 +62,7 @@ setup(
             "hypothesis",
             "moto[server]",
             "mypy",
+            "opencv-python-headless",
             "pillow-heif",
             "pytest",
             "pytest-timeout",

@@ -47,7 +47,7 @@ def sample(
     recipe = recipe_of(read_run_config(folder))
     engine, iteration = load_engine(folder)
     generator = torch.Generator().manual_seed(seed)
-    options = {"steps": steps, "guidance_scale": guidance, "generator": generator}
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "generator": generator}
     if prompt:
         bucket = _bucket(recipe, frames)
         rows = [_from_prompt(engine, p, bucket, image, options) for p in prompt]

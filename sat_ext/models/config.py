@@ -5,6 +5,7 @@ Imports neither diffusers nor transformers, so that the data set and the command
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from sat_ext.cogvideox import (
@@ -174,11 +175,19 @@ class LossWeights:
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How samples are made, at an evaluation (`number` of each kind) and by `sat-ext sample`. Steps and guidance
-    default to those of CogVideo's sampler (`num_steps`, DynamicCFG's `scale`, tag v1.0)."""
+    default to those of CogVideo's sampler (`num_steps`, DynamicCFG's `scale`, tag v1.0). With `motion`,
+    evaluations also measure how much samples move, those of a LoRA beside its base's."""
 
     number: int = 0
     steps: int = 50
     guidance_scale: float = 6.0
+    motion: bool = False
+
+    def __post_init__(self) -> None:
+        if self.motion and not self.number:
+            raise ConfigError("model.sampling.motion: true, but number: 0 makes no samples; use 1 or more.")
+        if self.motion and find_spec("cv2") is None:
+            raise ConfigError("model.sampling.motion: true needs OpenCV; run pip install 'sat_ext[motion]'.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,18 +123,22 @@ def generate_latents(
         yield denoise(noise[i : i + 1], texts[i : i + 1], condition)[:, padding:]
 
 
-def sample_rows(engine: VideoDiffusionEngine, batch: dict[str, Any], **options: Any) -> list[SheetRow]:
+def sample_rows(
+    engine: VideoDiffusionEngine, batch: dict[str, Any], *, frames: int | None = None, **options: Any
+) -> list[SheetRow]:
     """One row a sample: what the engine makes of its caption with `generate`'s options, and the sample itself.
 
-    `batch` holds `mp4` (B, T, C, H, W), uint8 or in [-1, 1], `txt` and `kind`. An image-to-video engine gets
-    the first frames of clips; of stills it gets the caption alone, since the first frame would be the answer.
+    `batch` holds `mp4` (B, T, C, H, W), uint8 or in [-1, 1], and `txt`; `frames` is T unless given. An
+    image-to-video engine gets the first frame of what becomes a clip; for a still it gets the caption alone, since
+    the first frame would be the answer.
     """
     real = batch["mp4"]
-    shows_first = engine.config.conditioning == "i2v" and batch["kind"][0] == "video"
+    frames = frames or real.shape[1]
+    shows_first = engine.config.conditioning == "i2v" and frames > 1
     made = generate(
         engine,
         batch["txt"],
-        frames=real.shape[1],
+        frames=frames,
         height=real.shape[3],
         width=real.shape[4],
         first_frames=to_model_range(real[:, 0], torch.float32) if shows_first else None,

@@ -10,6 +10,7 @@ RISEN = 1.03  # a held-out loss over its best
 WAITING = 0.1  # of a step
 MOST = 0.5  # of the updates
 OVER = 1.05  # measured memory over predicted
+STILL = 0.7  # flow of samples over the base's
 _LISTED = 8
 
 
@@ -108,7 +109,22 @@ def _memory(run: RunFiles) -> Iterator[Finding]:
         )
 
 
-_CHECKS = (_held_out, _data_wait, _clipping, _skipped, _memory)
+def _motion(run: RunFiles) -> Iterator[Finding]:
+    for kind, of in run.motion.items():
+        if (
+            of.get("model")
+            and of.get("base")
+            and (kept := _last(of["model"]) / max(1e-9, _last(of["base"]))) < STILL
+        ):
+            yield Finding(
+                level="warning",
+                text=f"Clips of the captions of {KINDS[kind]} move less than the base's: {_last(of['model']):.3g} "
+                f"against {_last(of['base']):.3g} frame heights a second ({percent(kept)}).",
+                remedy="Add clips with target: base (docs/styles.md), or raise their share.",
+            )
+
+
+_CHECKS = (_held_out, _motion, _data_wait, _clipping, _skipped, _memory)
 
 
 def _last(of: Mapping[int, float]) -> float:

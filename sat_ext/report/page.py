@@ -14,10 +14,11 @@ from sat_ext.preview.findings import by_reason
 from sat_ext.preview.report import Finding, environment
 from sat_ext.report.charts import LineChart, line_chart
 from sat_ext.report.findings import find, share_of_step
-from sat_ext.report.read import KINDS, RunFiles
+from sat_ext.report.read import KINDS, SHEETS, RunFiles
 
 MOST_SHEETS = 12  # evaluations whose samples are shown, the first and the last among them
 WIDEST, QUALITY = 1600, 80  # pixels and WebP's quality of a sheet
+MOTION = {"model": 0, "base": 2, "held_out": 1}  # colours
 PARTS = {  # of a step
     "data": "waiting for data",
     "encode": "captions and pixels to embeddings and latents",
@@ -62,7 +63,7 @@ def render(run: RunFiles) -> str:
     page = Page(
         run=run, verdict=_verdict(run), figures=_figures(run), findings=find(run), charts=_charts(run),
         parts=[(PARTS[name], share) for name, share in shares.items()],
-        sheets={KINDS[kind]: _sheets(of) for kind, of in run.samples.items() if of}, buckets=_buckets(run),
+        sheets={SHEETS[kind]: _sheets(of) for kind, of in run.samples.items() if of}, buckets=_buckets(run),
         starts=_starts(run), reasons=by_reason(gone),
     )  # fmt: skip
     return environment().get_template("run.html.j2").render(page=page)
@@ -117,6 +118,14 @@ def _charts(run: RunFiles) -> list[LineChart]:
             "Clipped", "The part of the updates that were clipped.", {"clipped": (2, of.get("clipped", {}))}
         ),
         line_chart("Learning rate", "", {"rate": (0, of.get("lr", {}))}),
+        *(
+            line_chart(
+                f"Motion, captions of {KINDS[kind]}",
+                "Optical flow of samples, in frame heights a second.",
+                {name.replace("_", " "): (MOTION[name], series) for name, series in sorted(found.items())},
+            )
+            for kind, found in run.motion.items()
+        ),
     ]
     return [chart for chart in charts if chart is not None]
 

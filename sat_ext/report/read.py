@@ -10,7 +10,8 @@ from typing import Any
 from sat_ext.errors import DataError
 
 KINDS = {"image": "stills", "video": "clips"}  # as in the logs, and as a page calls them
-_SAMPLES = re.compile(r"(\d+)_(image|video)\.png")
+SHEETS = {**KINDS, "animated": "animated"}  # contact sheets: of stills, of clips, and of stills made to move
+_SAMPLES = re.compile(rf"(\d+)_({'|'.join(SHEETS)})\.png")
 
 Scalars = Mapping[str, Mapping[int, float]]  # by name and step
 
@@ -20,7 +21,8 @@ class RunFiles:
     """`scalars` are TensorBoard's, without "Train/". `held_out` has by kind the loss at each evaluated step.
 
     `starts`, `steps`, `skipped` and `data` are what `sat_ext.sat.run_log` writes, `memory` is `memory.json`.
-    `samples` has, by kind, the contact sheet of each evaluated step.
+    `motion` has, by the kind of the captions and by whose samples they are (of the "model", its "base", or
+    "held_out"), the flow at each evaluated step; `samples`, by kind, its contact sheet.
     """
 
     folder: Path
@@ -31,6 +33,7 @@ class RunFiles:
     skipped: Sequence[Mapping[str, Any]]
     data: Mapping[str, Any]
     memory: Mapping[str, Any]
+    motion: Mapping[str, Mapping[str, Mapping[int, float]]]
     samples: Mapping[str, Mapping[int, Path]]
 
     @property
@@ -64,15 +67,20 @@ def read_run(folder: Path, events: Path | None = None) -> RunFiles:
         for kind in KINDS:
             if f"loss_{kind}" in row and "data" not in row:
                 held_out[kind][row["iteration"]] = row[f"loss_{kind}"]
-    samples: dict[str, dict[int, Path]] = {kind: {} for kind in KINDS}
+    samples: dict[str, dict[int, Path]] = {kind: {} for kind in SHEETS}
     for file in sorted((folder / "samples").glob("*.png")):
         if match := _SAMPLES.fullmatch(file.name):
             samples[match[2]][int(match[1])] = file
+    motion: dict[str, dict[str, dict[int, float]]] = {kind: {} for kind in KINDS}
+    for row in _lines(folder / "motion.jsonl"):
+        for name in row.keys() - {"iteration", "prompts"}:
+            motion[row["prompts"]].setdefault(name, {})[row["iteration"]] = row[name]
     return RunFiles(
         folder=folder, scalars=scalars, starts=starts,
         held_out={kind: dict(sorted(of.items())) for kind, of in held_out.items()},
         steps=[row for row in rows if "start" not in row], skipped=_lines(folder / "skipped.jsonl"),
         data=_json(folder / "data.json"), memory=_json(folder / "memory.json"), samples=samples,
+        motion=motion,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from sat_ext.contact_sheet import write_sheet
 from sat_ext.errors import ConfigError
 from sat_ext.models.config import ABSENT
 from sat_ext.models.generate import sample_rows
+from sat_ext.sat.motion_log import MotionLog
 from sat_ext.sat.registry import get_dataset
 from sat_ext.sat.run import micro_steps, run_of
 from sat_ext.sat.side_files import side_file, write_side_file
@@ -53,6 +54,7 @@ class TrainingHooks:
         self._started = 0.0
         self._progress = Progress()
         self._sampled: dict[str, int] = {}
+        self._motion: MotionLog | None = None
 
     def forward_step(
         self, data_iterator: Iterator[dict[str, Any]], model: Any, args: argparse.Namespace, timers: Any
@@ -126,14 +128,14 @@ class TrainingHooks:
         sampling = engine.config.sampling
         if sampling.number == 0 or not self.args.save:
             return
-        rows = sample_rows(
-            engine,
-            {k: v[: sampling.number] for k, v in batch.items()},
-            generator=torch.Generator(self.args.device).manual_seed(0),
-        )
+        batch = {k: v[: sampling.number] for k, v in batch.items() if k in ("mp4", "txt", "kind")}
+        rows = sample_rows(engine, batch, generator=torch.Generator(self.args.device).manual_seed(0))
         if dist.get_rank() == 0:
             with side_file("samples/"):
                 write_sheet(rows, Path(self.args.save) / "samples" / f"{self.args.iteration:08d}_{kind}.png")
+        if sampling.motion:
+            self._motion = self._motion or MotionLog(self.args)
+            self._motion.add(engine, batch, kind, rows)
 
     def _write_config(self) -> None:
         """The merged YAML beside the checkpoints, under the name that CogVideo's script gives it."""
