@@ -18,13 +18,13 @@ noise. `flow` is the mean length of the optical flow, in frame heights a second.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import cycle, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,25 +32,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from mixing import backward
-from PIL import Image, ImageDraw
 from report import report
 
+from sat_ext import demo_data
 from sat_ext.checkpoint.layout import find_run, read_run_config
 from sat_ext.checkpoint.reading import read_weights, under_adapters
 from sat_ext.contact_sheet import SheetRow, write_sheet
 from sat_ext.data.index import build_index
 from sat_ext.data.sources import SourceConfig
 from sat_ext.data.stream import JointStream
-from sat_ext.demo_data import MOTIONS, SHAPES
+from sat_ext.demo_data import BACKGROUNDS, MOTIONS, SHAPES, Scene
 from sat_ext.demo_score import seen_in
 from sat_ext.models.engine import VideoDiffusionEngine
 from sat_ext.models.generate import generate
 from sat_ext.pixels import to_uint8
 from sat_ext.recipe import recipe_of
 
-COLOURS = {"pink": (230, 80, 160), "teal": (0, 130, 130), "brown": (120, 70, 30), "navy": (30, 30, 110)}
-PAPER = (240, 222, 180)
-SIDE, FRAMES, STILLS, PROMPTS = 96, 9, 32, 48
+COLOURS = {"pink": (240, 110, 180), "teal": (0, 140, 140), "brown": (120, 70, 30), "navy": (30, 30, 110)}
+GROUNDS = {**BACKGROUNDS, "paper": (240, 215, 160)}
+OLD_COLOURS = dict(demo_data.COLOURS)
+FRAMES, STILLS, PROMPTS = 9, 32, 48
 TRAIN = {"mode": "lora", "rank": 16, "alpha": 16, "target_modules": "all-linear"}
 LEARNING_RATE = 5e-3
 LOOK, MOTION = 0.95, 0.9  # goals: of the look of stills alone, and of the base's motion
@@ -67,6 +68,10 @@ class Way(NamedTuple):
 WAYS = (Way("stills"), *(Way("base", share, "base") for share in (0.2, 0.4, 0.6)), Way("clips", 0.4))
 
 
+demo_data.COLOURS.update(COLOURS)  # what `Scene` can draw
+demo_data.BACKGROUNDS.update(GROUNDS)
+
+
 def main() -> int:
     """Run everything and show it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -80,7 +85,7 @@ def main() -> int:
     run = find_run(args.run)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.jobs) as pool:
         write_stills(Path(folder))
-        jobs = list(itertools.product((None, *WAYS), range(args.seeds)))
+        jobs = list(product((None, *WAYS), range(args.seeds)))
         futures = {job: pool.submit(measure, run, Path(folder), *job, args.updates) for job in jobs}
         found = {job: future.result() for job, future in futures.items()}
     rows = []
@@ -114,28 +119,14 @@ def goals_of(found: dict[Any, dict[str, Any]], seeds: int) -> Iterator[tuple[str
 def write_stills(folder: Path) -> None:
     """The pictures of the new look, each with its caption."""
     rng = np.random.default_rng(0)
-    for number, (shape, colour) in enumerate(
-        itertools.islice(itertools.cycle(itertools.product(SHAPES, COLOURS)), STILLS)
-    ):
-        x, y, size = (*rng.uniform(0.4, 0.6, 2), rng.uniform(0.55, 0.65))
-        outline(shape, colour, x, y, size).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"a {colour} {shape} on paper")
-
-
-def outline(shape: str, colour: str, x: float, y: float, size: float) -> Image.Image:
-    """One picture; lengths are in parts of its side."""
-    scale = SIDE * 4
-    image = Image.new("RGB", (scale, scale), PAPER)
-    pen, r, width = ImageDraw.Draw(image), size / 2 * scale, scale // 7
-    x, y = x * scale, y * scale
-    if shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), outline=COLOURS[colour], width=width)
-    elif shape == "square":
-        pen.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), outline=COLOURS[colour], width=width)
-    else:
-        corners = [(x, y - r), (x + r, y + r), (x - r, y + r), (x, y - r), (x + r, y + r)]
-        pen.line(corners, fill=COLOURS[colour], width=width, joint="curve")
-    return image.reduce(4)
+    for number, (shape, colour) in enumerate(islice(cycle(product(SHAPES, COLOURS)), STILLS)):
+        x, y = rng.uniform(0.43, 0.57, 2)
+        scene = Scene(
+            shape=shape, colour=colour, background="paper", direction=None, size=(96, 96),
+            diameter=rng.uniform(0.5, 0.6), start=(x, y),
+        )  # fmt: skip
+        scene.draw().save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(scene.caption)
 
 
 def measure(run: Path, folder: Path, way: Way | None, seed: int, updates: int) -> dict[str, Any]:
@@ -178,7 +169,7 @@ def train(engine: Any, sources: tuple[SourceConfig, ...], recipe: Any, seed: int
 
 def prompts() -> list[tuple[str, str, str]]:
     """Shape, colour and direction of each."""
-    every = list(itertools.product(SHAPES, COLOURS, MOTIONS))
+    every = list(product(SHAPES, COLOURS, MOTIONS))
     return every[:PROMPTS]
 
 
@@ -200,28 +191,17 @@ def look_at(engine: VideoDiffusionEngine, seed: int) -> dict[str, Any]:
 
 
 def has_look(clip: np.ndarray, colour: str) -> bool:
-    """Whether a clip shows an outline of that colour on paper, empty inside, in most of its frames."""
-    frames = clip.astype(float)
-    palette = np.array([PAPER, *COLOURS.values(), (24, 24, 30), (232, 232, 226)], float)
-    nearest = np.linalg.norm(frames[..., None, :] - palette, axis=-1).argmin(-1)  # (T, H, W)
-    wanted = 1 + list(COLOURS).index(colour)
-    drawn = nearest == wanted
-    is_paper = (
-        np.concatenate(
-            [nearest[:, (0, -1)].reshape(len(clip), -1), nearest[:, :, (0, -1)].reshape(len(clip), -1)], 1
-        )
-        == 0
-    )
-    right = []
-    for mask, edge in zip(drawn, is_paper):
-        rows, columns = np.nonzero(mask)
-        if len(rows) < 60 or edge.mean() < 0.8:
-            right.append(False)
-            continue
-        y, x = int((rows.min() + rows.max()) / 2), int((columns.min() + columns.max()) / 2)
-        inside = nearest[len(right)][y - 3 : y + 4, x - 3 : x + 4]
-        right.append(bool((inside == 0).mean() > 0.5))
-    return sum(right) > len(right) / 2
+    """Whether a clip shows that colour on paper, and not the colours that the base knows."""
+    edge = np.concatenate([clip[:, (0, -1)].reshape(-1, 3), clip[:, :, (0, -1)].reshape(-1, 3)]).astype(float)
+    background = np.median(edge, axis=0)
+    distance = np.linalg.norm(clip - background, axis=-1)
+    shape = np.median(clip[distance > 0.8 * np.quantile(distance, 0.97)], axis=0)
+    return nearest(background, GROUNDS) == "paper" and nearest(shape, {**OLD_COLOURS, **COLOURS}) == colour
+
+
+def nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str:
+    """The name of the nearest colour."""
+    return min(names, key=lambda name: float(np.linalg.norm(colour - np.array(names[name]))))
 
 
 def draw(path: Path, shown: dict[Way | None, list[tuple[str, np.ndarray]]]) -> None:
