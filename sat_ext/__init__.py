@@ -3,7 +3,11 @@
 from typing import Any
 
 __version__ = "0.1.0"
-_TARGETS = {"JointImageVideoDataset": "sat_ext.sat.dataset", "FirstFrameDataset": "sat_ext.sat.dataset"}
+_TARGETS = {
+    "JointImageVideoDataset": "sat_ext.sat.dataset",
+    "FirstFrameDataset": "sat_ext.sat.dataset",
+    "EmaAdamW": "sat_ext.sat.ema",
+}
 __all__ = list(_TARGETS)
 
 

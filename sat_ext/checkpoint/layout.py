@@ -11,6 +11,7 @@ CONFIG_NAME = "training_config.yaml"  # the merged YAML
 WEIGHTS_NAME = "mp_rank_00_model_states.pt"
 MANIFEST_NAME = "sat_ext.json"
 OPTIMIZER_NAME = "optimizer.pt"
+AVERAGE_NAME = "ema.pt"  # averaged weights, written by `sat/ema.py`
 DATA_NAME = "data.pt"  # written by `sat/checkpoint/epoch.py`
 LOCK_NAME = ".lock"
 

@@ -177,7 +177,8 @@ def _optimizer(section: Mapping[str, Any], *, is_offloaded: bool) -> Optimizer:
         return Optimizer(states=4)
     if last == "sgd":
         return Optimizer(states=4 if params.get("momentum") else 0, step=4)
-    if params.get("torch_adam") and not params.get("fused") and not is_offloaded:
-        # torch's for-each kernel holds the square roots of all second moments at once
-        return Optimizer(states=8, step=4)
-    return Optimizer(states=8)
+    averages = last == "emaadamw"  # the weights too, in fp32
+    from_torch, is_fused = averages or params.get("torch_adam"), params.get("fused", averages)
+    # torch's for-each kernel holds the square roots of all second moments at once
+    step = 4 if from_torch and not is_fused and not is_offloaded else 0
+    return Optimizer(states=12 if averages else 8, step=step)

@@ -75,6 +75,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--timeout-minutes", type=float, help="how long a rank waits for another")
     group.add_argument("--deterministic", action="store_true", default=None, help="use only reproducible kernels")
     group.add_argument("--gradient-norms", action="store_true", default=None, help="log each kind's gradient")
+    group.add_argument("--evaluate-ema", action="store_true", default=None, help="evaluate averaged weights")
     group.add_argument("--without-fixes", nargs="*", metavar="NAME", help="repairs of SAT not to make")
 
 

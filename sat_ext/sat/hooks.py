@@ -22,7 +22,7 @@ from rich.table import Table
 from sat.helpers import print_rank0
 
 from sat_ext.config import reject_unknown_keys
-from sat_ext.sat import excepthook, peers, steps
+from sat_ext.sat import ema, excepthook, peers, steps
 from sat_ext.sat.arguments import fill_in_lists
 from sat_ext.sat.checkpoint import load, save
 from sat_ext.sat.fixes import cpu, evaluation, events, launcher, memory, optimizer, schedule, sizes, weights, zero3
@@ -101,6 +101,7 @@ HOOKS = (
     Hook(SAT + "train_step", steps.counted_step, "between steps all ranks agree whether to stop and save"),
     Hook(SAT + "evaluate", evaluation.of_all_samples, "SAT's shows the first rank's losses only", "evaluation"),
     Hook(SAT + "evaluate", zero3.as_first_rank, "its steps sample, whichever `evaluate` it is", "zero3_sampling"),
+    Hook(SAT + "evaluate", ema.on_average, "what is evaluated and sampled from, whichever `evaluate` it is"),
     Hook(SAT + "evaluate", steps.untouched, "outermost: restores the random numbers that the others draw"),
     Hook(SAT + "save_checkpoint", weights.whole_weights, "for weights alone: ZeRO-3's from all ranks", "save"),
     Hook(SAT + "save_checkpoint", save.save_sound, "around both kinds: only finite numbers are saved"),

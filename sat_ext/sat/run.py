@@ -104,6 +104,12 @@ def _check(args: argparse.Namespace, settings: Settings) -> None:
     if settings.gradient_norms and (engine.is_cogvideo or stage == 3):
         why = "CogVideo's engine has none" if engine.is_cogvideo else "ZeRO-3 has split the weights by then"
         raise ConfigError(f"args.gradient_norms: true, but {why}; leave it out.")
+    optimizer = ((getattr(args, "deepspeed_config", None) or {}).get("optimizer") or {}).get("type")
+    if settings.evaluate_ema and not str(optimizer).endswith(".EmaAdamW"):
+        raise ConfigError(
+            f"args.evaluate_ema: true, but deepspeed.optimizer.type '{optimizer}' averages no weights; write "
+            "'type: sat_ext.EmaAdamW', or leave it out."
+        )
     if settings.checkpoint != "full":
         return
     if getattr(args, "model_parallel_size", 1) > 1:

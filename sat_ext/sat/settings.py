@@ -21,6 +21,7 @@ class Settings:
     stop_after_bad_steps: int = 20  # in a row that change no weight: the loss or its gradients are not finite
     deterministic: bool = False  # kernels that give the same bits every time, or an error where there is none
     gradient_norms: bool = False  # log each kind's; the backward pass runs once more for each, at `log_interval`
+    evaluate_ema: bool = False  # evaluate the averaged weights of the optimizer `sat_ext.EmaAdamW`
     without_fixes: tuple[str, ...] = ()  # repairs of SAT that are not made
     timeout_minutes: float = 60.0  # how long a rank waits for another, which may be sampling alone
 

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sat_ext.memory.states import persistent, states
 from sat_ext.models.config import ModelConfig, TextConfig, TrainConfig, TransformerConfig
 from sat_ext.models.packs import Group
 from sat_ext.models.transformer import build_transformer
+from sat_ext.sat.ema import EmaAdamW
 from tests.sat.ranks import free_port
 from tests.sat.repairs import repair
 
@@ -52,13 +53,17 @@ ZERO: dict[str, dict[str, Any]] = {
     "zero1-offload": {"stage": 1, **OFFLOAD},
     "zero2-offload": {"stage": 2, **OFFLOAD},
     "zero3-offload": {"stage": 3, **OFFLOAD},
+    "zero0-ema": {"stage": 0},
+    "zero2-ema": {"stage": 2},
+    "zero3-ema": {"stage": 3, "param_persistence_threshold": 100},
+    "zero2-offload-ema": {"stage": 2, **OFFLOAD},
     "zero3-offload-param": {"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}},
 }
 CASES = [
     (name, mode, item, steps)
     for name in ZERO
     for mode in ("lora", "full")
-    for item in ((2,) if "fp32" in name else (2, 4))
+    for item in ((2,) if name.endswith(("fp32", "ema")) else (2, 4))
     for steps in ((1, 2) if name == "zero2" else (1,))
 ]
 
@@ -76,6 +81,15 @@ def run_of(mode: Any, item: int) -> Run:
     return Run(model=model, steps={}, deepspeed={}, itemsize=item)
 
 
+def build(mode: str, item: int) -> torch.nn.Module:
+    """The network, the same each time."""
+    torch.manual_seed(0)
+    network = build_transformer(run_of(mode, item).model, torch.float32)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(mode == "full" or "lora_" in name)
+    return network.train().to(torch.bfloat16 if item == 2 else torch.float32)
+
+
 def case(name: str, mode: str, item: int, steps: int) -> dict[str, Any]:
     """What was allocated and what was predicted."""
     run = run_of(mode, item)
@@ -87,13 +101,13 @@ def case(name: str, mode: str, item: int, steps: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False, **(FP32 if "fp32" in name else {}),
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 1e-3}},
     }  # fmt: skip
-    torch.manual_seed(0)
-    network = build_transformer(run.model, torch.float32)
-    for parameter_name, parameter in network.named_parameters():
-        parameter.requires_grad_(mode == "full" or "lora_" in parameter_name)
-    network.train().to(torch.bfloat16 if item == 2 else torch.float32)
+    network = build(mode, item)
+    given, make = config, None
+    if "ema" in name:
+        config["optimizer"] = {"type": "sat_ext.EmaAdamW"}
+        given, make = {k: v for k, v in config.items() if k != "optimizer"}, EmaAdamW
     engine, optimizer, *_ = deepspeed.initialize(
-        model=network, model_parameters=get_optimizer_param_groups(network), config=config
+        model=network, model_parameters=get_optimizer_param_groups(network), config=given, optimizer=make
     )
     seen = watch(engine, optimizer, zero["stage"])
     for _ in range(steps):
@@ -169,7 +183,7 @@ def after_step(engine: Any, optimizer: Any, stage: int) -> dict[str, int]:
     else:
         weights, master = parameters, [t for g in getattr(optimizer, "fp32_groups", []) for t in g]
         inner = getattr(optimizer, "optimizer", optimizer)
-    moments = [t for s in inner.state.values() for k, t in s.items() if k in ("exp_avg", "exp_avg_sq")]
+    moments = [t for s in inner.state.values() for k, t in s.items() if k in ("exp_avg", "exp_avg_sq", "ema")]
     shared = {t.untyped_storage().data_ptr() for t in weights}
     seen = {
         "weights": nbytes(weights),
@@ -197,7 +211,7 @@ def on_host(seen: dict[str, int], zero: dict[str, Any]) -> dict[str, int]:
     return {**host, weights: seen["weights"]}
 
 
-def rank_main(rank: int, folder: Path, port: int) -> None:
+def rank_main(rank: int, folder: Path, port: int, case: Callable[..., Any], cases: Sequence[Any]) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
@@ -206,22 +220,22 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
     repair("no_compiler", Namespace())
     deepspeed.init_distributed("gloo")
     results: dict[str, Any] = {}
-    for name, mode, item, steps in CASES:
+    for values in cases:
         try:
-            results[f"{name}-{mode}-{item}-{steps}"] = case(name, mode, item, steps)
+            results["-".join(map(str, values))] = case(*values)
         except Exception:
-            results[f"{name}-{mode}-{item}-{steps}"] = {"error": traceback.format_exc()}
+            results["-".join(map(str, values))] = {"error": traceback.format_exc()}
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, case: Callable[..., Any] = case, cases: Sequence[Any] = CASES) -> int:
     """Fork the ranks, so that imports are paid for once."""
     port, pids = free_port(), []
     for rank in range(WORLD):
         pid = os.fork()
         if pid == 0:
             try:
-                rank_main(rank, folder, port)
+                rank_main(rank, folder, port, case, cases)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()

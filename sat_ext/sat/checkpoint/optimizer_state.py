@@ -19,6 +19,7 @@ from sat_ext.errors import ConfigError
 from sat_ext.ranks import on_every_rank
 from sat_ext.sat.checkpoint import rng
 from sat_ext.sat.checkpoint.reshard import cut, own_pieces, saved_shards, shard_keys
+from sat_ext.sat.ema import EMA
 from sat_ext.sat.run import RunState
 
 # The objects in DeepSpeed's shards; nothing else in one can run code.
@@ -174,7 +175,12 @@ def _other_moments(optimizer: Any, state: dict[str, Any]) -> str | None:
     if running is None or not isinstance(inner, dict) or not inner["state"]:
         return None
     saved = {str(key) for values in inner["state"].values() for key in values}
-    if saved == running:
+    if saved - {EMA} == running - {EMA}:  # AdamW's moments fit, with an average or without
+        if EMA in running - saved:
+            print_rank0("resume: the checkpoint holds no averaged weights; the average starts at its weights.")
+        if EMA in saved - running:  # would take memory, and stop moving
+            for values in inner["state"].values():
+                values.pop(EMA, None)
         return None
     kept = [", ".join(sorted(keys)) or "nothing" for keys in (saved, running)]
     return (
@@ -184,8 +190,8 @@ def _other_moments(optimizer: Any, state: dict[str, Any]) -> str | None:
 
 
 def _kept_of_a_weight(inner: Any) -> set[str] | None:
-    """What an optimizer of PyTorch keeps of a weight, seen from a step of its twin; None for any other."""
-    if not type(inner).__module__.startswith("torch.optim"):
+    """What PyTorch's or our optimizer keeps of a weight, seen from a step of its twin; None for any other."""
+    if not type(inner).__module__.startswith(("torch.optim", "sat_ext.")):
         return None
     weight = torch.nn.Parameter(torch.zeros(1, 1))
     weight.grad = torch.zeros(1, 1)

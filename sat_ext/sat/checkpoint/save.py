@@ -27,6 +27,7 @@ from sat_ext.sat.checkpoint.matching import in_checkpoint, is_trained
 from sat_ext.sat.checkpoint.optimizer_state import round_robin
 from sat_ext.sat.checkpoint.partitions import gather_weights
 from sat_ext.sat.checkpoint.writer import Writer
+from sat_ext.sat.ema import save_average
 from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
@@ -51,6 +52,7 @@ def save_sound(
     else:
         with _out_of_the_way(Path(args.save) / str(iteration)):
             save_weights(iteration, model, optimizer, lr_scheduler, args)
+            save_average(model, Path(args.save) / str(iteration))
 
 
 def _save_full(iteration: int, model: Any, rate: Any, args: argparse.Namespace) -> None:
@@ -103,6 +105,7 @@ def _write(folder: Path, iteration: int, model: Any, rate: Any, args: argparse.N
         writer.attempt(partial.name, lambda: partial.mkdir(parents=True))
     dist.barrier()  # no rank may write before the folder is there
     _write_engine(model, partial, iteration, writer, run)
+    save_average(model, partial, writer.write)
     writer.write(rng.capture(), partial / f"rng_{dist.get_rank()}.pt")
     if first and (epoch := data_of(args)) is not None:
         writer.write(list(epoch.samples), partial / DATA_NAME)

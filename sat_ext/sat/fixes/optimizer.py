@@ -11,6 +11,7 @@ from sat.training import deepspeed_training
 
 from sat_ext.config import import_named
 from sat_ext.errors import ConfigError
+from sat_ext.sat.ema import EmaAdamW
 from sat_ext.sat.standin import StandIn, replaced
 from sat_ext.zero import zero_of
 
@@ -32,10 +33,15 @@ def optimizer_path(args: argparse.Namespace) -> bool:
         if params:  # YAML files merge: those of configs/zero/ have parameters of PyTorch's Adam
             section["params"] = {k: v for k, v in params.items() if k not in _foreign(name, params)}
         return False
-    _optimizer(name, params)
+    cls: Any = _optimizer(name, params).func
+    zero = zero_of(args)
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if issubclass(cls, EmaAdamW) and (offload == "nvme" or getattr(args, "model_parallel_size", 1) > 1):
+        raise ConfigError(
+            f"{WHERE}.type: '{name}' does not average on a disk (zero_optimization.offload_optimizer.device: "
+            "nvme), nor with model_parallel_size above 1; leave that out, or write 'type: AdamW'."
+        )
     if name.startswith("bitsandbytes."):
-        zero = zero_of(args)
-        offload = (zero.get("offload_optimizer") or {}).get("device", "none")
         _check_place(name, offloaded=bool(zero.get("cpu_offload")) or offload != "none")
     config["zero_force_ds_cpu_optimizer"] = False  # under offload, DeepSpeed would refuse any but its own
     return True
@@ -54,6 +60,10 @@ def of_its_path(
 
     with replaced(deepspeed_training, "deepspeed", StandIn(module, initialize=initialize)):
         engine, optimizer = set_up(args, model, *rest, **options)
+    if isinstance(engine.basic_optimizer, EmaAdamW) and hasattr(optimizer, "fp32_groups"):
+        # DeepSpeed's constructor makes a step without gradients: weight decay changes the masters, and it counts
+        optimizer.refresh_fp32_params()
+        engine.basic_optimizer.state.clear()
     check_sizes(name, optimizer)
     return engine, optimizer
 
@@ -67,7 +77,7 @@ def _foreign(name: str, params: dict[str, Any]) -> list[str]:
     return [*FOR_DEEPSPEED, *([] if takes_fused else ["fused"])]
 
 
-def _optimizer(name: str, params: dict[str, Any]) -> Callable[..., torch.optim.Optimizer]:
+def _optimizer(name: str, params: dict[str, Any]) -> partial[torch.optim.Optimizer]:
     remedy = f"pip install {name.split('.')[0]}, or check the spelling."
     cls = import_named(name, f"{WHERE}.type: '{name}'", remedy)
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
