@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sat_ext.checkpoint.layout import find_weights, other_checkpoints
+from sat_ext.checkpoint.layout import AVERAGE_NAME, find_weights, other_checkpoints
 from sat_ext.checkpoint.manifest import read_base
 from sat_ext.errors import ConfigError
 
@@ -111,17 +111,31 @@ def weight_files(run: Path, iteration: int | None = None) -> Iterator[Path]:
         place = read_base(file.parent)
 
 
-def read_weights(run: Path, iteration: int | None = None) -> tuple[dict[str, Tensor], int]:
-    """All weights of a checkpoint by name, those that it leaves out from its base; and its iteration. Raises
-    `ConfigError`."""
-    weights: dict[str, Tensor] = {}
+def read_average(weights: Path) -> dict[str, Tensor]:
+    """What was trained, averaged, of the checkpoint with this file of weights. Raises `ConfigError`."""
+    file = weights.with_name(AVERAGE_NAME)
+    if not file.is_file():
+        raise ConfigError(
+            f"--ema: {weights.parent} holds no averaged weights ({AVERAGE_NAME}), which a run saves with "
+            "'deepspeed.optimizer.type: sat_ext.EmaAdamW'; leave --ema out."
+        )
+    return dict(_state(file)["module"])
+
+
+def read_weights(run: Path, iteration: int | None = None, *, ema: bool = False) -> tuple[dict[str, Tensor], int]:
+    """All weights of a checkpoint by name, those that it leaves out from its base; and its iteration. With `ema`,
+    what was trained is averaged. Raises `ConfigError`."""
+    weights = read_average(find_weights(run, iteration)) if ema else {}
     iterations = []
     for file in weight_files(run, iteration):
-        state = read_file(file)
-        if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
-            raise ConfigError(
-                f"{file}: holds no weights under 'module'; it is not a checkpoint of SAT or of ours."
-            )
+        state = _state(file)
         weights = {**state["module"], **weights}
         iterations.append(int(state.get("iteration", 0)))
     return weights, iterations[0]
+
+
+def _state(file: Path) -> dict[str, Any]:
+    state = read_file(file)
+    if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
+        raise ConfigError(f"{file}: holds no weights under 'module'; it is not a checkpoint of SAT or of ours.")
+    return state

@@ -23,6 +23,7 @@ YamlOption = Annotated[
     ),
 ]
 AlphaOption = Annotated[float | None, typer.Option(help="lora_alpha of the run, over 0, if no YAML gives it")]
+EmaOption = Annotated[bool, typer.Option("--ema", help="take the averaged weights of the checkpoint")]
 SizeOption = Annotated[
     str | None, typer.Option(help="frames x height x width in pixels that the model is for, such as 49x480x720")
 ]
@@ -47,13 +48,16 @@ def convert(
     ] = None,
     alpha: AlphaOption = None,
     merge: Annotated[bool, typer.Option("--merge", help="add the LoRA to its base weights")] = False,
+    ema: EmaOption = False,
     more: MoreYaml = None,
 ) -> None:
     """Convert CogVideoX weights between SAT's layout and diffusers', bit for bit."""
     # here, because diffusers takes seconds to import, which would slow down the other subcommands
     from sat_ext.convert import convert as conversions
 
-    given = {"scale_factor": scale_factor, "alpha": alpha, "base_weights": base_weights, "merge": merge}
+    given = {
+        "scale_factor": scale_factor, "alpha": alpha, "base_weights": base_weights, "merge": merge, "ema": ema,
+    }  # fmt: skip
     options = make_options(source, base, more, size, **given)
     done = conversions.convert(source, output, to, (part,) if part else tuple(conversions.READERS), options)
     report(done)

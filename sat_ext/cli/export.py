@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sat_ext.cli.base import MoreYaml
-from sat_ext.cli.convert import AlphaOption, OutputOption, SizeOption, YamlOption, make_options, report
+from sat_ext.cli.convert import AlphaOption, EmaOption, OutputOption, SizeOption, YamlOption, make_options, report
 
 
 def export(
@@ -17,13 +17,14 @@ def export(
     base: YamlOption = None,
     size: SizeOption = None,
     alpha: AlphaOption = None,
+    ema: EmaOption = False,
     more: MoreYaml = None,
 ) -> None:
     """Write a run's LoRA as diffusers' `load_lora_weights` takes it, or a fully trained transformer's folder."""
     # here, because diffusers takes seconds to import, which would slow down the other subcommands
     from sat_ext.convert import convert as conversions
 
-    options = make_options(checkpoint, base, more, size, alpha=alpha)
+    options = make_options(checkpoint, base, more, size, alpha=alpha, ema=ema)
     done = conversions.export(checkpoint, output, options)
     report(done)
     if done.lora is not None:

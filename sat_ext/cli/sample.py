@@ -35,6 +35,7 @@ def sample(
         float | None, typer.Option(help="strength of the caption, 1 is none; default: the model's YAML")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    ema: Annotated[bool, typer.Option("--ema", help="use the averaged weights")] = False,
     sheet: Annotated[Path, typer.Option(help="contact sheet (PNG)")] = Path("samples.png"),
     clip: Annotated[Path, typer.Option(help="clips side by side (MP4)")] = Path("samples.mp4"),
 ) -> None:
@@ -45,7 +46,7 @@ def sample(
 
     folder = find_run(run)
     recipe = recipe_of(read_run_config(folder))
-    engine, iteration = load_engine(folder)
+    engine, iteration = load_engine(folder, ema=ema)
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "generator": generator}
     if prompt:

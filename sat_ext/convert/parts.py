@@ -24,7 +24,7 @@ UNREAD_LENGTH = 64  # `max_sequence_length` of every YAML of CogVideo's
 class ConvertOptions:
     """What the weights do not show. `base` is CogVideo's YAML, `size` that of the video in pixels, `base_weights`
     where the weights below a LoRA are; without `with_base` the LoRA alone is read. `to` is the layout to write,
-    with `merge` after a LoRA is merged into its base."""
+    with `merge` after a LoRA is merged into its base. `ema` takes averaged weights."""
 
     base: Mapping[str, Any] | None = None
     size: Bucket | None = None
@@ -34,11 +34,16 @@ class ConvertOptions:
     with_base: bool = True
     to: Layout | None = None
     merge: bool = False
+    ema: bool = False
 
     def reject_layout(self, layout: Layout, where: str) -> None:
-        """Raise `ConfigError` if `where` is in the layout to be written."""
+        """Raise `ConfigError` if `where` is in the layout to be written, or is to have averages and cannot."""
         if layout == self.to and not self.merge:
             raise ConfigError(f"--to: {where} is in the layout of {layout} already; name the other one.")
+        if self.ema and layout == "diffusers":
+            raise ConfigError(
+                f"--ema: {where} is no checkpoint, which alone may hold averaged weights; leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sat_ext.checkpoint.layout import CONFIG_NAME, WEIGHTS_NAME, find_run, find_weights
 from sat_ext.checkpoint.manifest import read_base
-from sat_ext.checkpoint.reading import read_file
+from sat_ext.checkpoint.reading import read_average, read_file
 from sat_ext.config import load, read_yaml
 from sat_ext.convert import lora as adapters
 from sat_ext.convert.architecture import (
@@ -136,7 +136,7 @@ def _checkpoint(file: Path, options: ConvertOptions) -> Part | None:
             f"{file.parent}: the weights are split over several model-parallel ranks; merge them with "
             "model_parallel_size 1 first."
         )
-    weights = _named_weights(file)
+    weights = _named_weights(file) | (read_average(file) if options.ema else {})
     if own := _under(_ENGINE, weights):
         return _engine(file, own, options)
     beginnings = sorted({name.split(".")[0] for name in weights})
@@ -211,7 +211,7 @@ def _with_base(part: Part, path: Path, options: ConvertOptions) -> Part:
         return part
     # CogVideo's YAML of a run describes the base too, which has none beside it
     yaml = options.base or (own if engine_of(own.get("model")).is_cogvideo else None)
-    base = read_transformer(place, replace(options, base_weights=None, base=yaml, to=None))
+    base = read_transformer(place, replace(options, base_weights=None, base=yaml, to=None, ema=False))
     if base is None or base.config is None:
         raise ConfigError(
             f"{place}: holds no transformer that {path} could belong to; give its base with --base-weights."

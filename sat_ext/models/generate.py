@@ -21,10 +21,11 @@ from sat_ext.pixels import to_model_range, to_uint8
 from sat_ext.types import Bucket
 
 
-def load_engine(run: Path) -> tuple[VideoDiffusionEngine, int]:
-    """The engine of a run's newest checkpoint, in evaluation mode, and its iteration. Raises `ConfigError`."""
+def load_engine(run: Path, *, ema: bool = False) -> tuple[VideoDiffusionEngine, int]:
+    """The engine of a run's newest checkpoint, in evaluation mode, and its iteration; `ema`: of averaged weights.
+    Raises `ConfigError`."""
     engine = build_engine(read_run_config(run))
-    return engine, load_weights(engine, run)
+    return engine, load_weights(engine, run, ema=ema)
 
 
 def build_engine(config: Mapping[str, Any]) -> VideoDiffusionEngine:
@@ -35,9 +36,9 @@ def build_engine(config: Mapping[str, Any]) -> VideoDiffusionEngine:
     return VideoDiffusionEngine(Namespace(model_config=config["model"]), params_dtype=dtype).to(device).eval()
 
 
-def load_weights(engine: VideoDiffusionEngine, run: Path) -> int:
+def load_weights(engine: VideoDiffusionEngine, run: Path, *, ema: bool = False) -> int:
     """Put the weights of a run's newest checkpoint into its engine; its iteration. Raises `ConfigError`."""
-    weights, iteration = read_weights(run)
+    weights, iteration = read_weights(run, ema=ema)
     weights = under_adapters(weights, {name for name, _ in engine.named_parameters()})
     missing, unexpected = engine.load_state_dict(weights, strict=False)
     if missing or unexpected:
