@@ -87,11 +87,14 @@ def test_levers_that_are_pulled_or_make_no_sense_are_not_named() -> None:
     ]
 
 
-def test_an_eight_bit_optimizer_is_not_combined_with_offload() -> None:
+def test_optimizers_are_not_combined_with_an_offload_that_they_do_not_survive() -> None:
     run = run_of()
     eight = replace(run, deepspeed={**run.deepspeed, "optimizer": {"type": "bitsandbytes.optim.AdamW8bit"}})
     assert with_zero(eight, "zero2") is not None
     assert with_zero(eight, next(n for n in ZERO_NAMES if n.startswith("zero2-offload"))) is None
+    averaging = replace(run, deepspeed={**run.deepspeed, "optimizer": {"type": "sat_ext.EmaAdamW"}})
+    assert with_zero(averaging, "zero3-offload") is not None
+    assert with_zero(averaging, "zero3-nvme") is None
     quantized = replace(run, model=replace(run.model, train=replace(run.model.train, quantization="nf4")))
     assert with_zero(quantized, "zero3") is None
 

@@ -105,7 +105,8 @@ def cache_that_fits(run: Run, per_node: int, gpu_memory: int) -> CachePlan:
 def with_zero(run: Run, name: str) -> Run | None:
     """`run` under the ZeRO configuration of this name, otherwise as it is; None if the two do not go together."""
     changed = replace(run, deepspeed={**run.deepspeed, "zero_optimization": ZERO[name]})
-    if run.has_eight_bit_optimizer and changed.options.offload_optimizer.device != "none":
+    device = changed.options.offload_optimizer.device
+    if run.has_eight_bit_optimizer and device != "none" or run.averages_weights and device == "nvme":
         return None
     # ZeRO-3 moves and packs weights itself
     if changed.options.stage == 3 and run.model.without_zero3:

@@ -96,6 +96,11 @@ class Run:
         return "8bit" in str((self.deepspeed.get("optimizer") or {}).get("type", ""))
 
     @property
+    def averages_weights(self) -> bool:
+        """Whether the optimizer keeps an average of the weights, for which these must not be on a disk."""
+        return _averages(self.deepspeed.get("optimizer") or {})
+
+    @property
     def width(self) -> int:
         """The transformer's hidden size."""
         return self.model.transformer.num_attention_heads * self.model.transformer.attention_head_dim
@@ -165,6 +170,10 @@ def _known(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: section[f.name] for f in fields(cls) if section.get(f.name) is not None}
 
 
+def _averages(optimizer: Mapping[str, Any]) -> bool:
+    return str(optimizer.get("type")).rpartition(".")[2] == "EmaAdamW"
+
+
 def _optimizer(section: Mapping[str, Any], *, is_offloaded: bool) -> Optimizer:
     """Two fp32 moments, unless the type says otherwise."""
     name, params = str(section.get("type", "AdamW")), section.get("params") or {}
@@ -177,7 +186,7 @@ def _optimizer(section: Mapping[str, Any], *, is_offloaded: bool) -> Optimizer:
         return Optimizer(states=4)
     if last == "sgd":
         return Optimizer(states=4 if params.get("momentum") else 0, step=4)
-    averages = last == "emaadamw"  # the weights too, in fp32
+    averages = _averages(section)  # in fp32
     from_torch, is_fused = averages or params.get("torch_adam"), params.get("fused", averages)
     # torch's for-each kernel holds the square roots of all second moments at once
     step = 4 if from_torch and not is_fused and not is_offloaded else 0
