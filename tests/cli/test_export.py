@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sat_ext.cli.main import app, main
@@ -16,6 +18,23 @@ def test_export_says_how_to_load_it(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert f"{tmp_path / 'out' / LORA_FILE}: 0.0 MB" in done.output
     assert f"pipeline.load_lora_weights('{tmp_path / 'out'}')  # rank 4, alpha 6.0" in done.output
+
+
+def test_export_takes_the_averages_of_a_run_of_cogvideos_and_of_nothing_else(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    write_run(run, sat_lora())
+    torch.save({"module": {name: 2 * value for name, value in sat_lora().items()}}, run / "1" / "ema.pt")
+    found = []
+    for options in (["--ema"], []):
+        done = CliRunner().invoke(app, ["export", str(run), "-o", str(out / str(options)), *options])
+        assert done.exit_code == 0
+        found.append(load_file(out / str(options) / LORA_FILE))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, 2 * found[1][name]) for name, value in found[0].items())
+    done = CliRunner().invoke(app, ["export", str(out / "[]" / LORA_FILE), "-o", str(tmp_path / "no"), "--ema"])
+    assert str(done.exception).endswith(
+        f"{LORA_FILE} is no checkpoint, which alone may hold averaged weights; leave it out."
+    )
 
 
 def test_export_takes_alpha(tmp_path: Path) -> None:

@@ -37,21 +37,25 @@ ZERO: dict[str, dict[str, Any]] = {
     "zero3-hpz": {"stage": 3, "param_persistence_threshold": 20, "zero_hpz_partition_size": 2},
     "zero2-offload": {"stage": 2, **OFFLOAD},
     "zero3-offload": {"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}},
+    "zero2-fp16": {"stage": 2},
+    "zero3-fp16": {"stage": 3},
     "zero1-fp32": {"stage": 1},  # gradients of bf16 weights, by DeepSpeed's BF16_Optimizer
 }
 CASES = [
     (name, mode, item)
     for name in ZERO
     for mode in (("full",) if "-" in name else ("lora", "full"))
-    for item in ((2,) if name == "zero1-fp32" else (4, 2))
+    for item in ((2,) if name.endswith(("fp16", "fp32")) else (4, 2))
 ]
 
 
 def case(name: str, mode: str, item: int) -> dict[str, Any]:
     """Train, and after each update leave for the averaged weights and come back."""
+    dtype = torch.float32 if item == 4 else torch.float16 if "fp16" in name else torch.bfloat16
     config = {
         "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**6, "gradient_clipping": 0.0,
-        "bf16": {"enabled": item == 2},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16, "loss_scale": 128},
         "zero_optimization": {"reduce_bucket_size": 7000, "param_persistence_threshold": 20, **ZERO[name]},
         "zero_allow_untested_optimizer": True,
         "optimizer": {"type": "sat_ext.EmaAdamW", "params": {**ADAM, "ema_decay": DECAY}},
@@ -59,7 +63,7 @@ def case(name: str, mode: str, item: int) -> dict[str, Any]:
     }  # fmt: skip
     args = Namespace(deepspeed_config=config)
     assert optimizer_path(args)
-    network, plain = build(mode, item), Plain(mode)
+    network, plain = build(mode, item).to(dtype), Plain(mode)
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
     engine, optimizer = of_its_path(set_up, args, network)
     divergence.begin(engine)
@@ -70,13 +74,13 @@ def case(name: str, mode: str, item: int) -> dict[str, Any]:
     assert same(gathered(engine), before)
     off = 0.0
     for update in range(1, UPDATES + 1):
-        output = engine(sample(update, dist.get_rank(), item))[0]
+        output = engine(sample(update, dist.get_rank(), dtype))[0]
         engine.backward(output.float().square().mean())
         engine.step()
         for average, weight in zip(expected, flat, strict=True):
             average.lerp_(weight.detach(), 1 - min(DECAY, (1 + update) / (10 + update)))
             assert torch.equal(engine.basic_optimizer.state[weight]["ema"], average)
-        found = leave(engine, flat, item)
+        found = leave(engine, flat, dtype)
         if item == 4:
             off = max(off, plain.update(update, gathered(engine), found))
     engine.destroy()
@@ -112,7 +116,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def leave(engine: Any, flat: list[Tensor], item: int) -> dict[str, Tensor]:
+def leave(engine: Any, flat: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The averaged weights. Whatever is done with them, the training's are the same afterwards, bit for bit."""
 
     def state() -> list[Tensor]:
@@ -122,7 +126,7 @@ def leave(engine: Any, flat: list[Tensor], item: int) -> dict[str, Tensor]:
     def look() -> Tensor:
         engine.eval()
         with torch.no_grad():
-            output = engine(sample(0, 0, item))[0].clone()
+            output = engine(sample(0, 0, dtype))[0].clone()
         engine.train()
         return output
 
@@ -151,10 +155,9 @@ def averages(engine: Any, flat: list[Tensor], found: dict[str, Tensor]) -> Itera
         yield values, kept[piece.group][piece.start : piece.start + piece.numel]
 
 
-def sample(update: int, rank: int, item: int) -> list[Group]:
+def sample(update: int, rank: int, dtype: torch.dtype) -> list[Group]:
     """What a rank trains on."""
     draws = torch.Generator().manual_seed(100 * update + rank)
-    dtype = torch.bfloat16 if item == 2 else torch.float32
     t = TRANSFORMER
     latents = torch.randn(1, 2, t.in_channels, 4, 4, generator=draws).to(dtype)
     text = torch.randn(1, t.max_text_seq_length, t.text_embed_dim, generator=draws).to(dtype)
@@ -175,7 +178,7 @@ class Plain:
         for weight in self.trained.values():
             weight.grad = torch.zeros_like(weight)  # as DeepSpeed, where a weight has no part in the loss
         for rank in range(WORLD):
-            (self.network(sample(update, rank, 4))[0].square().mean() / WORLD).backward()
+            (self.network(sample(update, rank, torch.float32))[0].square().mean() / WORLD).backward()
         self.optimizer.step()
         decay = min(DECAY, (1 + update) / (10 + update))
         off = 0.0

@@ -63,11 +63,12 @@ def test_the_average_is_that_of_a_plain_loop_and_leaves_the_training_alone(
 def launch(server: Server, configure: Callable[..., list[str]]) -> Launch:
     def run(
         folder: Path, *, world: int = 2, stage: int = 1, optimizer: str = "sat_ext.EmaAdamW", model: Any = MODEL,
-        **args: Any,
+        bf16: bool = False, **args: Any,
     ) -> Running:  # fmt: skip
         files = configure(folder, stage=stage, **{**QUICK, **args})
         more = folder / "more.yaml"
-        more.write_text(json.dumps({"model": model, "deepspeed": {"optimizer": {"type": optimizer}}}))
+        section = {"optimizer": {"type": optimizer}, "bf16": {"enabled": bf16}}
+        more.write_text(json.dumps({"model": model, "deepspeed": section}))
         running = server.start([*files, str(more)], world=world, folder=folder)
         finish(running, (0,) * world)
         return running
@@ -92,11 +93,18 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.multiprocess
-def test_a_resumed_run_continues_the_average_bit_for_bit(launch: Launch, whole: Any, tmp_path: Path) -> None:
-    run, model = whole
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("stage", "model"), [(0, MODEL), (2, LORA), (3, MODEL)])
+def test_a_resumed_run_continues_the_average_bit_for_bit(
+    launch: Launch, demo: Path, tmp_path: Path, stage: int, model: Any, bf16: bool
+) -> None:
+    evaluated = {"eval_interval": 2, "eval_iters": 1, "valid_data": [str(demo / "heldout")], "evaluate_ema": True}
+    options = {"stage": stage, "model": model, "bf16": bf16, **evaluated}
+    launch(tmp_path / "whole", **options)
+    run = folder_of(tmp_path / "whole" / "save")
     shutil.copytree(run, tmp_path / run.name)
     (tmp_path / run.name / "latest").write_text("2")
-    launch(tmp_path / "on", stage=2, model=model, load=str(tmp_path / run.name))
+    launch(tmp_path / "on", load=str(tmp_path / run.name), **options)
     assert same(average(folder_of(tmp_path / "on" / "save"), 4), average(run, 4))
     assert not same(average(run, 2), average(run, 4))
 
