@@ -22,6 +22,7 @@ LAYERS = [
     ("colour", 0),
     ("media", 0),
     ("pixels", 0),
+    ("motion", 0),
     ("cogvideox", 0),
     ("data.guard", 0),
     ("data.transform", 0),
