@@ -11,6 +11,7 @@ from sat_ext.models.diffusion import (
     diffusers_scheduler,
     read_schedule,
     stratified_timesteps,
+    velocity_losses,
 )
 
 
@@ -56,7 +57,7 @@ def test_loss_is_sats_weighted_denoising_loss() -> None:
     prediction = torch.full((1, 1, 1, 1, 1), 0.5)
     estimate = 0.6 * 2.0 - 0.8 * 0.5  # 0.8
     by_hand = (estimate - 2.0) ** 2 / (1 - 0.36)  # 1.44 / 0.64
-    loss = schedule.losses(prediction, latents, noise, timesteps)
+    loss = velocity_losses(prediction, schedule.velocity(latents, noise, timesteps))
     assert loss.item() == pytest.approx(by_hand) == pytest.approx(2.25)
 
 
@@ -69,7 +70,7 @@ def test_loss_equals_sats_formula_at_real_noise_levels(timestep: int) -> None:
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     estimate = alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
     expected = ((estimate - latents) ** 2 / (1 - alpha)).flatten(1).mean(1)
-    found = schedule.losses(prediction, latents, noise, timesteps)
+    found = velocity_losses(prediction, schedule.velocity(latents, noise, timesteps))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -77,8 +78,8 @@ def test_padding_counts_nothing() -> None:
     schedule = NoiseSchedule(alphas_cumprod(1.0))
     latents, noise, prediction = torch.randn(3, 1, 2, 4, 2, 2).unbind(0)
     timesteps = torch.tensor([300])
-    padded = schedule.losses(prediction, latents, noise, timesteps, padding=1)
-    alone = schedule.losses(prediction[:, 1:], latents[:, 1:], noise[:, 1:], timesteps)
+    padded = velocity_losses(prediction, schedule.velocity(latents, noise, timesteps), padding=1)
+    alone = velocity_losses(prediction[:, 1:], schedule.velocity(latents, noise, timesteps)[:, 1:])
     assert torch.equal(padded, alone)
 
 
