@@ -53,3 +53,13 @@ def pytorchs_own_linear() -> Iterator[None]:
     """DeepSpeed puts its own in place for ZeRO-3, which keeps more for the backward pass, and leaves it there."""
     yield
     torch.nn.functional.linear = torch._C._nn.linear
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that join their launcher's process group find that of another test, where there is one."""
+    if torch.distributed.is_initialized():
+        for name in ("cache", "prior"):
+            monkeypatch.setattr(f"sat_ext.cli.{name}.join", lambda: (0, 1))
+        monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+        monkeypatch.setenv("LOCAL_RANK", "0")

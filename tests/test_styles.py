@@ -23,6 +23,7 @@ def run(*options: object) -> str:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.usefixtures("one_rank")
 def test_pictures_to_moving_samples(server: Server, tmp_path: Path) -> None:
     pictures, prior, style, written = (
         tmp_path / name for name in ("pictures", "prior", "style.yaml", "my_run.yaml")

@@ -21,6 +21,7 @@ from sat_ext.models.generate import build_engine
 from tests.sat.ranks import Server, finish
 from tests.sat.runs import MODEL, write_config
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 LORA = {"mode": "lora", "rank": 4, "alpha": 4}
 PROMPTS = ("a red circle moving left on black", "", "a blue square", "a dog")
 
