@@ -1,12 +1,13 @@
 """What each update sees, and what the model learns from it: five ways to mix stills and clips, clipped or not.
 
-    python benchmarks/mixing.py [--updates 200] [--seeds 3] [--clip 0 1.0 0.1] [--jobs 2] [--json mixing.json]
-        [--picture mixing.png]
+    python benchmarks/mixing.py [--updates 200] [--equal tokens] [--seeds 3] [--clip 0 1.0 0.1] [--jobs 2]
+        [--json mixing.json] [--picture mixing.png]
 
 The tiny model trains with AdamW on the demo's data, made in a temporary folder, from the same start, with the same
-tokens in all and at most as many in each update. Held-out losses are of stills and of clips (mean and spread over
-the seeds). The variance is that of an update's gradient at the end of the run, over the squared norm of its mean,
-times the samples of an update: what a sample's gradient would have if samples were independent.
+tokens in all (or, with `--equal updates`, as many updates) and at most as many tokens in each update. Held-out
+losses are of stills and of clips (mean and spread over the seeds). The variance is that of an update's gradient at
+the end of the run, over the squared norm of its mean, times the samples of an update: what a sample's gradient
+would have if samples were independent.
 
 - padded: as CogVideo's own data class, every sample is as long as the longest clip: stills stand still.
 - one kind: each update is a batch of one bucket, the loss its mean.
@@ -65,12 +66,14 @@ class Outcome(NamedTuple):
     samples: int
     seconds: float
     tokens: int
+    updates: int
 
 
 def main() -> int:
     """Run everything and show it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--updates", type=int, default=200, help="of the way with packs; all have its tokens")
+    parser.add_argument("--updates", type=int, default=200, help="of the way with packs")
+    parser.add_argument("--equal", choices=("tokens", "updates"), default="tokens", help="what all ways have")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--clip", type=float, nargs="+", default=[0.0, 1.0, 0.1], help="gradient norms; 0 is none")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
@@ -82,7 +85,7 @@ def main() -> int:
         write_demo(Path(folder) / "data", clips=192, stills=192, held_out=48)
         runs = list(itertools.product(args.ways, args.clip, range(args.seeds)))
         with ProcessPoolExecutor(args.jobs) as pool:
-            futures = {run: pool.submit(train, folder, *run, args.updates) for run in runs}
+            futures = {run: pool.submit(train, folder, *run, args.updates, args.equal) for run in runs}
             found = {run: future.result() for run, future in futures.items()}
     rows = []
     for way, clip in itertools.product(args.ways, args.clip):
@@ -91,10 +94,12 @@ def main() -> int:
         rows.append([
             way, clip or "none", *(spread([getattr(o, kind) for o in of_seeds]) for kind in KINDS),
             round(statistics.mean(o.variance for o in of_seeds), 1),
+            round(statistics.mean(o.updates for o in of_seeds)),
             *(round(sum(getattr(o, what) for o in of_seeds) / seconds, 1) for what in ("tokens", "samples")),
         ])  # fmt: skip
-    columns = ["an update", "clipped at", "stills", "clips", "variance", "tokens a second", "samples a second"]
-    title = "Held-out loss by what each update sees, at equal tokens"
+    columns = ["an update", "clipped at", "stills", "clips", "variance", "updates", "tokens a second"]
+    columns.append("samples a second")
+    title = f"Held-out loss by what each update sees, at equal {args.equal}"
     report(title, columns, rows, args.json, updates=args.updates)
     goals = list(goals_of({k: v._asdict() for k, v in found.items()}, args.ways, args.clip, args.seeds))
     report("Packs", ["figure", "clipped at", "measured", "goal", "result"], goals)
@@ -159,7 +164,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
 
 
-def train(folder: str, way: str, clip: float, seed: int, updates: int) -> Outcome:
+def train(folder: str, way: str, clip: float, seed: int, updates: int, equal: str) -> Outcome:
     """One run on one core."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -171,9 +176,8 @@ def train(folder: str, way: str, clip: float, seed: int, updates: int) -> Outcom
     size = sizes_of(recipe, way)
     stream = stream_of(recipe, recipe.sources, size, seed, accumulation=4 if way == "accumulated" else 1)
     budget = updates * recipe.step_size.budget  # tokens
-    batches, tokens, samples, begun = updates_of(stream, way), 0, 0, time.perf_counter()
-    while tokens < budget:
-        done = tokens / budget
+    batches, tokens, samples, number, begun = updates_of(stream, way), 0, 0, 0, time.perf_counter()
+    while (done := tokens / budget if equal == "tokens" else number / updates) < 1:
         warm, decay = min(1.0, done / 0.03), 0.5 + 0.5 * math.cos(math.pi * done)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warm * (0.02 + 0.98 * decay)
@@ -182,11 +186,11 @@ def train(folder: str, way: str, clip: float, seed: int, updates: int) -> Outcom
             torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         optimizer.zero_grad()
-        tokens, samples = tokens + taken[0], samples + taken[1]
+        tokens, samples, number = tokens + taken[0], samples + taken[1], number + 1
     seconds = time.perf_counter() - begun
     variance = variance_of(engine, trained, batches, seed, size)
     losses = evaluate(engine, recipe)
-    return Outcome(losses["loss_image"], losses["loss_video"], variance, samples, seconds, tokens)
+    return Outcome(losses["loss_image"], losses["loss_video"], variance, samples, seconds, tokens, number)
 
 
 def recipe_in(folder: str) -> Recipe:
