@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -18,8 +19,10 @@ from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.cli.cache import join, own_device
 from sat_ext.cogvideox import latent_frames
 from sat_ext.config import read_yaml
+from sat_ext.data.buckets import assign
 from sat_ext.data.decode import read_still
 from sat_ext.data.index import build_index
+from sat_ext.data.probe import probe
 from sat_ext.data.sources import SourceConfig, read_source
 from sat_ext.data.transform import Fit
 from sat_ext.data.visits import read_pixels
@@ -32,7 +35,7 @@ from sat_ext.latents.writer import encode_sample
 from sat_ext.media import write_video
 from sat_ext.pixels import to_model_range, to_uint8
 from sat_ext.recipe import Recipe, recipe_of
-from sat_ext.types import IMAGE_EXTENSIONS, Bucket
+from sat_ext.types import IMAGE_EXTENSIONS, Bucket, MediaInfo
 
 if TYPE_CHECKING:
     from sat_ext.models.engine import VideoDiffusionEngine
@@ -42,10 +45,11 @@ WRITE_SECONDS = 60.0  # latents of so much work are lost by a kill, and encoded 
 
 
 class Prompt(NamedTuple):
-    """What a clip is to show, and the still that it begins with, if it does."""
+    """What a clip is to show, and the still that it begins with, if it does, or what is inside `crop` of it."""
 
     caption: str
     image: str | None = None
+    crop: tuple[int, int, int, int] | None = None
 
 
 def prior(
@@ -120,7 +124,7 @@ def read_prompts(source: str, *, animates: bool) -> list[Prompt]:
         found = [Prompt(line.strip()) for line in lines if line.strip()]
     else:
         stills = [item for item in read_source(source) if suffix_of(item.path) in IMAGE_EXTENSIONS]
-        found = [Prompt(item.captions[0], item.path if animates else None) for item in stills]
+        found = [Prompt(i.captions[0], *((i.path, i.crop) if animates else ())) for i in stills]
     if not found:
         raise DataError(f"--prompts: nothing in {source}; write one prompt a line, or name captioned stills.")
     return found
@@ -181,8 +185,9 @@ class Maker:
             prompt, first = prompts[number], None
             bucket = self.buckets[number % len(self.buckets)]
             if prompt.image is not None:
-                pixels = torch.from_numpy(read_still(prompt.image, fit=Fit(bucket.height, bucket.width)))
-                first = to_model_range(pixels, torch.float32)
+                bucket = self._nearest(probe(prompt.image), prompt.crop)
+                fit = Fit(bucket.height, bucket.width, prompt.crop)
+                first = to_model_range(torch.from_numpy(read_still(prompt.image, fit=fit)), torch.float32)
             seed = int(fingerprint_of(self.seed, number, prompt.caption)[:15], 16)  # of any rank the same
             noise = torch.Generator().manual_seed(seed)
             with adapters_off(self.engine.network):
@@ -197,6 +202,14 @@ class Maker:
                 self._into_cache()
                 since = time.monotonic()
         self._into_cache()
+
+    def _nearest(self, info: MediaInfo, crop: tuple[int, int, int, int] | None) -> Bucket:
+        """The bucket of a still's shape, or a portrait would lose its head to a landscape."""
+        if crop is not None:
+            info = replace(info, width=crop[2], height=crop[3])
+        found = assign(info, [replace(b, frames=1) for b in self.buckets], available=1, still=True, short="drop")
+        assert isinstance(found, Bucket)
+        return replace(found, frames=self.buckets[0].frames)
 
     def _shape(self, bucket: Bucket) -> dict[str, int]:
         return {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
@@ -35,6 +37,18 @@ def stills(tmp_path: Path) -> Path:
         Image.new("RGB", (48, 40), colour).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a {colour} picture")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_group() -> Iterator[None]:
+    """What a command that failed leaves in a process that lives on."""
+    yield
+    leave()
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +89,15 @@ def write_run(folder: Path, *, conditioning: str = "none", **params: Any) -> lis
 
 
 def run(*options: object) -> tuple[int, str]:
+    leave()
     done = CliRunner().invoke(app, [*map(str, options)])
     return done.exit_code, done.output + str(done.exception or "")
+
+
+def encoded(said: str) -> tuple[int, int]:
+    """How many samples a cache has, and how many of them `sat-ext cache` had to encode."""
+    facts = json.loads(said[said.index('{"') :])
+    return facts["samples"], facts["encoded"]
 
 
 def frames_of(file: Path) -> list[Any]:
@@ -149,8 +170,7 @@ def test_stills_are_animated_and_the_latents_go_into_the_cache(
     assert parts["first"].shape == (1, 16, 4, 4) and parts["noisy"].shape[0] == 2
     status, said = run("cache", *files, "--json")
     assert status == 0, said
-    facts = json.loads(said[said.index("{") :])
-    assert (facts["samples"], facts["encoded"]) == (4, 2)  # the stills
+    assert encoded(said) == (4, 2)  # the stills
     finish(server.start(files, world=1, folder=tmp_path / "run"), (0,))
 
 
@@ -165,6 +185,19 @@ def test_stills_are_animated_and_the_latents_go_into_the_cache(
 def test_prompts_that_cannot_be_used(prompts: str, animates: bool, message: str) -> None:
     with pytest.raises((ConfigError, DataError), match=f"^{message}"):
         read_prompts(prompts, animates=animates)
+
+
+def test_a_still_is_animated_in_its_own_shape(tmp_path: Path, stills: Path) -> None:
+    buckets = {"frames": [1, 5], "sizes": [[32, 32], [64, 32], [32, 64]]}
+    files = write_run(tmp_path, conditioning="i2v", buckets=buckets)
+    rows = [{"path": f"stills/{n}.png", "caption": "a picture"} for n in range(2)]
+    rows[1] |= {"crop": [0, 0, 48, 24]}  # type: ignore[dict-item]
+    Image.new("RGB", (24, 48), "red").save(stills / "0.png")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status, said = run("prior", *files, "--prompts", tmp_path / "rows.jsonl", "-o", tmp_path / "prior")
+    assert status == 0, said
+    shapes = [frames_of(tmp_path / "prior" / f"{n:06d}.mp4")[0].shape for n in range(2)]
+    assert shapes == [(64, 32, 3), (32, 64, 3)]
 
 
 def test_captions_of_stills_are_prompts_of_a_text_model(stills: Path, tmp_path: Path) -> None:
