@@ -118,7 +118,8 @@ def read_prompts(source: str, *, animates: bool) -> list[Prompt]:
                 "table of captioned stills."
             )
         try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            # split by hand, as `splitlines` also ends a line at the separators that text from the web holds
+            lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts: {source} cannot be read ({error}); name a text file.") from error
         found = [Prompt(line.strip()) for line in lines if line.strip()]

@@ -200,6 +200,13 @@ def test_a_still_is_animated_in_its_own_shape(tmp_path: Path, stills: Path) -> N
     assert shapes == [(64, 32, 3), (32, 64, 3)]
 
 
+def test_a_line_of_a_list_is_one_prompt_whatever_is_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa dog\u2028runs\r\n\r\n猫\x85 🎉\n猫\x85 🎉".encode())
+    prompts = read_prompts(str(file), animates=False)
+    assert [p.caption for p in prompts] == ["a dog\u2028runs", "猫\x85 🎉", "猫\x85 🎉"]
+
+
 def test_captions_of_stills_are_prompts_of_a_text_model(stills: Path, tmp_path: Path) -> None:
     assert [p.image for p in read_prompts(str(stills), animates=False)] == [None, None]
     found = read_prompts(str(stills), animates=True)
