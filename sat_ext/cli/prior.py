@@ -83,8 +83,13 @@ def prior(
     if max(bucket.frames for bucket in run.buckets) == 1:
         raise ConfigError("data.params.buckets: only stills; the base makes clips, so add a longer bucket.")
     wanted = read_prompts(prompts, animates=run.engine.is_conditioned)
-    output.mkdir(parents=True, exist_ok=True)
-    missing = missing_in(output, wanted)  # of all ranks, as none makes a clip before all have met
+    refuse_inside_sources(output, run)
+    try:
+        for folder in (output, *([Path(run.data.cache.folder)] if run.data.cache else [])):
+            folder.mkdir(parents=True, exist_ok=True)
+        missing = missing_in(output, wanted)  # of all ranks, as none makes a clip before all have met
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be used ({error.strerror}); name another folder.") from error
     rank, world = join()
     console = Console(stderr=True, quiet=rank > 0)
     if missing := missing[rank::world]:
@@ -103,7 +108,7 @@ def prior(
         maker.make(wanted, shown)
     dist.barrier()
     if rank == 0:
-        name = source_at(output, run).name or output.name
+        name = next((s.name for s in clips_at(output, run.data.sources)), None) or output.name
         print(f"{output}: {len(wanted)} clips. To train on them, add to data.params.sources:")
         print(f"  - {{name: {name}, path: {output}, share: 0.3, target: base}}")
     dist.destroy_process_group()
@@ -132,21 +137,34 @@ def read_prompts(source: str, *, animates: bool) -> list[Prompt]:
 
 
 def missing_in(folder: Path, prompts: Sequence[Prompt]) -> list[int]:
-    """The numbers of the prompts without a clip. Raises `ConfigError` where a clip is of another prompt."""
+    """The numbers of the prompts without a clip. Raises `ConfigError` where a clip or a caption in its place is of
+    another prompt, as captions of the user's own would be overwritten, and `OSError`."""
     found = []
     for number, prompt in enumerate(prompts):
         clip = folder / f"{number:06d}.mp4"
-        if not clip.exists():
-            found.append(number)
-        elif (caption := clip.with_suffix(".txt").read_text(encoding="utf-8").strip()) != prompt.caption.strip():
+        text, is_made = clip.with_suffix(".txt"), clip.exists()
+        caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.exists() else ""
+        if (is_made or text.exists()) and caption != prompt.caption.strip():
             raise ConfigError(f"-o: {clip} is of another prompt ({caption[:60]!r}); name a new folder.")
+        if not is_made:
+            found.append(number)
     return found
 
 
-def source_at(folder: Path, run: Recipe) -> SourceConfig:
-    """The run's source of this folder, or what its default would be: the keys of a cache have its name."""
-    own = SourceConfig(path=str(folder))
-    return next((s for s in run.sources if os.path.abspath(s.path) == os.path.abspath(folder)), own)
+def refuse_inside_sources(folder: Path, run: Recipe) -> None:
+    """Raise `ConfigError` where a source above `folder` would train on the clips as on any other data."""
+    for source in run.sources:
+        if source.kind != "image" and Path(os.path.abspath(source.path)) in Path(os.path.abspath(folder)).parents:
+            raise ConfigError(
+                f"-o: {folder} is inside the source {source.path}, which would train on the clips as its own; "
+                "name a folder outside of it."
+            )
+
+
+def clips_at(folder: Path, sources: Iterable[SourceConfig]) -> list[SourceConfig]:
+    """The sources that take clips from this folder."""
+    where = os.path.abspath(folder)
+    return [s for s in sources if os.path.abspath(s.path) == where and s.kind != "image"]
 
 
 class Maker:
@@ -218,12 +236,18 @@ class Maker:
     def _write(self, number: int, caption: str, frames: Any) -> None:
         """The caption first: a clip without one would be an error for who trains on the folder meanwhile."""
         file = self.output / f"{number:06d}.mp4"
-        file.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-        with written_aside(file) as draft:
-            write_video(draft, frames, self.run.data.fps, crf=CRF)
+        try:
+            with written_aside(file.with_suffix(".txt")) as draft:
+                draft.write_text(caption + "\n", encoding="utf-8")
+            with written_aside(file) as draft:
+                write_video(draft, frames, self.run.data.fps, crf=CRF)
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be written ({error.strerror}); make room, and run the command again."
+            ) from error
 
     def _into_cache(self) -> None:
-        """Write the latents that wait under the keys that training will ask for."""
+        """Write the latents that wait under the keys that training will ask for: they have the sources' names."""
         data, waiting = self.run.data, self.waiting
         self.waiting = {}
         if data.cache is None or not waiting:
@@ -231,8 +255,10 @@ class Maker:
         prints, device = self.run.engine.fingerprints(self.run.dtype), self.engine.network.device
         encoders = self.run.engine.encoders(self.engine.network.dtype, device)
         encoders.first_stage = self.engine.first_stage
+        sources = clips_at(self.output, self.run.sources) or [SourceConfig(path=str(self.output))]
         entries = Entries(
-            index=build_index([source_at(self.output, self.run)], data),
+            # held-out records too, and without the mix, as not all of its parts are in this folder
+            index=build_index([replace(s, side=None) for s in sources], replace(data, mix=None)),
             config=data,
             encoder=prints.first_stage,
             clips=data.cache.clips,
@@ -245,6 +271,4 @@ class Maker:
                 conditions = data.cache.conditions if encoders.conditions else 0
                 parts = encode_sample(encoders, pixels, entry, conditions, latents=latents)
                 samples.append((entry, {name: part.to(self.run.dtype) for name, part in parts.items()}))
-        folder = Path(data.cache.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_latents(folder, samples)
+        write_latents(Path(data.cache.folder), samples)

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sat_ext.cli.main import app
-from sat_ext.cli.prior import missing_in, read_prompts
+from sat_ext.cli.prior import Prompt, missing_in, read_prompts
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.latents.store import LatentStore
 from sat_ext.models.generate import build_engine
@@ -187,6 +187,19 @@ def test_prompts_that_cannot_be_used(prompts: str, animates: bool, message: str)
         read_prompts(prompts, animates=animates)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("params", [{"mix": {"image": 0.5, "video": 0.5}}, {"held_out": 3}], ids=str)
+def test_the_latents_of_every_clip_are_cached_whatever_the_run_does_with_it(
+    tmp_path: Path, stills: Path, params: dict[str, Any]
+) -> None:
+    files = write_run(tmp_path, cache={"folder": str(tmp_path / "new" / "cache"), "clips": 3}, **params)
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\na cow")
+    status, said = run("prior", *files, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "prior")
+    assert status == 0 and "- {name: prior, path" in said, said
+    status, said = run("cache", *files, "--json")
+    assert status == 0 and encoded(said) == (5, 2), said
+
+
 def test_a_still_is_animated_in_its_own_shape(tmp_path: Path, stills: Path) -> None:
     buckets = {"frames": [1, 5], "sizes": [[32, 32], [64, 32], [32, 64]]}
     files = write_run(tmp_path, conditioning="i2v", buckets=buckets)
@@ -205,6 +218,43 @@ def test_a_line_of_a_list_is_one_prompt_whatever_is_in_it(tmp_path: Path) -> Non
     file.write_bytes("\ufeffa dog\u2028runs\r\n\r\n猫\x85 🎉\n猫\x85 🎉".encode())
     prompts = read_prompts(str(file), animates=False)
     assert [p.caption for p in prompts] == ["a dog\u2028runs", "猫\x85 🎉", "猫\x85 🎉"]
+
+
+def test_a_folder_that_cannot_be_used_is_one_sentence(
+    tmp_path: Path, stills: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, output = write_run(tmp_path), tmp_path / "prior"
+    (tmp_path / "prompts.txt").write_text("a dog")
+    command = ("prior", *files, "--prompts", tmp_path / "prompts.txt", "-o")
+    _, said = run(*command, stills / "prior")
+    assert said == (
+        f"-o: {stills / 'prior'} is inside the source {stills}, which would train on the clips as its own; name a "
+        "folder outside of it."
+    )
+    assert not (stills / "prior").exists()
+    output.write_text("")
+    assert run(*command, output)[1] == f"{output}: cannot be used (File exists); name another folder."
+    output.unlink()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sat_ext.cli.prior.write_video", full)
+        said = run(*command, output)[1]
+    clip = output / "000000.mp4"
+    assert said.endswith(
+        f"{clip}: cannot be written (No space left on device); make room, and run the command again."
+    )
+    clip.write_bytes(b"a clip whose caption is lost")
+    (output / "000000.txt").unlink()
+    assert run(*command, output)[1].endswith(f"-o: {clip} is of another prompt (''); name a new folder.")
+
+
+def test_captions_of_the_users_own_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "000000.txt").write_text("my picture")
+    with pytest.raises(ConfigError, match="000000.mp4 is of another prompt"):
+        missing_in(tmp_path, [Prompt("a dog")])
 
 
 def test_captions_of_stills_are_prompts_of_a_text_model(stills: Path, tmp_path: Path) -> None:
