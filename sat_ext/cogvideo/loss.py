@@ -110,12 +110,12 @@ class JointDiffusionLoss(Target, nn.Module):
             self.batch2model_keys.add("ofs")
         if "timestep" in batch and isinstance(self.sigma_sampler, StratifiedSampling):
             self.sigma_sampler.places = batch["timestep"]
-        latents = pad_front(input, self._padding)
+        latents, self._base = pad_front(input, self._padding), None
         if taught.any():
             denoiser = self._with_base(denoiser, taught.to(input.device))
         losses: Tensor = super().__call__(network, denoiser, conditioner, latents, batch)
         of_kinds = {"image": still & ~taught, "video": ~still & ~taught}
-        if taught.any():
+        if getattr(network, "training", True):  # in every step: SAT reduces metrics by name, on all ranks
             of_kinds["base"] = taught
         self._metrics = {f"loss_{k}": mean_where(losses.detach(), of.tolist()) for k, of in of_kinds.items()}
         return losses * factors.to(losses)
@@ -139,7 +139,8 @@ class JointDiffusionLoss(Target, nn.Module):
         return denoise
 
     def metrics(self) -> dict[str, Tensor]:
-        """Of the last call, `loss_image` and `loss_video`: unweighted means, 0-dim, -100 where there was none."""
+        """Of the last call, `loss_image`, `loss_video` and in training `loss_base`: unweighted means, 0-dim, -100
+        where there was none."""
         return self._metrics
 
     def _per_sample(

@@ -88,7 +88,7 @@ class VideoDiffusionEngine(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and `loss_image` and `loss_video`: -100 if it has no such sample. Samples whose
-        target is the base count in `loss_base` instead.
+        target is the base count in `loss_base` instead, which training batches with a `target` have.
 
         `batch` is a group of samples of one shape or, with the key `groups`, a pack of several groups. A group has
         mp4 (B, T, C, H, W), uint8 or in [-1, 1], and lists of B: txt, kind, source, key (the last two seed an
@@ -104,8 +104,10 @@ class VideoDiffusionEngine(nn.Module):
             losses = [self._evaluation_losses(group) for group in groups]
         weighted = torch.cat([self._factors(g, of) * of / len(of) for g, of in zip(groups, losses, strict=True)])
         every, metrics = torch.cat(losses).detach(), {}
-        kinds = [kind for group in groups for kind in kinds_of(group)]
-        for kind in dict.fromkeys(["image", "video", *kinds]):
+        kinds = [kind for group in groups for kind in (kinds_of(group) if self.training else group["kind"])]
+        # by the key alone: SAT reduces metrics by name, so that ranks must not differ in what their samples give
+        by_base = self.training and any("target" in group for group in groups)
+        for kind in ("image", "video", "base") if by_base else ("image", "video"):
             chosen = [k == kind for k in kinds]
             metrics[f"loss_{kind}"] = mean_where(every, chosen)
             if batch.get("gradient_norms"):

@@ -164,11 +164,11 @@ def _measure_norms(name: str, layer: Any, keys: _IncompatibleKeys) -> None:
 @contextmanager
 def adapters_off(network: nn.Module) -> Iterator[None]:
     """Inside, the model is its base."""
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
+    on = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    for layer in on:
         layer._disable_adapters = True  # not `enable_adapters(False)`, which also freezes what DeepSpeed trains
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in on:
             layer._disable_adapters = False

@@ -341,7 +341,7 @@ def test_ranks_that_share_a_model_take_the_first_ones_word(monkeypatch: pytest.M
     monkeypatch.setattr(module.dist, "broadcast", broadcast)
     network = Network(Transformer(i2v=True))
     weight = torch.tensor([2.0, 3.0])
-    batch = batch_of(["image", "video"], 3, i2v=True, loss_weight=weight)
+    batch = batch_of(["image", "video"], 3, i2v=True, loss_weight=weight, target=["data", "base"])
     found = []
     for rank in (2, 3):
         given = (
@@ -440,3 +440,22 @@ def test_the_base_is_the_target_where_the_batch_says_so(patch: Any, frames: int)
     torch.testing.assert_close(metrics["loss_base"], error[1:].mean())
     network.eval()
     assert torch.equal(losses(loss, network, frames, taught), losses(loss, network, frames, batch))
+    assert "loss_base" not in loss.metrics()
+
+
+def test_every_step_has_the_metrics_of_all_ranks_and_no_target_of_another() -> None:
+    network = Network(LoraLinear(Transformer()))  # type: ignore[arg-type]
+    batch = batch_of(["video"], 3)
+    loss = joint()
+    expected = losses(loss, network, 3, batch)
+    assert loss.metrics()["loss_base"] == ABSENT  # another rank may have such a sample, and waits for this one
+
+    def broken(*inputs: Any, **more: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("out of memory")
+        return denoiser(*inputs, **more)
+
+    with pytest.raises(RuntimeError):
+        loss(network, broken, lambda batch: {}, latents_of(1, 3), {**batch, "target": ["base"]})
+    assert network.diffusion_model.scaling == 0.5
+    assert torch.equal(losses(loss, network, 3, batch), expected)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sat_ext.models import engine as module
+from sat_ext.models.config import ABSENT
+from sat_ext.models.transformer import adapters_off
 from tests.models.conftest import FAMILIES, make_batch, make_engine, small_config
 
 LEVERS: dict[str, dict[str, Any]] = {
@@ -106,4 +108,25 @@ def test_it_pulls_the_model_back_to_its_base() -> None:
 
 def test_evaluations_look_at_the_data() -> None:
     engine = lora_engine("5b", zero=False).eval()
-    assert engine(make_batch(9, target=["data", "data"]))[0] == engine(make_batch(9))[0]
+    assert engine(make_batch(9, target=["base", "data"])) == engine(make_batch(9))
+
+
+def test_the_key_alone_decides_which_metrics_a_rank_has() -> None:
+    """SAT reduces them by name: ranks whose samples differ in their targets would wait for each other."""
+    engine = lora_engine("5b", zero=False)
+    of_data, of_base = (
+        engine({**make_batch(9, target=[target] * 2), "gradient_norms": True})[1] for target in ("data", "base")
+    )
+    assert list(of_data) == list(of_base)
+    assert of_data["loss_base"] == of_data["gradient_base"] == of_base["loss_video"] == ABSENT
+
+
+def test_the_adapters_are_on_again_after_the_outermost_block_even_after_an_error() -> None:
+    network = lora_engine("5b", zero=False).network
+    layer = network.transformer_blocks[0].attn1.to_q
+    with pytest.raises(RuntimeError), adapters_off(network):
+        with adapters_off(network):
+            pass
+        assert layer.disable_adapters
+        raise RuntimeError
+    assert not layer.disable_adapters
