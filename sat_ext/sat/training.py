@@ -133,7 +133,7 @@ class TrainingHooks:
         if dist.get_rank() == 0:
             with side_file("samples/"):
                 write_sheet(rows, Path(self.args.save) / "samples" / f"{self.args.iteration:08d}_{kind}.png")
-        if sampling.motion:
+        if sampling.motion and run_of(self.args).evaluated != "test":  # whose captions are others
             self._motion = self._motion or MotionLog(self.args)
             self._motion.add(engine, batch, kind, rows)
 

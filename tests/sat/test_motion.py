@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from sat_ext.cli.main import app
@@ -95,3 +96,24 @@ def test_samples_that_cannot_be_measured_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sat_ext.models.config.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs OpenCV; run pip install 'sat_ext\[motion\]'"):
         load(SamplingConfig, {"motion": True, "number": 1}, "model.sampling")
+
+
+@pytest.mark.multiprocess
+def test_samples_of_test_data_are_not_held_against_the_base_of_other_captions(
+    server: Server, configure: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    folders = {"valid": tmp_path / "valid", "test": tmp_path / "test"}
+    for number, (name, folder) in enumerate(folders.items(), start=1):
+        folder.mkdir()
+        for still in range(2 * number - 1):
+            Image.new("RGB", (32, 32), (80 * still, 40, 90)).save(folder / f"{still}.png")
+            (folder / f"{still}.txt").write_text(f"{name} {still}")
+    lists = {"valid_data": [str(folders["valid"])], "test_data": [str(folders["test"])]}
+    files = configure(tmp_path, train_iters=4, eval_interval=3, eval_iters=4, save_interval=100, **lists)
+    more = tmp_path / "more.yaml"
+    model = {**MODEL, "sampling": {"number": 2, "steps": 2, "motion": True}, "train": {"mode": "lora", "rank": 4}}
+    more.write_text(json.dumps({"model": model, "deepspeed": {"train_micro_batch_size_per_gpu": 2}}))
+    run = server.start([*files, str(more)], world=1, folder=tmp_path / "log")
+    finish(run, (0,))
+    assert "data" in (folder_of(tmp_path / "save") / "heldout.jsonl").read_text().splitlines()[-1]
+    assert list(read_run(folder_of(tmp_path / "save")).motion["image"]["model"]) == [0, 3]
