@@ -138,6 +138,15 @@ class TrainConfig:
     rslora: bool = False
     dora: bool = False
 
+    def __post_init__(self) -> None:
+        if self.mode == "lora" and self.rank < 1:
+            raise ConfigError(f"model.train.rank: {self.rank} leaves nothing to train; use 1 or more.")
+        if self.mode == "lora" and not self.targets:
+            raise ConfigError(
+                f"model.train.target_modules: [] leaves nothing to train; write {' or '.join(TARGETS)}, or list "
+                "layers."
+            )
+
     @property
     def targets(self) -> tuple[str, ...]:
         """`target_modules` as names."""

@@ -56,7 +56,7 @@ class BuiltIn:
         return alpha / rank, f"{alpha}/{rank}"
 
     def check_base(self) -> None:
-        if self.lora_scale is None:
+        if (self.model.get("train") or {}).get("mode") != "lora":
             raise ConfigError(
                 "model.train.mode: full, but a source of data.params.sources has the target base, which is what "
                 "the model predicts without its LoRA; append configs/train/lora.yaml, or take the target out."

@@ -159,6 +159,23 @@ def test_a_name_that_is_none_is_refused_with_those_there_are(target: str) -> Non
         build_transformer(config, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"rank": 0}, "model.train.rank: 0 leaves nothing to train; use 1 or more."),
+        (
+            {"target_modules": []},
+            r"model.train.target_modules: \[\] leaves nothing to train; write attention or all",
+        ),
+    ],
+)
+def test_a_lora_of_nothing_is_refused(train: dict[str, Any], message: str) -> None:
+    model = small_config("5b", train={"mode": "lora", **train})
+    BuiltIn(model).check_base()  # it is a LoRA all the same
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        load_model_config(model)
+
+
 def test_a_preset_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="target_modules: 'all' is not one of attention, all-linear"):
         load_model_config(small_config("5b", train=lora("all")))
