@@ -102,6 +102,7 @@ def test_it_writes_a_commented_yaml_and_says_why(demo: Path, tmp_path: Path) -> 
     assert status == 1 and "run.yaml exists; remove it, or name another" in said
 
 
+@pytest.mark.timeout(1800)  # the planner measures every lever
 @pytest.mark.parametrize("name", ["cogvideox-5b-i2v", "cogvideox-1.5-5b", "cogvideox-2b"])
 def test_a_published_model_gets_levers_that_fit(
     demo: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
