@@ -1,6 +1,6 @@
 """What a LoRA trained on pictures of a new look does to a model's motion, and what `target: base` keeps of it.
 
-    make demo && python benchmarks/motion.py runs/demo [--updates 200] [--seeds 3] [--jobs 2] [--json motion.json]
+    make demo && python benchmarks/motion.py runs/demo [--updates 300] [--seeds 3] [--jobs 2] [--json motion.json]
         [--picture motion.png]
 
 The base is the model of `make demo`, which has seen filled shapes, moving and at rest. A LoRA is then trained on
@@ -53,7 +53,7 @@ GROUNDS = {**BACKGROUNDS, "paper": (240, 215, 160)}
 OLD_COLOURS = dict(demo_data.COLOURS)
 FRAMES, STILLS, PROMPTS = 9, 32, 48
 TRAIN = {"mode": "lora", "rank": 16, "alpha": 16, "target_modules": "all-linear"}
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 3e-3
 LOOK, MOTION = 0.95, 0.9  # goals: of the look of stills alone, and of the base's motion
 
 
@@ -76,7 +76,7 @@ def main() -> int:
     """Run everything and show it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a run of `make demo`")
-    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
