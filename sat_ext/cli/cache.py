@@ -3,10 +3,9 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,8 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
+from torch.distributed.distributed_c10d import _get_default_store
 
 from sat_ext.cli.base import BaseOption, MoreYaml
 from sat_ext.data.index import Index, build_index
@@ -41,7 +41,7 @@ def cache(
 ) -> None:
     """Encode the data set of a run, what it is evaluated on too, with its own first stage and text encoder.
 
-    Under torchrun or the DeepSpeed launcher (`--module sat_ext.cli.main cache ...`) each rank does a part. What
+    Under torchrun or the DeepSpeed launcher (`--module sat_ext.cli.main cache ...`) ranks share the work. What
     the folder already holds is kept, so a killed command can be run again.
     """
     run = read_recipe([*base, *(more or [])]).checked()
@@ -49,22 +49,33 @@ def cache(
     settings, prints = _settings(run, output, clips), run.engine.fingerprints(run.dtype)
     console = Console(stderr=True, quiet=rank > 0)
 
-    def progress(name: str, items: Iterable[Any], total: int) -> Iterable[Any]:
-        return track(items, description=name, total=total, console=console)
+    def progress(name: str, items: Iterable[Any], total: int) -> Iterator[Any]:
+        with Progress(console=console) as bar:
+            task = bar.add_task(name, total=total)
+            for item in items:
+                yield item
+                bar.update(task, completed=item[0] + 1)
+
+    def probing(outcomes: Iterable[Any], total: int) -> Iterable[Any]:
+        return track(outcomes, description="probing files", total=total, console=console)
 
     def build(sources: Sequence[SourceConfig]) -> Index:
-        return build_index(sources, run.data, probing=partial(progress, "probing files"))
+        return build_index(sources, run.data, probing=probing)
+
+    def take(name: str) -> int:
+        # added up in the store, where no two ranks get the same number
+        return int(_get_default_store().add(f"sat_ext/cache/{name}", 1)) - 1
 
     Path(settings.folder).mkdir(parents=True, exist_ok=True)
     given = [sources for sources in (run.sources, run.held_out) if sources]
     indices = share_from_first_rank(lambda: [build(sources) for sources in given])
     job = CacheJob(indices=indices, data=run.data, settings=settings, prints=prints)
     missing = share_from_first_rank(job.missing)
-    if missing.samples or missing.captions:
+    if len(missing.samples) or len(missing.captions):
         encoders = run.engine.encoders(run.dtype, own_device())
         share_from_first_rank(lambda: _announce(job, missing, encoders, console))
         errors = encode_missing(
-            job, missing.of_rank(rank, world), encoders, run.engine, workers=run.num_workers, progress=progress
+            job, missing, encoders, run.engine, world=world, take=take, workers=run.num_workers, progress=progress
         )
         for error in errors:
             print(f"left out, fix or remove it: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from sat_ext.data.params import DataConfig
 from sat_ext.data.parts import file_times, part_info
 from sat_ext.data.transform import Fit
 from sat_ext.files import require_unchanged, suffix_of
-from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, Sample
+from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, MediaInfo, Sample
 
 _SLACK = 64  # bytes between the samples of a batch in shared memory
 
@@ -53,10 +53,19 @@ class Visit:
         )  # fmt: skip
 
 
-def visit_of(index: Index, config: DataConfig, group: Group, record: int, rng: np.random.Generator) -> Visit:
-    """A visit of `record` of `group`; `rng` is what random samplers draw from."""
-    row = int(group.rows[record])
-    item, whole = index.item(row)
+def visit_of(
+    index: Index,
+    config: DataConfig,
+    group: Group,
+    record: int,
+    rng: np.random.Generator,
+    known: tuple[Item, MediaInfo, str] | None = None,
+) -> Visit:
+    """A visit of `record` of `group`; `rng` is what random samplers draw from.
+
+    `known` is what `Index.items` gives for its row: one who asks for many rows gets them faster.
+    """
+    item, whole, fingerprint = known or next(index.items(group.rows[record : record + 1]))
     times, num_frames, fps = None, 1, config.fps
     # a video of one frame is a still, too, but one that only a video decoder reads
     if whole.frames > 1 or suffix_of(item.path) not in IMAGE_EXTENSIONS:
@@ -73,7 +82,7 @@ def visit_of(index: Index, config: DataConfig, group: Group, record: int, rng: n
         times = file_times(item, whole, of_part)
     return Visit(
         item=item, source=group.source, bucket=group.bucket, times=times, num_frames=num_frames, fps=fps,
-        seen=index.seen(row),
+        seen=(fingerprint, index.made),
     )  # fmt: skip
 
 

@@ -4,19 +4,22 @@ Files of latents have some hundred samples each, and list them in their metadata
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents.checksummed import opened, read_tensors, write_checksummed
+from sat_ext.latents.keys import KeyTable
 
 ENTRIES = "entries"  # the key in a file's metadata
+_JSON = json.JSONEncoder(sort_keys=True, default=str)
 PARTS = ("mean", "std", "first", "noisy")
 VERSION = 1  # raise it when latents are computed differently: every sample is then encoded again
 
@@ -66,46 +69,43 @@ CHANGES = {  # parts of an `Entry` and their names in an error, the likeliest fi
 
 def fingerprint_of(*parts: Any) -> str:
     """A hash of plain values (numbers, text, lists, mappings)."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    text = _JSON.encode(parts)
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class LatentStore:
-    """The latents of a folder. Opening it reads the lists in its files' headers, and nothing else."""
+    """The latents of a folder, found by their keys. Opening it reads `latents.index`, and headers of new files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: list[Path] = sorted(folder.glob("latents-*.safetensors"))
-        self._places: dict[str, int] = {}
-        self.bad: dict[str, tuple[str, str]] = {}  # name and reason of what could not be read, by key
-        for number, file in enumerate(self._files):
-            for entry in _entries_in(file):
-                if entry.bad is None:
-                    self._places[entry.key] = number
-                else:
-                    self.bad[entry.key] = entry.name, entry.bad
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._places or key in self.bad
+        self.table = KeyTable(folder, "latents", _list)
 
     def read(self, key: str) -> dict[str, Tensor]:
         """Those of `PARTS` that the sample has, memory-mapped.
 
         Raises `MediaError` for a file that could not be read when it was encoded, and for damaged latents.
         """
-        if key in self.bad:
-            raise MediaError(*self.bad[key])
+        found = self.table.find(key)
+        if found is None:
+            raise DataError(f"{self.folder}: the sample {key} is not in this cache; run sat-ext cache again.")
+        file, is_bad = found
+        if is_bad:
+            raise MediaError(*next((e.name, str(e.bad)) for e in _entries_in(file) if e.key == key))
         names = {f"{key}.{part}": part for part in PARTS}
-        found = read_tensors(self._files[self._places[key]], names)
-        return {names[name]: tensor for name, tensor in found.items()}
+        return {names[name]: tensor for name, tensor in read_tensors(file, names).items()}
 
-    def require(self, wanted: Sequence[Entry], command: str) -> None:
-        """Raise `DataError` unless all of `wanted` are here. It says what changed, and which `command` adds it."""
-        missing = [entry for entry in wanted if entry.key not in self]
-        if not missing:
+    def require(self, keys: np.ndarray, entry_of: Callable[[int], Entry], command: str) -> None:
+        """Raise `DataError` unless all of `keys` are here. It says what changed, and which `command` adds it.
+
+        `entry_of` is called with the place of a key in `keys`.
+        """
+        wanted, places = np.unique(keys, return_index=True)
+        missing = places[~self.table.has(wanted)]
+        if not len(missing):
             return
-        first, reason = missing[0], "it was never encoded"
-        if near := [entry for file in self._files for entry in _entries_in(file) if entry.name == first.name]:
+        first, reason = entry_of(int(missing.min())), "it was never encoded"
+        files = self.table.files
+        if near := [entry for file in files for entry in _entries_in(file) if entry.name == first.name]:
             nearest = max(near, key=lambda e: sum(getattr(e, p) == getattr(first, p) for p in CHANGES))
             changed = [name for part, name in CHANGES.items() if getattr(nearest, part) != getattr(first, part)]
             reason = f"since it was encoded, {' and '.join(changed)} changed"
@@ -115,9 +115,16 @@ class LatentStore:
         )
 
 
-def _entries_in(file: Path) -> list[Entry]:
+def _list(file: Path) -> tuple[list[str], list[str], str]:
+    with opened(file) as (shard, metadata):
+        names, entries = list(shard.keys()), json.loads(metadata.get(ENTRIES, "[]"))
+    keys = [name.removesuffix(".mean") for name in names if name.endswith(".mean")]
+    return keys, [Entry(**values).key for values in entries if values.get("bad") is not None], ""
+
+
+def _entries_in(file: Path) -> Iterator[Entry]:
     with opened(file) as (_, metadata):
-        return [Entry(**values) for values in json.loads(metadata.get(ENTRIES, "[]"))]
+        yield from (Entry(**values) for values in json.loads(metadata.get(ENTRIES, "[]")))
 
 
 def write_latents(folder: Path, samples: Sequence[tuple[Entry, Mapping[str, Tensor]]]) -> None:

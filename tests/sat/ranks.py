@@ -329,12 +329,18 @@ def write_gradients(file: Path, schedule: Any) -> None:
 
 
 def encode_slowly(seconds: float) -> None:
-    """Each sample takes so long, and is written at once."""
+    """Each sample takes so long for each frame, and is written, and told in the log, at once."""
     from sat_ext.latents import writer
 
     encode = writer.encode_sample
+
+    def slow(encoders: Any, pixels: Any, entry: Any, conditions: int) -> Any:
+        time.sleep(seconds * pixels.shape[1])
+        print("encoded", entry.key, pixels.shape[1], time.monotonic(), flush=True)
+        return encode(encoders, pixels, entry, conditions)
+
     writer.FILE_SECONDS = 0.0
-    writer.encode_sample = lambda *arguments: (time.sleep(seconds), encode(*arguments))[1]
+    writer.encode_sample = slow
 
 
 def fill_up(rank: int, limit: int) -> None:

@@ -10,12 +10,15 @@ import shutil
 import signal
 import time
 from argparse import Namespace
+from collections import defaultdict
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -34,9 +37,11 @@ from sat_ext.errors import ConfigError, DataError, MediaError
 from sat_ext.latents import text, writer
 from sat_ext.latents.checksummed import _warn_of_unsigned
 from sat_ext.latents.encoders import Part
+from sat_ext.latents.keys import packed
 from sat_ext.latents.reader import Entries, LatentReader, captions_of
 from sat_ext.latents.store import LatentStore, write_latents
-from sat_ext.latents.text import TextEmbeddings, caption_key, write_text_embeddings
+from sat_ext.latents.text import TextEmbeddings, write_text_embeddings
+from sat_ext.latents.writer import Missing
 from sat_ext.models.engine import VideoDiffusionEngine
 from tests.models.conftest import write_pretrained
 from tests.sat.ranks import Running, Server, finish, folder_of
@@ -72,9 +77,15 @@ def run_cache(server: Server, files: list[str], folder: Path, *more: str, world:
     return found
 
 
-def start(server: Server, files: list[str], folder: Path, *more: str, world: int = 1) -> Running:
+def start(
+    server: Server, files: list[str], folder: Path, *more: str, world: int = 1, slow_encoding: float = 0
+) -> Running:
     logs = folder.parent / f"command{time.monotonic_ns()}"
-    return server.start(["cache", *files, *more], world=world, folder=logs, cli=True)
+    return server.start(["cache", *files, *more], world=world, folder=logs, cli=True, slow_encoding=slow_encoding)
+
+
+def keys_of(store: LatentStore) -> list[str]:
+    return [key.hex() for key in store.table.keys.astype("V16").tolist()]
 
 
 @pytest.mark.multiprocess
@@ -86,7 +97,7 @@ def test_training_from_a_cache_has_the_losses_of_training_without(
     cache = tmp_path / "cache"
     facts = run_cache(server, write_run(data, tmp_path / "c", model=plain), cache)
     assert facts["samples"] == facts["encoded"] == 20 and not facts["bad"]
-    assert len(LatentStore(cache)._places) == 20
+    assert len(LatentStore(cache).table.keys) == 20
     expected = server.start(write_run(data, tmp_path / "a", model=plain), world=2, folder=tmp_path / "plain")
     finish(expected)
     files = write_run(data, tmp_path / "b", cache=cache, model=plain)
@@ -122,17 +133,57 @@ def test_an_image_to_video_model_trains_from_a_cache_and_goes_on(
 
 
 @pytest.mark.multiprocess
-def test_ranks_share_the_work(server: Server, data: Path, tmp_path: Path) -> None:
+def test_ranks_take_work_as_they_get_it_done_and_end_within_a_sample(
+    server: Server, data: Path, tmp_path: Path
+) -> None:
+    """A clip costs 5 stills."""
     files = write_run(data, tmp_path)
     alone = run_cache(server, files, tmp_path / "alone")
-    facts = run_cache(server, files, tmp_path / "both", world=2)
-    assert facts["samples"] == alone["samples"] == facts["encoded"]
-    first, second = LatentStore(tmp_path / "alone"), LatentStore(tmp_path / "both")
-    assert first._places.keys() == second._places.keys()
-    assert len({*second._places.values()}) == 2  # a file of each rank
-    for key in first._places:
+    both = tmp_path / "both"
+    run = start(server, files, both, "--json", "-o", str(both), world=2, slow_encoding=0.2)
+    finish(run)
+    done = [re.findall(r"^encoded (\w+) (\d) ([\d.]+)$", run.log(rank), re.M) for rank in range(2)]
+    keys = [{key for key, _, _ in of} for of in done]
+    assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == alone["samples"] == 20
+    clips = [[int(frames) for _, frames, _ in of] for of in done]
+    assert all(of == sorted(of, reverse=True) and {*of} == {1, 5} for of in clips)  # the costliest first
+    ends = [float(of[-1][2]) for of in done]
+    assert abs(ends[0] - ends[1]) < 5 * 0.2
+    first, second = LatentStore(tmp_path / "alone"), LatentStore(both)
+    assert keys_of(first) == keys_of(second)
+    for key in keys_of(first):
         one, two = first.read(key), second.read(key)
         assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_other(rank: int, server: Server, data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    files = write_run(data, tmp_path)
+    run = start(server, files, cache, "-o", str(cache), world=2, slow_encoding=0.1)
+    deadline = time.monotonic() + 120
+    while not (file := run.folder / f"rank{rank}.log").exists() or "encoded" not in file.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(run.pids[rank], signal.SIGKILL)
+    statuses = run.wait()
+    assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1, run.log(1 - rank)
+    assert f"rank {1 - rank} (" in run.log(1 - rank) and "lost the others" in run.log(1 - rank)
+    assert 0 < run_cache(server, files, cache, world=2)["encoded"] < 20  # what both had written is kept
+
+
+def test_shards_cost_alike_and_hold_every_sample_once() -> None:
+    costs = np.sort(np.random.default_rng(0).choice([1, 17, 49], 10_000))[::-1]
+    missing = Missing(samples=np.arange(len(costs)), costs=costs, buckets=(), captions=pa.array([""]))
+    bounds = missing.shards(8)
+    assert bounds[0] == 0 and bounds[-1] == len(costs) and (np.diff(bounds) > 0).all()
+    sums = np.add.reduceat(costs, bounds[:-1])
+    assert sums.sum() == costs.sum() and sums.max() < 2 * 49
+    stills = Missing(samples=np.arange(10**6), costs=np.ones(10**6, int), buckets=(), captions=pa.array([""]))
+    assert len(stills.shards(8)) == 8 * 1000 + 1
+    none = Missing(samples=np.arange(0), costs=np.arange(0), buckets=(), captions=pa.array([""]))
+    assert none.shards(8).tolist() == [0]
 
 
 @pytest.mark.multiprocess
@@ -169,7 +220,7 @@ def test_what_has_changed_is_encoded_alone_and_a_stale_cache_is_refused(
 def all_of(cache: Path, keys: list[str], captions: list[str]) -> dict[str, Any]:
     """All that a run can read of a cache. What is missing is refused before its first step (`require`)."""
     store, text = LatentStore(cache), TextEmbeddings(cache)
-    if not all(key in store for key in keys) or not all(caption_key(c) in text.files for c in captions):
+    if not store.table.has(packed(keys)).all() or len(text.lacking(pa.array(captions))):
         raise DataError(f"{cache}: lacks a sample or a caption")
     found: dict[str, Any] = {caption: text[caption] for caption in captions}
     return found | {f"{key}.{part}": value for key in keys for part, value in store.read(key).items()}
@@ -180,7 +231,7 @@ def write_small_cache(data: Path, cache: Path) -> tuple[JointStream, list[str]]:
     config = load(DataConfig, {"video_size": [32, 32], "max_num_frames": 5}, "data.params")
     index = build_index([SourceConfig(path=str(data / "train"))], config)
     cache.mkdir()
-    captions = captions_of(index)
+    captions = captions_of([index]).to_pylist()
     write_text_embeddings(cache, captions, lambda texts: torch.randn(len(texts), 4, 8), {"max_length": "4"})
     entries = Entries(index=index, config=config, encoder="e", clips=1)
 
@@ -201,7 +252,7 @@ def test_a_flipped_bit_anywhere_in_a_cache_is_found_and_a_damaged_sample_is_repl
 ) -> None:
     cache = tmp_path / "cache"
     stream, captions = write_small_cache(data, cache)
-    keys = list(LatentStore(cache)._places)
+    keys = keys_of(LatentStore(cache))
     expected, rng, damaged = all_of(cache, keys, captions), random.Random(0), 0
     for file in sorted(cache.iterdir()):
         content = bytearray(file.read_bytes())
@@ -246,7 +297,7 @@ def test_a_killed_command_goes_on_where_it_was(server: Server, data: Path, tmp_p
     files = write_run(data, tmp_path)
     cache = tmp_path / "cache"
     run = server.start(
-        ["cache", *files, "-o", str(cache)], world=1, folder=tmp_path / "killed", cli=True, slow_encoding=0.2
+        ["cache", *files, "-o", str(cache)], world=1, folder=tmp_path / "killed", cli=True, slow_encoding=0.1
     )
     deadline = time.monotonic() + 60
     while len(list(cache.glob("latents-*.safetensors"))) < 3:
@@ -254,7 +305,7 @@ def test_a_killed_command_goes_on_where_it_was(server: Server, data: Path, tmp_p
         time.sleep(0.05)
     run.kill()
     assert run.wait() == [-signal.SIGKILL]
-    done = len(LatentStore(cache)._places)
+    done = len(LatentStore(cache).table.keys)
     assert 3 <= done < 20
     assert run_cache(server, files, cache)["encoded"] == 20 - done
 
@@ -356,17 +407,21 @@ def test_what_a_gpu_cannot_hold_is_told_with_the_remedy_and_text_is_kept(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB.")
 
     monkeypatch.setattr(writer, "write_samples", full)
-    missing: Any = SimpleNamespace(captions=("a cat",), samples=("x",))
+    one = np.ones(1, np.int64)
+    missing = Missing(samples=one, costs=one, buckets=(), captions=pa.array(["a cat"]))
     job: Any = SimpleNamespace(folder=tmp_path, prints=SimpleNamespace(text={}))
     made: Any = Encoders()
     for section, remedy in (
         ({}, "set model.first_stage.tiling: true"),
         ({"network_config": {}}, "frames: 4, recompute: level"),
     ):
+        queues: dict[str, Any] = defaultdict(count)
         with pytest.raises(ConfigError, match=f"too small for the first stage .*{remedy}.*is kept"):
             writer.encode_missing(
-                job, missing, made, engine_of(section), workers=0, progress=lambda name, items, total: items
-            )
+                job, missing, made, engine_of(section), world=1,
+                take=lambda name, queues=queues: next(queues[name]),
+                workers=0, progress=lambda name, items, total: items,
+            )  # fmt: skip
     assert order == ["text", "first_stage"] * 2
     assert torch.equal(text.TextEmbeddings(tmp_path)["a cat"], torch.zeros(2, 3))
 

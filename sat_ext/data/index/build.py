@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 COLUMNS = pa.schema([("source", pa.dictionary(pa.int16(), pa.string())), *ITEM_COLUMNS, *FILE_COLUMNS])
 
+_ROWS = 4096  # that are Python objects at a time
 MOST_VISITS = 1000  # of one record in an epoch: each takes bytes in the index
 
 
@@ -69,12 +70,16 @@ class Index:
 
     def item(self, row: int) -> tuple[Item, MediaInfo]:
         """The item of one row, and what its whole file holds."""
-        values = self.table.slice(row, 1).to_pylist()[0]
-        return to_item(values), to_info(values)
+        item, info, _ = next(self.items(np.array([row])))
+        return item, info
 
-    def seen(self, row: int) -> tuple[str, float]:
-        """The fingerprint of a row's file, and its time: the arguments of `sat_ext.files.require_unchanged`."""
-        return self.table["fingerprint"][row].as_py(), self.made
+    def items(self, rows: np.ndarray) -> Iterator[tuple[Item, MediaInfo, str]]:
+        """As `item`, of rows in rising order, with the fingerprints of their files."""
+        for part in (rows[first : first + _ROWS].astype(np.int64) for first in range(0, len(rows), _ROWS)):
+            # of a slice: Arrow would first join all of the table
+            table = self.table.slice(part[0], part[-1] - part[0] + 1)
+            for values in table.take(part - part[0]).to_pylist():
+                yield to_item(values), to_info(values), values["fingerprint"]
 
     def summary(self) -> str:
         """One line for the log: records by source and bucket, and what was left out."""
