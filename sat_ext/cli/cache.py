@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,14 +57,11 @@ def cache(
                 yield item
                 bar.update(task, completed=item[0] + 1)
 
-    def probing(outcomes: Iterable[Any], total: int) -> Iterable[Any]:
-        return track(outcomes, description="probing files", total=total, console=console)
-
     def build(sources: Sequence[SourceConfig]) -> Index:
-        return build_index(sources, run.data, probing=probing)
+        probing = partial(track, description="probing files", console=console)
+        return build_index(sources, run.data, probing=lambda outcomes, total: probing(outcomes, total=total))
 
-    def take(name: str) -> int:
-        # added up in the store, where no two ranks get the same number
+    def take(name: str) -> int:  # added up in the store, so that no two ranks get the same number
         return int(_get_default_store().add(f"sat_ext/cache/{name}", 1)) - 1
 
     Path(settings.folder).mkdir(parents=True, exist_ok=True)

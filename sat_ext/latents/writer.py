@@ -164,7 +164,7 @@ def encode_missing(
     Returns the errors of files that cannot be read, which are recorded in it too. Raises `ConfigError` where a GPU
     is too small for an encoder, and `DataError` where the folder cannot be written.
     """
-    # an encoder that has nothing to do is not loaded: the first place is taken before
+    # a rank takes its first place before it loads an encoder, which it need not where nothing is left
     count = len(missing.captions)
     places = _places("captions", np.append(np.arange(0, count, BATCH), count), take)
     if (first := next(places, None)) is not None:
