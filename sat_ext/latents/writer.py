@@ -73,7 +73,7 @@ class CacheJob:
         ends = np.cumsum([len(group.rows) * self.settings.clips for group in groups])
         which = np.searchsorted(ends, samples, side="right")
         costs = np.array([prod((g.bucket.frames, g.bucket.height, g.bucket.width)) for g in groups])[which]
-        costliest = np.argsort(-costs, kind="stable")  # ranks take turns to the end with what is quick
+        costliest = np.argsort(-costs, kind="stable")  # so what is left to the end is quick
         captions = captions_of(self.indices)
         if any(self.folder.glob("text-*.safetensors")):
             captions = TextEmbeddings(self.folder).lacking(captions)
