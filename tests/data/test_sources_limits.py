@@ -107,6 +107,12 @@ def test_long_rows_within_reason_are_read(tmp_path: Path) -> None:
     assert len(read_source(str(tmp_path / "t.jsonl"))[0].captions) == 3
 
 
+def test_a_row_group_of_a_hundred_thousand_rows_is_read(tmp_path: Path) -> None:
+    names = [f"{n:06}.png" for n in range(100_000)]
+    pq.write_table(pa.table({"path": names, "caption": [f"number {n}" for n in names]}), tmp_path / "t.parquet")
+    assert len(read_source(str(tmp_path / "t.parquet"))) == 100_000
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_caption_is_no_book(tmp_path: Path, kind: str) -> None:
     caption, path = "x" * ((1 << 20) + 1), tmp_path / f"t.{kind}"

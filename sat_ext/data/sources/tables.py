@@ -34,7 +34,8 @@ from sat_ext.types import Item
 
 _ROWS_AT_ONCE = 512
 _LARGEST_BATCH = 32 << 20  # bytes of so many rows: 64 KiB each, or a few of the longest captions
-_MEMORY, _TIMEOUT = 1 << 30, 3600.0  # bytes and seconds for a Parquet table in its guard
+# Bytes and seconds for a Parquet table in its guard. Arrow's pool (mimalloc) reserves one GiB at once.
+_MEMORY, _TIMEOUT = 3 << 29, 3600.0
 _READ_BYTES = 1 << 20  # of a column; without it, Arrow reads all files of a row group to find how the first starts
 
 
@@ -183,7 +184,10 @@ def _wanted(source: pq.ParquetFile, table: str) -> tuple[list[str], str | None]:
 
 
 def _batches(source: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    return source.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns, use_threads=False)
+    """Without dictionaries, in which a kilobyte may stand for gigabytes."""
+    for batch in source.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns, use_threads=False):
+        plain = [c.dictionary_decode() if isinstance(c, pa.DictionaryArray) else c for c in batch.columns]
+        yield pa.record_batch(plain, names=batch.schema.names)
 
 
 def embedded_column(schema: pa.Schema) -> str | None:
