@@ -8,9 +8,10 @@ from hashlib import blake2b
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
+
 from sat_ext.errors import DataError
 from sat_ext.files import is_url
-from sat_ext.types import Item
 
 Side = Literal["train", "held_out"]
 
@@ -35,16 +36,18 @@ def family_of(key: str) -> str:
     return "/".join([*(f for f in folders if f.lower() not in _SORTED_INTO), name])
 
 
-def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side) -> dict[str, list[Item]]:
-    """One side of the items of each source.
+def split(
+    items: Mapping[str, Sequence[tuple[str, str]]], held_out: float | int, side: Side
+) -> dict[str, np.ndarray]:
+    """Which items of each source, given as (key, path), are on one side.
 
     `held_out` is a part of all items, below 1, or a number of them, reached family by family in the order of their
     hashes. Either way an item keeps its side when others are added, except that a new one may take the
     place of one that a number held out. A file that is held out under one key is so under every other. Raises
     `DataError` if nothing is held out, or nothing of a source is left.
 
-    >>> files = [Item(path=f"{i}.mp4", key=f"{i}.mp4", captions=("",)) for i in range(1000)]
-    >>> [len(split({"data": files}, part, "held_out")["data"]) for part in (0.02, 7)]
+    >>> files = [(f"{i}.mp4", f"{i}.mp4") for i in range(1000)]
+    >>> [int(split({"data": files}, part, "held_out")["data"].sum()) for part in (0.02, 7)]
     [20, 7]
     """
     families = _families(items)
@@ -56,10 +59,10 @@ def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side
     else:
         chosen = {family for family in sizes if _hash(family) < held_out * 2**64}
     sides = {
-        source: [item for item, of in zip(own, families[source]) if (of in chosen) == (side == "held_out")]
-        for source, own in items.items()
+        source: np.array([(of in chosen) == (side == "held_out") for of in own], bool)
+        for source, own in families.items()
     }
-    if side == "train" and (emptied := [source for source, own in sides.items() if not own]):
+    if side == "train" and (emptied := [source for source, own in sides.items() if not own.any()]):
         raise DataError(
             f"data.params.held_out: {held_out} takes all records of {emptied[0]}; use less, or name held-out data "
             "in args.valid_data instead."
@@ -72,10 +75,10 @@ def split(items: Mapping[str, Sequence[Item]], held_out: float | int, side: Side
     return sides
 
 
-def _families(items: Mapping[str, Sequence[Item]]) -> dict[str, list[str]]:
+def _families(items: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, list[str]]:
     """The family of each item. Families that share a file, which a table may name by another way than its folder
     does, are one, under the first of their names."""
-    own = {source: [family_of(item.key) for item in of] for source, of in items.items()}
+    own = {source: [family_of(key) for key, _ in of] for source, of in items.items()}
     first: dict[str, str] = {}  # of each name, another one of its family that is before it
 
     def root(family: str) -> str:
@@ -85,8 +88,8 @@ def _families(items: Mapping[str, Sequence[Item]]) -> dict[str, list[str]]:
 
     of_file: dict[str, str] = {}
     for source, of in items.items():
-        for item, family in zip(of, own[source]):
-            path = item.path if is_url(item.path) else os.path.normpath(item.path)
+        for (_, path), family in zip(of, own[source]):
+            path = path if is_url(path) else os.path.normpath(path)
             one, other = sorted((root(of_file.setdefault(path, family)), root(family)))
             if one != other:
                 first[other] = one

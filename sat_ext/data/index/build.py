@@ -5,18 +5,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from sat_ext.data.captions import CaptionConfig, with_captions
-from sat_ext.data.index.columns import FILE_COLUMNS, ITEM_COLUMNS, item_batches, to_info, to_item
+from sat_ext.data.columns import FILE_COLUMNS, ITEM_COLUMNS, to_info, to_item
 from sat_ext.data.index.place import Placed, place_rows, placer, visits_by_weight
 from sat_ext.data.index.probing import Probing, read_files
 from sat_ext.data.mix import shares_of
 from sat_ext.data.params import DataConfig, name_sources
-from sat_ext.data.sources import SourceConfig, read_source
-from sat_ext.data.split import split
+from sat_ext.data.sources import SourceConfig, read_batches
+from sat_ext.data.split import Side, split
 from sat_ext.errors import DataError
 from sat_ext.types import Bucket, Item, MediaInfo
 
@@ -105,12 +106,11 @@ def build_index(
     paths = dict.fromkeys(source.path for source in named.values())  # several sources may read one folder
     unread: Counter[str] = Counter()
     roots = config.allowed_roots
-    rows = {p: read_source(p, allowed_roots=roots, unread=unread) for p in paths}
+    items = {p: read_batches(p, allowed_roots=roots, unread=unread) for p in paths}
     side = next(iter(named.values())).side  # of all, as they are one list
     if side is not None and config.held_out is not None:
-        rows = {p: own for p, own in split(rows, config.held_out, side).items() if own}
-        named = {name: s for name, s in named.items() if s.path in rows}
-    items = {p: list(item_batches(rows.pop(p))) for p in list(rows)}
+        items = _one_side(items, config.held_out, side)
+        named = {name: s for name, s in named.items() if s.path in items}
     infos = _infos(items, config, probing)
     buckets = config.make_buckets()
     placed = {
@@ -147,6 +147,20 @@ def build_index(
         made=made,
         by_base=frozenset(name for name, s in named.items() if s.target == "base"),
     )
+
+
+def _one_side(items: dict[str, list[pa.RecordBatch]], held_out: float | int, side: Side) -> dict[str, Any]:
+    """The items on one side of the split, and only the sources that have some."""
+    found = {}
+    names = {
+        path: [pair for batch in own for pair in zip(batch["key"].to_pylist(), batch["path"].to_pylist())]
+        for path, own in items.items()
+    }
+    for path, kept in split(names, held_out, side).items():
+        table = pa.Table.from_batches(items[path]).filter(pa.array(kept))
+        if table.num_rows:
+            found[path] = table.to_batches()
+    return found
 
 
 def _infos(

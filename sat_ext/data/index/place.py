@@ -1,16 +1,16 @@
 """Rows of a source to their buckets: which can be used, their windows, and their visits an epoch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sat_ext.data.buckets import assign
 from sat_ext.data.clips import available_frames, find_sampler, records_of
-from sat_ext.data.index.columns import FILE_COLUMNS, INFO_COLUMNS, ITEM_COLUMNS
+from sat_ext.data.columns import FILE_COLUMNS, ITEM_COLUMNS, to_info
 from sat_ext.data.params import DataConfig
 from sat_ext.data.parts import part_info
 from sat_ext.data.sources import SourceConfig
@@ -24,7 +24,9 @@ WEIGHT_TOLERANCE = 0.05  # by how much the visits of a record may miss its weigh
 # does not use it
 Place = Callable[[MediaInfo], "tuple[int, int] | str | None"]
 
-_PART = ("start", "end", "crop", "item_fps")
+_PART = ["path", "weight", "start", "end", "crop", "item_fps"]
+_MEASURES = ("width", "height", "frames", "fps", "duration")
+_NOWHERE, _BY_ITSELF = (-1, -1), (-2, -2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +49,19 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
     batches, numbers = [], []
     bad: list[tuple[str, str]] = []
     dropped: list[tuple[str, str]] = []
+    alike = _Alike(place)
     for batch, info in zip(items, infos):
-        found = np.full((batch.num_rows, 2), -1, np.int64)
-        for row, (path, weight, reason, whole, part) in enumerate(_rows(batch, info)):
+        found = alike.places(info)
+        rows = np.flatnonzero((found[:, 0] == _BY_ITSELF[0]) | ~_is_whole(batch))
+        found[rows] = _NOWHERE
+        given, held = (table.take(pa.array(rows)).to_pylist() for table in (batch.select(_PART), info))
+        for row, own, entry in zip(rows.tolist(), given, held):
+            path, weight = own.pop("path"), own.pop("weight")
             try:
-                if reason is not None:
-                    raise MediaError(path, reason)
-                verdict = place(part_info(part, whole) if part else whole) if weight else "its weight is 0"
+                if entry["reason"] is not None:
+                    raise MediaError(path, entry["reason"])
+                item = Item(path=path, key="", captions=(), fps=own.pop("item_fps"), **own)
+                verdict = place(part_info(item, to_info(entry))) if weight else "its weight is 0"
             except MediaError as error:
                 bad.append((path, error.reason))
                 continue
@@ -69,6 +77,39 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
     bucket, windows = np.concatenate(numbers).T
     weights = np.concatenate([batch.column("weight").to_numpy() for batch in batches])
     return Placed(batches=batches, bucket=bucket, windows=windows, weight=weights, bad=bad, dropped=dropped)
+
+
+class _Alike:
+    """Places whole files: those of one size, length and rate share theirs."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._known: dict[bytes, tuple[int, int]] = {}
+
+    def places(self, info: pa.Table) -> np.ndarray:
+        """A bucket and windows for each row, `_NOWHERE`, or `_BY_ITSELF` where there is something to report."""
+        columns = [info[name].to_numpy().astype(np.float64) for name in _MEASURES]
+        measures = np.stack([*columns, info["reason"].is_valid().to_numpy()], axis=1)
+        rows = measures.view(np.dtype((np.void, measures.itemsize * measures.shape[1])))[:, 0]
+        _, first, alike = np.unique(rows, return_index=True, return_inverse=True)
+        found = np.array([self._of(rows[row].tobytes(), measures[row]) for row in first], np.int64)
+        return found[alike.reshape(-1)]
+
+    def _of(self, key: bytes, measures: np.ndarray) -> tuple[int, int]:
+        if key not in self._known:
+            width, height, frames, fps, duration, is_bad = measures.tolist()
+            size = {"width": int(width), "height": int(height), "frames": int(frames)}
+            info = MediaInfo(**size, fps=fps, duration=duration, codec="")
+            verdict = "" if is_bad else self._place(info)
+            self._known[key] = _BY_ITSELF if isinstance(verdict, str) else verdict or _NOWHERE
+        return self._known[key]
+
+
+def _is_whole(batch: pa.RecordBatch) -> np.ndarray:
+    """Which rows name no part of their file, and are not left out by their weight."""
+    parts = [pc.is_valid(batch[name]) for name in ("end", "crop", "item_fps")]
+    parts += [pc.not_equal(batch["start"], 0.0), pc.equal(batch["weight"], 0.0)]
+    return ~np.any([part.to_numpy(zero_copy_only=False) for part in parts], axis=0)
 
 
 def placer(source: SourceConfig, buckets: Sequence[Bucket], config: DataConfig) -> Place:
@@ -111,26 +152,3 @@ def visits_by_weight(weights: np.ndarray) -> np.ndarray:
         if (np.abs(np.rint(wanted) - wanted) <= WEIGHT_TOLERANCE * wanted + 1e-9).all():
             break
     return np.rint(wanted).astype(np.int64)[places]
-
-
-def _rows(
-    batch: pa.RecordBatch, info: pa.Table
-) -> Iterator[tuple[str, float, str | None, MediaInfo, Item | None]]:
-    """Path, weight, why the file is bad, what it holds, and the item if it names a part of the file."""
-    items = zip(*(_values(batch.column(name)) for name in ("path", "weight", *_PART)))
-    wholes = zip(*(_values(info[name].combine_chunks()) for name in ("reason", *INFO_COLUMNS.names)))
-    for (path, weight, *part), (reason, width, height, frames, fps, duration, codec) in zip(items, wholes):
-        item = None
-        if part != [0.0, None, None, None]:
-            start, end, crop, speed = part
-            item = Item(path=path, key="", captions=(), start=start, end=end, crop=crop, fps=speed)
-        whole = MediaInfo(width=width, height=height, frames=frames, fps=fps, duration=duration, codec=codec)
-        yield path, weight, reason, whole, item
-
-
-def _values(column: pa.Array) -> list[Any]:
-    """`to_pylist`, in a tenth of its time for most columns."""
-    if column.null_count == len(column):
-        return [None] * len(column)
-    numbers = pa.types.is_primitive(column.type) and not column.null_count
-    return column.to_numpy().tolist() if numbers else column.to_pylist()

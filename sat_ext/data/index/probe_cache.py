@@ -21,7 +21,7 @@ import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sat_ext.data.index.columns import INFO_COLUMNS
+from sat_ext.data.columns import INFO_COLUMNS
 from sat_ext.files import is_url
 from sat_ext.files.atomic import cache_folder, written_aside
 from sat_ext.media import image_formats

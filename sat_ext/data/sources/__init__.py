@@ -6,13 +6,18 @@ docs/data.md has the layouts that a source can be in.
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import braceexpand
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sat_ext.config import INTERNAL
 from sat_ext.data.captions import CaptionConfig
+from sat_ext.data.columns import to_item
+from sat_ext.data.sources.arrow import in_natural_order
 from sat_ext.data.sources.folder import read_folder
 from sat_ext.data.sources.listing import Notes, list_folder
 from sat_ext.data.sources.reach import Reach, check_roots
@@ -24,7 +29,7 @@ from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import is_url, suffix_of
 from sat_ext.types import Item, Kind, MixPart, Target
 
-__all__ = ["SourceConfig", "check_roots", "read_source"]
+__all__ = ["SourceConfig", "check_roots", "read_batches", "read_source"]
 
 _EMPTY = "a path is empty; give a folder, a table or tar shards."
 
@@ -58,14 +63,19 @@ class SourceConfig:
             raise ConfigError(f"sources: share {self.share} of '{self.path}' must be a number above 0.")
 
 
-def read_source(
+def read_source(path: str, **options: Any) -> list[Item]:
+    """`read_batches`, as objects."""
+    return [to_item(row) for batch in read_batches(path, **options) for row in batch.to_pylist()]
+
+
+def read_batches(
     path: str,
     *,
     captions_required: bool = True,
     allowed_roots: Sequence[str] = (),
     unread: Counter[str] | None = None,
-) -> list[Item]:
-    """Every item of a source, in natural order of their keys (clip2 before clip10).
+) -> list[pa.RecordBatch]:
+    """Every item of a source (`ITEM_COLUMNS`), in natural order of their keys (clip2 before clip10).
 
     Links and names must stay in the source or in `allowed_roots`. What is odd about a source but no reason to stop
     is logged once, with a count. Raises `DataError` if there is nothing to read, if a caption is missing, and for
@@ -76,20 +86,20 @@ def read_source(
         raise DataError(_EMPTY)
     notes = Notes(captions_required=captions_required, reach=Reach(allowed_roots))
     try:
-        items = _read(path, notes)
-        # numbers inside names by value; the plain key last, so that the order is total
-        items.sort(key=lambda i: (re.sub("[0-9]+", lambda n: n[0].zfill(18), i.key.casefold()), i.key))
-        for item in items:
-            if item.captions and not any(item.captions):
-                notes.add("empty captions, to be trained without one", item.key)
+        batches = in_natural_order(list(_read(path, notes)))
+        for batch in batches:
+            if pc.min(pc.binary_length(batch["captions"].flatten())).as_py() == 0:
+                for key, captions in zip(batch["key"].to_pylist(), batch["captions"].to_pylist()):
+                    if captions and not any(captions):
+                        notes.add("empty captions, to be trained without one", key)
     finally:
         notes.log(path)
     if unread is not None:
         unread.update(notes.unread)
-    return items
+    return batches
 
 
-def _read(path: str, notes: Notes) -> list[Item]:
+def _read(path: str, notes: Notes) -> Iterable[pa.RecordBatch]:
     path = re.sub("^(file|local)://", "", path)  # or `Reach` would not apply to its rows
     local = not is_url(path)
     if local:
@@ -106,7 +116,7 @@ def _read(path: str, notes: Notes) -> list[Item]:
     raise DataError(f"{path}: no such file or folder; check sources or train_data.")
 
 
-def _read_files(source: str, paths: Sequence[str], notes: Notes) -> list[Item]:
+def _read_files(source: str, paths: Sequence[str], notes: Notes) -> Iterable[pa.RecordBatch]:
     """Tars or tables: one file, or those of a brace range."""
     for folder in {os.path.dirname(p) for p in paths}:
         notes.reach.add(folder)

@@ -2,8 +2,12 @@
 
 import os
 import re
+from collections.abc import Iterable
 from functools import cached_property
 
+import pyarrow as pa
+
+from sat_ext.data.columns import item_batches
 from sat_ext.data.sources.listing import Folder, Notes, is_media, list_folder
 from sat_ext.data.sources.reach import resolve
 from sat_ext.data.sources.shards import read_shards
@@ -22,7 +26,7 @@ _SPLIT = re.compile(rf"({'|'.join(_TRAIN + _OTHER_SPLITS)})(?=[-_./]|$)")
 _LABELLED_FOLDERS = frozenset({"videos", "images"})
 
 
-def read_folder(folder: Folder, notes: Notes) -> list[Item]:
+def read_folder(folder: Folder, notes: Notes) -> Iterable[pa.RecordBatch]:
     """Every item of a folder, read as what it looks like, in this order:
 
     1. `prompts.txt` with `videos.txt` or `images.txt`: the lines of one belong to those of the other;
@@ -67,7 +71,7 @@ def _one_split(names: list[str], notes: Notes) -> list[str]:
     return [name for name, split in splits.items() if split not in _OTHER_SPLITS]
 
 
-def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Notes) -> list[Item]:
+def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Notes) -> Iterable[pa.RecordBatch]:
     """CogVideo's layout for its diffusers `finetune/`: line by line a prompt, a clip, and for I2V a first frame.
 
     Without `videos.txt`, `images.txt` lists stills to train on.
@@ -96,7 +100,7 @@ def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Note
     return collect(rows, folder.root, "", notes)
 
 
-def _read_sidecars(folder: Folder, notes: Notes) -> list[Item]:
+def _read_sidecars(folder: Folder, notes: Notes) -> Iterable[pa.RecordBatch]:
     """Images and videos with their captions: x.txt beside x, or labels/x.txt if x lies in videos/ or images/."""
     captions = _Captions(folder, notes)
     found: dict[str, tuple[str, str] | None] = {}
@@ -123,7 +127,9 @@ def _read_sidecars(folder: Folder, notes: Notes) -> list[Item]:
         own = {media: place[1] for media, place in found.items() if place and place[0] == root}
         for media, text in zip(own, texts.folder.captions(list(own.values()), notes), strict=True):
             captions_of[media] = (one_line(text),)
-    return [Item(path=folder.location(name), key=name, captions=captions_of.get(name, ())) for name in found]
+    return item_batches(
+        Item(path=folder.location(name), key=name, captions=captions_of.get(name, ())) for name in found
+    )
 
 
 class _Captions:

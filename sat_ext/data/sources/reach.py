@@ -1,7 +1,8 @@
 """How far the names and links in a data set may lead: whoever made it must not choose what this machine reads."""
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from urllib.parse import quote, urlsplit
 
@@ -9,6 +10,7 @@ from sat_ext.data.sources.texts import by_folded, folded, listed, shown
 from sat_ext.errors import ConfigError, DataError
 from sat_ext.files import container_of, is_url
 
+_MANY = 64  # files of one folder, for which looking through it is cheaper than looking at each
 PROTOCOLS = frozenset({"s3", "s3a", "gs", "hf", "http", "https"})  # a row may name addresses of these
 
 
@@ -21,10 +23,11 @@ class Reach:
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
         protocols = {root.removesuffix("://") for root in allowed if root.endswith("://")}
-        self._protocols = PROTOCOLS | protocols
+        self.protocols = PROTOCOLS | protocols
         self._roots: tuple[str, ...] = ()
         # Where folders really are, and whether that is allowed: resolving every file would take too long.
         self._folders: dict[str, tuple[str, bool]] = {}
+        self._linked: dict[str, bool] = {}  # whether a folder holds links
         for root in allowed:
             if not root.endswith("://"):
                 self.add(os.path.expanduser(root))
@@ -45,10 +48,7 @@ class Reach:
         """Where the local file `path` really is, if that is outside the allowed folders; else None."""
         folder, name = os.path.split(path)
         try:
-            if folder not in self._folders:
-                real = os.path.realpath(folder)
-                self._folders[folder] = real, os.path.join(real, "").startswith(self._roots)
-            real, inside = self._folders[folder]
+            real, inside = self._folder(folder)
             file = os.path.join(real, name)
             if name in (".", "..") or os.path.islink(file):
                 file = os.path.realpath(file)
@@ -57,12 +57,37 @@ class Reach:
             return None
         return None if inside else file
 
+    def _folder(self, folder: str) -> tuple[str, bool]:
+        if folder not in self._folders:
+            real = os.path.realpath(folder)
+            self._folders[folder] = real, os.path.join(real, "").startswith(self._roots)
+        return self._folders[folder]
+
+    def holds(self, paths: Sequence[str]) -> bool:
+        """Whether all of the local files `paths` are no links, and in allowed folders. False: ask for each."""
+        folders = Counter(path.rpartition("/")[0] for path in paths)
+        for folder, files in folders.items():
+            if not self._folder(folder or "/")[1]:
+                return False
+            if files >= _MANY and folder not in self._linked:
+                try:
+                    with os.scandir(folder or "/") as found:
+                        self._linked[folder] = any(file.is_symlink() for file in found)
+                except FileNotFoundError:
+                    self._linked[folder] = False
+                except OSError:
+                    return False
+            if self._linked.get(folder):
+                return False
+        few = folders.keys() - self._linked.keys()
+        return not few or not any(os.path.islink(path) for path in paths if path.rpartition("/")[0] in few)
+
     def check(self, path: str, where: str) -> None:
         """Raise `DataError`, which begins with `where`, for a location that leads too far."""
         file = container_of(path)
         if is_url(file):
             protocol = file.partition("://")[0].lower()
-            if protocol not in self._protocols:
+            if protocol not in self.protocols:
                 raise DataError(
                     f"{where}: {shown(file)} is a {protocol}:// address; a data set may name files and "
                     f"{', '.join(sorted(PROTOCOLS))} addresses; if you trust it, add '{protocol}://' to "

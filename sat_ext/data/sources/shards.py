@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 from typing_extensions import Self
 
+from sat_ext.data.columns import item_batches
 from sat_ext.data.sources.listing import Notes, is_media
 from sat_ext.data.sources.rows import CAPTION_COLUMNS, fields_of
 from sat_ext.data.sources.texts import (
@@ -51,7 +53,7 @@ class _Sample:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
+def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[pa.RecordBatch]:
     """The samples of tars, each given as its location and the start of its samples' keys.
 
     A sample is a clip or a still with its `.txt` or `.json`, by WebDataset's rule: names are equal up to the first
@@ -62,14 +64,14 @@ def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
     whose path is absolute or leads upwards, and if no sample is left.
     """
     with ThreadPoolExecutor(min(_AT_ONCE, len(shards))) as pool:
-        found = pool.map(lambda shard: list(_read_shard(shard[0], shard[1], notes)), shards)
-        items = [item for part in found for item in part]
-    if not items:
+        found = pool.map(lambda shard: list(item_batches(_read_shard(shard[0], shard[1], notes))), shards)
+        batches = [batch for part in found for batch in part]
+    if not batches:
         raise DataError(
             f"{listed([tar for tar, _ in shards])}: no image or video with a caption; a sample is x.mp4 or x.jpg "
             "with x.txt or x.json."
         )
-    return items
+    return batches
 
 
 def _read_shard(tar: str, prefix: str, notes: Notes) -> Iterator[Item]:

@@ -3,9 +3,9 @@
 import csv
 import io
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby, islice
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from sat_ext.data.columns import ROWS, item_batches
 from sat_ext.data.guard import Guard
+from sat_ext.data.sources.arrow import plain_items, plain_objects, with_unique_keys
 from sat_ext.data.sources.listing import Notes, is_media
 from sat_ext.data.sources.reach import Reach, folder_of, resolve
 from sat_ext.data.sources.rows import (
@@ -39,51 +41,73 @@ _MEMORY, _TIMEOUT = 3 << 29, 3600.0
 _READ_BYTES = 1 << 20  # of a column; without it, Arrow reads all files of a row group to find how the first starts
 
 
-def read_tables(tables: Sequence[tuple[str, str]], notes: Notes) -> list[Item]:
+def read_tables(tables: Sequence[tuple[str, str]], notes: Notes) -> Iterator[pa.RecordBatch]:
     """The rows of .jsonl, .csv and .parquet files, each given as its location and a prefix for its rows' keys.
 
     Raises `DataError` for a table or a value in it that cannot be used, and if rows have no caption.
     """
-    return [
-        item
-        for table, prefix in tables
-        for item in collect(TABLES[suffix_of(table)](table, notes.reach), table, prefix, notes)
-    ]
+    for table, prefix in tables:
+        yield from collect(TABLES[suffix_of(table)](table, notes.reach), table, prefix, notes)
 
 
 # The place of a row in words, its key, the location of its file, and the other fields of its `Item`.
 ReadRow = tuple[str, str, str, dict[str, Any]]
+# A row, or many of them as `ITEM_COLUMNS`.
+ReadRows = Iterable["ReadRow | pa.RecordBatch"]
 
 
-def collect(rows: Iterable[ReadRow], table: str, prefix: str, notes: Notes) -> list[Item]:
+def collect(
+    rows: Iterable[ReadRow | pa.RecordBatch], table: str, prefix: str, notes: Notes
+) -> list[pa.RecordBatch]:
     """The items of a table's rows, with `prefix` before their keys."""
-    items: list[Item] = []
     bare: list[str] = []
-    uses: Counter[str] = Counter()
-    for place, key, path, fields in rows:
-        if not fields["captions"]:
-            bare.append(place)
-        uses[key] += 1
-        # A file may be listed with several captions; keys must be unique.
-        key = prefix + (key if uses[key] == 1 else f"{key}#{uses[key]}")
-        items.append(Item(path=path, key=key, **fields))
+
+    def items(group: Iterable[Any]) -> Iterator[Item]:
+        for place, key, path, fields in group:
+            if not fields["captions"]:
+                bare.append(place)
+            yield Item(path=path, key=key, **fields)
+
+    batches: list[pa.RecordBatch] = []
+    for are_items, group in groupby(rows, key=lambda row: isinstance(row, pa.RecordBatch)):
+        found: Any = group
+        batches += found if are_items else item_batches(items(found))
     if bare and notes.captions_required:
         raise DataError(
-            f"{table}: {len(bare)} of {len(items)} rows have no caption "
+            f"{table}: {len(bare)} of {sum(batch.num_rows for batch in batches)} rows have no caption "
             f"({', '.join(bare[:3])}{', ...' * (len(bare) > 3)}); fill them in or remove the rows."
         )
-    if not items:
+    if not batches:
         raise DataError(f"{table}: no rows; every row names one media file and its caption.")
-    return items
+    return with_unique_keys(batches, prefix)
 
 
-def _jsonl(table: str, reach: Reach) -> Iterator[ReadRow]:
-    base = folder_of(table)
-    for place, row in objects_of(table, '{"path": "a.mp4", "caption": "A cat."}'):
-        yield _named_file(row, base, place, f"{table}, {place}", reach)
+def _jsonl(table: str, reach: Reach) -> ReadRows:
+    base, first = folder_of(table), 1
+    lines = lines_of(table)
+    while some := _some(lines):
+        rows = plain_objects(some)
+        batch = plain_items(rows, base, reach) if rows is not None else None
+        if batch is not None:
+            yield batch
+        else:
+            for place, row in objects_of(table, '{"path": "a.mp4", "caption": "A cat."}', some, first):
+                yield _named_file(row, base, place, f"{table}, {place}", reach)
+        first += len(some)
 
 
-def _csv(table: str, reach: Reach) -> Iterator[ReadRow]:
+def _some(lines: Iterator[str]) -> list[str]:
+    """The next lines, as many as a batch has or a few of the longest."""
+    some, letters = [], 0
+    for line in islice(lines, ROWS):
+        some.append(line)
+        letters += len(line)
+        if letters > LONGEST_LINE:
+            break
+    return some
+
+
+def _csv(table: str, reach: Reach) -> ReadRows:
     base = folder_of(table)
     csv.field_size_limit(LONGEST_LINE)
     reader = csv.reader(lines_of(table), strict=True)
@@ -116,22 +140,28 @@ def _named_file(row: dict[str, Any], base: str, place: str, where: str, reach: R
     return place, file, resolve(base, file, where, reach), fields_of(row, where)
 
 
-def _parquet(table: str, reach: Reach) -> Iterator[ReadRow]:
+def _parquet(table: str, reach: Reach) -> ReadRows:
     base, name = folder_of(table), os.path.basename(urlsplit(table).path if is_url(table) else table)
     with _readable(table), Guard(_survey, timeout=_TIMEOUT, memory=_MEMORY) as guard:
         unnamed = guard(table)
     with _readable(table), open_text(table) as file:
         source = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
         wanted, column = _wanted(source, table)
-        for number, row in enumerate(row for batch in _batches(source, wanted) for row in batch.to_pylist()):
-            where = f"{table}, row {number}"
-            if column is None:
-                yield _named_file(row, base, f"row {number}", where, reach)
-                continue
-            inner = (row.get(column) or {}).get("path") or ""
-            suffix = os.path.splitext(inner)[1].lower() if is_media(inner) else unnamed
-            location = cell_location(table, column, number, suffix)
-            yield f"row {number}", f"{name}#{number}", location, fields_of(row, where)
+        first = 0
+        for batch in _together(_batches(source, wanted)):
+            if column is None and (items := plain_items(batch, base, reach)) is not None:
+                yield items
+            else:
+                for number, row in enumerate(batch.to_pylist(), start=first):
+                    where = f"{table}, row {number}"
+                    if column is None:
+                        yield _named_file(row, base, f"row {number}", where, reach)
+                        continue
+                    inner = (row.get(column) or {}).get("path") or ""
+                    suffix = os.path.splitext(inner)[1].lower() if is_media(inner) else unnamed
+                    location = cell_location(table, column, number, suffix)
+                    yield f"row {number}", f"{name}#{number}", location, fields_of(row, where)
+            first += batch.num_rows
 
 
 def _survey(table: str) -> str:
@@ -190,6 +220,17 @@ def _batches(source: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBa
         yield pa.record_batch(plain, names=batch.schema.names)
 
 
+def _together(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """As many rows as a batch of items has, or a few of the longest: small batches take longer."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(b.num_rows for b in held) >= ROWS or sum(b.nbytes for b in held) >= _LARGEST_BATCH:
+            yield from pa.Table.from_batches(held).combine_chunks().to_batches()
+            held = []
+    yield from pa.Table.from_batches(held).combine_chunks().to_batches() if held else ()
+
+
 def embedded_column(schema: pa.Schema) -> str | None:
     """The column that holds whole files: binary, or Hugging Face's struct of bytes and path. Clips win."""
 
@@ -218,4 +259,4 @@ def _suffix_by_content(data: bytes) -> str:
     return ".jpg"
 
 
-TABLES: dict[str, Callable[..., Iterator[ReadRow]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+TABLES: dict[str, Callable[..., ReadRows]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

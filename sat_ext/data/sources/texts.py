@@ -89,9 +89,11 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def objects_of(path: str, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with its place ("line 3"). Raises `DataError`."""
-    for number, line in enumerate(lines_of(path), start=1):
+def objects_of(
+    path: str, example: str, lines: Iterable[str] | None = None, first: int = 1
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, or of `lines` of it, each with its place ("line 3"). Raises `DataError`."""
+    for number, line in enumerate(lines_of(path) if lines is None else lines, start=first):
         if not line.strip():
             continue
         try:

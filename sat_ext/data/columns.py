@@ -1,6 +1,7 @@
 """Items of sources to Arrow columns and back, because a million Python objects would take gigabytes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -40,13 +41,14 @@ INFO_COLUMNS = pa.schema(
 FILE_COLUMNS = pa.schema([*INFO_COLUMNS, ("fingerprint", pa.string())])
 
 _FIELDS = attrgetter(*("fps" if name == "item_fps" else name for name in ITEM_COLUMNS.names))
-_ROWS = 4096  # in a batch: Arrow's strings end at 2 GiB, and a caption may have 100 kB
+ROWS = 4096  # in a batch: Arrow's strings end at 2 GiB, and a caption may have 100 kB
 
 
-def item_batches(items: Sequence[Item]) -> Iterator[pa.RecordBatch]:
+def item_batches(items: Iterable[Item]) -> Iterator[pa.RecordBatch]:
     """The items in their order, as batches of `ITEM_COLUMNS`. Raises `DataError` for text that is not UTF-8."""
-    for first in range(0, len(items), _ROWS):
-        values = zip(*map(_FIELDS, items[first : first + _ROWS]))
+    remaining = iter(items)
+    while some := list(islice(remaining, ROWS)):
+        values = zip(*map(_FIELDS, some))
         try:
             columns = [pa.array(column, field.type) for column, field in zip(values, ITEM_COLUMNS)]
         except UnicodeEncodeError as error:
