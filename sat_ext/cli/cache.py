@@ -27,6 +27,7 @@ from sat_ext.latents.writer import CacheJob, Missing, encode_missing, require_ro
 from sat_ext.recipe import Recipe, read_recipe
 from sat_ext.sat import peers
 from sat_ext.sat.broadcast import share_from_first_rank
+from sat_ext.sat.probing import probe_on_all_ranks
 
 
 def cache(
@@ -59,7 +60,12 @@ def cache(
 
     def build(sources: Sequence[SourceConfig]) -> Index:
         probing = partial(track, description="probing files", console=console)
-        return build_index(sources, run.data, probing=lambda outcomes, total: probing(outcomes, total=total))
+        return build_index(
+            sources,
+            run.data,
+            probing=lambda outcomes, total: probing(outcomes, total=total),
+            probe=probe_on_all_ranks,
+        )
 
     def take(name: str) -> int:  # added up in the store, so that no two ranks get the same number
         return int(_get_default_store().add(f"sat_ext/cache/{name}", 1)) - 1

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -20,13 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from sat_ext.caption_lengths import too_long
+from sat_ext.cli.base import probing
 from sat_ext.data.clips import find_sampler
+from sat_ext.data.columns import item_batches
 from sat_ext.data.decode import read_still
 from sat_ext.data.index import longest_is_rare, probe_files
+from sat_ext.data.index.build import infos_of
 from sat_ext.data.index.lengths import LEFT_OUT, is_too_short
 from sat_ext.data.index.place import placer
+from sat_ext.data.index.probing import Probe
 from sat_ext.data.parts import part_info
-from sat_ext.data.probe import probe
+from sat_ext.data.probe import probe as probe_file
 from sat_ext.data.sources import check_roots, read_source
 from sat_ext.data.sources.texts import listed
 from sat_ext.data.transform import Fit
@@ -99,14 +103,37 @@ def check(
 ) -> None:
     """Probe every file and decode every still; exit with 1 when a file is bad, with 2 for a wrong call.
 
-    With --base, a file without a caption counts too, as training would refuse its source.
+    With --base, a file without a caption counts too, as training would refuse its source. Under torchrun
+    (`-m sat_ext.cli.main check --base ...`) the ranks share the files, and what these hold is kept for the run.
     """
     run = read_recipe([*base, *(paths or [])]).checked() if base else None
-    sources = _sources(paths or [], run, allow or [])
+    options: dict[str, Any] = {"full": full, "timeout": timeout or (FULL_TIMEOUT if full else TIMEOUT)}
+    check_all = partial(_check, paths or [], run, allow or [], as_json, **options)
+    if run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from sat_ext.cli.cache import join  # imports SAT
+        from sat_ext.sat.broadcast import share_from_first_rank
+        from sat_ext.sat.probing import probe_on_all_ranks
+
+        join()
+        is_fine = share_from_first_rank(lambda: check_all(probe=probe_on_all_ranks))
+    else:
+        is_fine = check_all(probe=probe_files)
+    if not is_fine:
+        raise typer.Exit(1)
+
+
+def _check(
+    paths: Sequence[str], run: Recipe | None, allow: Sequence[str], as_json: bool, probe: Probe, **options: Any
+) -> bool:
+    """Print what is found; whether nothing is bad."""
+    sources = _sources(paths, run, allow)
     items: dict[str, list[Item]] = {}
     for item in (item for own in sources.values() for item in own):
         items.setdefault(item.path, []).append(item)
-    found = _check_items(items, full=full, timeout=timeout or (FULL_TIMEOUT if full else TIMEOUT))
+    if run:  # kept for its start
+        batches = {path: list(item_batches(own)) for path, own in sources.items()}
+        infos_of(batches, run.data, probing(Console(stderr=True)), probe)
+    found = _check_items(items, probe, **options)
     files = []
     for file in track(found, "checking files", total=len(items), console=Console(stderr=True)):
         if as_json:
@@ -125,8 +152,7 @@ def check(
         warnings += _long_captions(run, sources)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if any(f.kind == "bad" for f in files) or (bare and run):
-        raise typer.Exit(1)
+    return not (any(f.kind == "bad" for f in files) or (bare and run))
 
 
 def _sources(paths: Sequence[str], run: Recipe | None, allow: Sequence[str]) -> dict[str, list[Item]]:
@@ -148,9 +174,9 @@ def _read(source: str, allow: Sequence[str]) -> list[Item]:
     return read_source(source, captions_required=False, allowed_roots=allow)
 
 
-def _check_items(items: dict[str, list[Item]], *, full: bool, timeout: float) -> Iterator[Checked]:
+def _check_items(items: dict[str, list[Item]], probe: Probe, *, full: bool, timeout: float) -> Iterator[Checked]:
     """Each file, in order, looked at in a process of its own, many side by side. `timeout` is in seconds."""
-    outcomes = probe_files(items, timeout=timeout, look=partial(look, full=full), setting="--timeout")
+    outcomes = probe(items, timeout=timeout, look=partial(look, full=full), setting="--timeout")
     for (path, own), (outcome, _) in zip(items.items(), outcomes):
         caption = next((c for item in own for c in item.captions), None)
         try:
@@ -165,7 +191,7 @@ def _check_items(items: dict[str, list[Item]], *, full: bool, timeout: float) ->
 
 def look(path: str, *, full: bool) -> MediaInfo:
     """Probe a file; decode it if it is a still, or in any case with `full`. Raises `MediaError`."""
-    info = probe(path)
+    info = probe_file(path)
     if suffix_of(path) in IMAGE_EXTENSIONS and info.frames == 1:
         read_still(path, fit=_THUMB)
     elif full:

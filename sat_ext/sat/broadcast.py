@@ -9,8 +9,10 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -26,6 +28,28 @@ _CHUNK = 64 << 20  # bytes in one message
 _ALIGNMENT = 64  # of buffers, which Arrow recommends
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What rank 0 asks of all ranks while they wait for it."""
+
+    do: Callable[[Any], Any]
+    parts: Sequence[Any]
+
+
+_asked: "SimpleQueue[tuple[_Work, Future[list[Any]]] | None]" = SimpleQueue()  # None: there will be no more
+
+
+def on_all_ranks(do: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
+    """`do` of each rank's part, on that rank, in their order. `do` is pickled.
+
+    To be called inside `make` of `share_from_first_rank`, as the other ranks wait there. A `SatExtError` of any
+    rank is raised here.
+    """
+    answer: Future[list[T]] = Future()
+    _asked.put((_Work(do, parts), answer))
+    return answer.result()
+
+
 def share_from_first_rank(make: Callable[[], T], *, heartbeat: float = HEARTBEAT) -> T:
     """What `make` returns on rank 0, on every rank. A `SatExtError` of rank 0 is raised on all of them.
 
@@ -38,8 +62,10 @@ def share_from_first_rank(make: Callable[[], T], *, heartbeat: float = HEARTBEAT
     message: Any = None
     if dist.get_rank() == 0:
         message = _made(make, buffers, heartbeat)
-    while message is None:
+    while message is None or isinstance(message, _Work):
         message = _broadcast(None)
+        if isinstance(message, _Work):
+            gather(_own_part(message))
     if isinstance(message, SatExtError):
         raise message
     header, spans, name = message
@@ -73,10 +99,23 @@ def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat
             future.set_result(make())
         except BaseException as error:
             future.set_exception(error)
+        _asked.put(None)
 
     threading.Thread(target=run, daemon=True).start()  # no executor: it would hold up the end on Ctrl-C
-    while not wait([future], timeout=heartbeat).done:
-        _broadcast(None)  # or the others, whose collective has a time limit, would give up
+    while True:
+        try:
+            asked = _asked.get(timeout=heartbeat)
+        except Empty:
+            _broadcast(None)  # or the others, whose collective has a time limit, would give up
+            continue
+        if asked is None:
+            break
+        _broadcast(asked[0])
+        found = gather(_own_part(asked[0]))
+        if errors := [error for _, error in found if error is not None]:
+            asked[1].set_exception(errors[0])
+        else:
+            asked[1].set_result([result for result, _ in found])
     if isinstance(error := future.exception(), SatExtError):
         return _broadcast(error)
     header = pickle.dumps(future.result(), protocol=5, buffer_callback=buffers.append)
@@ -86,6 +125,13 @@ def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat
         end = start + buffer.raw().nbytes
         spans.append((start, end))
     return _broadcast((header, spans, f"sat_ext-{uuid.uuid4().hex}"))
+
+
+def _own_part(work: _Work) -> tuple[Any, SatExtError | None]:
+    try:
+        return work.do(work.parts[dist.get_rank()]), None
+    except SatExtError as error:
+        return None, error
 
 
 def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], path: Path) -> memoryview:

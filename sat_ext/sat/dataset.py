@@ -28,6 +28,7 @@ from sat_ext.recipe import LISTS, Recipe
 from sat_ext.sat import hooks
 from sat_ext.sat.broadcast import require_everywhere, share_from_first_rank
 from sat_ext.sat.checkpoint.data_state import continue_order, first_step, samples_used
+from sat_ext.sat.probing import probe_on_all_ranks
 from sat_ext.sat.registry import dataset_registry
 from sat_ext.sat.run import recipe_in, run_of
 from sat_ext.sat.shared_memory import check_shared_memory
@@ -132,7 +133,9 @@ def _stream(args: argparse.Namespace, recipe: Recipe, split: str, *, world: int)
     sources = recipe.lists[split]
     folders = [data.cache.folder] if data.cache else [s.path for s in sources]  # media, or what is read instead
     require_everywhere(folders, "data.params.cache.folder" if data.cache else f"args.{split}")
-    index = share_from_first_rank(lambda: build_index(sources, data, probing=_with_progress_bar))
+    index = share_from_first_rank(
+        lambda: build_index(sources, data, probing=_with_progress_bar, probe=probe_on_all_ranks)
+    )
     print_rank0(f"{split}: {index.summary()}")
     if rare := longest_is_rare(clip_lengths(index), data):
         print_rank0(f"{split}: warning: {'; '.join(rare)}.")

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from sat_ext.config import load
-from sat_ext.data.index import Index, build_index, clip_lengths, longest_is_rare
 from sat_ext.data.columns import item_batches
+from sat_ext.data.index import Index, build_index, clip_lengths, longest_is_rare
 from sat_ext.data.index.place import visits_by_weight
 from sat_ext.data.params import DataConfig
 from sat_ext.data.sources import SourceConfig

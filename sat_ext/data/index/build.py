@@ -13,7 +13,7 @@ import pyarrow as pa
 from sat_ext.data.captions import CaptionConfig, with_captions
 from sat_ext.data.columns import FILE_COLUMNS, ITEM_COLUMNS, to_info, to_item
 from sat_ext.data.index.place import Placed, place_rows, placer, visits_by_weight
-from sat_ext.data.index.probing import Probing, read_files
+from sat_ext.data.index.probing import Probe, Probing, probe_files, read_files
 from sat_ext.data.mix import shares_of
 from sat_ext.data.params import DataConfig, name_sources
 from sat_ext.data.sources import SourceConfig, read_batches
@@ -93,13 +93,18 @@ class Index:
 
 
 def build_index(
-    sources: Sequence[SourceConfig], config: DataConfig, *, probing: Probing = lambda outcomes, total: outcomes
+    sources: Sequence[SourceConfig],
+    config: DataConfig,
+    *,
+    probing: Probing = lambda outcomes, total: outcomes,
+    probe: Probe = probe_files,
 ) -> Index:
     """Read and probe `sources`, and put each record into its bucket, in the order of the sources' items.
 
-    Files that have not changed since an earlier run are not probed again (see `probe_cache`). `probing` wraps the
-    iteration over the others. Raises `DataError` if a source is empty, if more files are unreadable than
-    `on_bad_sample.skip` allows, if no record of a source fits a bucket, or if weights are too far apart.
+    Files that have not changed since an earlier run are not probed again (see `probe_cache`). `probe` probes the
+    others, and `probing` wraps the iteration over them. Raises `DataError` if a source is empty, if more files are
+    unreadable than `on_bad_sample.skip` allows, if no record of a source fits a bucket, or if weights are too far
+    apart.
     """
     made = time.time()
     named = name_sources(tuple(sources), "sources")
@@ -111,7 +116,7 @@ def build_index(
     if side is not None and config.held_out is not None:
         items = _one_side(items, config.held_out, side)
         named = {name: s for name, s in named.items() if s.path in items}
-    infos = _infos(items, config, probing)
+    infos = infos_of(items, config, probing, probe)
     buckets = config.make_buckets()
     placed = {
         name: place_rows(items[s.path], infos[s.path], placer(s, buckets, config)) for name, s in named.items()
@@ -163,8 +168,8 @@ def _one_side(items: dict[str, list[pa.RecordBatch]], held_out: float | int, sid
     return found
 
 
-def _infos(
-    items: dict[str, list[pa.RecordBatch]], config: DataConfig, probing: Probing
+def infos_of(
+    items: dict[str, list[pa.RecordBatch]], config: DataConfig, probing: Probing, probe: Probe
 ) -> dict[str, list[pa.Table]]:
     """For each batch of items, by source path: `FILE_COLUMNS` and `reason` of its files."""
     columns = [batch["path"].cast(pa.large_string()) for batches in items.values() for batch in batches]
@@ -173,7 +178,7 @@ def _infos(
     by_source = {path: [next(codes) for _ in batches] for path, batches in items.items()}
     members = {path: np.unique(np.concatenate(own)) for path, own in by_source.items()}
     unique = coded.chunk(0).dictionary
-    entries = read_files(unique, members, timeout=config.on_bad_sample.timeout, probing=probing)
+    entries = read_files(unique, members, timeout=config.on_bad_sample.timeout, probing=probing, probe=probe)
     entries = entries.select([*FILE_COLUMNS.names, "reason"]).combine_chunks()  # or every `take` would
     return {path: [entries.take(part) for part in own] for path, own in by_source.items()}
 

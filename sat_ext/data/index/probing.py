@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 # timeouts, and errors of the network or of permissions.
 Outcome = tuple["MediaInfo | MediaError", bool]
 
+Probe = Callable[..., Iterator[Outcome]]  # `probe_files`, or another way to do as it does
+
 # Wraps the iteration over the probed files, given their number: a progress bar.
 Probing = Callable[[Iterable[Any], int], Iterable[Any]]
 
@@ -92,7 +94,12 @@ def _outcome(look: Callable[[str], Any], path: str) -> Outcome:
 
 
 def read_files(
-    paths: pa.Array, sources: Mapping[str, np.ndarray], *, timeout: float, probing: Probing
+    paths: pa.Array,
+    sources: Mapping[str, np.ndarray],
+    *,
+    timeout: float,
+    probing: Probing,
+    probe: Probe = probe_files,
 ) -> pa.Table:
     """One row (columns `probe_cache.ENTRIES`) for each of `paths` (large_string, no duplicates), in their order.
 
@@ -133,7 +140,7 @@ def read_files(
         return known
 
     saved = time.monotonic()
-    found = probing(probe_files((paths[i].as_py() for i in to_probe), timeout=timeout), len(to_probe))
+    found = probing(probe((paths[i].as_py() for i in to_probe), timeout=timeout), len(to_probe))
     try:
         for (outcome, lasting), i in zip(found, to_probe):  # `found` first: a progress bar must see its end
             probed[i] = _entry(outcome, fingerprints[i].as_py() if lasting else "")
