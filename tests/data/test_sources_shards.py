@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sat_ext.data.probe import probe
-from sat_ext.data.sources import read_source
+from sat_ext.data.sources import read_source, shards
 from sat_ext.errors import DataError
 from sat_ext.files import open_binary
 from tests.media import pattern, read_still, write_clip
@@ -246,3 +246,42 @@ def test_members_of_one_name_in_another_case_or_with_other_accents_belong_togeth
     assert "files ending in .jxl are not read and were left out; convert or rename them: 1" in caplog.text
     with pytest.raises(DataError, match=r"t.tar: 'AÉ', 'Aé', 'aé' may belong together in"):
         read_source(write_tar(tmp_path / "t.tar", [("aé.png", png(1)), ("AÉ.txt", "1"), ("Aé.txt", "2")]))
+
+
+def test_the_headers_of_a_tar_are_read_once_as_long_as_it_and_its_meta_lines_stay(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SAT_EXT_CACHE", str(tmp_path / "cache"))
+    read: list[str] = []
+    members = shards._members
+    monkeypatch.setattr(
+        shards, "_members", lambda tar, notes: (read.append(Path(tar).name), members(tar, notes))[1]
+    )
+    folder = tmp_path / "data"
+    for n in range(3):
+        write_tar(
+            folder / f"{n}.tar", [("1.png", png(n)), ("1.txt", f"number {n}"), ("2.png", png(n)), ("2.txt", "")]
+        )
+    write_tar(folder / "3.tar", [("1.png", png(1)), ("1.txt", "x"), ("2.png", png(2))])
+    first = read_source(str(folder))
+    said = list(caplog.messages)
+    assert sorted(read) == ["0.tar", "1.tar", "2.tar", "3.tar"] and len(said) == 2
+    read.clear(), caplog.clear()
+    assert read_source(str(folder)) == first
+    assert read == ["3.tar"]  # as one of its samples has no caption, which is to be said at every start
+    assert caplog.messages == said
+    write_tar(folder / "0.tar", [("3.png", png(3)), ("3.txt", "new")])
+    (folder / "1.meta.jsonl").write_text('{"key": "1", "caption": "better"}\n')
+    read.clear()
+    again = {item.key: item.captions for item in read_source(str(folder))}
+    assert sorted(read) == ["0.tar", "1.tar", "3.tar"]
+    assert again["0.tar/3"] == ("new",) and again["1.tar/1"] == ("better",) and "0.tar/1" not in again
+    for kept in (tmp_path / "cache" / "tars").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-100])
+    assert {item.key: item.captions for item in read_source(str(folder))} == again
+
+
+def test_what_is_kept_of_a_tar_is_not_beside_the_data_and_not_without_captions(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAT_EXT_CACHE", str(tmp_path / "cache"))
+    tar = write_tar(tmp_path / "data" / "0.tar", [("1.png", png(1)), ("2.png", png(2)), ("2.txt", "x")])
+    assert len(read_source(tar, captions_required=False)) == 2
+    assert len(read_source(tar)) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["0.tar"]

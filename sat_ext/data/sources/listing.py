@@ -48,6 +48,15 @@ class Notes:
             if self._counts[what] <= 3:
                 self._names.setdefault(what, []).append(name)
 
+    def take(self, other: "Notes") -> bool:
+        """Add the notes of a part of the source; whether there are any."""
+        with self._lock:
+            self._counts.update(other._counts)
+            self.unread.update(other.unread)
+            for what, names in other._names.items():
+                self._names[what] = [*self._names.get(what, ()), *names][:3]
+        return bool(other._counts)
+
     def leave_out(self, name: str) -> None:
         """Count a file that may be media but is not read."""
         suffix = os.path.splitext(name)[1].lower()

@@ -3,11 +3,13 @@
 Nothing is unpacked, and nothing but media, text and JSON is looked at: a `.pyd` or `.pth` member stays closed.
 """
 
+import hashlib
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +30,13 @@ from sat_ext.data.sources.texts import (
     parse_json,
 )
 from sat_ext.errors import DataError, MediaError, SatExtError
-from sat_ext.files import is_url, open_binary, suffix_of
+from sat_ext.files import fingerprint, is_url, open_binary, suffix_of
+from sat_ext.files.atomic import cache_folder, written_aside
 from sat_ext.files.locations import member_location
 from sat_ext.files.ranged import filesystem
 from sat_ext.types import IMAGE_EXTENSIONS, Item
 
+_VERSION = 1  # raise it when a tar is read in another way than before
 _AT_ONCE = 8  # shards; behind a URL, reading one is mostly waiting
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _LARGEST_EXTENSION = 32 << 10  # bytes of a header's extension (a long name); parsing is slow beyond
@@ -64,13 +68,45 @@ def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[pa.Reco
     whose path is absolute or leads upwards, and if no sample is left.
     """
     with ThreadPoolExecutor(min(_AT_ONCE, len(shards))) as pool:
-        found = pool.map(lambda shard: list(item_batches(_read_shard(shard[0], shard[1], notes))), shards)
+        found = pool.map(lambda shard: _batches(shard[0], shard[1], notes), shards)
         batches = [batch for part in found for batch in part]
     if not batches:
         raise DataError(
             f"{listed([tar for tar, _ in shards])}: no image or video with a caption; a sample is x.mp4 or x.jpg "
             "with x.txt or x.json."
         )
+    return batches
+
+
+def _batches(tar: str, prefix: str, notes: Notes) -> list[pa.RecordBatch]:
+    """The samples of a tar: as an earlier run has kept them or, if that found anything odd, from its headers.
+
+    They are kept in our own cache and not beside the data: whoever made these could have them name any file.
+    """
+    name = hashlib.sha256(os.fsencode(f"{tar}\n{prefix}")).hexdigest()[:32]
+    kept = cache_folder() / "tars" / f"{name}.arrow"
+    state = ""
+    files = [tar, *(path for path in _meta_paths(tar) if _exists(path))]
+    with suppress(MediaError):  # of the tar, which reading it reports
+        state = "\n".join([str(_VERSION), *(f"{file} {fingerprint(file)}" for file in files)])
+    with suppress(OSError, pa.ArrowException), pa.memory_map(str(kept)) as file:
+        table = pa.ipc.open_file(file).read_all()
+        for meta in files[1:]:
+            notes.reach.check(meta, tar)
+        if state and table.schema.metadata == {b"state": os.fsencode(state)}:
+            table.validate(full=True)
+            return table.replace_schema_metadata(None).to_batches()
+    own = Notes(captions_required=notes.captions_required, reach=notes.reach)
+    try:
+        batches = list(item_batches(_read_shard(tar, prefix, own)))
+    finally:
+        was_odd = notes.take(own)
+    if batches and state and notes.captions_required and not was_odd:
+        table = pa.Table.from_batches(batches).replace_schema_metadata({"state": os.fsencode(state)})
+        with suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with written_aside(kept, shared=True) as draft, pa.ipc.new_file(str(draft), table.schema) as writer:
+                writer.write_table(table)
     return batches
 
 
