@@ -30,6 +30,7 @@ LAYERS = [
     ("data.packing", 0),
     ("data.permutation", 0),
     ("data.captions", 0),
+    ("data.columns", 0),
     ("data.split", 0),
     ("data.mix", 2),
     ("data.timesteps", 2),
