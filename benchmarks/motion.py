@@ -1,10 +1,10 @@
 """What a LoRA trained on pictures of a new look does to a model's motion, and what `target: base` keeps of it.
 
-    make demo && python benchmarks/motion.py runs/demo [--updates 300] [--seeds 3] [--jobs 2] [--json motion.json]
-        [--picture motion.png]
+    make demo && python benchmarks/motion.py runs/demo [--updates 300] [--seeds 3] [--shares 0.2 0.4 0.6]
+        [--jobs 2] [--json motion.json] [--picture motion.png]
 
 The base is the model of `make demo`, which has seen filled shapes, moving and at rest. A LoRA is then trained on
-32 stills of a look it has never seen: outlines in other colours on paper. Beside them it gets:
+32 stills of a look it has never seen: other colours, on paper. Beside them it gets:
 
 - stills: nothing.
 - base: clips of the old look, at a share of the samples, whose target is the base.
@@ -65,7 +65,7 @@ class Way(NamedTuple):
     target: str = "data"
 
 
-WAYS = (Way("stills"), *(Way("base", share, "base") for share in (0.2, 0.4, 0.6)), Way("clips", 0.4))
+STILLS_ALONE = Way("stills")
 
 
 demo_data.COLOURS.update(COLOURS)  # what `Scene` can draw
@@ -78,39 +78,46 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="the folder of a run of `make demo`")
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.2, 0.4, 0.6], help="of what the base teaches"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     run = find_run(args.run)
+    middle = sorted(args.shares)[len(args.shares) // 2]
+    ways = [None, STILLS_ALONE, *(Way("base", share, "base") for share in args.shares), Way("clips", middle)]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.jobs) as pool:
         write_stills(Path(folder))
-        jobs = list(product((None, *WAYS), range(args.seeds)))
+        jobs = list(product(ways, range(args.seeds)))
         futures = {job: pool.submit(measure, run, Path(folder), *job, args.updates) for job in jobs}
         found = {job: future.result() for job, future in futures.items()}
     rows = []
-    for way in (None, *WAYS):
+    for way in ways:
         of_seeds = [found[way, seed] for seed in range(args.seeds)]
         name = ("base, not trained", "") if way is None else (way.name, way.share or "")
         rows.append([*name, *(spread([o[k] for o in of_seeds]) for k in ("look", "direction", "flow"))])
     columns = ["beside the stills", "share", f"look, of {PROMPTS}", f"direction, of {PROMPTS}", "flow"]
     report("Samples of a look learned from stills", columns, rows, args.json, updates=args.updates)
     if args.picture:
-        draw(args.picture, {way: found[way, 0]["clips"] for way in (None, *WAYS)})
-    goals = list(goals_of(found, args.seeds))
+        draw(args.picture, {way: found[way, 0]["clips"] for way in ways})
+    goals = list(goals_of(found, ways, args.seeds))
     report("Goals", ["figure", "measured", "goal", "result"], goals)
     return 0 if any(met for *_, met in goals) else 1
 
 
-def goals_of(found: dict[Any, dict[str, Any]], seeds: int) -> Iterator[tuple[str, str, str, bool]]:
+def goals_of(
+    found: dict[Any, dict[str, Any]], ways: list[Way | None], seeds: int
+) -> Iterator[tuple[str, str, str, bool]]:
     """For each share: whether the base's motion is kept while the look is learned as from stills alone."""
     mean = {
         (w, k): statistics.mean(found[w, s][k] for s in range(seeds))
         for w, _ in found
         for k in ("look", "direction")
     }
-    for way in (way for way in WAYS if way.target == "base"):
-        look = mean[way, "look"] / max(1e-9, mean[WAYS[0], "look"])
+    for way in (way for way in ways if way and way.target == "base"):
+        look = mean[way, "look"] / max(1e-9, mean[STILLS_ALONE, "look"])
         motion = mean[way, "direction"] / max(1e-9, mean[None, "direction"])
         met = look >= LOOK and motion >= MOTION
         yield f"base, {way.share}: look, motion", f"{look:.2f}, {motion:.2f}", f">= {LOOK}, {MOTION}", met
