@@ -12,8 +12,9 @@ from tests.sat.ranks import Server
 
 # A test passes or fails for what was changed, not for what was drawn; pytest --hypothesis-profile=search looks
 # further.
-hypothesis.settings.register_profile("default", derandomize=True)
-hypothesis.settings.register_profile("search", derandomize=False, max_examples=3000)
+SLOWLY = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}  # the machine may be busy
+hypothesis.settings.register_profile("default", derandomize=True, **SLOWLY)
+hypothesis.settings.register_profile("search", derandomize=False, max_examples=3000, **SLOWLY)
 hypothesis.settings.load_profile("default")
 
 
