@@ -12,8 +12,7 @@ BYT5 = "byt5"  # in place of a tokenizer's folder: its tokens are bytes
 def too_long(captions: Iterable[tuple[str, Sequence[str]]], recipe: Recipe) -> tuple[list[str], str]:
     """The paths that have a caption of more tokens than the model of `recipe` reads, and the limit in words.
 
-    `captions` are paths with their captions.
-    """
+    `captions` are paths with their captions."""
     limit, folder = recipe.shape.text_length, recipe.engine.tokenizer
     counts = _counter(folder)
     words = f"{limit} tokens" + ("" if counts else f" (about {limit * LETTERS_PER_TOKEN} letters)")

@@ -1,8 +1,7 @@
 """Facts of the CogVideoX family: what its autoencoder, transformer and text encoder make of a sample.
 
 Sources: Yang et al. 2024, "CogVideoX", section 2, and the model YAMLs of CogVideo (sat/configs/ at tag v1.0 and on
-the main branch). They hold for every published model.
-"""
+the main branch). They hold for every published model."""
 
 import math
 from collections.abc import Sequence
@@ -52,8 +51,7 @@ class SequenceShape:
     """What decides the transformer's work on a sample. The defaults are CogVideoX-5B's.
 
     `pixels_per_token` is a side in pixels; `latents_per_token` the temporal patch (2 in CogVideoX 1.5);
-    `text_length` counts the caption's tokens.
-    """
+    `text_length` counts the caption's tokens."""
 
     hidden_size: int = 3072
     text_length: int = TEXT_TOKENS
@@ -75,8 +73,7 @@ def tokens(bucket: Bucket, shape: SequenceShape = SequenceShape()) -> int:
 class Grid(NamedTuple):
     """Patches of a sample: latent frames (in CogVideoX 1.5 pairs of them), rows and columns.
 
-    Token (t, y, x) of a sample is number (t * rows + y) * columns + x.
-    """
+    Token (t, y, x) of a sample is number (t * rows + y) * columns + x."""
 
     frames: int
     rows: int
@@ -96,8 +93,7 @@ def rotary_table(
     A head's first quarter turns with the frame, and three eighths each with row and column; pair i of n turns by
     coordinate / theta ** (i / n), both of its halves alike. Coordinates count patches, or with `stretch_to` lie in
     that grid (see `stretched`). As in `Rotary3DPositionEmbeddingMixin` of CogVideo's sat/dit_video_concat.py and
-    `get_3d_rotary_pos_embed` of diffusers, which may be missing beside CogVideo's requirements.
-    """
+    `get_3d_rotary_pos_embed` of diffusers, which may be missing beside CogVideo's requirements."""
     coordinates = [torch.arange(size, device=device) for size in grid]
     if stretch_to is not None:
         coordinates[1:] = stretched(grid, stretch_to, device)
@@ -144,8 +140,7 @@ def sinusoidal_table(
 
     A quarter of the width is for the frame, then three eighths each for column and row; of each part the first
     half are sines and the second cosines. As in `Basic3DPositionEmbeddingMixin` of CogVideo's
-    sat/dit_video_concat.py.
-    """
+    sat/dit_video_concat.py."""
     parts = []
     for axis, part in ((0, width // 4), (2, width // 8 * 3), (1, width // 8 * 3)):
         speeds = 1.0 / THETA ** (torch.arange(part // 2, dtype=torch.float64) / (part / 2))
@@ -168,8 +163,7 @@ def learned_positions(learned: Tensor, native: Grid, grid: Grid) -> Tensor:
     """A learned embedding (1, tokens of `native`, D) as that of `grid`, which has no more frames.
 
     Fewer frames take those of the first. Other sizes are resized frame by frame, bicubic with antialiasing; in
-    time nothing is interpolated, as frame t of a short clip is frame t of a long one.
-    """
+    time nothing is interpolated, as frame t of a short clip is frame t of a long one."""
     assert grid.frames <= native.frames
     frames = learned.reshape(*native, -1)[: grid.frames]
     if grid[1:] == native[1:]:

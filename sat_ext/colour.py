@@ -1,8 +1,7 @@
 """HDR curves and wide primaries to sRGB, by the code points of ITU-T H.273 (FFmpeg's and AVIF's numbers).
 
 Diffuse white becomes sRGB's white: 203 cd/m2 of PQ and 75 % of HLG (ITU-R BT.2408). Brighter colours, and those
-outside sRGB's gamut, are clipped, so that what sRGB can show keeps its colour.
-"""
+outside sRGB's gamut, are clipped, so that what sRGB can show keeps its colour."""
 
 from collections.abc import Callable
 from functools import lru_cache

@@ -49,8 +49,7 @@ def write_sheet(rows: Sequence[SheetRow], path: Path) -> None:
 def write_clip(rows: Sequence[SheetRow], path: Path, fps: int, columns: int = 4) -> None:
     """An H.264 MP4 that plays the rows' clips side by side, each with its strips one below the other.
 
-    Rows need strips of one shape; stills among them are left out.
-    """
+    Rows need strips of one shape; stills among them are left out."""
     moving = [row for row in rows if len(next(iter(row.strips.values()))) > 1]
     tiles = [np.concatenate([_enlarged(s) for s in row.strips.values()], axis=1) for row in moving]
     while len(tiles) % columns:

@@ -2,8 +2,7 @@
 
 One sees at a glance whether a caption is right, and a model of a million parameters learns it in minutes. The
 files are as mixed as a user's own: H.264 clips of several sizes, lengths and frame rates, JPEG, PNG and WebP
-stills, and videos of a single frame.
-"""
+stills, and videos of a single frame."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,8 +105,7 @@ def write_demo(
     """Create the data set in `folder`; the same `seed` gives the same pixels and captions.
 
     `held_out` is the number of clips, and of stills, under heldout/. `progress` wraps the iteration over all
-    files. Raises `DataError` if `folder` is not empty.
-    """
+    files. Raises `DataError` if `folder` is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: something is there already; name a folder that is new or empty.")
     for part in ("train", "heldout"):

@@ -46,8 +46,7 @@ def seen_in(pixels: np.ndarray) -> Seen:
 
     The background is the colour of the frame's edge, and the shape what is nearer to its own colour than to that.
     Where nothing differs visibly from it, there is none. Its kind is the template of the same area and centre that
-    overlaps it best, its direction the main axis of the path of its centre.
-    """
+    overlaps it best, its direction the main axis of the path of its centre."""
     pixels = pixels.astype(np.float64)
     edge = np.concatenate([pixels[:, (0, -1)].reshape(-1, 3), pixels[:, :, (0, -1)].reshape(-1, 3)])
     background = np.median(edge, axis=0)

@@ -32,8 +32,7 @@ Only `engine_of` tells them apart. A third engine would be one more class with t
 | `fingerprints(dtype)` | of both encoders, without loading a weight; raises `ConfigError` |
 | `encoders(dtype, device)` | the first stage and the text encoder, for `sat-ext cache`; raises `ConfigError` |
 | `too_large(part)` | what to do where a GPU is too small for one of the encoders |
-| `train_from(folder, clips)` | how to train from a cache in `folder` that has `clips` draws of each clip |
-"""
+| `train_from(folder, clips)` | how to train from a cache in `folder` that has `clips` draws of each clip |"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,8 +48,7 @@ Engine = CogVideo | BuiltIn
 def engine_of(model: Any) -> Engine:
     """The engine of a `model` section: a mapping, OmegaConf's too, which may be empty or None.
 
-    Raises `ConfigError` for anything else.
-    """
+    Raises `ConfigError` for anything else."""
     if not isinstance(model or {}, Mapping):
         raise ConfigError(f"model: expected a mapping of keys, got {model!r}.")
     section = plain(model)

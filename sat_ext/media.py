@@ -59,8 +59,7 @@ def open_video(path: str, *, headers_only: bool = False) -> Iterator[tuple[Input
 
     Raises `MediaError`, also for errors of FFmpeg inside the `with` block. FFmpeg decodes a few frames when it
     opens a file, to learn what the headers do not say, above all how far B-frames reach; without that the first
-    frames may come out of order. `headers_only` skips it: 3 ms instead of 30.
-    """
+    frames may come out of order. `headers_only` skips it: 3 ms instead of 30."""
     if is_local(path):
         require_file(path)
     try:
@@ -101,8 +100,7 @@ def _streams(container: InputContainer) -> list[VideoStream]:
 def decoder_of(path: str, stream: VideoStream) -> VideoCodecContext:
     """The stream's own decoder, except for VP8 and VP9 with alpha, which FFmpeg's native decoders drop.
 
-    Raises `MediaError` if this FFmpeg has no other.
-    """
+    Raises `MediaError` if this FFmpeg has no other."""
     own = stream.codec_context
     name = _ALPHA_DECODERS.get(own.name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
@@ -191,8 +189,7 @@ def is_webp(path: str) -> bool:
 def image_formats() -> tuple[str, ...]:
     """The formats of stills that we read, by Pillow's names.
 
-    No others, whatever the suffix: some run programs (EPS runs Ghostscript) or read files beside them.
-    """
+    No others, whatever the suffix: some run programs (EPS runs Ghostscript) or read files beside them."""
     formats = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF")
     try:
         import pillow_heif
@@ -206,8 +203,7 @@ def orientation_of(image: Image.Image) -> Any:
     """How to turn an image that was just opened, by the EXIF data before its pixels.
 
     1 is not at all, and `SIDEWAYS` swap width and height; in a broken file it may be anything. Data after the
-    pixels (PNG allows it) is ignored, as in browsers: `probe` would have to read the whole file.
-    """
+    pixels (PNG allows it) is ignored, as in browsers: `probe` would have to read the whole file."""
     if image.format == "TIFF":  # Pillow already turns these
         return 1
     # The base class's method: PNG's own would decode the whole image to find EXIF data after it.

@@ -8,8 +8,7 @@ from torch import Tensor
 def to_model_range(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 pixels (..., C, H, W) as [-1, 1] in `dtype`, on their device; floating point pixels only change dtype.
 
-    Frame by frame: the float32 copy, needed for exact rounding to `dtype`, then stays small, and in the cache.
-    """
+    Frame by frame: the float32 copy, needed for exact rounding to `dtype`, then stays small, and in the cache."""
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
     out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)

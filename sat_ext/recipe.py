@@ -41,8 +41,7 @@ class Recipe:
 
     `target` names the data class, and `lists` holds the sources of each of `LISTS`. `micro_batch` is in samples of
     the costliest bucket per rank and step. `train_iters` counts optimizer steps (None: not set), each of
-    `accumulation` steps of the data. `doubts` are warnings about what trains, but probably not as intended.
-    """
+    `accumulation` steps of the data. `doubts` are warnings about what trains, but probably not as intended."""
 
     target: str
     data: DataConfig
@@ -101,8 +100,7 @@ class Recipe:
 def read_recipe(paths: Sequence[str]) -> Recipe:
     """The recipe in YAML files, which merge as for `train_video.py --base`, the later over the earlier.
 
-    Needs a `data` section; `model`, `deepspeed` and `args` have defaults. Raises `ConfigError`.
-    """
+    Needs a `data` section; `model`, `deepspeed` and `args` have defaults. Raises `ConfigError`."""
     return recipe_of(read_yaml(paths), f" in {', '.join(paths)}")
 
 

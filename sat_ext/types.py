@@ -51,8 +51,7 @@ class Item:
 
     The rest narrows the file down: from `start` to `end` in seconds (None: the file's end), inside `crop` (left,
     top, width, height in pixels as displayed), played at `fps` frames a second (None: at the file's rate). A
-    record of `weight` 2 is visited twice an epoch.
-    """
+    record of `weight` 2 is visited twice an epoch."""
 
     path: str
     key: str
@@ -70,8 +69,7 @@ class MediaInfo:
     """What a file holds. Width and height are in pixels as displayed, after rotation.
 
     A still, and a video of exactly one frame, has `frames` 1, `fps` 0.0 and `duration` 0.0.
-    `duration` is in seconds, from the first frame's start to the last frame's end.
-    """
+    `duration` is in seconds, from the first frame's start to the last frame's end."""
 
     width: int
     height: int
@@ -108,8 +106,7 @@ class Sample:
     """One training sample.
 
     `pixels` is uint8 (T, C, H, W), or latents (t, C, h, w) from a cache; then `condition` (1, C, h, w) is that of
-    an image-to-video model. `num_frames` counts the frames without repeats, `fps` is what they play at.
-    """
+    an image-to-video model. `num_frames` counts the frames without repeats, `fps` is what they play at."""
 
     pixels: torch.Tensor
     caption: str

@@ -63,8 +63,7 @@ def read_file(file: Path, *, types: tuple[Any, ...] = ()) -> Any:
 def require_sound(file: Path, part: int = 0, parts: int = 1) -> None:
     """Raise `ConfigError` if a record of `file` does not match its checksum, `OSError` if it cannot be read.
 
-    Ranks may share the records: each of `parts` passes its own number as `part`.
-    """
+    Ranks may share the records: each of `parts` passes its own number as `part`."""
     status = file.stat()
     identity = (str(file.resolve()), status.st_size, status.st_mtime_ns)
     if identity in _sound:
@@ -80,8 +79,7 @@ def require_sound(file: Path, part: int = 0, parts: int = 1) -> None:
 def broken_record(file: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a file that `torch.save` wrote, or None; every `parts`-th of its records is read.
 
-    PyTorch stores a CRC-32 for each record (since 1.6), which it does not check itself. Raises `OSError`.
-    """
+    PyTorch stores a CRC-32 for each record (since 1.6), which it does not check itself. Raises `OSError`."""
     if not zipfile.is_zipfile(file):
         return None
     name = "its list of records"

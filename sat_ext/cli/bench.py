@@ -135,8 +135,7 @@ class _Batches(IterableDataset[dict[str, Any]]):
 def _through_a_worker(index: Index, run: Recipe, steps: int, console: Console) -> float:
     """Average seconds per batch of one data worker: read under guard, collated and handed over.
 
-    These are the steps after those of `_by_stage`, whose files the system has cached by now.
-    """
+    These are the steps after those of `_by_stage`, whose files the system has cached by now."""
     batches = DataLoader(_Batches(_stream(index, run), steps, steps + 1), batch_size=None, num_workers=1)
     times = [time.perf_counter() for _ in track(batches, "through a worker", total=steps + 1, console=console)]
     return (times[-1] - times[0]) / steps  # without the first, which waits for the worker to start

@@ -33,8 +33,7 @@ def init(
     """Look at the data, choose what a run needs, and write it down, with a reason for each choice.
 
     With --cogvideo the YAML is for CogVideo's own script, after its two files, and --weights are its own, in SAT's
-    layout.
-    """
+    layout."""
     known = model_of(model)
     output = output if output.suffix in (".yaml", ".yml") else output.with_name(f"{output.name}.yaml")
     require_file(output, new=True)

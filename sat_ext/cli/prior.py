@@ -69,8 +69,7 @@ def prior(
 
     Each is an MP4 with its caption beside it; an image-to-video model animates stills. Where the run has a cache,
     the latents go into it as they are. What is there is kept, so a killed command can be run again. Under torchrun
-    or the DeepSpeed launcher each rank makes a part.
-    """
+    or the DeepSpeed launcher each rank makes a part."""
     from sat_ext.models.generate import build_engine, load_weights
 
     config = read_yaml([*base, *(more or [])])

@@ -29,8 +29,7 @@ def scenes(
 ) -> None:
     """Find the cuts in clips, with PySceneDetect, and write a row with start and end for each part between them.
 
-    Nothing is encoded again. A part has its file's captions; stills are kept as they are.
-    """
+    Nothing is encoded again. A part has its file's captions; stills are kept as they are."""
     try:
         import scenedetect  # noqa: F401
     except ImportError as error:

@@ -15,8 +15,7 @@ from sat_ext.latents.text import TextEmbeddings, encoder_fingerprint
 class CachedFirstStage(nn.Module):
     """A target for `model.first_stage_config`: there is no first stage, as batches bring latents in `mp4`.
 
-    The parameters of the class that it replaces may stay in `params`; only `sat-ext cache` needs them.
-    """
+    The parameters of the class that it replaces may stay in `params`; only `sat-ext cache` needs them."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
@@ -37,8 +36,7 @@ class CachedTextEmbedder(FrozenEmbedder):
     `model_dir` and `max_length` are those of the encoder that it replaces. Where they are set, a folder of another
     encoder's embeddings raises `ConfigError`. A tensor (B, L, D) in place of captions, as a batch's
     `text_embeddings` with that as the `input_key`, is used as it is; then no `folder` is needed. `parent` is the
-    class that CogVideo's `GeneralConditioner` asks for.
-    """
+    class that CogVideo's `GeneralConditioner` asks for."""
 
     PARENT = "sgm.modules.encoders.modules.AbstractEmbModel"
 

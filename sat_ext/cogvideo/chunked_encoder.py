@@ -4,8 +4,7 @@ Its convolutions are causal in time: a chunk of frames needs the last ones of th
 after it. Its group norms are not: their statistics are taken over every frame of the clip, so chunks that are
 normed on their own (as with diffusers' `num_sample_frames_batch_size`) produce other latents. Here each norm is
 measured first, in a pass over all chunks that ends at it, and a last pass applies them all. Every pass computes
-its inputs again, so that at most one activation of the whole clip is held.
-"""
+its inputs again, so that at most one activation of the whole clip is held."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -62,8 +61,7 @@ def segments(encoder: Any, recompute: Recompute) -> "Iterator[list[Layer]]":
 class Convolution:
     """A convolution that is causal in time, over the chunks of a clip: it keeps the frames that the next needs.
 
-    Before the first chunk comes its first frame again, as in CogVideo's `_fake_cp_pass_from_previous_rank`.
-    """
+    Before the first chunk comes its first frame again, as in CogVideo's `_fake_cp_pass_from_previous_rank`."""
 
     norms: "tuple[Norm, ...]" = ()
     last: Tensor

@@ -23,8 +23,7 @@ class ChunkedFirstStage(Target, nn.Module):
     The latents are the parent's within rounding, and the posterior is sampled once for the whole batch, from the
     same random numbers. `decode` is the parent's. There is no gradient and no dropout in the encoder (0 in
     CogVideo's YAMLs), as the first stage never trains. Raises `ConfigError` for an encoder that is not built
-    like `ContextParallelEncoder3D`.
-    """
+    like `ContextParallelEncoder3D`."""
 
     PARENT = "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper"
     WHERE = PARAMS
@@ -65,8 +64,7 @@ class ChunkedFirstStage(Target, nn.Module):
         """Unscaled latents (B, C, (T - 1) / 4 + 1, H / 8, W / 8) of pixels `x` (B, 3, T, H, W) in [-1, 1].
 
         `return_reg_log` adds the regularizer's log; `unregularized` returns the posterior's parameters. The
-        parent's other arguments, for several GPUs, are ignored. Raises `DataError` unless T is 1 or 4k + 1.
-        """
+        parent's other arguments, for several GPUs, are ignored. Raises `DataError` unless T is 1 or 4k + 1."""
         if (x.shape[2] - 1) % self.compression:
             fit = (x.shape[2] - 1) // self.compression * self.compression + 1
             raise DataError(

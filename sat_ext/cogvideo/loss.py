@@ -44,8 +44,7 @@ class JointDiffusionLoss(Target, nn.Module):
     - A network that embeds `ofs` (B,) is given it: 2.0, or the batch's own.
 
     Raises `ConfigError` for an option that is unknown, out of its range, or of no use (`condition_dropout` of a
-    model without condition, at the first step).
-    """
+    model without condition, at the first step)."""
 
     PARENT = "sgm.modules.diffusionmodules.loss.VideoDiffusionLoss"
     WHERE = PARAMS
@@ -186,8 +185,7 @@ def lora_off(network: nn.Module) -> Iterator[None]:
 def condition_factor(condition_scale: float | None, scale_factor: float, where: str) -> float:
     """The factor that brings the condition, which CogVideo's engine makes at `scale_factor`, to `condition_scale`.
 
-    Raises `ConfigError` for a scale that is not above 0; `where` is the place in the YAML.
-    """
+    Raises `ConfigError` for a scale that is not above 0; `where` is the place in the YAML."""
     own = convert(float, scale_factor, f"{where}.scale_factor")
     asked = convert(float | None, condition_scale, f"{where}.condition_scale")
     for name, value in (("scale_factor", own), ("condition_scale", asked)):
@@ -206,8 +204,7 @@ def fitting_groups(sigma_sampler: Any) -> Any:
 
     With `uniform_sampling` each group of ranks has an interval of noise levels. The tag v1.0 takes the largest
     number that divides ranks and levels (`DiscreteSampling` in sgm/modules/diffusionmodules/sigma_sampling.py);
-    the main branch asserts that the YAML's number, 40 in 1.5, fits.
-    """
+    the main branch asserts that the YAML's number, 40 in 1.5, fits."""
     params = (sigma_sampler or {}).get("params") or {}
     if not params.get("uniform_sampling") or not params.get("group_num"):
         return sigma_sampler

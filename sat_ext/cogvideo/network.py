@@ -1,8 +1,7 @@
 """The one reader of CogVideo's `model` section: its network, and the whole as a `ModelConfig` of ours.
 
 CogVideo has two generations, which the network's `patch_size` tells apart: a number in CogVideoX 1.0 (tag v1.0 of
-the repository), three numbers in 1.5 (its main branch).
-"""
+the repository), three numbers in 1.5 (its main branch)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -50,8 +49,7 @@ class Network:
     """The network of CogVideo's `model` section; None where the YAML leaves a value out.
 
     `patch` is (frames, rows, columns) in latents. `num_frames` (of pixels), `latent_height` and `latent_width` are
-    the size that the network is built for. `lora_rank` is 0 where `lora_config` leaves it out.
-    """
+    the size that the network is built for. `lora_rank` is 0 where `lora_config` leaves it out."""
 
     target: str
     generation: str | None
@@ -90,8 +88,7 @@ def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
     """The network of CogVideo's `model` section, which is at `where` in the YAML.
 
     Raises `ConfigError` where there is none, for a size that is not a whole number above 0, and for a `patch_size`
-    of neither generation.
-    """
+    of neither generation."""
     if "network_config" not in (model or {}):
         raise ConfigError(f"{where}.network_config: missing; use CogVideo's own YAML of the model.")
     where = f"{where}.network_config.params"
@@ -137,8 +134,7 @@ def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
 def transformer_values(network: Network, where: str = "model") -> dict[str, Any]:
     """The transformer's architecture under the names of diffusers' config.json.
 
-    Raises `ConfigError` where the `model` section at `where` is incomplete.
-    """
+    Raises `ConfigError` where the `model` section at `where` is incomplete."""
     given = partial(given_in, network, where)
     given("generation")
     return {

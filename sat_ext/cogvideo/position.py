@@ -3,8 +3,7 @@
 CogVideo 1.0 builds its tables for one size (`latent_height`, `latent_width`, `num_frames`) and takes as many of
 their first entries as the input has tokens: right at that size, for any number of frames, and wrong at others.
 These targets go by the input's own frames, rows and columns. At the configured size they call the parent, so
-nothing changes there; the weights and their names are the parent's.
-"""
+nothing changes there; the weights and their names are the parent's."""
 
 import math
 from functools import lru_cache
@@ -36,8 +35,7 @@ class InterpolatedRotaryPositionEmbedding(Target, nn.Module):
       with `latent_height` and `latent_width` changed). The only choice for 1.5 models.
 
     Raises `ConfigError` for an option of the other generation and, with the batch that has them, for more frames
-    than were learned and for a size that does not divide into patches.
-    """
+    than were learned and for a size that does not divide into patches."""
 
     PARENT = "dit_video_concat.Rotary3DPositionEmbeddingMixin"
     WHERE = POSITION

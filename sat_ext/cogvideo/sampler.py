@@ -22,8 +22,7 @@ class PaddedSampler(Target):
 
     The engine drops the first frame that it decodes, as padding (`decode_first_stage`). So the padding stays in
     the result, and where none was needed a copy of the first frame goes in front. With an `ofs` given, as by
-    sample_video.py for image-to-video models, the parent samples alone: that script pads by itself.
-    """
+    sample_video.py for image-to-video models, the parent samples alone: that script pads by itself."""
 
     PARENT = "sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSampler"
     WHERE = PARAMS
@@ -46,8 +45,7 @@ class PaddedSampler(Target):
     ) -> Tensor:
         """Latents from noise `x` (B, T, C, h, w), with one frame more than T, in front, unless `ofs` is given.
 
-        `cond` and `uc` may hold the image as `concat`.
-        """
+        `cond` and `uc` may hold the image as `concat`."""
         sample: Any = super().__call__  # type: ignore[misc]
         if ofs is not None:
             return sample(denoiser, x, cond, uc, *args, ofs=ofs, **kwargs)

@@ -14,8 +14,7 @@ class Target:
 
     Its objects are of a class made of this one and the parent: they take the parent's parameters, pass its
     `isinstance` checks, and name their weights as it does. Raises `ConfigError` where the parent cannot be
-    imported or lacks a method, and for a parameter that neither of them takes.
-    """
+    imported or lacks a method, and for a parameter that neither of them takes."""
 
     PARENT: ClassVar[str]  # the class of CogVideo's that is extended where the YAML names no `parent`
     WHERE: ClassVar[str]  # the place of the parameters in the YAML

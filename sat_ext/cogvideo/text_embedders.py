@@ -2,8 +2,7 @@
 
 T5-XXL's encoder has 4.8 billion parameters, which never train. It stays out of the engine's module tree, where
 nothing moves, casts, saves or partitions it, and out of checkpoints. If a checkpoint of CogVideo's has one, SAT
-lists those keys as unexpected and does not use them.
-"""
+lists those keys as unexpected and does not use them."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -37,8 +36,7 @@ class OffloadedTextEmbedder(FrozenEmbedder):
     "on_off" copies it to the GPU for each call, if the engine is there, and frees the copy after it. By default it
     has the training dtype, as in CogVideo, but on the CPU fp32 unless that is bf16 and the CPU computes in it.
     Every rank holds it in its own memory, and remembers the embeddings of recent captions. `parent` is one of
-    CogVideo's `Frozen...` classes, which take `device`.
-    """
+    CogVideo's `Frozen...` classes, which take `device`."""
 
     PARENT = "sgm.modules.encoders.modules.FrozenT5Embedder"
     CALLS = ("forward",)

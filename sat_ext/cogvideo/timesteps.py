@@ -12,8 +12,7 @@ class StratifiedSampling(Target):
 
     `JointDiffusionLoss` sets `places`, the batch's `timestep` (B,), before it asks for levels. Without them, in an
     evaluation or for another data class, the parent draws. Its `uniform_sampling`, which gives each rank a part of
-    the range, is the special case of one sample a rank.
-    """
+    the range, is the special case of one sample a rank."""
 
     PARENT = "sgm.modules.diffusionmodules.sigma_sampling.DiscreteSampling"
     WHERE = "model.loss_fn_config.params.sigma_sampler_config.params"

@@ -1,7 +1,6 @@
 """diffusers' config.json of a model, from the shapes of SAT's tensors and from CogVideo's YAML if it is given.
 
-Shapes show everything but the size of the video that a model is for and the autoencoder's scale.
-"""
+Shapes show everything but the size of the video that a model is for and the autoencoder's scale."""
 
 import inspect
 import json
@@ -65,8 +64,7 @@ def transformer_config(
 
     `weights` by the names under `model.diffusion_model.`; `base` is CogVideo's YAML of the model. `size`, of the
     video in pixels, wins over the YAML's; without either it is the published models'. Raises `ConfigError` if a
-    tensor that every transformer has is missing, or the YAML is of another model.
-    """
+    tensor that every transformer has is missing, or the YAML is of another model."""
     given = transformer_values(read_network(base.get("model") or {}, SECTION), SECTION) if base else {}
     # a linear patch embedding does not show how its patch is shared out over time, height and width
     seen = _seen(weights, given.get("patch_size_t") or PATCH, given.get("patch_size", PATCH), where)

@@ -42,8 +42,7 @@ def convert(
 
     With `options.merge` the LoRA is added to its base instead. Raises `ConfigError` if `source` holds none or is
     in the layout `to` already, if `target` lies inside a part, and for what cannot be converted exactly; then
-    nothing of that part is left in `target`.
-    """
+    nothing of that part is left in `target`."""
     _reject_inside(target, source)
     found = {name: READERS[name](source, replace(options, to=to)) for name in parts}
     held = {name: part for name, part in found.items() if part is not None}

@@ -33,8 +33,7 @@ class Lora:
 
     `weights` are A (rank, in) and B (out, rank) of each layer, by peft's names (`<layer>.lora_A.weight`) and
     diffusers' name of the layer; with DoRA also the norm of each of its rows (`<layer>.lora_magnitude_vector`).
-    `alpha` is None if it is not known: SAT keeps it in the YAML.
-    """
+    `alpha` is None if it is not known: SAT keeps it in the YAML."""
 
     weights: dict[str, Tensor]
     alpha: float | None

@@ -4,8 +4,7 @@ A tensor of CogVideo's network is one of diffusers', or several stacked along it
 of attention and of the feed-forward part). The transformer's names are those under `model.diffusion_model.` in a
 checkpoint. Sources: `DiffusionTransformer` in sat/dit_video_concat.py, `ContextParallelEncoder3D` and
 `ContextParallelDecoder3D` in sat/vae_modules/cp_enc_dec.py of CogVideo (tag v1.0 and main); diffusers'
-`CogVideoXTransformer3DModel` and `AutoencoderKLCogVideoX`.
-"""
+`CogVideoXTransformer3DModel` and `AutoencoderKLCogVideoX`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -51,8 +51,7 @@ class Part:
     """A transformer or an autoencoder; of a LoRA alone `weights` may be empty, and `config` is None.
 
     `sat_only` are tensors that diffusers has no place for, by SAT's names without the prefix. `where` names the
-    file in messages, `left_out` what else it holds.
-    """
+    file in messages, `left_out` what else it holds."""
 
     where: str
     weights: dict[str, Tensor]

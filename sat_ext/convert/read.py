@@ -41,8 +41,7 @@ def read_transformer(path: Path, options: ConvertOptions) -> Part | None:
 
     `path` is a folder of SAT's (with `latest`), of diffusers', of a run or of several, the parent of one called
     `transformer`, or a file. Unless `options.with_base` is false, a LoRA alone gets the weights of
-    `options.base_weights` or of the base that the checkpoint names, if there is one.
-    """
+    `options.base_weights` or of the base that the checkpoint names, if there is one."""
     if path.is_file():
         part = _lora_file(path, options) if path.suffix == ".safetensors" else _checkpoint(path, options)
     elif not path.is_dir():

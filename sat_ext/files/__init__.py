@@ -5,8 +5,7 @@
 - `0007.tar#MEMBER@OFFSET+SIZE`: a tar's member, whose data starts at that byte;
 - `rows.parquet#COLUMN@ROW.jpg`: a cell of a Parquet file that holds a whole file, here a JPEG.
 
-Tars and Parquet files may be URLs, too.
-"""
+Tars and Parquet files may be URLs, too."""
 
 import io
 import os
@@ -31,8 +30,7 @@ _OPEN_TABLES = 2
 def require_file(path: str, named: str | None = None) -> os.stat_result:
     """The status of the local file `path`, which errors call `named`.
 
-    Raises `MediaError` for what is missing, not a regular file, or empty.
-    """
+    Raises `MediaError` for what is missing, not a regular file, or empty."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -46,8 +44,7 @@ def require_file(path: str, named: str | None = None) -> os.stat_result:
 
 def fingerprint(path: str) -> str:
     """Changes when the file (for members and cells, their container) does: size and time of a local file, what the
-    server reports of a URL. Raises `MediaError`.
-    """
+    server reports of a URL. Raises `MediaError`."""
     path = container_of(path)
     if not is_url(path):
         status = require_file(path)
@@ -76,8 +73,7 @@ def open_binary(path: str) -> BinaryIO:
     """`path` for reading, seekable; the caller closes it.
 
     Raises `MediaError` if it is missing, empty or cannot be read, for URLs also from the file's own methods;
-    `ConfigError` for a kind of URL that no installed package reads.
-    """
+    `ConfigError` for a kind of URL that no installed package reads."""
     inside = inside_of(path)
     if isinstance(inside, ParquetCell):
         return io.BytesIO(_read_cell(path, inside))

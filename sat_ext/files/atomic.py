@@ -20,8 +20,7 @@ def written_aside(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A draft beside `path`, for a file or folder, that takes `path`'s name when the block ends without an error.
 
     After an error nothing of the draft is left. With `shared` its name is unique, because other processes may be
-    writing to the same `path`; otherwise it replaces the draft of a process that was killed. Raises `OSError`.
-    """
+    writing to the same `path`; otherwise it replaces the draft of a process that was killed. Raises `OSError`."""
     draft = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL}" if shared else path.name + PARTIAL)
     _remove(draft)
     try:

@@ -19,8 +19,7 @@ class Cells:
 
     Parquet is read forwards from the start of a row group. Cells on the way are kept up to a limit, so that
     reading in order costs one pass, and any other order at most a row group a cell. A page is held in memory,
-    which is a row group's column if the writer made one page of it.
-    """
+    which is a row group's column if the writer made one page of it."""
 
     def __init__(self, file: BinaryIO, column: str) -> None:
         self._lock = threading.Lock()

@@ -1,7 +1,6 @@
 """Files read in ranges: behind URLs, through fsspec, and members of tars.
 
-File systems are made in the process that uses them: fsspec's event loop does not survive a fork.
-"""
+File systems are made in the process that uses them: fsspec's event loop does not survive a fork."""
 
 import io
 import os
@@ -151,8 +150,7 @@ class RemoteFile(_RangedFile):
 
     It holds one range. Each range that follows the last one, or starts a little after it, is twice as long: a
     header costs little, and sequential reading few requests. Raises `MediaError` at once if the file is missing or
-    empty, or its server does not support ranges.
-    """
+    empty, or its server does not support ranges."""
 
     _file: Any = None
 

@@ -46,8 +46,7 @@ class Advice:
     """Plans of the configuration as given, and of each of `configs/zero/`.
 
     `recommended` is the name of a plan that fits. If none does, `levers` are lines of YAML with which
-    `with_levers` fits; it is None if all levers together are not enough.
-    """
+    `with_levers` fits; it is None if all levers together are not enough."""
 
     plans: tuple[Plan, ...]
     recommended: str | None
@@ -117,8 +116,7 @@ def with_zero(run: Run, name: str) -> Run | None:
 def slowdown(run: Run, gpus: int) -> float:
     """How many times as long as without ZeRO and offload an optimizer step of the costliest bucket takes.
 
-    A rule of thumb, see `RULE`: it takes nothing that is moved to overlap with computing.
-    """
+    A rule of thumb, see `RULE`: it takes nothing that is moved to overlap with computing."""
     counts, options = count(run), run.options
     sizes = [(tokens(b, run.shape), step[b]) for b, step in run.steps.items()]
     length, samples = max(sizes, key=lambda size: size[1] * size[0] ** 2)

@@ -41,8 +41,7 @@ class Parameter:
     """One parameter.
 
     `decays` tells SAT's optimizer groups apart; `block` is the transformer's. A `matrix` of `rows` is the weight
-    of a linear layer, which can be quantized; a `modulation` scales and shifts after a norm.
-    """
+    of a linear layer, which can be quantized; a `modulation` scales and shifts after a norm."""
 
     numel: int
     trains: bool = False

@@ -2,8 +2,7 @@
 
 The modules are diffusers' transformer and autoencoder and transformers' T5 with our levers. CogVideo's engine is
 measured on them too, as its modules have the same widths and blocks. Workspaces that cuDNN takes for a convolution
-are not counted.
-"""
+are not counted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,8 +33,7 @@ class TrainingStep:
 
     `peak` is the peak of the backward pass without the gradients of weights; each further block holds `saved`
     until its turn. `at_end` is the peak after the last block's turn, to which all gradients add if they are kept.
-    `inputs` are the hidden states, of video and text, that enter a block.
-    """
+    `inputs` are the hidden states, of video and text, that enter a block."""
 
     peak: int
     at_end: int
@@ -48,8 +46,7 @@ class Activations:
     """Bytes of a micro-batch under the checkpointing of the YAML.
 
     `on_gpu` and `at_end` are the peaks of `TrainingStep` for all blocks. `on_host` are the inputs of blocks that
-    wait in CPU memory, an entry each.
-    """
+    wait in CPU memory, an entry each."""
 
     on_gpu: int
     at_end: int

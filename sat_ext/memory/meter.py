@@ -57,8 +57,7 @@ def metering(module: nn.Module) -> Iterator[Meter]:
     all tensors that are made inside.
 
     On fake tensors, attention runs the kernel that a CPU would choose, which needs as much memory as flash
-    attention on a GPU. On the meta device all is much faster, but attention writes out all its scores.
-    """
+    attention on a GPU. On the meta device all is much faster, but attention writes out all its scores."""
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         for part in module.modules():
             for name, parameter in part._parameters.items():

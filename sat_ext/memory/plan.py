@@ -3,8 +3,7 @@
 A training step has phases, one of which is the peak: encoding of pixels, of captions, the backward pass, the
 reduction of gradients, the optimizer's step, and the decoding of samples if a run makes any. The parts of a GPU
 are what the backward pass holds; a phase that needs more adds the difference to its own part. So the parts add up
-to the peak.
-"""
+to the peak."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -45,8 +44,7 @@ class Plan:
     """Bytes of a run by part, of the rank that takes most and of a host with its GPUs.
 
     `slowdown`: how many times as long as without ZeRO and offload a step takes. `node`: the configuration is for
-    several nodes of so many GPUs; 1 is for any number.
-    """
+    several nodes of so many GPUs; 1 is for any number."""
 
     name: str
     per_gpu: Mapping[str, int]
@@ -208,8 +206,7 @@ def checkpoint_memory(run: Run) -> list[int]:
     """Page-locked bytes of the block inputs that are offloaded, by the size of an allocation.
 
     PyTorch rounds each up to a power of two, and keeps it for another of that size. So each size has as many as
-    the bucket that needs most of them.
-    """
+    the bucket that needs most of them."""
     most: Counter[int] = Counter()
     for bucket in run.steps:
         most |= Counter(map(power_of_two, activations(run, bucket).on_host))

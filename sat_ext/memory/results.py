@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 def remembered(measure: Callable[P, T]) -> Callable[P, T]:
     """`measure`, whose results are kept in `$SAT_EXT_CACHE` (else `~/.cache/sat_ext`), a file each.
 
-    The `repr` of its arguments must be complete, and its result a dataclass or an integer.
-    """
+    The `repr` of its arguments must be complete, and its result a dataclass or an integer."""
     known: dict[str, T] = {}
 
     @wraps(measure)

@@ -39,8 +39,7 @@ class Offload:
 class Options:
     """`zero_optimization`; sizes are numbers, not bytes. Defaults: deepspeed/runtime/zero/config.py (0.19).
 
-    `fp32_gradients`: gradients accumulate in fp32 (`data_types.grad_accum_dtype`).
-    """
+    `fp32_gradients`: gradients accumulate in fp32 (`data_types.grad_accum_dtype`)."""
 
     stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: Offload = Offload()
@@ -65,8 +64,7 @@ class Run:
     `steps` has a rank's largest micro-step with each bucket, as samples by bucket; `itemsize` is the bytes of a
     number in the training dtype. `cached`: latents come from disk, `cached_text`: embeddings do. `whole_clips`:
     the first stage holds an activation of a clip at full resolution, as CogVideo's own does; `recompute` is
-    `ChunkedFirstStage`'s.
-    """
+    `ChunkedFirstStage`'s."""
 
     model: ModelConfig
     steps: Mapping[Bucket, Mapping[Bucket, int]]

@@ -11,8 +11,7 @@ With N numbers that train, P ranks, e bytes of the training dtype:
 | 2 | e N | e N / P, in whole parameters | 4 N / P, even if e is 4 | 8 N / P |
 | 3 | e N / P | e N / P | 4 N / P, even if e is 4 | 8 N / P |
 
-Groups of ZeRO-1 and 2 are padded to 2 P numbers, and parameters of ZeRO-3, frozen ones too, to P.
-"""
+Groups of ZeRO-1 and 2 are padded to 2 P numbers, and parameters of ZeRO-3, frozen ones too, to P."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,7 @@ class States:
 
     `weights`, `master` and `moments` stay on the GPU, `gradients` from the backward pass to the step, and
     `buffers` during the backward pass. The reduction after it takes `late` more, the optimizer's step `step` more.
-    `host_*` are in CPU memory; `pinned` are the page-locked allocations among them.
-    """
+    `host_*` are in CPU memory; `pinned` are the page-locked allocations among them."""
 
     weights: int = 0
     gradients: int = 0
@@ -52,8 +50,7 @@ def states(
 ) -> States:
     """The bytes of `rank` of `world` for parameters of these sizes, in their order, by optimizer group.
 
-    `item` is the bytes of the training dtype, `steps` the micro-steps whose gradients are accumulated.
-    """
+    `item` is the bytes of the training dtype, `steps` the micro-steps whose gradients are accumulated."""
     if not any(groups):
         return States()
     if options.stage == 0:

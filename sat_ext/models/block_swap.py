@@ -1,8 +1,7 @@
 """Frozen weights of some of the transformer's blocks in CPU memory, each fetched just before its block computes.
 
 Gradient checkpointing computes a block again in the backward pass, which fetches it again; autograd keeps that
-copy until the block's gradients are computed. Trained weights, a LoRA's, stay where they are.
-"""
+copy until the block's gradients are computed. Trained weights, a LoRA's, stay where they are."""
 
 from functools import partial
 from typing import Any
@@ -26,8 +25,7 @@ class SwappedBlock:
 
     Otherwise its parameters are empty, so that what moves, casts or broadcasts the model does not touch the
     weights; their device and dtype are the block's, and `whole_shape` is the weight's. State dicts save and load
-    the weights.
-    """
+    the weights."""
 
     def __init__(self, block: nn.Module, stream: SideStream) -> None:
         self.block, self.stream = block, stream

@@ -36,8 +36,7 @@ class OffloadedInputs:
 
     An input is copied out while its block computes, and its GPU memory is free when the next block starts. In the
     backward pass a block's inputs are copied back while the block after it computes. With torch's `save_on_cpu`
-    the GPU would wait for every copy, which it makes when the tensor is saved and used.
-    """
+    the GPU would wait for every copy, which it makes when the tensor is saved and used."""
 
     def __init__(self) -> None:
         self.out, self.back = SideStream(), SideStream()

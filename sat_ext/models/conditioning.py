@@ -33,8 +33,7 @@ def condition_latents(first: Tensor, frames: int, dropped: Tensor) -> Tensor:
     """The I2V condition for `frames` latent frames: the first frame's latent (B, 1, C, H, W), then zeros.
 
     The first frame is in front even of the padding, as in diffusers' pipeline. Where `dropped` (B,) is true the
-    whole condition is zero, as in CogVideo.
-    """
+    whole condition is zero, as in CogVideo."""
     # not a product with the mask: a latent that is not finite must become zero, too
     kept = torch.where(dropped.to(first.device)[:, None, None, None, None], torch.zeros_like(first), first)
     rest = kept.new_zeros(kept.shape[0], frames - 1, *kept.shape[2:])
@@ -54,8 +53,7 @@ def pad_front(latents: Tensor, padding: int) -> Tensor:
     """`latents` with `padding` copies of the first frame before it.
 
     diffusers' 1.5 pipelines expect the padding there, and CogVideo's diffusers trainers put the copies there
-    (finetune/models/cogvideox1_5_i2v/lora_trainer.py).
-    """
+    (finetune/models/cogvideox1_5_i2v/lora_trainer.py)."""
     return torch.cat([latents[:, :1].expand(-1, padding, -1, -1, -1), latents], dim=1) if padding else latents
 
 
@@ -63,7 +61,6 @@ def pad_condition(condition: Tensor, padding: int) -> Tensor:
     """CogVideo's I2V condition with `padding` copies of its last frame behind it.
 
     The first frame stays the first of all, in the padding's place, as in diffusers' pipeline. The last is zero in
-    the published models, and the image again where CogVideo repeats it (`noised_image_all_concat`).
-    """
+    the published models, and the image again where CogVideo repeats it (`noised_image_all_concat`)."""
     last = condition[:, -1:].expand(-1, padding, -1, -1, -1)
     return torch.cat([condition, last], dim=1) if padding else condition

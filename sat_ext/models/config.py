@@ -31,8 +31,7 @@ class TransformerConfig:
     """Architecture of diffusers' `CogVideoXTransformer3DModel`; the defaults are CogVideoX-2B's.
 
     `sample_height` and `sample_width` are in latent pixels, `sample_frames` in pixel frames. The `in_channels` of
-    an image-to-video model include the condition's.
-    """
+    an image-to-video model include the condition's."""
 
     num_layers: int = 30
     num_attention_heads: int = 30
@@ -76,8 +75,7 @@ class FirstStageConfig:
 
     `condition_scale` multiplies the latents of the I2V condition frame, in training and in `sat-ext sample`. Null
     is as in diffusers' pipeline: `scaling_factor`, or its inverse if the folder's vae/config.json has
-    `invert_scale_latents`.
-    """
+    `invert_scale_latents`."""
 
     kind: Literal["autoencoder", "cosine"] = "autoencoder"
     tiling: bool = False
@@ -103,8 +101,7 @@ class TextConfig:
     models without a folder.
 
     `device: on_off` copies the encoder before the transformer's activations are there. `quantization` is of a `t5`
-    that stays on the GPU, by bitsandbytes: of the linear layers except `wo`, which transformers leaves alone.
-    """
+    that stays on the GPU, by bitsandbytes: of the linear layers except `wo`, which transformers leaves alone."""
 
     kind: Literal["t5", "byt5"] = "t5"
     device: Literal["gpu", "cpu", "on_off"] = "gpu"
@@ -127,8 +124,7 @@ class TrainConfig:
     layers: "fp8" takes 1 byte each, "nf4" 0.53, and bf16 2.
 
     `target_modules` is one of `TARGETS`, or names of layers or of what contains them, in every block alike.
-    `rslora` scales by alpha / sqrt(rank) in place of alpha / rank, and `dora` also learns the norm of each row.
-    """
+    `rslora` scales by alpha / sqrt(rank) in place of alpha / rank, and `dora` also learns the norm of each row."""
 
     mode: Literal["full", "lora"] = "full"
     quantization: Quantization = "none"
@@ -208,8 +204,7 @@ class ModelConfig:
     `ucg_rate` and `noised_image_dropout` (sat/configs/cogvideox_5b_i2v_lora.yaml at tag v1.0).
 
     `gradient_checkpointing` is true for every block, or `GradientCheckpointing`. `block_swap` is the number of
-    blocks whose frozen weights wait in the CPU memory of each rank; all but two of them leave the GPU.
-    """
+    blocks whose frozen weights wait in the CPU memory of each rank; all but two of them leave the GPU."""
 
     pretrained: str | None = None
     conditioning: Literal["none", "i2v"] = "none"

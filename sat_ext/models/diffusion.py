@@ -1,7 +1,6 @@
 """The noise schedule and the loss: what the transformer is asked to predict, and at which noise levels.
 
-CogVideoX trains v-prediction with uniform timesteps on a schedule of zero terminal signal-to-noise ratio.
-"""
+CogVideoX trains v-prediction with uniform timesteps on a schedule of zero terminal signal-to-noise ratio."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -45,8 +44,7 @@ def diffusers_scheduler(schedule: ScheduleConfig) -> Any:
 class NoiseSchedule:
     """Noise levels of a model, from the signal's share of the variance at each of the 1000 timesteps (float64).
 
-    Not diffusers' own methods: they round these shares to the latents' dtype before they take the root.
-    """
+    Not diffusers' own methods: they round these shares to the latents' dtype before they take the root."""
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.root_signal = alphas_cumprod.sqrt().float()
@@ -72,8 +70,7 @@ def velocity_losses(prediction: Tensor, target: Tensor, padding: int = 0) -> Ten
     """The loss of each sample, (B,) float32, without the first `padding` latent frames of (B, T, C, H, W).
 
     The squared error of the velocity is SAT's loss, the squared error of the denoised latents weighted by
-    1 / (1 - alpha), because the two errors differ by the factor sqrt(1 - alpha); this way nothing is divided.
-    """
+    1 / (1 - alpha), because the two errors differ by the factor sqrt(1 - alpha); this way nothing is divided."""
     error = prediction.float() - target
     return error[:, padding:].square().flatten(1).mean(dim=1)
 
@@ -110,8 +107,7 @@ def stratified_timesteps(offsets: Tensor, strata: int) -> Tensor:
 def read_schedule(scheduler: dict[str, Any], where: str) -> ScheduleConfig:
     """The schedule that a folder's scheduler_config.json describes.
 
-    Raises `ConfigError` if it is not CogVideoX's: training on another schedule would spoil the weights.
-    """
+    Raises `ConfigError` if it is not CogVideoX's: training on another schedule would spoil the weights."""
     for key, expected in SCHEDULER_CONSTANTS.items():
         if scheduler.get(key, expected) != expected:
             raise ConfigError(

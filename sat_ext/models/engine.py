@@ -95,8 +95,7 @@ class VideoDiffusionEngine(nn.Module):
         evaluation); in training optionally `loss_weight` (B,), a factor on what its mean adds to the loss,
         `timestep` (B,), from 0 to 1, and `target`, a list of "data" or "base". In training the batch has `seed`,
         an int that differs between ranks, which every draw follows from, and may have `gradient_norms`: if true,
-        the metrics include `gradient_image` and so on, the norms of what each kind adds to the gradient.
-        """
+        the metrics include `gradient_image` and so on, the norms of what each kind adds to the gradient."""
         groups = groups_of(batch)
         if self.training:
             losses = self._training_losses(groups, batch["seed"])
@@ -134,8 +133,7 @@ class VideoDiffusionEngine(nn.Module):
     def predict(self, noisy: Tensor, text: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
         """The transformer's velocity for noisy latents (B, T, C, H, W); T divides by its temporal patch.
 
-        `text` is (B, length, D), `timesteps` (B,), and `condition` is of the latents' shape, or None.
-        """
+        `text` is (B, length, D), `timesteps` (B,), and `condition` is of the latents' shape, or None."""
         inputs = noisy if condition is None else torch.cat([noisy, condition.to(noisy.dtype)], dim=2)
         (velocity,) = predict_velocity(self.network, self.config, [(inputs, text, timesteps)])
         return velocity
@@ -193,8 +191,7 @@ class VideoDiffusionEngine(nn.Module):
     def _evaluation_losses(self, batch: Mapping[str, Any]) -> Tensor:
         """(B,) losses, a function of each sample's source and key and of the weights alone.
 
-        Each sample has `EVALUATED_TIMESTEPS` noise levels, one from each equal part of the range.
-        """
+        Each sample has `EVALUATED_TIMESTEPS` noise levels, one from each equal part of the range."""
         latents, condition, padding = self._inputs(batch, None)
         text = self.text.encode(batch["txt"], latents.device, self.network.dtype)
         generators = [torch.Generator(latents.device).manual_seed(seed) for seed in sample_seeds(batch)]
@@ -214,8 +211,7 @@ class VideoDiffusionEngine(nn.Module):
     ) -> tuple[Tensor, Tensor | None, int]:
         """Latents (B, t, C, h, w), the I2V condition of that shape or None, and 1.5's frames of padding.
 
-        Without a generator nothing is drawn, and no condition is dropped but that of stills.
-        """
+        Without a generator nothing is drawn, and no condition is dropped but that of stills."""
         latents, first = self._latents(batch, generator)
         padding = padding_frames(latents.shape[1], self.config.transformer.patch_size_t)
         condition = None

@@ -1,7 +1,6 @@
 """The first stage, which never trains: pixels to latents and back, all (B, T, C, H, W).
 
-Pixels are in [-1, 1] with T = 1 or 4k+1. The first latent frame holds one pixel frame, each other four.
-"""
+Pixels are in [-1, 1] with T = 1 or 4k+1. The first latent frame holds one pixel frame, each other four."""
 
 import math
 from dataclasses import asdict
@@ -40,8 +39,7 @@ class CosineFirstStage(nn.Module):
 
     Blocks of 8x8 pixels and, after the first frame, groups of four frames become 16 channels, together of about
     unit variance. The first frame counts as four equal ones, so that a channel means the same in a still, in a
-    first frame and in a clip.
-    """
+    first frame and in a clip."""
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents, in the pixels' dtype. Nothing is drawn."""

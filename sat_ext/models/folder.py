@@ -18,8 +18,7 @@ def load_model_config(mapping: Mapping[str, Any]) -> ModelConfig:
 
     Raises `ConfigError` for unknown keys, for a folder that is missing or incomplete, for a folder that holds
     another architecture than the YAML says, for channel counts that do not fit together, and for levers on memory
-    that do not work together.
-    """
+    that do not work together."""
     config = load(ModelConfig, mapping, "model")
     if config.pretrained is not None:
         config = _with_folder(config, config.pretrained, expects="transformer" in mapping)

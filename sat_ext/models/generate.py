@@ -75,8 +75,7 @@ def generate_latents(
     `first_frames`, (B, C, H, W) in [-1, 1], is what an I2V model animates; without it the condition is zero,
     as in training's condition dropout. Guidance pushes away from the empty caption; a `guidance_scale` of 1
     or less turns it off, and then each step costs half. It and `steps` default to those of `model.sampling`.
-    Raises `ConfigError` for a shape that the model does not take, and for a first frame that it cannot use.
-    """
+    Raises `ConfigError` for a shape that the model does not take, and for a first frame that it cannot use."""
     config = engine.config
     check_bucket(config, Bucket(frames=frames, height=height, width=width))
     if first_frames is not None and config.conditioning != "i2v":
@@ -131,8 +130,7 @@ def sample_rows(
 
     `batch` holds `mp4` (B, T, C, H, W), uint8 or in [-1, 1], and `txt`; `frames` is T unless given. An
     image-to-video engine gets the first frame of what becomes a clip; for a still it gets the caption alone, since
-    the first frame would be the answer.
-    """
+    the first frame would be the answer."""
     real = batch["mp4"]
     frames = frames or real.shape[1]
     shows_first = engine.config.conditioning == "i2v" and frames > 1

@@ -1,8 +1,7 @@
 """The transformer over a pack: groups of samples of different shapes, block by block.
 
 A block's linear layers see the tokens of all groups as one sequence, so that its weights are fetched, gathered or
-dequantized once. Attention runs group by group: all samples of a group have one length, so it needs no mask.
-"""
+dequantized once. Attention runs group by group: all samples of a group have one length, so it needs no mask."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -20,8 +20,7 @@ class Code:
     """A code for matrices of weights (rows, columns).
 
     `quantize(weight)` gives bytes (uint8) and scales, integers so that no cast of the model changes them.
-    `dequantize(codes, scales, shape, dtype)` gives the matrix, which quantizes to the same codes and scales.
-    """
+    `dequantize(codes, scales, shape, dtype)` gives the matrix, which quantizes to the same codes and scales."""
 
     quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
     dequantize: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
@@ -85,8 +84,7 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose `weight` is bytes, with `scales` beside it; PEFT takes it as a linear layer.
 
     With `in_state_dict` state dicts hold its weight, dequantized to float32 in CPU memory. Loading a weight
-    quantizes it, and one from its own state dict gives the same codes.
-    """
+    quantizes it, and one from its own state dict gives the same codes."""
 
     scales: Tensor
 

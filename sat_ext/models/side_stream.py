@@ -40,8 +40,7 @@ class Transfer:
 
     GPU memory on either side belongs to the computing stream, and `finish` makes its next use there wait for the
     copy. We do not use `record_stream` for that: it frees memory only when the GPU has got that far, and the CPU,
-    which is whole blocks ahead, would allocate more in the meantime.
-    """
+    which is whole blocks ahead, would allocate more in the meantime."""
 
     def __init__(
         self, target: Tensor, source: Tensor | None = None, stream: torch.cuda.Stream | None = None
@@ -74,8 +73,7 @@ def host_memory(size: int) -> Tensor:
 def page_lock(memory: Tensor) -> bool:
     """Page-lock `memory` of `host_memory`, so that copies to a GPU are asynchronous; unlocked when it is freed.
 
-    False if the system refuses; the memory is then used unlocked.
-    """
+    False if the system refuses; the memory is then used unlocked."""
     # not `Tensor.pin_memory`, which copies into an allocation that is rounded up to a power of two
     # (aten/src/ATen/core/CachingHostAllocator.h)
     cudart, address = torch.cuda.cudart(), memory.data_ptr()

@@ -22,8 +22,7 @@ class T5Text(nn.Module):
     as CogVideo's FrozenT5Embedder and diffusers' pipelines do.
 
     An encoder that is quantized or off the GPU stays out of the module tree: what moves, casts, saves or
-    partitions the model does not see it, and every rank holds it in its own memory.
-    """
+    partitions the model does not see it, and every rank holds it in its own memory."""
 
     encoder: nn.Module
 
@@ -101,8 +100,7 @@ def small_byt5(width: int) -> nn.Module:
     """A T5 encoder of one layer over bytes, for tiny models: random, and the same on every machine.
 
     Head h looks at the byte h places before, so that an embedding depends on the last few letters. With plain
-    random weights every head would average over the caption, and words would hardly differ.
-    """
+    random weights every head would average over the caption, and words would hardly differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(BYT5_SEED)
         shape = T5Config(

@@ -21,8 +21,7 @@ def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which this machine's CPU encodes the captions of a run in `dtype`.
 
     fp16 is slow on CPUs, and T5 overflows in it. Without instructions of its own bf16 is slower than fp32: T5-XXL
-    took 5 times as long with AVX2, and a layer of it 3 times with AVX512.
-    """
+    took 5 times as long with AVX2, and a layer of it 3 times with AVX512."""
     return dtype if dtype == torch.bfloat16 and computes_in_bf16() else torch.float32
 
 
@@ -85,8 +84,7 @@ def lock_weights(tensors: Iterable[Tensor]) -> None:
 class EmbeddingCache:
     """Embeddings (L, D) by caption in CPU memory: those used last, `limit` bytes of them.
 
-    Only for an encoder that each rank holds whole: one that ZeRO-3 splits must be called by all ranks alike.
-    """
+    Only for an encoder that each rank holds whole: one that ZeRO-3 splits must be called by all ranks alike."""
 
     def __init__(self, limit: int = REMEMBERED) -> None:
         self.limit = limit

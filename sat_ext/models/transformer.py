@@ -29,8 +29,7 @@ class LearnedPatchEmbed(CogVideoXPatchEmbed):
     """CogVideoX-5B-I2V's patch embedding, for other sizes and frame counts than the native ones too.
 
     diffusers' own raises for another size, and for another frame count takes sines that the model never saw.
-    Here fewer frames take the first ones' embeddings, and other sizes take them resized.
-    """
+    Here fewer frames take the first ones' embeddings, and other sizes take them resized."""
 
     pos_embedding: Tensor
 
@@ -57,8 +56,7 @@ def rotary_embedding(
 ) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines for latents of this shape (padding included), or None for a model without them.
 
-    1.0 models stretch the native grid over the frame, 1.5 models count patches.
-    """
+    1.0 models stretch the native grid over the frame, 1.5 models count patches."""
     transformer = config.transformer
     if not transformer.use_rotary_positional_embeddings:
         return None

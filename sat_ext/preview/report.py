@@ -16,8 +16,7 @@ from sat_ext.types import Bucket
 class Frame:
     """One picture of a film strip: its bytes, and its size for the browser to reserve the place.
 
-    `label` is its time; `repeated`: it only fills up a short clip.
-    """
+    `label` is its time; `repeated`: it only fills up a short clip."""
 
     uri: str
     width: int
@@ -57,8 +56,7 @@ class BucketPart:
 class SourcePart:
     """One source. `asked` and `got` are shares of the samples; in `steps` each record is seen once.
 
-    `epochs` is how often the whole run (`args.train_iters`) sees each record; None where that is not set.
-    """
+    `epochs` is how often the whole run (`args.train_iters`) sees each record; None where that is not set."""
 
     name: str
     path: str

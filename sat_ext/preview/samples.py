@@ -25,8 +25,7 @@ _TRIES = 4  # samples read for one that is shown
 def show(stream: JointStream, bucket: Bucket, number: int) -> tuple[list[Shown], str]:
     """The first `number` records that training takes from a bucket, from each source in turn, and a remark.
 
-    If too many of its files cannot be read, the remark says why samples are missing.
-    """
+    If too many of its files cannot be read, the remark says why samples are missing."""
     shown: list[Shown] = []
     seen = set()
     for cell, position in islice(_turns(stream, bucket), _TRIES * number):

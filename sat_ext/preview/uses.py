@@ -21,8 +21,7 @@ class Uses:
     `part` has its width, height, `seconds` (0 for a still), `fps`, and frames `available` at the model's rate, and
     `left_out` the same of the files without a bucket. `moving`: the row trains as a clip. `cut` is the part of the
     picture's area, 0 to 1, that is cropped, and `enlarged` the factor by which its sides grow. `lengths` are the
-    frames available in each clip that is not meant to train as a still, with or without a bucket.
-    """
+    frames available in each clip that is not meant to train as a still, with or without a bucket."""
 
     part: np.ndarray
     left_out: np.ndarray

@@ -45,8 +45,7 @@ def line_chart(
     """A chart of named series, each with the number of its color; None if none has a value.
 
     The highest 2 % of the values may lie above the chart, where they would press the others flat. With `log` the
-    scale is logarithmic.
-    """
+    scale is logarithmic."""
     kept = {
         name: (color, {s: v for s, v in of.items() if math.isfinite(v) and (v > 0 or not log)})
         for name, (color, of) in series.items()

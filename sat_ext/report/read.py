@@ -22,8 +22,7 @@ class RunFiles:
 
     `starts`, `steps`, `skipped` and `data` are what `sat_ext.sat.run_log` writes, `memory` is `memory.json`.
     `motion` has, by the kind of the captions and by whose samples they are (of the "model", its "base", or
-    "held_out"), the flow at each evaluated step; `samples`, by kind, its contact sheet.
-    """
+    "held_out"), the flow at each evaluated step; `samples`, by kind, its contact sheet."""
 
     folder: Path
     scalars: Scalars

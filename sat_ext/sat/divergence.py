@@ -35,8 +35,7 @@ def attempts(model: Any) -> tuple[int, int]:
 def count(run: RunState, model: Any, args: argparse.Namespace, before: tuple[int, int]) -> None:
     """Count a step that changed no weight; `before` is `attempts` from before the step. All ranks count alike.
 
-    Raises `TrainingError` after `stop_after_bad_steps`.
-    """
+    Raises `TrainingError` after `stop_after_bad_steps`."""
     # SAT abandons a step if the loss of any rank is not finite, DeepSpeed one whose gradients are not; what SAT
     # returns does not say so
     begun, skipped = attempts(model)
@@ -70,8 +69,7 @@ def may_save(run: RunState, args: argparse.Namespace, *, last: bool) -> bool:
 def check_finite(model: Any, args: argparse.Namespace) -> None:
     """Raise `TrainingError` on every rank if a trained weight or optimizer state of any rank is not finite.
 
-    Numbers are read where they are, in ZeRO's shards or on the CPU; what is swapped to a disk is not read.
-    """
+    Numbers are read where they are, in ZeRO's shards or on the CPU; what is swapped to a disk is not read."""
     bad = next((name for name, value in _numbers(model) if not _is_finite(value)), None)
     for rank, name in enumerate(gather(bad)):
         if name is not None:

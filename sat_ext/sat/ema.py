@@ -1,6 +1,5 @@
 """An exponential moving average of the trained weights. The optimizer keeps it beside Adam's moments, so ZeRO
-shards it, offload moves it to the CPU, and full checkpoints restore it, as they do the moments.
-"""
+shards it, offload moves it to the CPU, and full checkpoints restore it, as they do the moments."""
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +25,7 @@ class EmaAdamW(torch.optim.AdamW):
 
     The average starts as the weight before its first update. Update t moves it towards the new weight by
     1 - min(ema_decay, (1 + t) / (10 + t)). The rule, its warm-up and the default decay are those of SAT's
-    FusedEmaAdam (`sat/ops/fused_ema_adam.py`).
-    """
+    FusedEmaAdam (`sat/ops/fused_ema_adam.py`)."""
 
     def __init__(
         self,

@@ -6,8 +6,7 @@ called instead: no file of SAT's, DeepSpeed's or CogVideo's is changed.
 Our script and CogVideo's take the same road. Both read `create_dataset_function` of the data class and pass it to
 `training_main`; reading it calls `enter` (`dataset.py`), so that `training_main`'s first call, `make_loaders`,
 goes through `begun`, which installs the rest. Our script calls `install` earlier, because the allocator's variable
-and the timeout of process groups are best set before there is a GPU in use or a group.
-"""
+and the timeout of process groups are best set before there is a GPU in use or a group."""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -57,8 +56,7 @@ class Hook:
     """`wrap` is called in place of the function at `target`, a `module:function`, and gets it as first argument. A
     `target` that is a module's import of another module is replaced by what `wrap` makes of that.
 
-    With `fix`, it is part of that repair, and put in place only if the repair is needed and not left out.
-    """
+    With `fix`, it is part of that repair, and put in place only if the repair is needed and not left out."""
 
     target: str
     wrap: Callable[..., Any]
@@ -127,8 +125,7 @@ def install(args: argparse.Namespace) -> None:
     """Put the table in place with the repairs that are needed and that `args.without_fixes` does not name. Each
     repair is logged in one line. Safe to call again.
 
-    Raises `ConfigError` for an unknown name, and for what a repair finds that cannot run here.
-    """
+    Raises `ConfigError` for an unknown name, and for what a repair finds that cannot run here."""
     enter()
     left_out = settings_of(args).without_fixes
     reject_unknown_keys(left_out, tuple(FIXES), "args.without_fixes")

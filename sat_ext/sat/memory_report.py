@@ -1,8 +1,7 @@
 """The memory that a run is predicted to take, shown before anything is loaded, and at the end what it took.
 
 Peaks are PyTorch's own count of what it allocated on the first rank's GPU, from the beginning of a micro-step to
-the beginning of the next: forward and backward pass, and the optimizer's step if there is one.
-"""
+the beginning of the next: forward and backward pass, and the optimizer's step if there is one."""
 
 import argparse
 import atexit
@@ -36,8 +35,7 @@ log = logging.getLogger(__name__)
 class Measured:
     """The micro-steps of one bucket: the most bytes that PyTorch allocated and reserved, and the seconds of the
     newest ones. The first micro-step counts for neither, because it may make optimizer states, and cuDNN tries
-    kernels with workspaces of gigabytes in it; `first` is what it allocated.
-    """
+    kernels with workspaces of gigabytes in it; `first` is what it allocated."""
 
     samples: int = 0
     steps: int = 0

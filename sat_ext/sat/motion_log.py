@@ -28,8 +28,7 @@ class MotionLog:
     makes of them and, under a LoRA, of what its base makes of the same noise; and that of the clips themselves.
 
     Of a still's caption a clip of the run's longest bucket is made, which an image-to-video model begins with the
-    still: `samples/<iteration>_animated.png`.
-    """
+    still: `samples/<iteration>_animated.png`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         if (recipe := recipe_in(args)) is None:

@@ -1,8 +1,7 @@
 """The other ranks: how long one waits for them, and which of them is gone when an exchange fails.
 
 Each rank increments its own counter in the process group's store, from a thread that runs while the training
-waits. The counter of a rank that hangs in the kernel, was stopped, has ended or is cut off does not move.
-"""
+waits. The counter of a rank that hangs in the kernel, was stopped, has ended or is cut off does not move."""
 
 import argparse
 import atexit
@@ -30,8 +29,7 @@ _limit = timedelta()
 
 def timeout(args: argparse.Namespace) -> bool:
     """Symptom: SAT starts its process groups with NCCL's limit of 10 minutes, and a first rank that works alone
-    for longer, as where CogVideo samples 1.5 in an evaluation, ends the run.
-    """
+    for longer, as where CogVideo samples 1.5 in an evaluation, ends the run."""
     set_limit(timedelta(minutes=settings_of(args).timeout_minutes))
     begin()
     return True
@@ -60,8 +58,7 @@ def begin() -> None:
 def sentence_of_lost(error: BaseException) -> str | None:
     """Which ranks are gone, if the error is that of a failed collective; None for any other error.
 
-    Takes some seconds, to see whose counters still move.
-    """
+    Takes some seconds, to see whose counters still move."""
     text = " ".join(str(error).split())
     ours = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
     if not ours or not _LOST.search(text) or not dist.is_initialized():

@@ -5,8 +5,7 @@ A package adds a class by an entry point in the group `sat_ext.datasets`, whose 
     [project.entry-points."sat_ext.datasets"]
     MyDataset = "my_package.data:MyDataset"
 
-or with the decorator: `@dataset_registry.register`.
-"""
+or with the decorator: `@dataset_registry.register`."""
 
 from importlib.metadata import entry_points
 from typing import Any

@@ -2,8 +2,7 @@
 
 - `steps.jsonl`: a line for each start, and one at every `args.log_interval`, with samples, tokens and seconds.
 - `skipped.jsonl`: files that could not be read during training, and on which rank.
-- `data.json`: the records by source and bucket, and the files that were left out at the start.
-"""
+- `data.json`: the records by source and bucket, and the files that were left out at the start."""
 
 import argparse
 import json

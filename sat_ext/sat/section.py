@@ -63,8 +63,7 @@ def check_keys(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
 def check_section(config: Mapping[str, Any], ranks: int, *, checkpoints_activations: bool) -> None:
     """Check the section of the run: `config` with all batch sizes, on so many `ranks`. Raises `ConfigError`.
 
-    `checkpoints_activations`: whether the engine can leave that to DeepSpeed, as CogVideo's can.
-    """
+    `checkpoints_activations`: whether the engine can leave that to DeepSpeed, as CogVideo's can."""
     _check_precision(config)
     optimizer = config.get("optimizer") or {}
     name = str(optimizer.get("type"))

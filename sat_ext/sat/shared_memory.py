@@ -20,8 +20,7 @@ def check_shared_memory(args: argparse.Namespace, stream: JointStream) -> None:
     """Raise `ConfigError` on every rank if this list of data, with those before it, could fill /dev/shm.
 
     PyTorch would end in a traceback, or wait forever for the batch that a worker could not hand over. It counts as
-    many of the largest batches as the workers of all ranks of a machine may have ready at once.
-    """
+    many of the largest batches as the workers of all ranks of a machine may have ready at once."""
     if not args.num_workers:
         return
     largest = 3 * stream.size.most_pixels(c.bucket for c in stream.schedule.cells) * stream.dtype.itemsize

@@ -20,8 +20,7 @@ _asked = False
 def listen() -> None:
     """From now on SIGTERM asks for a stop, however often it comes: launchers repeat what a batch system sends.
 
-    SIGKILL and Ctrl-C still end the process at once.
-    """
+    SIGKILL and Ctrl-C still end the process at once."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _ask)
 

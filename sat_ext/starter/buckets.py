@@ -32,8 +32,7 @@ _SHAPES = 400  # of the data, that are told apart
 def choose_lengths(available: Sequence[float], native: int) -> list[int]:
     """Lengths of clips, from the shortest to the model's `native` one, for clips that fill so many frames.
 
-    Empty where no clip fills the shortest, of 9 frames.
-    """
+    Empty where no clip fills the shortest, of 9 frames."""
     known = [*range(1 + DEFAULT_LENGTH_STEP, native, DEFAULT_LENGTH_STEP), native]
     filled = Counter(max((n for n in known if n <= frames), default=0) for frames in available)
     lengths = [n for n in known if filled[n]]
@@ -48,8 +47,7 @@ def choose_sizes(shapes: Sequence[Size], native: Size, multiple: int = 16, most:
     """Up to `most` sizes of about the `native` area that cut least off pictures of these `shapes` (width, height).
 
     They are the best for their number, and one more would save less than `LEAST_GAIN` on average. Sides are
-    multiples of `multiple`. The native size is preferred among those that cut as much.
-    """
+    multiples of `multiple`. The native size is preferred among those that cut as much."""
     sizes = candidates(native, multiple)
     log_size = np.log([width / height for height, width in sizes])
     log_shape = np.log([width / height for width, height in shapes])
@@ -84,8 +82,7 @@ def _best_of(costs: np.ndarray, grid: np.ndarray, log_size: np.ndarray, number: 
     """The cost and the indices of the best `number` sizes.
 
     Each shape goes to the size nearest to it, so the shapes of a size lie together, and what is best below a size
-    does not depend on what lies above it.
-    """
+    does not depend on what lies above it."""
     count = len(log_size)
     # between[i, j]: the cost of the shapes between the sizes i and j; -1 and `count` stand for no size
     nearest = np.concatenate([[-math.inf], log_size, [math.inf]])

@@ -39,8 +39,7 @@ class Choice:
     """The YAML to write, its comments by dotted path, and sentences about what was chosen and why.
 
     `before` are files of CogVideo's own that come before it. `cache` is the folder to fill first, if one is
-    needed; under CogVideo's script `cached` is a further YAML, to train from it.
-    """
+    needed; under CogVideo's script `cached` is a further YAML, to train from it."""
 
     config: dict[str, Any]
     comments: dict[str, str]

@@ -2,8 +2,7 @@
 
 `sat_ext.json` has a hash of each cell's keys, in their order. `data.pt` has, for samples at regular places of
 each cell's epoch, hashes of key, captions and file. Up to `SAMPLED` samples in the whole data set these are all of
-them, and the report is exact; beyond that it is an estimate.
-"""
+them, and the report is exact; beyond that it is an estimate."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,8 +54,7 @@ def changes(
 ) -> Iterator[str]:
     """A sentence for each source that has changed, or changed its order, since a checkpoint (`cells`, `saved`).
 
-    `schedule` is that of `index` with the present seed; `used` samples of each of its cells were trained on.
-    """
+    `schedule` is that of `index` with the present seed; `used` samples of each of its cells were trained on."""
     now = epoch_of(index, schedule)
     hashes = _hashes(index.table["key"])
     for source in dict.fromkeys(c.source for c in cells):

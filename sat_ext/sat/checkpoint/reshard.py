@@ -5,8 +5,7 @@ pieces by name, whatever the order and the groups. Files are mapped: a rank read
 
 - ZeRO 1 and 2 concatenate the parameters of a group and cut the result into as many parts as ranks;
   `param_slice_mappings` of a shard says what of each parameter is in it.
-- ZeRO 3 cuts each parameter of n values into pieces of ceil(n / ranks); the last ones are shorter or empty.
-"""
+- ZeRO 3 cuts each parameter of n values into pieces of ceil(n / ranks); the last ones are shorter or empty."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

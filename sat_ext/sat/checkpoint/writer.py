@@ -19,8 +19,7 @@ class Writer(TorchCheckpointEngine):
     already waiting in a barrier; nothing is attempted after it.
 
     `keep` says by name which weights belong in the checkpoint; `written` has the sizes of this rank's files;
-    `placed` is set once the checkpoint has its name, so that an error after that does not call it unsaved.
-    """
+    `placed` is set once the checkpoint has its name, so that an error after that does not call it unsaved."""
 
     def __init__(self, keep: Callable[[str], bool]) -> None:
         super().__init__()

@@ -27,8 +27,7 @@ def without_gpu(torch: Any) -> StandIn:
 
 def no_compiler(_args: argparse.Namespace) -> bool:
     """Symptom: on a CPU, DeepSpeed compiles an operator at its first start, and a start killed meanwhile leaves
-    a lock that every later one waits for without end.
-    """
+    a lock that every later one waits for without end."""
     return not torch.cuda.is_available()
 
 

@@ -22,8 +22,7 @@ LISTS = {"val": "valid_data", "test": "test_data"}
 
 def evaluation(_args: argparse.Namespace) -> bool:
     """Symptom: SAT's validation loss, and with it TensorBoard's valid_loss and PPL, is the first rank's alone, and
-    CogVideo's is drawn at random, with captions and conditions dropped as in training.
-    """
+    CogVideo's is drawn at random, with captions and conditions dropped as in training."""
     return True
 
 
@@ -33,8 +32,7 @@ def of_all_samples(
 ) -> tuple[float, dict[str, Tensor] | None]:  # fmt: skip
     """In place of SAT's: the mean loss over all samples, and on the first rank those of the metrics, each (1,).
 
-    Our stream says how many steps it takes; other data take `eval_iters`.
-    """
+    Our stream says how many steps it takes; other data take `eval_iters`."""
     run = run_of(args)
     run.evaluated = split  # for the script's `handle_metrics`, which SAT does not pass it
     listed = run.streams.get(LISTS[split])

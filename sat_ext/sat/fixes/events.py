@@ -11,8 +11,7 @@ NAME = "TensorBoard's events"
 
 def events(_args: argparse.Namespace) -> bool:
     """Symptom: a full disk ends the thread that writes TensorBoard's events, and ten values later the run hangs
-    for ever, deaf to SIGTERM; at the start it ends in a traceback.
-    """
+    for ever, deaf to SIGTERM; at the start it ends in a traceback."""
     return True
 
 

@@ -17,8 +17,7 @@ def launcher(_args: argparse.Namespace) -> bool:
     machine training on.
 
     Each rank checks every second that the launcher is still there, and otherwise sends itself SIGTERM, on which it
-    saves and ends. Ranks that anything else started (a shell on another machine) are left alone.
-    """
+    saves and ends. Ranks that anything else started (a shell on another machine) are left alone."""
     parent, command = _ancestors(2)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, which starts the ranks itself
         generations = 1

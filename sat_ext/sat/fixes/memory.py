@@ -18,8 +18,7 @@ SEGMENTS = "expandable_segments:True"
 
 def expandable_segments(_args: argparse.Namespace) -> bool:
     """Symptom: buckets of many sizes leave gaps in the GPU's memory that PyTorch has reserved, and a run dies of
-    memory that is "reserved by PyTorch but unallocated".
-    """
+    memory that is "reserved by PyTorch but unallocated"."""
     if not torch.cuda.is_available() or any(os.environ.get(name) for name in ALLOCATOR):  # the user's own setting
         return False
     new = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)  # warns of the older name
@@ -31,8 +30,7 @@ def expandable_segments(_args: argparse.Namespace) -> bool:
 
 def empty_cache(_args: argparse.Namespace) -> bool:
     """Symptom: CogVideo's engine empties the GPU's cache and collects garbage in every step, which waits for all
-    of the GPU's work and makes it ask the driver for its memory again.
-    """
+    of the GPU's work and makes it ask the driver for its memory again."""
     return "diffusion_video" in sys.modules
 
 

@@ -24,8 +24,7 @@ def optimizer_path(args: argparse.Namespace) -> bool:
     """Symptom: SAT takes an optimizer by its dotted path only where that begins with `sat.`; DeepSpeed looks for
     `bitsandbytes.optim.AdamW8bit` in torch, and dies after the model is loaded.
 
-    Raises `ConfigError` for a path that cannot be imported, and for parameters or a place it does not support.
-    """
+    Raises `ConfigError` for a path that cannot be imported, and for parameters or a place it does not support."""
     config = getattr(args, "deepspeed_config", None) or {}
     section = config.get("optimizer") or {}
     name, params = str(section.get("type", "")), section.get("params") or {}

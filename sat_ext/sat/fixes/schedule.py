@@ -11,8 +11,7 @@ WARM_UP = ("init_step", "auto_warmup_steps", "auto_warmup_rate")  # of Annealing
 
 def lr_schedule(_args: argparse.Namespace) -> bool:
     """Symptom: a resumed run warms up again for 100 steps, and divides by zero where `warmup` is 0; the last step
-    of the linear decay has a learning rate below zero.
-    """
+    of the linear decay has a learning rate below zero."""
     return True
 
 

@@ -17,8 +17,7 @@ def auto_sizes(args: argparse.Namespace) -> bool:
     sizes that follow from the model; its own defaults take gigabytes; and it dies if a YAML adds
     `offload_optimizer` to CogVideo's `cpu_offload: false` ("Cannot provide deprecated parameter").
 
-    Raises `ConfigError` for any other "auto", and if offload to NVMe cannot work here.
-    """
+    Raises `ConfigError` for any other "auto", and if offload to NVMe cannot work here."""
     config = getattr(args, "deepspeed_config", None)
     zero = zero_of(args)
     _check_nvme(zero)

@@ -21,8 +21,7 @@ from sat_ext.sat.standin import StandIn, replaced
 def resume(_args: argparse.Namespace) -> bool:
     """Symptom: torch >= 2.6 refuses SAT's checkpoints ("Weights only load failed"): they hold a NumPy RNG state.
 
-    Allows exactly the types that this state is made of; nothing else in a checkpoint can run code.
-    """
+    Allows exactly the types that this state is made of; nothing else in a checkpoint can run code."""
     torch.serialization.add_safe_globals(RNG_STATE_TYPES)
     return True
 
@@ -80,8 +79,7 @@ def mapped_and_checked(
 
 def save(_args: argparse.Namespace) -> bool:
     """Symptom: under ZeRO-3, SAT saves the first rank's shard and drops the others; under ZeRO-0 in fp32, saving
-    dies with "'AdamW' object has no attribute 'optimizer'".
-    """
+    dies with "'AdamW' object has no attribute 'optimizer'"."""
     return True
 
 

@@ -50,8 +50,7 @@ def _by_position(wrapped: Callable[..., None], original: Callable[..., None]) ->
 
 def zero3_build(args: argparse.Namespace) -> bool:
     """Symptom: under ZeRO-3, SAT builds the model inside `deepspeed.zero.Init()` without a configuration, which
-    rounds every weight to fp16 whatever the training dtype, and no `from_pretrained` works inside it.
-    """
+    rounds every weight to fp16 whatever the training dtype, and no `from_pretrained` works inside it."""
     return zero_of(args).get("stage") == 3
 
 
@@ -82,8 +81,7 @@ def split_while_built(
 class Partition:
     """Splits parameters among the ranks, in the training dtype and where the YAML puts them.
 
-    One for a model: it has one set of buffers where the YAML keeps parameters in files.
-    """
+    One for a model: it has one set of buffers where the YAML keeps parameters in files."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -142,8 +140,7 @@ def _layer_by_layer(partition: Partition) -> Iterator[None]:
 
 def zero3_sampling(args: argparse.Namespace) -> bool:
     """Symptom: under ZeRO-3, an evaluation of CogVideo's hangs: its first rank alone samples videos, and waits for
-    the others' parts of the weights.
-    """
+    the others' parts of the weights."""
     is_cogvideo = engine_of(getattr(args, "model_config", None)).is_cogvideo
     return zero_of(args).get("stage") == 3 and is_cogvideo and getattr(args, "model_parallel_size", 1) == 1
 
