@@ -216,14 +216,11 @@ def paths_of(args: Mapping[str, Any], name: str) -> list[str]:
 
 def weights_of(args: Mapping[str, Any], paths: Sequence[str]) -> list[float] | None:
     """`args.train_data_weights` of the `paths` of `args.train_data`. Raises `ConfigError`."""
-    weights: list[float] | None = convert(
-        list[float] | None, args.get("train_data_weights"), "args.train_data_weights"
-    )
+    where = "args.train_data_weights"
+    weights: list[float] | None = convert(list[float] | None, args.get("train_data_weights"), where)
     if weights and len(weights) != len(paths):
-        raise ConfigError(
-            f"args.train_data_weights: {len(weights)} weights for {len(paths)} entries of args.train_data; "
-            "write one for each."
-        )
+        entries = f"{len(paths)} entries of args.train_data"
+        raise ConfigError(f"{where}: {len(weights)} weights for {entries}; write one for each.")
     return weights or None
 
 

@@ -181,13 +181,9 @@ class Maker:
         """About how long one clip takes: as measured now for one denoising step, without the first stage."""
         from sat_ext.models.generate import generate_latents
 
-        begun = [time.perf_counter()]
+        begun, shape = [time.perf_counter()], self._shape(self.buckets[0])
         for steps in (1, 2):
-            list(
-                generate_latents(
-                    self.engine, [""], **{**self._shape(self.buckets[0]), **self.options, "steps": steps}
-                )
-            )
+            list(generate_latents(self.engine, [""], **shape, **{**self.options, "steps": steps}))
             begun.append(time.perf_counter())
         one = (begun[2] - begun[1]) - (begun[1] - begun[0])
         one = one if one > 0 else (begun[2] - begun[1]) / 2  # the first pass warms up

@@ -68,7 +68,7 @@ def scenes(
     write_file(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     cut = sum(len(parts) > 1 for parts in takes.values() if not isinstance(parts, MediaError))
     print(f"{output}: {len(lengths)} clips of {len(paths)} files, {cut} of which have cuts", end="")
-    print(f"; median {median(lengths):.1f} s" if lengths else "", end="")
+    print(f"; median {median(lengths):.1f} s", end="")
     print(f"; {too_short} of less than {shortest:g} s left out" if too_short else "", end="")
     print(f"; {len(rows) - len(lengths)} stills" if len(rows) > len(lengths) else "")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(item.path)) for item in items])

@@ -87,9 +87,7 @@ class JointDiffusionLoss(Target, nn.Module):
         transformer = getattr(network, "diffusion_model", network)
         still, dropped, taught, factors = self._per_sample(batch, input, getattr(network, "training", True))
         batch, frames = dict(batch), input.shape[1]
-        patch = getattr(
-            transformer, "patch_size", 1
-        )  # (frames, rows, columns) in 1.5, and rows, an integer, in 1.0
+        patch = getattr(transformer, "patch_size", 1)  # (frames, rows, columns) in 1.5, an integer in 1.0
         self._padding = padding_frames(frames, 1 if isinstance(patch, int) else int(patch[0]))
         if "condition_latents" in batch:  # from a cache, which has the first frame alone
             first = batch.pop("condition_latents").to(input)

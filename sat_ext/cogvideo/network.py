@@ -176,15 +176,12 @@ def model_config(model: Mapping[str, Any]) -> ModelConfig:
     chunked = stage.target == CHUNKED_FIRST_STAGE
     device = text.params.get("device", "on_off") if text.target == OFFLOADED_TEXT else "gpu"
     values = {**transformer_values(network), "use_rotary_positional_embeddings": network.is_rotary}
+    together = stage.params.get("clips", 1) if chunked else model.get("en_and_decode_n_samples_a_time")
     return ModelConfig(
         pretrained=PRETRAINED,
         conditioning="i2v" if network.makes_condition else "none",
         transformer=load(TransformerConfig, values, "model.network_config"),
-        first_stage=FirstStageConfig(
-            slicing=(stage.params.get("clips", 1) if chunked else model.get("en_and_decode_n_samples_a_time"))
-            == 1,
-            frames=int(stage.params.get("frames", 8)),
-        ),
+        first_stage=FirstStageConfig(slicing=together == 1, frames=int(stage.params.get("frames", 8))),
         text=load(TextConfig, {"device": device}, "model.conditioner_config"),
         train=TrainConfig(mode="full" if network.lora_rank is None else "lora", rank=int(network.lora_rank or 1)),
         gradient_checkpointing=network.recomputes,

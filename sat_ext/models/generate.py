@@ -133,16 +133,10 @@ def sample_rows(
     the first frame would be the answer."""
     real = batch["mp4"]
     frames = frames or real.shape[1]
+    size = {"frames": frames, "height": real.shape[3], "width": real.shape[4]}
     shows_first = engine.config.conditioning == "i2v" and frames > 1
-    made = generate(
-        engine,
-        batch["txt"],
-        frames=frames,
-        height=real.shape[3],
-        width=real.shape[4],
-        first_frames=to_model_range(real[:, 0], torch.float32) if shows_first else None,
-        **options,
-    )
+    first = to_model_range(real[:, 0], torch.float32) if shows_first else None
+    made = generate(engine, batch["txt"], **size, first_frames=first, **options)
     return [
         SheetRow(caption=caption, strips={"generated": to_uint8(m), "held out": to_uint8(r)})
         for caption, m, r in zip(batch["txt"], made, real)

@@ -56,9 +56,9 @@ def line_chart(
     steps = [s for _, of in kept.values() for s in of]
     left, right = min(steps), max(max(steps), min(steps) + 1)
     low, high = float(values.min()), float(np.quantile(values, 1 - _OUTLIERS))
-    bottom, top = _range(*(map(math.log10, (low, high)) if log else (low, high)))
-    if low >= 0 and not log:
-        bottom = max(0.0, bottom)
+    bottom, top = map(math.log10, (low, high)) if log else (low, high)
+    room = max(0.06 * (top - bottom), 1e-3 * max(abs(top), 1e-3))  # wider than nothing
+    bottom, top = bottom - room if log or low < 0 else max(0.0, bottom - room), top + room
 
     def place(step: float, value: float) -> tuple[float, float]:
         height = ((math.log10(value) if log else value) - bottom) / (top - bottom)
@@ -79,12 +79,6 @@ def line_chart(
         ticks=[(100 * k / 4, f"{left + (right - left) * k / 4:,.0f}") for k in range(5)],
         levels=[(100 * (1 - k / 4), f"{10**at if log else at:.3g}") for k, at in enumerate(levels)],
     )
-
-
-def _range(low: float, high: float) -> tuple[float, float]:
-    """A range around both, wider than nothing."""
-    room = max(0.06 * (high - low), 1e-3 * max(abs(high), 1e-3))
-    return low - room, high + room
 
 
 def _fewer(of: Series) -> list[tuple[float, float]]:

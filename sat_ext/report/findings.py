@@ -111,15 +111,12 @@ def _memory(run: RunFiles) -> Iterator[Finding]:
 
 def _motion(run: RunFiles) -> Iterator[Finding]:
     for kind, of in run.motion.items():
-        if (
-            of.get("model")
-            and of.get("base")
-            and (kept := _last(of["model"]) / max(1e-9, _last(of["base"]))) < STILL
-        ):
+        model, base = of.get("model"), of.get("base")
+        if model and base and (kept := _last(model) / max(1e-9, _last(base))) < STILL:
             yield Finding(
                 level="warning",
-                text=f"Clips of the captions of {KINDS[kind]} move less than the base's: {_last(of['model']):.3g} "
-                f"against {_last(of['base']):.3g} frame heights a second ({percent(kept)}).",
+                text=f"Clips of the captions of {KINDS[kind]} move less than the base's: {_last(model):.3g} "
+                f"against {_last(base):.3g} frame heights a second ({percent(kept)}).",
                 remedy="Add clips with target: base (docs/styles.md), or raise their share.",
             )
 

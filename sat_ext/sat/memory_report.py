@@ -25,7 +25,7 @@ from sat_ext.memory.table import gigabytes, of_buckets, of_one
 from sat_ext.ranks import local_ranks, rank_and_world
 from sat_ext.recipe import Recipe
 from sat_ext.sat.run import recipe_in, run_of
-from sat_ext.sat.side_files import side_file
+from sat_ext.sat.side_files import write_side_file
 from sat_ext.types import Bucket, groups_of
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,7 @@ class MemoryReport:
         if not self.measured:
             return
         if self.folder is not None and self.folder.is_dir():
-            with side_file("memory.json"):
-                (self.folder / "memory.json").write_text(json.dumps(self._data(), indent=1) + "\n")
+            write_side_file(str(self.folder), "memory.json", json.dumps(self._data(), indent=1) + "\n")
         if not torch.cuda.is_available():
             print("memory: the peak was not measured, there is no GPU")
         elif self.plan is not None:

@@ -68,14 +68,12 @@ class TrainingHooks:
         # noise and dropout follow from the step and the rank alone: a resumed run draws what the first would have
         seeds = np.random.SeedSequence([args.seed, micro_steps(args), dist.get_rank()])
         batch["seed"] = int(seeds.generate_state(1)[0])
-        batch["gradient_norms"] = (
-            run_of(args).settings.gradient_norms and (args.iteration + 1) % args.log_interval == 0
-        )
+        logs = (args.iteration + 1) % args.log_interval == 0
+        batch["gradient_norms"] = run_of(args).settings.gradient_norms and logs
         loss, metrics = model(batch)
         if dist.get_rank() == 0:
-            self._progress.update(
-                metrics, sum(len(g["txt"]) for g in groups_of(batch)) * mpu.get_data_parallel_world_size(), args
-            )
+            samples = sum(len(g["txt"]) for g in groups_of(batch)) * mpu.get_data_parallel_world_size()
+            self._progress.update(metrics, samples, args)
         return loss, metrics
 
     def forward_step_eval(
@@ -112,8 +110,7 @@ class TrainingHooks:
             "seconds": round(time.time() - self._started, 1),
             "run": str(self.args.save),
         }
-        with side_file("result.json"):
-            (self.root / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_side_file(str(self.root), "result.json", json.dumps(result, indent=2) + "\n")
 
     def _next(self, data_iterator: Iterator[dict[str, Any]], timers: Any) -> dict[str, Any]:
         timers("data loader").start()

@@ -60,11 +60,9 @@ def choose(
     before: list[str] = []
     if checkout is None:
         parts = [config_file(f"model/{name}"), config_file("train/lora" if weights else "train/full")]
+        parts.append({"model": {"pretrained": str(weights)} if weights else {"train": {"mode": "full"}}})
         if weights:
-            parts.append({"model": {"pretrained": str(weights)}})
             load_model_config(merged(parts)["model"])  # raises for weights of another model
-        if not weights:
-            parts.append({"model": {"train": {"mode": "full"}}})
     else:
         before = [str(checkout / file) for file in own_files(model, checkout)]
         sizes = data["params"]["buckets"]["sizes"]
@@ -111,10 +109,8 @@ def _data(
     comments["data.params.buckets.sizes"] = f"of about {model.native[0]}x{model.native[1]} pixels, that crop least"
     reasons.append(f"buckets: {', '.join(map(str, frames))} frames; {', '.join(f'{h}x{w}' for h, w in sizes)}")
     sources = [
-        {
-            "path": os.path.abspath(s.path) if os.path.exists(s.path) else s.path,
-            **({"name": s.name} if s.name else {}),
-        }
+        {"path": os.path.abspath(s.path) if os.path.exists(s.path) else s.path}
+        | ({"name": s.name} if s.name else {})
         for s in sources_of(paths)
     ]
     params: dict[str, Any] = {

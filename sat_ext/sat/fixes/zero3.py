@@ -94,17 +94,13 @@ class Partition:
         for parameter in whole:
             if self.dtype is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.dtype)  # as SAT does with a whole model after it is built
-        if whole and self._convert is None:
-            # as DeepSpeed's engine does with a whole model; it also gives parameters the method for the next ones
-            Init(
-                module=module,
-                data_parallel_group=mpu.get_data_parallel_group(),
-                config_dict_or_path=self.args.deepspeed_config,
-                mpu=mpu,
-            )
-            self._convert = whole[0].convert_to_zero_parameters  # type: ignore[attr-defined]
-        elif whole and self._convert is not None:
+        if whole and self._convert is not None:
             self._convert(param_list=whole)
+        elif whole:
+            # as DeepSpeed's engine does with a whole model; it also gives parameters the method for the next ones
+            group, config = mpu.get_data_parallel_group(), self.args.deepspeed_config
+            Init(module=module, data_parallel_group=group, config_dict_or_path=config, mpu=mpu)
+            self._convert = whole[0].convert_to_zero_parameters  # type: ignore[attr-defined]
 
 
 @contextmanager
