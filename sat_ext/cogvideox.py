@@ -81,13 +81,9 @@ class Grid(NamedTuple):
 
 
 def rotary_table(
-    grid: Grid,
-    head: int,
-    *,
-    stretch_to: Grid | None = None,
-    theta: float = THETA,
+    grid: Grid, head: int, *, stretch_to: Grid | None = None, theta: float = THETA,
     device: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cosines and sines (tokens, head), float32, of the rotary embedding of `grid`.
 
     A head's first quarter turns with the frame, and three eighths each with row and column; pair i of n turns by
@@ -129,13 +125,9 @@ def stretched(grid: Grid, native: Grid, device: torch.device | None = None) -> t
 
 
 def sinusoidal_table(
-    grid: Grid,
-    width: int,
-    scales: Sequence[float] = (1.0, 1.0, 1.0),
-    *,
-    dtype: torch.dtype = torch.float32,
+    grid: Grid, width: int, scales: Sequence[float] = (1.0, 1.0, 1.0), *, dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """CogVideoX-2B's embedding, (tokens, width); the coordinates of the grid's axes are divided by `scales`.
 
     A quarter of the width is for the frame, then three eighths each for column and row; of each part the first

@@ -94,14 +94,9 @@ class Scene:
 
 
 def write_demo(
-    folder: Path,
-    *,
-    clips: int = 48,
-    stills: int = 48,
-    held_out: int = 16,
-    seed: int = 0,
+    folder: Path, *, clips: int = 48, stills: int = 48, held_out: int = 16, seed: int = 0,
     progress: Callable[[list[tuple[Path, Scene]]], Iterable[tuple[Path, Scene]]] = iter,
-) -> None:
+) -> None:  # fmt: skip
     """Create the data set in `folder`; the same `seed` gives the same pixels and captions.
 
     `held_out` is the number of clips, and of stills, under heldout/. `progress` wraps the iteration over all

@@ -162,12 +162,9 @@ def recipe_of(config: Mapping[str, Any], where: str = "") -> Recipe:
 
 
 def doubts_of(
-    engine: Engine,
-    deepspeed: Mapping[str, Any],
-    args: Mapping[str, Any],
-    accumulation: int,
+    engine: Engine, deepspeed: Mapping[str, Any], args: Mapping[str, Any], accumulation: int,
     batch: Mapping[Any, int] | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """A sentence for each value that trains without an error, but probably not as intended. `batch` are sizes by
     hand, of one bucket a step."""
     found = []

@@ -41,13 +41,9 @@ class CachedTextEmbedder(FrozenEmbedder):
     PARENT = "sgm.modules.encoders.modules.AbstractEmbModel"
 
     def __init__(
-        self,
-        *,
-        folder: str | None = None,
-        model_dir: str | None = None,
-        max_length: int | None = None,
+        self, *, folder: str | None = None, model_dir: str | None = None, max_length: int | None = None,
         **params: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**params)
         self.embeddings = None if folder is None else TextEmbeddings(Path(folder))
         if self.embeddings is not None:

@@ -53,14 +53,9 @@ class JointDiffusionLoss(Target, nn.Module):
     sigma_sampler: Any
 
     def __init__(
-        self,
-        *,
-        loss_weights: Mapping[str, float] | None = None,
-        condition_dropout: float = 0.0,
-        condition_scale: float | None = None,
-        scale_factor: float = SCALE_FACTOR,
-        **params: Any,
-    ) -> None:
+        self, *, loss_weights: Mapping[str, float] | None = None, condition_dropout: float = 0.0,
+        condition_scale: float | None = None, scale_factor: float = SCALE_FACTOR, **params: Any,
+    ) -> None:  # fmt: skip
         if "sigma_sampler_config" in params:
             params["sigma_sampler_config"] = fitting_groups(params["sigma_sampler_config"])
         super().__init__(**params)
@@ -76,13 +71,9 @@ class JointDiffusionLoss(Target, nn.Module):
         self._metrics = {"loss_image": torch.tensor(ABSENT), "loss_video": torch.tensor(ABSENT)}
 
     def __call__(
-        self,
-        network: nn.Module,
-        denoiser: Callable[..., Tensor],
-        conditioner: Callable[..., dict[str, Tensor]],
-        input: Tensor,
-        batch: Mapping[str, Any],
-    ) -> Tensor:
+        self, network: nn.Module, denoiser: Callable[..., Tensor], conditioner: Callable[..., dict[str, Tensor]],
+        input: Tensor, batch: Mapping[str, Any],
+    ) -> Tensor:  # fmt: skip
         """The loss of each sample, (B,), of latents `input` (B, T, C, h, w)."""
         transformer = getattr(network, "diffusion_model", network)
         still, dropped, taught, factors = self._per_sample(batch, input, getattr(network, "training", True))

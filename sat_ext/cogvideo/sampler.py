@@ -34,15 +34,9 @@ class PaddedSampler(Target):
         self.condition_factor = condition_factor(condition_scale, scale_factor, PARAMS)
 
     def __call__(
-        self,
-        denoiser: Any,
-        x: Tensor,
-        cond: dict[str, Tensor],
-        uc: dict[str, Tensor] | None = None,
-        *args: Any,
-        ofs: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+        self, denoiser: Any, x: Tensor, cond: dict[str, Tensor], uc: dict[str, Tensor] | None = None, *args: Any,
+        ofs: Tensor | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
         """Latents from noise `x` (B, T, C, h, w), with one frame more than T, in front, unless `ofs` is given.
 
         `cond` and `uc` may hold the image as `concat`."""

@@ -42,12 +42,9 @@ class OffloadedTextEmbedder(FrozenEmbedder):
     CALLS = ("forward",)
 
     def __init__(
-        self,
-        *,
-        device: Literal["cpu", "on_off"] = "cpu",
-        dtype: Literal["fp32", "bf16"] | None = None,
+        self, *, device: Literal["cpu", "on_off"] = "cpu", dtype: Literal["fp32", "bf16"] | None = None,
         **params: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         moves = convert(Literal["cpu", "on_off"], device, f"{PARAMS}.device") == "on_off"
         dtype = convert(Literal["fp32", "bf16"] | None, dtype, f"{PARAMS}.dtype")
         super().__init__(device="cpu", **params)

@@ -150,13 +150,9 @@ def _partitioned_weights(groups: Sequence[Sequence[int]], options: Options, item
         pinned += (gradients,) * offload.buffer_count
         optimizer = gradients * offload.buffer_count
     return States(
-        weights=weights,
-        buffers=buffers,
-        host_optimizer=optimizer,
-        host_gradients=item * part + gradients,
-        host_weights=host_weights,
-        pinned=pinned,
-    )
+        weights=weights, buffers=buffers, host_optimizer=optimizer, host_gradients=item * part + gradients,
+        host_weights=host_weights, pinned=pinned,
+    )  # fmt: skip
 
 
 def persistent(sizes: Iterable[int], options: Options, item: int, world: int) -> int:

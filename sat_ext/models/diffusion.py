@@ -33,12 +33,9 @@ def diffusers_scheduler(schedule: ScheduleConfig) -> Any:
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
     return {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}[schedule.sampler](
-        **SCHEDULER_CONSTANTS,
-        snr_shift_scale=schedule.snr_shift_scale,
-        clip_sample=False,
-        set_alpha_to_one=True,
+        **SCHEDULER_CONSTANTS, snr_shift_scale=schedule.snr_shift_scale, clip_sample=False, set_alpha_to_one=True,
         timestep_spacing="trailing",
-    )
+    )  # fmt: skip
 
 
 class NoiseSchedule:

@@ -59,17 +59,10 @@ def generate(engine: VideoDiffusionEngine, captions: Sequence[str], **options: A
 
 @torch.no_grad()
 def generate_latents(
-    engine: VideoDiffusionEngine,
-    captions: Sequence[str],
-    *,
-    frames: int,
-    height: int,
-    width: int,
-    first_frames: Tensor | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
+    engine: VideoDiffusionEngine, captions: Sequence[str], *, frames: int, height: int, width: int,
+    first_frames: Tensor | None = None, steps: int | None = None, guidance_scale: float | None = None,
     generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
+) -> Iterator[Tensor]:  # fmt: skip
     """Latents (1, T, C, h, w), float32, of each caption in turn. `frames`, `height` and `width` are in pixels.
 
     `first_frames`, (B, C, H, W) in [-1, 1], is what an I2V model animates; without it the condition is zero,

@@ -69,13 +69,9 @@ def build_text(config: ModelConfig, dtype: torch.dtype) -> T5Text:
     folder_config(config.pretrained, "text_encoder")
     folder_config(config.pretrained, "tokenizer", "tokenizer_config.json")
     encoder = T5EncoderModel.from_pretrained(
-        config.pretrained,
-        subfolder="text_encoder",
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
+        config.pretrained, subfolder="text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True,
         **_quantization(config.text, dtype),
-    )
+    )  # fmt: skip
     for layer in encoder.modules():  # bitsandbytes' own for CPUs with AVX512 packs narrow layers wrongly
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -104,14 +100,9 @@ def small_byt5(width: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(BYT5_SEED)
         shape = T5Config(
-            vocab_size=len(ByT5Tokenizer()),
-            d_model=width,
-            d_kv=HEAD_WIDTH,
-            d_ff=2 * width,
-            num_heads=max(1, width // HEAD_WIDTH),
-            num_layers=1,
-            dropout_rate=0.0,
-        )
+            vocab_size=len(ByT5Tokenizer()), d_model=width, d_kv=HEAD_WIDTH, d_ff=2 * width,
+            num_heads=max(1, width // HEAD_WIDTH), num_layers=1, dropout_rate=0.0,
+        )  # fmt: skip
         # only the stack: the model around it would name the embedding a second time
         encoder: Any = T5EncoderModel(shape).encoder
     # T5's first buckets of relative position are 0, 1, 2, ... places before

@@ -91,12 +91,9 @@ class EmbeddingCache:
         self._found: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(
-        self,
-        captions: Sequence[str],
-        dtype: torch.dtype,
-        encode: Callable[[list[str]], Tensor],
+        self, captions: Sequence[str], dtype: torch.dtype, encode: Callable[[list[str]], Tensor],
         place: AbstractContextManager[None],
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """(B, L, D) on the CPU. Those that are missing are encoded inside `place`, or it is not entered."""
         missing = [c for c in dict.fromkeys(captions) if c not in self._found]
         if missing:

@@ -106,30 +106,18 @@ def log_chart(
 
 
 def _chart(
-    title: str,
-    about: str,
-    values: Values,
-    edges: np.ndarray,
-    labels: Sequence[str],
-    marks: Labels,
-    ticks: Labels,
+    title: str, about: str, values: Values, edges: np.ndarray, labels: Sequence[str], marks: Labels, ticks: Labels,
     place: Callable[[float], float],
-) -> Chart:
+) -> Chart:  # fmt: skip
     counts = np.array([np.histogram(v, edges)[0] for v in values.values()])
     highest = max(1, int(counts.sum(axis=0).max()))
     tops = 100 * (1 - counts.cumsum(axis=0) / highest)
     marks, ticks = ([(at, text) for x, text in each if 0 <= (at := place(x)) <= 100] for each in (marks, ticks))
     return Chart(
-        title=title,
-        about=about,
-        labels=labels,
-        counts=dict(zip(values, counts.tolist())),
-        tops=dict(zip(values, tops.tolist())),
-        highest=highest,
-        marks=marks,
-        mark_labels=_spread(marks),
+        title=title, about=about, labels=labels, counts=dict(zip(values, counts.tolist())),
+        tops=dict(zip(values, tops.tolist())), highest=highest, marks=marks, mark_labels=_spread(marks),
         ticks=_spread(ticks),
-    )
+    )  # fmt: skip
 
 
 def _round_step(least: float) -> float:

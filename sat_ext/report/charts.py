@@ -35,13 +35,9 @@ class LineChart:
 
 
 def line_chart(
-    title: str,
-    about: str,
-    series: Mapping[str, tuple[int, Series]],
-    *,
-    marked: Sequence[str] = (),
+    title: str, about: str, series: Mapping[str, tuple[int, Series]], *, marked: Sequence[str] = (),
     log: bool = False,
-) -> LineChart | None:
+) -> LineChart | None:  # fmt: skip
     """A chart of named series, each with the number of its color; None if none has a value.
 
     The highest 2 % of the values may lie above the chart, where they would press the others flat. With `log` the

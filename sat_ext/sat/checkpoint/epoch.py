@@ -46,12 +46,9 @@ def epoch_of(index: Index, schedule: Schedule) -> Epoch:
 
 
 def changes(
-    cells: Sequence[CellState],
-    saved: Sequence[Mapping[str, torch.Tensor]],
-    index: Index,
-    schedule: Schedule,
+    cells: Sequence[CellState], saved: Sequence[Mapping[str, torch.Tensor]], index: Index, schedule: Schedule,
     used: Sequence[int],
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """A sentence for each source that has changed, or changed its order, since a checkpoint (`cells`, `saved`).
 
     `schedule` is that of `index` with the present seed; `used` samples of each of its cells were trained on."""
@@ -72,13 +69,9 @@ def changes(
 
 
 def _compare(
-    source: str,
-    parts: Sequence[tuple[CellState, Mapping[str, torch.Tensor]]],
-    index: Index,
-    hashes: np.ndarray,
-    schedule: Schedule,
-    used: Sequence[int],
-) -> str:
+    source: str, parts: Sequence[tuple[CellState, Mapping[str, torch.Tensor]]], index: Index, hashes: np.ndarray,
+    schedule: Schedule, used: Sequence[int],
+) -> str:  # fmt: skip
     """What has become of a source's samples, matched by key whatever their buckets."""
     groups = [(cell, g) for cell, g in enumerate(index.groups) if g.source == source]
     keys = np.concatenate([_identities(hashes, g) for _, g in groups])

@@ -32,13 +32,9 @@ from sat_ext.sat.run import RunState, micro_steps, run_of
 
 
 def save_sound(
-    save_weights: Callable[..., None],
-    iteration: int,
-    model: Any,
-    optimizer: Any,
-    lr_scheduler: Any,
+    save_weights: Callable[..., None], iteration: int, model: Any, optimizer: Any, lr_scheduler: Any,
     args: argparse.Namespace,
-) -> None:
+) -> None:  # fmt: skip
     """Around SAT's `save_checkpoint`: only finite numbers are saved, in full checkpoints by us, else by SAT."""
     run, last = run_of(args), _is_last(iteration, args)
     if not divergence.may_save(run, args, last=last):
