@@ -23,9 +23,8 @@ INTERNAL = {"internal": True}  # metadata of a dataclass field that the program 
 
 
 def read_yaml(paths: Sequence[str]) -> dict[str, Any]:
-    """Merge the YAML files, the later over the earlier, into plain dicts and lists.
-
-    Raises `ConfigError` if a file is missing, is not YAML, or has an unknown section."""
+    """Merge the YAML files, the later over the earlier, into plain dicts and lists. Raises `ConfigError` if a file
+    is missing, is not YAML, or has an unknown section."""
     if not paths:
         raise ConfigError("--base: no YAML was given; e.g. --base configs/model/tiny.yaml configs/data/demo.yaml.")
     parts = []

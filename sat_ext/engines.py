@@ -46,9 +46,8 @@ Engine = CogVideo | BuiltIn
 
 
 def engine_of(model: Any) -> Engine:
-    """The engine of a `model` section: a mapping, OmegaConf's too, which may be empty or None.
-
-    Raises `ConfigError` for anything else."""
+    """The engine of a `model` section: a mapping, OmegaConf's too, which may be empty or None. Raises
+    `ConfigError` for anything else."""
     if not isinstance(model or {}, Mapping):
         raise ConfigError(f"model: expected a mapping of keys, got {model!r}.")
     section = plain(model)

@@ -98,9 +98,8 @@ def _streams(container: InputContainer) -> list[VideoStream]:
 
 
 def decoder_of(path: str, stream: VideoStream) -> VideoCodecContext:
-    """The stream's own decoder, except for VP8 and VP9 with alpha, which FFmpeg's native decoders drop.
-
-    Raises `MediaError` if this FFmpeg has no other."""
+    """The stream's own decoder, except for VP8 and VP9 with alpha, which FFmpeg's native decoders drop. Raises
+    `MediaError` if this FFmpeg has no other."""
     own = stream.codec_context
     name = _ALPHA_DECODERS.get(own.name)
     if name is None or stream.metadata.get("alpha_mode") != "1":

@@ -63,7 +63,6 @@ ZERO_NAMES = tuple(ZERO)
 
 def fill_in_auto(deepspeed: Mapping[str, Any], hidden: int) -> dict[str, Any]:
     """`deepspeed`, a section as in the YAML, with numbers for every "auto"; `hidden` is the model's hidden size.
-
     Raises `ConfigError` for an "auto" for which there is no rule."""
     filled = deepcopy(dict(deepspeed))
     zero = filled.get("zero_optimization")

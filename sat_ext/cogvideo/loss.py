@@ -173,7 +173,6 @@ def lora_off(network: nn.Module) -> Iterator[None]:
 
 def condition_factor(condition_scale: float | None, scale_factor: float, where: str) -> float:
     """The factor that brings the condition, which CogVideo's engine makes at `scale_factor`, to `condition_scale`.
-
     Raises `ConfigError` for a scale that is not above 0; `where` is the place in the YAML."""
     own = convert(float, scale_factor, f"{where}.scale_factor")
     asked = convert(float | None, condition_scale, f"{where}.condition_scale")

@@ -85,10 +85,8 @@ class Network:
 
 
 def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
-    """The network of CogVideo's `model` section, which is at `where` in the YAML.
-
-    Raises `ConfigError` where there is none, for a size that is not a whole number above 0, and for a `patch_size`
-    of neither generation."""
+    """The network of CogVideo's `model` section, which is at `where` in the YAML. Raises `ConfigError` where there
+    is none, for a size that is not a whole number above 0, and for a `patch_size` of neither generation."""
     if "network_config" not in (model or {}):
         raise ConfigError(f"{where}.network_config: missing; use CogVideo's own YAML of the model.")
     where = f"{where}.network_config.params"
@@ -132,9 +130,8 @@ def read_network(model: Mapping[str, Any], where: str = "model") -> Network:
 
 
 def transformer_values(network: Network, where: str = "model") -> dict[str, Any]:
-    """The transformer's architecture under the names of diffusers' config.json.
-
-    Raises `ConfigError` where the `model` section at `where` is incomplete."""
+    """The transformer's architecture under the names of diffusers' config.json. Raises `ConfigError` where the
+    `model` section at `where` is incomplete."""
     given = partial(given_in, network, where)
     given("generation")
     return {

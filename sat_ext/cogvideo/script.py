@@ -23,7 +23,6 @@ def is_for_script(argv: Sequence[str]) -> bool:
 
 def run_script() -> None:
     """Run the checkout's train_video.py with this process's arguments, as if it had been called in its place.
-
     Raises `ConfigError` where `COGVIDEO_SAT` names no checkout."""
     folder = os.environ.get(CHECKOUT)
     if not folder:

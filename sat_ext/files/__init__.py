@@ -28,9 +28,8 @@ _OPEN_TABLES = 2
 
 
 def require_file(path: str, named: str | None = None) -> os.stat_result:
-    """The status of the local file `path`, which errors call `named`.
-
-    Raises `MediaError` for what is missing, not a regular file, or empty."""
+    """The status of the local file `path`, which errors call `named`. Raises `MediaError` for what is missing, not
+    a regular file, or empty."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:

@@ -102,9 +102,8 @@ def stratified_timesteps(offsets: Tensor, strata: int) -> Tensor:
 
 
 def read_schedule(scheduler: dict[str, Any], where: str) -> ScheduleConfig:
-    """The schedule that a folder's scheduler_config.json describes.
-
-    Raises `ConfigError` if it is not CogVideoX's: training on another schedule would spoil the weights."""
+    """The schedule that a folder's scheduler_config.json describes. Raises `ConfigError` if it is not CogVideoX's:
+    training on another schedule would spoil the weights."""
     for key, expected in SCHEDULER_CONSTANTS.items():
         if scheduler.get(key, expected) != expected:
             raise ConfigError(

@@ -150,7 +150,11 @@ class VideoDiffusionEngine(nn.Module):
         for group, text in zip(groups, texts.split([len(group["txt"]) for group in groups]), strict=True):
             with self.encoding:
                 latents, condition, padding = self._inputs(group, generator)
-            timesteps = self._timesteps(group, generator)
+            if (
+                places := group.get("timestep")
+            ) is None:  # a data set of the user's own does not place its samples
+                places = torch.rand(len(latents), generator=generator, device=generator.device)
+            (timesteps,) = stratified_timesteps(places.to(generator.device), 1)
             noise = torch.randn(latents.shape, generator=generator, device=latents.device)
             noisy = self.schedule.add_noise(latents, noise, timesteps)
             if condition is not None:
@@ -178,14 +182,6 @@ class VideoDiffusionEngine(nn.Module):
             made = predict_velocity(self.network, self.config, parts)  # type: ignore[arg-type]
         for number, velocity in zip(taught, made, strict=True):
             targets[number][chosen[number]] = velocity.float()
-
-    def _timesteps(self, group: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-        """Where in the range the stream has put each sample, else (a data set of the user's own) a draw, (B,)."""
-        if "timestep" in group:
-            places = group["timestep"].to(generator.device)
-        else:
-            places = torch.rand(len(group["txt"]), generator=generator, device=generator.device)
-        return stratified_timesteps(places, 1)[0]
 
     @torch.no_grad()
     def _evaluation_losses(self, batch: Mapping[str, Any]) -> Tensor:

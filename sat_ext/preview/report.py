@@ -1,11 +1,14 @@
 """The preview's contents, ready to print, and the one HTML file that prints them: no network, no script."""
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
 import jinja2
+from PIL import Image
 
 from sat_ext.preview.charts import Chart
 from sat_ext.recipe import Recipe
@@ -127,6 +130,13 @@ def environment() -> jinja2.Environment:
     )
     made.filters.update(percent=percent, count=count)
     return made
+
+
+def webp(image: Image.Image, quality: int) -> str:
+    """A picture as a data: URI."""
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=quality)
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
 def percent(share: float) -> str:

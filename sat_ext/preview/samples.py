@@ -1,7 +1,5 @@
 """Samples of the real stream as pictures: what the model gets after decoding, crop and resize."""
 
-import base64
-import io
 from collections.abc import Iterator
 from itertools import islice
 
@@ -12,7 +10,7 @@ from sat_ext.data.parts import part_info
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import DataError
 from sat_ext.pixels import to_uint8
-from sat_ext.preview.report import Frame, Shown
+from sat_ext.preview.report import Frame, Shown, webp
 from sat_ext.types import Bucket, MediaInfo, Sample
 
 STRIP_FRAMES = 8
@@ -76,10 +74,7 @@ def _frame(pixels: np.ndarray, longest: int, *, label: str, repeated: bool) -> F
     if factor > 1:  # of a tiny bucket: show the pixels, which is what the model sees
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    image.save(out, "WEBP", quality=QUALITY)
-    uri = "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")
-    return Frame(uri=uri, width=image.width, height=image.height, label=label, repeated=repeated)
+    return Frame(uri=webp(image, QUALITY), width=image.width, height=image.height, label=label, repeated=repeated)
 
 
 def _origin(stream: JointStream, cell: int, position: int, sample: Sample) -> str:

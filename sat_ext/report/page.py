@@ -1,7 +1,5 @@
 """From a run's files to its page."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -11,7 +9,7 @@ from PIL import Image
 
 from sat_ext.memory.table import gigabytes
 from sat_ext.preview.findings import by_reason
-from sat_ext.preview.report import Finding, environment
+from sat_ext.preview.report import Finding, environment, webp
 from sat_ext.report.charts import LineChart, line_chart
 from sat_ext.report.findings import find, share_of_step
 from sat_ext.report.read import KINDS, SHEETS, RunFiles
@@ -87,10 +85,8 @@ def _figures(run: RunFiles) -> list[tuple[str, str]]:
         samples, tokens, steps = (sum(row[name] for row in run.steps) for name in ("samples", "tokens", "steps"))
         found.append(("seconds a step", f"{seconds / steps:.3g}"))
         if samples:  # a data set of ours
-            found += [
-                ("samples a second", f"{samples / seconds:,.3g}"),
-                ("tokens a second", f"{tokens / seconds:,.0f}"),
-            ]
+            found.append(("samples a second", f"{samples / seconds:,.3g}"))
+            found.append(("tokens a second", f"{tokens / seconds:,.0f}"))
             found.append(("samples seen", f"{samples:,}"))
         found.append(("of training, without evaluations", str(timedelta(seconds=round(seconds)))))
     return found
@@ -105,18 +101,13 @@ def _charts(run: RunFiles) -> list[LineChart]:
     if not any(series for _, series in losses.values()):  # a script without losses by kind
         losses = {"training": (0, of.get("train_loss", {})), "held out": (0, of.get("valid_loss", {}))}
     held_out = [name for name in losses if name.endswith("held out")]
-    norms = {f"of {names[i]}": (i, of.get(f"gradient_{kind}", {})) for i, kind in enumerate(KINDS)}
+    norms = {"all": (2, of.get("grad_norm", {}))}
+    norms |= {f"of {names[i]}": (i, of.get(f"gradient_{kind}", {})) for i, kind in enumerate(KINDS)}
+    clipped = {"clipped": (2, of.get("clipped", {}))}
     charts = [
         line_chart("Loss", "Dots are held-out samples, always the same ones.", losses, marked=held_out),
-        line_chart(
-            "Gradient norm",
-            "Of an update, before clipping.",
-            {"all": (2, of.get("grad_norm", {})), **norms},
-            log=True,
-        ),
-        line_chart(
-            "Clipped", "The part of the updates that were clipped.", {"clipped": (2, of.get("clipped", {}))}
-        ),
+        line_chart("Gradient norm", "Of an update, before clipping.", norms, log=True),
+        line_chart("Clipped", "The part of the updates that were clipped.", clipped),
         line_chart("Learning rate", "", {"rate": (0, of.get("lr", {}))}),
         *(
             line_chart(
@@ -141,10 +132,7 @@ def _sheet(step: int, file: Path) -> Sheet:
     with Image.open(file) as image:
         shown = image.convert("RGB")
     shown.thumbnail((WIDEST, 10 * WIDEST), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    shown.save(out, "WEBP", quality=QUALITY)
-    uri = "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")
-    return Sheet(step=step, uri=uri, width=shown.width, height=shown.height)
+    return Sheet(step=step, uri=webp(shown, QUALITY), width=shown.width, height=shown.height)
 
 
 def _buckets(run: RunFiles) -> list[list[str]]:
@@ -161,8 +149,7 @@ def _starts(run: RunFiles) -> list[str]:
     found = []
     for number, row in enumerate(run.starts):
         when = datetime.fromtimestamp(row["time"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        what = (
-            "started" if row["start"] == 0 else f"{'resumed' if number else 'continued'} at step {row['start']:,}"
-        )
+        goes_on = f"{'resumed' if number else 'continued'} at step {row['start']:,}"
+        what = goes_on if row["start"] else "started"
         found.append(f"{when}: {what} on {row['world']} rank{'' if row['world'] == 1 else 's'}")
     return found

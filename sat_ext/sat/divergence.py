@@ -34,7 +34,6 @@ def attempts(model: Any) -> tuple[int, int]:
 
 def count(run: RunState, model: Any, args: argparse.Namespace, before: tuple[int, int]) -> None:
     """Count a step that changed no weight; `before` is `attempts` from before the step. All ranks count alike.
-
     Raises `TrainingError` after `stop_after_bad_steps`."""
     # SAT abandons a step if the loss of any rank is not finite, DeepSpeed one whose gradients are not; what SAT
     # returns does not say so

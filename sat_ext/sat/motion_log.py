@@ -64,9 +64,8 @@ class MotionLog:
 
     def _rows(self, engine: Any, batch: dict[str, Any]) -> list[SheetRow]:
         frames = max(self.frames if batch["kind"][0] == "image" else 1, batch["mp4"].shape[1])
-        return sample_rows(
-            engine, batch, frames=frames, generator=torch.Generator(self.args.device).manual_seed(0)
-        )
+        generator = torch.Generator(self.args.device).manual_seed(0)
+        return sample_rows(engine, batch, frames=frames, generator=generator)
 
     def _flow(self, rows: Sequence[SheetRow]) -> float:
         return mean(flow_score(row.strips["generated"], self.fps) for row in rows)

@@ -82,7 +82,6 @@ def run_of(args: argparse.Namespace) -> RunState:
 
 def recipe_in(args: argparse.Namespace, data: Mapping[str, Any] | None = None) -> Recipe | None:
     """The run's recipe; None for data that are not ours. `data` is the section, else it is `args.data_config`.
-
     Raises `ConfigError`."""
     run = run_of(args)
     section = plain(data or getattr(args, "data_config", None))

@@ -39,11 +39,8 @@ def _add(lines: list[str], part: Mapping[str, Any], comments: Mapping[str, str],
 
 def _flow(value: Any) -> str:
     """A value on one line."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
-        .removesuffix("\n...\n")
-        .strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+    return text.removesuffix("\n...\n").strip()
 
 
 def _is_nested(value: Mapping[str, Any], comments: Mapping[str, str], where: str) -> bool:
