@@ -83,12 +83,10 @@ def precision(deepspeed: Mapping[str, Any]) -> tuple[bool, bool]:
     """Whether a `deepspeed` section turns on fp16, and bf16. Raises `ConfigError`."""
     found = []
     for name in ("fp16", "bf16"):
-        section = deepspeed.get(name) or {}
-        if not isinstance(section, Mapping):
-            raise ConfigError(
-                f"deepspeed.{name}: expected a mapping of keys, got {section!r}; write enabled: true."
-            )
-        found.append(bool(section.get("enabled")))
+        part = deepspeed.get(name) or {}
+        if not isinstance(part, Mapping):
+            raise ConfigError(f"deepspeed.{name}: expected a mapping of keys, got {part!r}; write enabled: true.")
+        found.append(bool(part.get("enabled")))
     return found[0], found[1]
 
 

@@ -104,9 +104,8 @@ def computed(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]
     the position embeddings, which CogVideo keeps in its checkpoints and diffusers computes."""
     patch, head = config["patch_size"], config["attention_head_dim"]
     hidden = config["num_attention_heads"] * head
-    grid = Grid(
-        latent_frames(config["sample_frames"]), config["sample_height"] // patch, config["sample_width"] // patch
-    )
+    rows, columns = config["sample_height"] // patch, config["sample_width"] // patch
+    grid = Grid(latent_frames(config["sample_frames"]), rows, columns)
     if not config["use_rotary_positional_embeddings"]:
         scale = config["spatial_interpolation_scale"]
         video = sinusoidal_table(grid, hidden, (1.0, scale, scale))

@@ -55,9 +55,7 @@ class Activations:
 
 def measurements(run: Run) -> list[Callable[[], object]]:
     """What a plan of `run` measures, one after the other, for a progress bar."""
-    return [
-        partial(m, run, bucket) for m in (training_step, encoding, decoding, embedding) for bucket in run.steps
-    ]
+    return [partial(m, run, b) for m in (training_step, encoding, decoding, embedding) for b in run.steps]
 
 
 def activations(run: Run, bucket: Bucket) -> Activations:

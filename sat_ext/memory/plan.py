@@ -196,9 +196,7 @@ def _host_parts(run: Run, counts: Counts, own: States, gpus: int, per_node: int)
 
 def _workers_bytes(run: Run) -> int:
     """A rank's data workers, with the batches that wait in them."""
-    pixels = max(
-        sum(n * b.frames * 3 * b.height * b.width for b, n in step.items()) for step in run.steps.values()
-    )
+    pixels = max(sum(n * b.frames * 3 * b.height * b.width for b, n in of.items()) for of in run.steps.values())
     return run.workers * (WORKER + BATCHES_AHEAD * pixels)
 
 

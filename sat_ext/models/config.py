@@ -222,10 +222,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("caption_dropout", "condition_dropout"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(
-                    f"model.{name}: {getattr(self, name)} is not a probability; use a value from 0 to 1."
-                )
+            if not 0.0 <= (rate := getattr(self, name)) <= 1.0:
+                raise ConfigError(f"model.{name}: {rate} is not a probability; use a value from 0 to 1.")
         if self.pretrained is None and self.text.kind == "t5":
             raise ConfigError("model.text.kind: t5 needs a folder; set model.pretrained, or kind: byt5.")
 

@@ -1,6 +1,6 @@
 """From a run's files to its page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 from sat_ext.memory.table import gigabytes
 from sat_ext.preview.findings import by_reason
-from sat_ext.preview.report import Finding, environment, webp
+from sat_ext.preview.report import environment, webp
 from sat_ext.report.charts import LineChart, line_chart
 from sat_ext.report.findings import find, share_of_step
 from sat_ext.report.read import KINDS, SHEETS, RunFiles
@@ -36,35 +36,17 @@ class Sheet:
     height: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """What the template prints. `parts` are the parts of a step and their share of its time, `buckets` rows of
-    text, `starts` texts, and `reasons` as in the preview."""
-
-    run: RunFiles
-    verdict: str
-    figures: Sequence[tuple[str, str]]
-    findings: Sequence[Finding]
-    charts: Sequence[LineChart]
-    parts: Sequence[tuple[str, float]]
-    sheets: Mapping[str, Sequence[Sheet]]
-    buckets: Sequence[Sequence[str]]
-    starts: Sequence[str]
-    reasons: Sequence[tuple[str, int, Sequence[str]]]
-
-
 def render(run: RunFiles) -> str:
     """The page. All text is escaped: file names may hold anything."""
     bad, dropped = (run.data.get(name, [0, []])[1] for name in ("bad", "dropped"))
     gone = [*bad, *dropped, *((row["path"], row["reason"]) for row in run.skipped)]
     shares = share_of_step(run)
-    page = Page(
+    return environment().get_template("run.html.j2").render(
         run=run, verdict=_verdict(run), figures=_figures(run), findings=find(run), charts=_charts(run),
         parts=[(PARTS[name], share) for name, share in shares.items()],
-        sheets={SHEETS[kind]: _sheets(of) for kind, of in run.samples.items() if of}, buckets=_buckets(run),
+        samples={SHEETS[kind]: _sheets(of) for kind, of in run.samples.items() if of}, buckets=_buckets(run),
         starts=_starts(run), reasons=by_reason(gone),
     )  # fmt: skip
-    return environment().get_template("run.html.j2").render(page=page)
 
 
 def _verdict(run: RunFiles) -> str:

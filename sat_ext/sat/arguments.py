@@ -40,11 +40,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     known, _ = parser.parse_known_args(argv)
 
     config = read_yaml(known.base)
-    for section in ("model", "data", "deepspeed"):
-        if not config.get(section):
-            raise ConfigError(
-                f"--base: no '{section}' section in {', '.join(known.base)}; add a file of configs/."
-            )
+    for name in ("model", "data", "deepspeed"):
+        if not config.get(name):
+            raise ConfigError(f"--base: no '{name}' section in {', '.join(known.base)}; add a file of configs/.")
     settings = config.get("args") or {}
     reject_unknown_keys(settings, [k for k in vars(known) if k not in ("base", "deepspeed_config")], "args")
     settings = _typed(settings, parser)
@@ -91,9 +89,8 @@ def _typed(settings: dict[str, Any], parser: argparse.ArgumentParser) -> dict[st
             kind = list[kind]
         typed[action.dest] = convert(kind, value, f"args.{action.dest}")
         if action.choices and typed[action.dest] not in action.choices:
-            raise ConfigError(
-                f"args.{action.dest}: {value!r} is not one of {', '.join(map(str, action.choices))}."
-            )
+            choices = ", ".join(map(str, action.choices))
+            raise ConfigError(f"args.{action.dest}: {value!r} is not one of {choices}.")
     if settings.get("iterable_dataset") not in (None, "custom"):
         raise ConfigError(
             f"args.iterable_dataset: {settings['iterable_dataset']!r}; write 'iterable_dataset: custom' and "

@@ -56,9 +56,8 @@ class MotionLog:
         print_rank0(f"motion in frame heights a second, of the captions of {PROMPTS[kind]}: {shown}")
         if kind == "image":
             beside = [{"base": row.strips["generated"]} for row in base] if base else [{} for _ in made]
-            rows = [
-                SheetRow(caption=r.caption, strips={**r.strips, **b}) for r, b in zip(made, beside, strict=True)
-            ]
+            pairs = zip(made, beside, strict=True)
+            rows = [SheetRow(caption=row.caption, strips={**row.strips, **more}) for row, more in pairs]
             with side_file("samples/"):
                 write_sheet(rows, Path(self.args.save) / "samples" / f"{self.args.iteration:08d}_animated.png")
 

@@ -35,9 +35,7 @@ def in_checkpoint(module: nn.Module) -> Callable[[str], bool]:
 def lacking(module: nn.Module, weights: Collection[str]) -> tuple[list[str], list[str]]:
     """Which parameters of `module` a checkpoint holds, except LoRA's own, and which of them `weights` lacks."""
     belongs = in_checkpoint(module)
-    expected = [
-        n for n, _ in module.named_parameters() if belongs(n) and not any(mark in n for mark in LORA_WEIGHTS)
-    ]
+    expected = [n for n, _ in module.named_parameters() if belongs(n) and not any(m in n for m in LORA_WEIGHTS)]
     # a layer under LoRA renames its base weights, and also takes them from a file without LoRA
     plain = {n: n.replace(".original.", ".").replace(".base_layer.", ".") for n in expected}
     return expected, [n for n in expected if n not in weights and plain[n] not in weights]
