@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from sat_ext.config import plain
@@ -45,9 +45,8 @@ class VideoDiffusionEngine(nn.Module):
     """First stage, text encoder, transformer and noise schedule of a CogVideoX model.
 
     SAT's `get_model` constructs it. `args.model_config` is the YAML's `model:` section. If the run trains from a
-    cache (`args.sat_ext.cache_folder`), no encoder is loaded. The state dict holds what the YAML cannot give
-    back: never the first stage and the text encoder, and under LoRA not the base weights of a pretrained folder.
-    """
+    cache (`args.sat_ext.cache_folder`), no encoder is loaded. The state dict holds what the YAML cannot give back:
+    never the first stage and the text encoder, and under LoRA not the base weights of a pretrained folder."""
 
     def __init__(self, args: Any, params_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ class VideoDiffusionEngine(nn.Module):
 
     def _training_losses(self, groups: Sequence[Mapping[str, Any]], seed: int) -> list[Tensor]:
         """(B,) losses of each group, with one random noise level a sample, condition noise and dropout."""
-        generator = torch.Generator(self.network.device).manual_seed(int(seed))
+        generator = Generator(self.network.device).manual_seed(int(seed))
         captions = [caption for group in groups for caption in group["txt"]]
         dropped = drop_mask(len(captions), self.config.caption_dropout, generator).tolist()
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
@@ -167,10 +166,7 @@ class VideoDiffusionEngine(nn.Module):
 
     @torch.no_grad()
     def _put_base(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        inputs: Sequence[tuple[Tensor, Tensor, Tensor]],
-        targets: Sequence[Tensor],
+        self, groups: Sequence[Mapping[str, Any]], inputs: Sequence[tuple[Tensor, ...]], targets: Sequence[Tensor]
     ) -> None:
         """Replace the velocities of samples of the target "base", in place, by those without the adapters."""
         chosen = [[i for i, kind in enumerate(kinds_of(group)) if kind == "base"] for group in groups]
@@ -190,7 +186,7 @@ class VideoDiffusionEngine(nn.Module):
         Each sample has `EVALUATED_TIMESTEPS` noise levels, one from each equal part of the range."""
         latents, condition, padding = self._inputs(batch, None)
         text = self.text.encode(batch["txt"], latents.device, self.network.dtype)
-        generators = [torch.Generator(latents.device).manual_seed(seed) for seed in sample_seeds(batch)]
+        generators = [Generator(latents.device).manual_seed(seed) for seed in sample_seeds(batch)]
         offsets = torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
         losses = []
         for timesteps in stratified_timesteps(offsets, EVALUATED_TIMESTEPS):
@@ -202,9 +198,7 @@ class VideoDiffusionEngine(nn.Module):
             losses.append(velocity_losses(prediction, velocity, padding))
         return torch.stack(losses).mean(dim=0)
 
-    def _inputs(
-        self, batch: Mapping[str, Any], generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None, int]:
+    def _inputs(self, batch: Mapping[str, Any], generator: Generator | None) -> tuple[Tensor, Tensor | None, int]:
         """Latents (B, t, C, h, w), the I2V condition of that shape or None, and 1.5's frames of padding.
 
         Without a generator nothing is drawn, and no condition is dropped but that of stills."""
@@ -219,9 +213,7 @@ class VideoDiffusionEngine(nn.Module):
             condition = condition_latents(first, latents.shape[1] + padding, dropped)
         return pad_front(latents, padding), condition, padding
 
-    def _latents(
-        self, batch: Mapping[str, Any], generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _latents(self, batch: Mapping[str, Any], generator: Generator | None) -> tuple[Tensor, Tensor | None]:
         """Latents (B, t, C, h, w) and, of an image-to-video model, the first frames' (B, 1, C, h, w)."""
         device, dtype = self.network.device, self.network.dtype
         conditioned = self.config.conditioning == "i2v"

@@ -21,12 +21,10 @@ from sat_ext.sat.checkpoint.partitions import gathered_loading
 from sat_ext.sat.run import RunState, run_of
 
 
-def load_full(
-    load_weights: Callable[..., int], model: Any, args: argparse.Namespace, *rest: Any, **options: Any
-) -> int:
+def load_full(load: Callable[..., int], model: Any, args: argparse.Namespace, *rest: Any, **options: Any) -> int:
     """Around SAT's `load_checkpoint`: load full checkpoints ourselves, and leave any other to SAT."""
     if rest or options or read_manifest(find_weights(Path(args.load)).parent) is None:
-        return load_weights(model, args, *rest, **options)
+        return load(model, args, *rest, **options)
     return _load_weights(model, args)
 
 
