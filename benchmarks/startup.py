@@ -240,9 +240,9 @@ def start_index(path: str) -> dict[str, Any]:
 
 def start_list(path: str) -> dict[str, Any]:
     """Ours, up to the probing."""
-    from sat_ext.data.sources import read_source
+    from sat_ext.data.sources import read_batches
 
-    return timed(lambda: (len(read_source(path)), 0))
+    return timed(lambda: (sum(batch.num_rows for batch in read_batches(path)), 0))
 
 
 def others(name: str, path: str) -> Iterator[list[object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from sat_ext.data.index import probe_cache
+from tests.sat.ranks import Server
+from tests.sat.ranks import finish as finish_ranks
+from tests.sat.runs import write_config
 
 RANK = """
 import hashlib, json, os, sys, time
@@ -126,3 +132,14 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path) -> None:
     forget(folder)
     [(alone, _, _)] = finish(start(folder, 1))
     assert first[0] == second[0] == alone
+
+
+@pytest.mark.multiprocess
+def test_check_under_a_launcher_probes_ahead_of_the_run(server: Server, demo: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(demo, tmp_path / "data"))
+    files = write_config(data, tmp_path / "run")
+    run = server.start(["check", *files], world=2, folder=tmp_path / "logs", cli=True)
+    finish_ranks(run)
+    assert run.log().count("28 files: 16 clips") == 1  # said by the first rank alone
+    for part, count in (("train", 20), ("heldout", 8)):
+        assert probe_cache.load(str(data / part)).num_rows == count
