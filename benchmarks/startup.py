@@ -1,14 +1,13 @@
-"""What the start of a run costs before its first batch: sources read, files probed or known, rows put into buckets.
+"""What a run's start costs before its first batch: sources read, files probed or known, rows put into buckets.
 
     python benchmarks/startup.py [--records 1000000] [--rows 10000000] [--folder DIR] [--json startup.json]
 
 It makes the data first: a folder of small stills (hard links to a few) with captions, the same files listed by a
-JSONL and a Parquet table, and 1,000 samples in each of many tars; and, with --rows, tables of so many rows that name
-files that are not there, which are read and not probed. Each start is a process of its own, timed without imports:
-cold (nothing probed, but the files' names in the page cache), warm, and warm with ten files more. CPU and memory
-count its processes together. Beside it stand webdataset, MosaicML streaming and Hugging Face datasets, as far as
-they are installed.
-"""
+JSONL and a Parquet table, and 1,000 samples in each of many tars; and, with --rows, tables of so many rows that
+name files that are not there, which are read and not probed. Each start is a process of its own, timed without
+imports: cold (nothing probed, but the files' names in the page cache), warm, and warm with ten files more. CPU and
+memory count its processes together. Beside it stand webdataset, MosaicML streaming and Hugging Face datasets, as
+far as they are installed. """
 
 from __future__ import annotations
 

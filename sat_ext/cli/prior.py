@@ -225,7 +225,7 @@ class Maker:
         assert isinstance(found, Bucket)
         return replace(found, frames=self.buckets[0].frames)
 
-    def _shape(self, bucket: Bucket) -> dict[str, int]:
+    def _shape(self, bucket: Bucket) -> dict[str, Any]:
         return {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
 
     def _write(self, number: int, caption: str, frames: Any) -> None:
