@@ -7,7 +7,7 @@ JSONL and a Parquet table, and 1,000 samples in each of many tars; and, with --r
 name files that are not there, which are read and not probed. Each start is a process of its own, timed without
 imports: cold (nothing probed, but the files' names in the page cache), warm, and warm with ten files more. CPU and
 memory count its processes together. Beside it stand webdataset, MosaicML streaming and Hugging Face datasets, as
-far as they are installed. """
+far as they are installed."""
 
 from __future__ import annotations
 

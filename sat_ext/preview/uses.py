@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sat_ext.data.clips import available_frames, find_sampler
+from sat_ext.data.columns import to_info, to_item
 from sat_ext.data.index import Index
-from sat_ext.data.index.columns import to_info, to_item
 from sat_ext.data.parts import part_info
 from sat_ext.types import MediaInfo
 
