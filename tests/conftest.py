@@ -12,9 +12,8 @@ from tests.sat.ranks import Server
 
 # A test passes or fails for what was changed, not for what was drawn; pytest --hypothesis-profile=search looks
 # further.
-SLOWLY = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}  # the machine may be busy
-hypothesis.settings.register_profile("default", derandomize=True, **SLOWLY)
-hypothesis.settings.register_profile("search", derandomize=False, max_examples=3000, **SLOWLY)
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", derandomize=False, max_examples=3000, deadline=None)
 hypothesis.settings.load_profile("default")
 
 
