@@ -31,7 +31,7 @@ from sat_ext.files import suffix_of
 from sat_ext.files.atomic import written_aside
 from sat_ext.latents.reader import Entries
 from sat_ext.latents.store import fingerprint_of, write_latents
-from sat_ext.latents.writer import encode_sample
+from sat_ext.latents.writer import encode_conditions
 from sat_ext.media import write_video
 from sat_ext.pixels import to_model_range, to_uint8
 from sat_ext.recipe import Recipe, recipe_of
@@ -99,10 +99,10 @@ def prior(
         options = {"steps": steps, "guidance_scale": guidance}
         options = {name: value for name, value in options.items() if value is not None}
         maker = Maker(engine.to(device), run, output, seed, options)
-        console.print(
-            f"{len(missing)} of {len(wanted)} clips of {maker.buckets[0]} to make on this rank", end=", "
-        )
-        console.print(f"about {timedelta(seconds=round(maker.seconds() * len(missing)))}")
+        if rank == 0:  # whose console alone is seen, and whose part is as large as any
+            estimate = timedelta(seconds=round(maker.seconds() * len(missing)))
+            of_all = f"{len(missing)} of {len(wanted)} clips of {maker.buckets[0]}"
+            console.print(f"{of_all} to make on this rank, about {estimate}")
         shown: Iterable[int] = track(missing, "clips", total=len(missing), console=console)
         maker.make(wanted, shown)
     dist.barrier()
@@ -211,7 +211,7 @@ class Maker:
                 )  # fmt: skip
                 (latents,) = made
             self._write(number, prompt.caption, to_uint8(self.engine.first_stage.decode(latents)[0]))
-            self.waiting[f"{number:06d}.mp4"] = latents[0].cpu()
+            self.waiting[f"{number:06d}.mp4"] = latents[0].cpu().clone()  # safetensors writes no views
             if time.monotonic() - since > WRITE_SECONDS:
                 self._into_cache()
                 since = time.monotonic()
@@ -262,8 +262,9 @@ class Maker:
         for visit, entry in entries:
             latents = waiting.get(visit.item.key)
             if latents is not None and latent_frames(visit.bucket.frames) == len(latents):
-                pixels = visit.pixels(data.decoder, read_pixels)[None]
-                conditions = data.cache.conditions if encoders.conditions else 0
-                parts = encode_sample(encoders, pixels, entry, conditions, latents=latents)
+                parts = {"mean": latents}
+                if encoders.conditions:
+                    pixels = visit.pixels(data.decoder, read_pixels)[None]
+                    parts |= encode_conditions(encoders, pixels, entry, data.cache.conditions)
                 samples.append((entry, {name: part.to(self.run.dtype) for name, part in parts.items()}))
         write_latents(Path(data.cache.folder), samples)

@@ -216,19 +216,22 @@ def write_samples(
     return errors
 
 
-def encode_sample(
-    encoders: Encoders, pixels: Tensor, entry: Entry, conditions: int, *, latents: Tensor | None = None
-) -> dict[str, Tensor]:
-    """The parts of one sample, from its pixels (1, T, 3, H, W), and `latents` (t, C, h, w) if they are known."""
-    mean, deviation = encoders.moments(pixels) if latents is None else (latents[None], None)
+def encode_sample(encoders: Encoders, pixels: Tensor, entry: Entry, conditions: int) -> dict[str, Tensor]:
+    """The parts of one sample, from its pixels (1, T, 3, H, W)."""
+    mean, deviation = encoders.moments(pixels)
     parts = {"mean": mean[0]}
     if deviation is not None:
         parts["std"] = deviation[0]
     if conditions:
-        generator = torch.Generator().manual_seed(int(entry.key[:15], 16))  # the same on any rank, in any order
-        first, noisy = encoders.condition(pixels, generator, conditions)
-        parts |= {"first": first[0], "noisy": noisy[0]}
+        parts |= encode_conditions(encoders, pixels, entry, conditions)
     return {name: value.clone() for name, value in parts.items()}  # safetensors writes no views
+
+
+def encode_conditions(encoders: Encoders, pixels: Tensor, entry: Entry, count: int) -> dict[str, Tensor]:
+    """The parts that are the condition of a clip (1, T, 3, H, W), `count` of them noisy."""
+    generator = torch.Generator().manual_seed(int(entry.key[:15], 16))  # the same on any rank, in any order
+    first, noisy = encoders.condition(pixels, generator, count)
+    return {"first": first[0].clone(), "noisy": noisy[0].clone()}
 
 
 class _Pixels(Dataset[Any]):
