@@ -44,12 +44,12 @@ class MotionLog:
         if kind not in self._of_base and engine.config.train.mode == "lora":
             with adapters_off(engine.network):
                 self._of_base[kind] = self._rows(engine, batch)
+        if dist.get_rank() != 0:
+            return
         base = self._of_base.get(kind)
         values = {"model": self._flow(made), **({"base": self._flow(base)} if base else {})}
         if kind == "video":
             values["held_out"] = mean(flow_score(to_uint8(clip), self.fps) for clip in batch["mp4"])
-        if dist.get_rank() != 0:
-            return
         row = {"iteration": self.args.iteration, "prompts": kind, **{k: round(v, 6) for k, v in values.items()}}
         write_side_file(self.args.save, "motion.jsonl", json.dumps(row) + "\n", append=True)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in values.items())
