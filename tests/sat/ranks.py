@@ -107,6 +107,18 @@ class Running:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def found_by(module: str, folder: Path, world: int) -> list[dict[str, Any]]:
+    """What each of the ranks that a module of tests starts has found, by case."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(folder)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))

@@ -4,10 +4,7 @@ evaluations, checkpoints and other ranks."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +25,7 @@ from sat_ext.sat.ema import EmaAdamW
 from sat_ext.sat.run import run_of
 from sat_ext.sat.settings import NAMES
 from tests.sat.ema_ranks import CASES, WORLD
-from tests.sat.ranks import ROOT, Running, Server, finish, folder_of
+from tests.sat.ranks import Running, Server, finish, folder_of, found_by
 from tests.sat.repairs import repair
 from tests.sat.runs import MODEL, QUICK
 
@@ -39,15 +36,7 @@ LORA = {**MODEL, "train": {"mode": "lora", "rank": 4, "alpha": 4}}
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, by case."""
-    folder = tmp_path_factory.mktemp("ema")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.sat.ema_ranks", str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD)]
+    return found_by("tests.sat.ema_ranks", tmp_path_factory.mktemp("ema"), WORLD)
 
 
 @pytest.mark.parametrize("case", ["-".join(map(str, case)) for case in CASES])

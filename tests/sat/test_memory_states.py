@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.sat.memory_ranks import CASES, WORLD
-from tests.sat.ranks import ROOT
+from tests.sat.ranks import found_by
 
 EXACT = (
     "weights", "gradients", "master", "moments", "persistent", "host_optimizer", "host_gradients", "host_weights",
@@ -21,15 +17,7 @@ EXACT = (
 @pytest.fixture(scope="module")
 def allocated(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, by case."""
-    folder = tmp_path_factory.mktemp("memory")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.sat.memory_ranks", str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD)]
+    return found_by("tests.sat.memory_ranks", tmp_path_factory.mktemp("memory"), WORLD)
 
 
 @pytest.mark.parametrize("case", ["-".join(map(str, case)) for case in CASES])
