@@ -62,4 +62,6 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("cache", "prior"):
             monkeypatch.setattr(f"sat_ext.cli.{name}.join", lambda: (0, 1))
         monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+        # whose store counts on where another command ended
+        monkeypatch.setattr("sat_ext.cli.cache._get_default_store", torch.distributed.HashStore)
         monkeypatch.setenv("LOCAL_RANK", "0")

@@ -67,8 +67,10 @@ def cache(
             probe=probe_on_all_ranks,
         )
 
+    store = _get_default_store()
+
     def take(name: str) -> int:  # added up in the store, so that no two ranks get the same number
-        return int(_get_default_store().add(f"sat_ext/cache/{name}", 1)) - 1
+        return int(store.add(f"sat_ext/cache/{name}", 1)) - 1
 
     Path(settings.folder).mkdir(parents=True, exist_ok=True)
     given = [sources for sources in (run.sources, run.held_out) if sources]
