@@ -173,11 +173,13 @@ def infos_of(
 ) -> dict[str, list[pa.Table]]:
     """For each batch of items, by source path: `FILE_COLUMNS` and `reason` of its files."""
     columns = [batch["path"].cast(pa.large_string()) for batches in items.values() for batch in batches]
-    coded = pa.chunked_array(columns).dictionary_encode().unify_dictionaries()
-    codes = (chunk.indices.to_numpy() for chunk in coded.chunks)
+    # in one piece, as making one dictionary of many takes a minute for a million files
+    coded = pa.chunked_array(columns).combine_chunks().dictionary_encode()
+    ends = np.cumsum([len(column) for column in columns])
+    codes = iter(np.split(coded.indices.to_numpy(), ends[:-1]))
     by_source = {path: [next(codes) for _ in batches] for path, batches in items.items()}
     members = {path: np.unique(np.concatenate(own)) for path, own in by_source.items()}
-    unique = coded.chunk(0).dictionary
+    unique = coded.dictionary
     entries = read_files(unique, members, timeout=config.on_bad_sample.timeout, probing=probing, probe=probe)
     entries = entries.select([*FILE_COLUMNS.names, "reason"]).combine_chunks()  # or every `take` would
     return {path: [entries.take(part) for part in own] for path, own in by_source.items()}

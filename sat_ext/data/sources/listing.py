@@ -3,6 +3,7 @@
 import codecs
 import logging
 import os
+import stat
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,8 +107,7 @@ class Folder:
         if not is_url(self.root):
             for name in names:
                 try:
-                    with open_text(self.location(name)) as file:
-                        yield notes.decode(file.read(MAX_CAPTION_BYTES + 1), name)
+                    yield notes.decode(_head(self.location(name)), name)
                 except MediaError as error:
                     raise DataError(f"{error}; fix or remove it.") from error
             return
@@ -123,6 +123,22 @@ class Folder:
                 if not isinstance(data, bytes):
                     raise DataError(f"{self.location(name)}: cannot be read: {data}; check the server.")
                 yield notes.decode(data, name)
+
+
+def _head(path: str) -> bytes:
+    """The start of a small file, in a third of the time that `open_text` takes."""
+    with suppress(OSError):
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block
+        try:
+            if (
+                stat.S_ISREG(os.fstat(file).st_mode)
+                and len(data := os.read(file, MAX_CAPTION_BYTES + 1)) < 1 << 16
+            ):
+                return data
+        finally:
+            os.close(file)
+    with open_text(path) as whole:
+        return whole.read(MAX_CAPTION_BYTES + 1)
 
 
 def _is_empty(fs: Any, path: str) -> bool:
@@ -149,12 +165,15 @@ def _list_local(root: str, notes: Notes) -> Folder:
                 seen.add(real)
                 inner.append(name)
         below[:] = inner
-        for path in (os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")):
+        start = os.path.join(folder, "")
+        paths = [start + name for name in sorted(names) if not name.startswith(".")]
+        are_inside = notes.reach.holds(paths)  # one look at the folder instead of one at each file
+        for path in paths:
             name = path.removeprefix(os.path.join(root, ""))
             if not is_text(name):
                 notes.add("files left out for their names, which are not UTF-8", repr(name))
                 continue
-            if (target := notes.reach.leaves(path)) is not None:
+            if not are_inside and (target := notes.reach.leaves(path)) is not None:
                 links[name] = target
             kept.append(name)
     return Folder(root, kept, links)
