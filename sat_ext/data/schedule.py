@@ -109,7 +109,11 @@ class Schedule:
         )
         self._keys = [key_of(seed, c.source, str(c.bucket)) for c in cells]
         self._cell_size = np.array([c.tokens if budget else 1 for c in cells])
-        self._sizes = sorted(set(self._cell_size.tolist()), reverse=True)
+        by_size: dict[int, dict[str, list[int]]] = {}
+        for i, (c, size) in enumerate(zip(cells, self._cell_size.tolist(), strict=True)):
+            by_size.setdefault(size, {}).setdefault(c.source, []).append(i)
+        self._sizes = sorted(by_size, reverse=True)
+        self._cells_of_size = [list(by_size[size].values()) for size in self._sizes]  # of each source apart
         self._slots, packs = self._lay_out(share, budget or 1)
         self._starts = np.concatenate([[0], np.cumsum(packs)])  # the first slot of each pack
         batch = np.array([c.batch for c in cells])
@@ -210,18 +214,20 @@ class Schedule:
         draws = np.array(self._apportion.counts((number + 1) * self.window)) - before
         cells = np.empty(self.window, dtype=np.int64)
         free = np.zeros(self.window, dtype=bool)
-        for i, size in enumerate(self._sizes):
+        for i, sources in enumerate(self._cells_of_size):
             free |= self._slots == i
-            own = np.flatnonzero(self._cell_size == size)
-            due = [(np.arange(draws[c]) + 0.5) / draws[c] for c in own]
-            order = np.argsort(np.concatenate(due), kind="stable")
+            due = _merge([_merge([np.full(draws[c], c) for c in own]) for own in sources])
             slots = np.flatnonzero(free)
-            taken = slots[
-                np.arange(len(order)) * len(slots) // max(1, len(order))
-            ]  # what stays free is spread evenly
-            cells[taken] = np.repeat(own, draws[own])[order]
+            taken = slots[np.arange(len(due)) * len(slots) // max(1, len(due))]  # what stays free is spread evenly
+            cells[taken] = due
             free[taken] = False
         numbers = np.empty(self.window, dtype=np.int64)
         order = np.argsort(cells, kind="stable")
         numbers[order] = np.concatenate([np.arange(n) for n in draws])
         return _Window(before, cells, numbers)
+
+
+def _merge(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Sequences as one, each spread evenly over it."""
+    due = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in parts])
+    return np.concatenate(parts)[np.argsort(due, kind="stable")]

@@ -5,7 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sat_ext.data.permutation import permute
@@ -81,19 +81,23 @@ def test_a_step_is_one_batch_or_a_pack_within_its_budget(plan: Plan, world: int)
 
 
 @given(plans(), worlds)
+@example(([*(cell("a", frames, 1) for frames in (1, 17, 33, 49)), cell("b", 1, 1)], {"a": 0.2, "b": 0.8}, None), 1)
 @settings(deadline=None, max_examples=50)
 def test_shares_are_exact_over_any_window(plan: Plan, world: int) -> None:
     cells, shares, budget = plan
     schedule = make(plan, world)
     counts = np.cumsum([moved(schedule, step) for step in walk(schedule, 300)], axis=0)
-    batch = max(moved(schedule, step).sum() for step in walk(schedule, 300))
+    batch = np.diff(counts.sum(1), prepend=0).max()
+    usual = counts[-1] / 300 / world  # draws of a cell in a step
+    bound = 3 * batch if budget is None else batch + 3 * world
+    if budget and any(c.records // (2 * world) < 2 * (n + 1) for c, n in zip(cells, usual)):
+        # a pack holds no record twice, so it has too little of such a cell; the last of a window make up for it
+        packs = round(schedule.window / schedule.mean_samples)
+        counts, bound = np.array([schedule.state(packs * n) for n in range(20)]), 4 * world
     for name, share in shares.items():
         own = counts[:, [c.source == name for c in cells]].sum(1)
         error = own - share / sum(shares.values()) * counts.sum(1)
-        # every window is the difference of two prefixes; where few records keep packs small, order matters less
-        # than that they are full
-        draws = 4 if min(c.records for c in cells) > 8 * world else 12
-        assert np.ptp(error) <= (3 * batch if budget is None else batch + draws * world) + 1e-6
+        assert np.ptp(error) <= bound + 1e-6  # every window is the difference of two prefixes
 
 
 @given(plans(), worlds, st.integers(0, 3000))
