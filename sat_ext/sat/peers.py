@@ -10,6 +10,7 @@ import re
 import socket
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +22,7 @@ from sat_ext.sat.settings import settings_of
 
 BEAT = 2.0  # seconds
 SILENT = 60.0  # seconds after which the first rank warns about another
+ANSWER = 20.0  # seconds to find out who is gone; the first rank takes half of them
 _LOST = re.compile(r"timed out|timeout|Connection \w+ by peer|Broken pipe|Connection refused", re.I)
 
 _peers: "_Peers | None" = None
@@ -87,18 +89,28 @@ class _Peers:
 
     def gone(self) -> str:
         """The ranks whose counters stand still, with their hosts; empty if all move."""
-        try:
-            before = self._read()
-            time.sleep(2.5 * BEAT)
-            silent = [r for r, (a, b) in enumerate(zip(before, self._read())) if a == b and r != self.rank]
-            # the first rank to ask is right: those that end after it are not the cause
-            names = ", ".join(map(self._name, silent))
-            names = self.store.compare_set("sat_ext/lost", "", names).decode() if names else ""
-            if self.rank == 0:
-                time.sleep(2.5 * BEAT)  # the store ends with this process, and the others may still be reading
-            return str(names)
-        except RuntimeError:
-            return f"rank 0 ({os.environ.get('MASTER_ADDR', 'the first host')}), where the ranks register"
+        answers = [f"rank 0 ({os.environ.get('MASTER_ADDR', 'the first host')}), where the ranks register"]
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(self._silent())
+
+        # in a thread: `add` heeds no timeout, and if the store's machine is cut off it waits as long as TCP does
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(ANSWER)
+        return answers[-1]
+
+    def _silent(self) -> str:
+        before = self._read()
+        time.sleep(2.5 * BEAT)
+        silent = [r for r, (a, b) in enumerate(zip(before, self._read())) if a == b and r != self.rank]
+        # the first rank to ask is right: those that end after it are not the cause
+        names = ", ".join(map(self._name, silent))
+        names = self.store.compare_set("sat_ext/lost", "", names).decode() if names else ""
+        if self.rank == 0:
+            time.sleep(2.5 * BEAT)  # the store ends with this process, and the others may still be reading
+        return str(names)
 
     def _name(self, rank: int) -> str:
         key = f"sat_ext/host/{rank}"
