@@ -101,10 +101,14 @@ class Running:
         return (self.folder / f"rank{rank}.log").read_text()
 
     def records(self, rank: int = 0) -> list[dict[str, Any]]:
-        """One for each micro-step of training: `loss` (hexadecimal), `rate`, `keys`, `iteration`, ..."""
-        file = self.folder / f"rank{rank}.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return records_in(self.folder, rank)
+
+
+def records_in(folder: Path, rank: int) -> list[dict[str, Any]]:
+    """One for each micro-step of training: `loss` (hexadecimal), `rate`, `keys`, `iteration`, ..."""
+    file = folder / f"rank{rank}.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def found_by(module: str, folder: Path, world: int) -> list[dict[str, Any]]:
