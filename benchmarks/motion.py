@@ -1,18 +1,18 @@
 """What a LoRA trained on pictures of a new look does to a model's motion, and what `target: base` keeps of it.
 
-    make demo && python benchmarks/motion.py runs/demo [--updates 300] [--seeds 3] [--shares 0.2 0.4 0.6]
+    python benchmarks/motion.py [--base-updates 1500] [--updates 300] [--seeds 3] [--shares 0.2 0.4 0.6]
         [--jobs 2] [--json motion.json] [--picture motion.png]
 
-The base is the model of `make demo`, which has seen filled shapes, moving and at rest. A LoRA is then trained on
-32 stills of a look it has never seen: other colours, on paper. Beside them it gets:
+The base is a tiny text-to-video model, trained first, on the demo's shapes in motion and at rest. A LoRA is then
+trained on 32 stills of a look it has never seen: other colours, on paper. Beside them it gets:
 
 - stills: nothing.
 - base: clips of the old look, at a share of the samples, whose target is the base.
 - clips: the same clips as ordinary data.
 
-Of 48 prompts for clips of the new look ("a pink circle moving left on paper", without a first frame), it counts
-the samples that have the look, and those that move in the asked direction; and the same of the base, with the same
-noise. `flow` is the mean length of the optical flow, in frame heights a second.
+Of 48 prompts for clips of the new look ("a pink circle moving left on paper") it counts the samples that have the
+look, and those that move in the asked direction; and the same of the base, with the same noise. `flow` is the mean
+length of the optical flow, in frame heights a second.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from itertools import cycle, islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,29 +30,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mixing import backward
+from mixing import backward, recipe_in, stream_of, updates_of
 from report import report
 
 from sat_ext import demo_data
-from sat_ext.checkpoint.layout import find_run, read_run_config
-from sat_ext.checkpoint.reading import read_weights, under_adapters
+from sat_ext.checkpoint.reading import under_adapters
 from sat_ext.contact_sheet import SheetRow, write_sheet
-from sat_ext.data.index import build_index
 from sat_ext.data.sources import SourceConfig
-from sat_ext.data.stream import JointStream
-from sat_ext.demo_data import BACKGROUNDS, MOTIONS, SHAPES, Scene
+from sat_ext.demo_data import BACKGROUNDS, MOTIONS, SHAPES, Scene, write_demo
 from sat_ext.demo_score import seen_in
 from sat_ext.models.engine import VideoDiffusionEngine
 from sat_ext.models.generate import generate
 from sat_ext.pixels import to_uint8
-from sat_ext.recipe import recipe_of
+from sat_ext.recipe import Recipe
 
 COLOURS = {"pink": (240, 110, 180), "teal": (0, 140, 140), "brown": (120, 70, 30), "navy": (30, 30, 110)}
 GROUNDS = {**BACKGROUNDS, "paper": (240, 215, 160)}
 OLD_COLOURS = dict(demo_data.COLOURS)
 FRAMES, STILLS, PROMPTS = 9, 32, 48
 TRAIN = {"mode": "lora", "rank": 16, "alpha": 16, "target_modules": "all-linear"}
-LEARNING_RATE = 3e-3
+BASE_RATE, LEARNING_RATE = 6e-3, 3e-3  # of Muon, as in the demo, and of the LoRA
 LOOK, MOTION = 0.95, 0.9  # goals: of the look of stills alone, and of the base's motion
 
 
@@ -68,14 +64,10 @@ class Way(NamedTuple):
 STILLS_ALONE = Way("stills")
 
 
-demo_data.COLOURS.update(COLOURS)  # what `Scene` can draw
-demo_data.BACKGROUNDS.update(GROUNDS)
-
-
 def main() -> int:
     """Run everything and show it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="the folder of a run of `make demo`")
+    parser.add_argument("--base-updates", type=int, default=1500)
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -85,13 +77,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    run = find_run(args.run)
     middle = sorted(args.shares)[len(args.shares) // 2]
     ways = [None, STILLS_ALONE, *(Way("base", share, "base") for share in args.shares), Way("clips", middle)]
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(args.jobs) as pool:
-        write_stills(Path(folder))
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(args.jobs) as pool:
+        folder = Path(name)
+        write_demo(folder / "data", clips=960, stills=960, held_out=48)
+        write_stills(folder / "look")
+        pool.submit(train_base, folder, args.base_updates).result()
         jobs = list(product(ways, range(args.seeds)))
-        futures = {job: pool.submit(measure, run, Path(folder), *job, args.updates) for job in jobs}
+        futures = {job: pool.submit(measure, folder, *job, args.updates) for job in jobs}
         found = {job: future.result() for job, future in futures.items()}
     rows = []
     for way in ways:
@@ -125,6 +119,9 @@ def goals_of(
 
 def write_stills(folder: Path) -> None:
     """The pictures of the new look, each with its caption."""
+    folder.mkdir()
+    demo_data.COLOURS.update(COLOURS)  # what `Scene` can draw
+    demo_data.BACKGROUNDS.update(GROUNDS)
     rng = np.random.default_rng(0)
     for number, (shape, colour) in enumerate(islice(cycle(product(SHAPES, COLOURS)), STILLS)):
         x, y = rng.uniform(0.43, 0.57, 2)
@@ -136,42 +133,57 @@ def write_stills(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(scene.caption)
 
 
-def measure(run: Path, folder: Path, way: Way | None, seed: int, updates: int) -> dict[str, Any]:
-    """Train one LoRA on one core, and look at its samples; without a way, at those of the base."""
+def tiny(folder: Path, mode: dict[str, Any], seed: int) -> tuple[VideoDiffusionEngine, Recipe]:
+    """The demo's model without a first frame, with new weights."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    config = read_run_config(run)
-    recipe = recipe_of(config)
-    model = {**recipe.engine.model, "train": TRAIN}
-    engine = VideoDiffusionEngine(SimpleNamespace(model_config=model, seed=seed))
-    weights, _ = read_weights(run)
-    weights = under_adapters(weights, {name for name, _ in engine.named_parameters()})
+    recipe = recipe_in(str(folder))
+    transformer = {**recipe.engine.model["transformer"], "in_channels": 16}
+    model = {**recipe.engine.model, "conditioning": "none", "transformer": transformer, "train": mode}
+    return VideoDiffusionEngine(SimpleNamespace(model_config=model, seed=seed)), recipe
+
+
+def train_base(folder: Path, updates: int) -> None:
+    """The weights that LoRAs begin with, into `folder`."""
+    engine, recipe = tiny(folder, {"mode": "full"}, seed=0)
+    weights = list(engine.network.parameters())
+    groups = {matrices: [w for w in weights if (w.ndim == 2) == matrices] for matrices in (True, False)}
+    muon = torch.optim.Muon(groups[True], BASE_RATE, weight_decay=0.01)
+    rest = torch.optim.AdamW(groups[False], BASE_RATE, (0.9, 0.99), weight_decay=0.01)
+    train(engine, [muon, rest], BASE_RATE, recipe.sources, recipe, 0, updates)
+    torch.save(engine.state_dict(), folder / "base.pt")
+
+
+def measure(folder: Path, way: Way | None, seed: int, updates: int) -> dict[str, Any]:
+    """Train one LoRA on one core, and look at its samples; without a way, at those of the base."""
+    engine, recipe = tiny(folder, TRAIN, seed)
+    weights = under_adapters(torch.load(folder / "base.pt"), {name for name, _ in engine.named_parameters()})
     _, unexpected = engine.load_state_dict(weights, strict=False)
     assert not unexpected
     if way is not None:
-        sources = [SourceConfig(path=str(folder), name="stills", share=1 - way.share)]
+        sources = [SourceConfig(path=str(folder / "look"), name="stills", share=1 - way.share)]
         if way.share:
-            clips = next(s.path for s in recipe.sources if s.path.endswith("videos"))
+            clips = str(folder / "data/train/videos")
             sources.append(SourceConfig(path=clips, name="clips", share=way.share, target=way.target))  # type: ignore[arg-type]
-        train(engine, tuple(sources), recipe, seed, updates)
+        trained = [p for p in engine.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (0.9, 0.99), weight_decay=0.0)
+        train(engine, [optimizer], LEARNING_RATE, tuple(sources), recipe, seed, updates)
     return look_at(engine.eval(), seed)
 
 
-def train(engine: Any, sources: tuple[SourceConfig, ...], recipe: Any, seed: int, updates: int) -> None:
-    """The LoRA, with AdamW."""
-    trained = [p for p in engine.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (0.9, 0.99), weight_decay=0.0)
-    size = recipe.step_size
-    stream = JointStream(
-        build_index(sources, recipe.data), replace(recipe.data, seed=seed), size=size, world=1, dtype=torch.uint8
-    )
-    batches = stream.batches(start=0, rank=0)
+def train(
+    engine: VideoDiffusionEngine, optimizers: Sequence[torch.optim.Optimizer], rate: float,
+    sources: tuple[SourceConfig, ...], recipe: Recipe, seed: int, updates: int,
+) -> None:  # fmt: skip
+    """Packs, with a rate that rises and falls."""
+    batches = updates_of(stream_of(recipe, sources, recipe.step_size, seed), "packs")
     for number in range(updates):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (number + 1) / 10, 2 * (1 - number / updates))
-        backward(engine.train(), [next(batches)], seed, number, size)
-        optimizer.step()
-        optimizer.zero_grad()
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = rate * min(1.0, (number + 1) / 30, 2 * (1 - number / updates))
+        backward(engine.train(), next(batches), seed, number, recipe.step_size)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def prompts() -> list[tuple[str, str, str]]:

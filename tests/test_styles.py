@@ -38,7 +38,7 @@ def test_pictures_to_moving_samples(server: Server, tmp_path: Path) -> None:
     style.write_text(text.replace("pictures/", str(pictures)).replace("prior/", str(prior)))
     files = ["--base", str(written), str(style)]
     said = run("prior", *files, "--prompts", pictures, "-o", prior)
-    assert f"{{name: prior, path: {prior}, share: 0.3, target: base}}" in said
+    assert f"{prior}: 30 clips, which the YAML names as a source." in said
     assert len(list(prior.glob("*.mp4"))) == 30
     finish(server.start([*files, "--train-iters", "3"], world=1, folder=tmp_path / "log"), (0,))
     found = read_run(tmp_path / "runs" / "my_run")

@@ -107,9 +107,11 @@ def prior(
         maker.make(wanted, shown)
     dist.barrier()
     if rank == 0:
-        name = next((s.name for s in clips_at(output, run.data.sources)), None) or output.name
-        print(f"{output}: {len(wanted)} clips. To train on them, add to data.params.sources:")
-        print(f"  - {{name: {name}, path: {output}, share: 0.3, target: base}}")
+        if any(source.target == "base" for source in clips_at(output, run.sources)):
+            print(f"{output}: {len(wanted)} clips, which the YAML names as a source.")
+        else:
+            print(f"{output}: {len(wanted)} clips. To train on them, add to data.params.sources:")
+            print(f"  - {{name: {output.name}, path: {output}, share: 0.3, target: base}}")
     dist.destroy_process_group()
 
 

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from sat_ext.data.clips import find_sampler
 from sat_ext.data.sources import SourceConfig
 from sat_ext.errors import ConfigError, DataError
-from sat_ext.types import Kind, MixPart
+from sat_ext.types import KINDS, Kind, MixPart
 
 
 def parts_of(sources: Sequence[SourceConfig], mix: Mapping[MixPart, float]) -> tuple[SourceConfig, ...]:
@@ -47,7 +47,7 @@ def shares_of(
     for part, wanted in (mix or {}).items():
         own = [n for n, s in sources.items() if s.part == part]
         if not own:
-            what = "stills" if part == "image" else "clips"
+            what = KINDS["image" if part == "image" else "video"]
             raise DataError(
                 f"data.params.mix: {part} is to have a share of {wanted:g}, but no source has {what} that can be "
                 "used; add some, or take it out of the mix."

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from sat_ext.preview.findings import by_level
 from sat_ext.preview.report import Finding, count, percent
-from sat_ext.report.read import KINDS, RunFiles
+from sat_ext.report.read import RunFiles
+from sat_ext.types import KINDS
 
 RISEN = 1.03  # a held-out loss over its best
 WAITING = 0.1  # of a step

@@ -12,7 +12,8 @@ from sat_ext.preview.findings import by_reason
 from sat_ext.preview.report import environment, webp
 from sat_ext.report.charts import LineChart, line_chart
 from sat_ext.report.findings import find, share_of_step
-from sat_ext.report.read import KINDS, SHEETS, RunFiles
+from sat_ext.report.read import SHEETS, RunFiles
+from sat_ext.types import KINDS
 
 MOST_SHEETS = 12  # evaluations whose samples are shown, the first and the last among them
 WIDEST, QUALITY = 1600, 80  # pixels and WebP's quality of a sheet

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sat_ext.errors import DataError
+from sat_ext.types import KINDS
 
-KINDS = {"image": "stills", "video": "clips"}  # as in the logs, and as a page calls them
 SHEETS = {**KINDS, "animated": "animated"}  # contact sheets: of stills, of clips, and of stills made to move
 _SAMPLES = re.compile(rf"(\d+)_({'|'.join(SHEETS)})\.png")
 

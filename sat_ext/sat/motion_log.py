@@ -19,8 +19,7 @@ from sat_ext.motion import flow_score
 from sat_ext.pixels import to_uint8
 from sat_ext.sat.run import recipe_in
 from sat_ext.sat.side_files import side_file, write_side_file
-
-PROMPTS = {"image": "stills", "video": "clips"}
+from sat_ext.types import KINDS
 
 
 class MotionLog:
@@ -53,7 +52,7 @@ class MotionLog:
         row = {"iteration": self.args.iteration, "prompts": kind, **{k: round(v, 6) for k, v in values.items()}}
         write_side_file(self.args.save, "motion.jsonl", json.dumps(row) + "\n", append=True)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in values.items())
-        print_rank0(f"motion in frame heights a second, of the captions of {PROMPTS[kind]}: {shown}")
+        print_rank0(f"motion in frame heights a second, of the captions of {KINDS[kind]}: {shown}")
         if kind == "image":
             beside = [{"base": row.strips["generated"]} for row in base] if base else [{} for _ in made]
             pairs = zip(made, beside, strict=True)

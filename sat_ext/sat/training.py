@@ -152,6 +152,10 @@ class TrainingHooks:
                 False, split="val", step=self.args.iteration,
                 hooks={"forward_step_eval": self.forward_step_eval, "handle_metrics": self.handle_metrics},
             )  # fmt: skip
+        elif getattr(model, "module", model).config.sampling.motion:
+            print_rank0(
+                "motion is not measured, as nothing is held out: set args.valid_data and args.eval_interval"
+            )
 
 
 class Progress:

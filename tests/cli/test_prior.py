@@ -114,7 +114,7 @@ def test_a_clip_of_each_prompt_once(tmp_path: Path, stills: Path) -> None:
     status, said = run(*command)
     assert status == 0, said
     assert "3 of 3 clips of 5x32x32 to make on this rank, about 0:00:0" in said
-    assert f"- {{name: prior, path: {output}, share: 0.3, target: base}}" in said
+    assert f"{output}: 3 clips, which the YAML names as a source." in said
     clips = sorted(output.glob("*.mp4"))
     assert [clip.with_suffix(".txt").read_text().strip() for clip in clips] == [p for p in PROMPTS if p]
     assert [len(frames_of(clip)) for clip in clips] == [5, 5, 5]
@@ -197,7 +197,7 @@ def test_the_latents_of_every_clip_are_cached_whatever_the_run_does_with_it(
     files = write_run(tmp_path, cache={"folder": str(tmp_path / "new" / "cache"), "clips": 3}, **params)
     (tmp_path / "prompts.txt").write_text("a dog\na cat\na cow")
     status, said = run("prior", *files, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "prior")
-    assert status == 0 and "- {name: prior, path" in said, said
+    assert status == 0, said
     status, said = run("cache", *files, "--json")
     assert status == 0 and encoded(said) == (5, 2), said
 

@@ -54,6 +54,18 @@ def test_flow_rises_with_the_speed_of_a_shape_and_not_with_the_size_of_the_frame
 
 
 @pytest.mark.multiprocess
+def test_a_run_says_that_nothing_is_held_out(
+    server: Server, configure: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    files = configure(tmp_path, train_iters=1, valid_data=None, eval_interval=None)
+    more = tmp_path / "more.yaml"
+    more.write_text(json.dumps({"model": {**MODEL, "sampling": {"number": 2, "steps": 2, "motion": True}}}))
+    run = server.start([*files, str(more)], world=1, folder=tmp_path / "log")
+    finish(run, (0,))
+    assert "motion is not measured, as nothing is held out" in run.log()
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(("mode", "stage"), [("lora", 2), ("full", 3)])
 def test_a_run_measures_its_samples_beside_its_bases(
     server: Server, configure: Callable[..., list[str]], tmp_path: Path, mode: str, stage: int
