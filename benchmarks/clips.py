@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, cycle
@@ -53,11 +53,11 @@ SINGLES = (Clip(codec="libx264", height=720, gop=1), Clip(codec="libx264", heigh
 STILLS = {"1": (1224, 816), "2": (1732, 1154), "4": (2464, 1632), "12": (4000, 3000)}
 
 
-def make_clips(folder: Path) -> dict[str, Path]:
+def make_clips(folder: Path, clips: Iterable[Clip] = CLIPS) -> dict[str, Path]:
     """The clips by name; those that are there already are taken as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for clip in CLIPS:
+    for clip in clips:
         path = paths[clip.name] = folder / f"{clip.name}.mp4"
         if not path.exists():
             print(f"making {path}", file=sys.stderr)

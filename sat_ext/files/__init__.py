@@ -49,9 +49,10 @@ def fingerprint(path: str) -> str:
         status = require_file(path)
         return f"{status.st_size}-{status.st_mtime_ns}"
     info = info_of(path)
+    # The first that there is: MinIO and Ceph list an object's time in milliseconds, but report it in seconds.
     times = ("LastModified", "Last-Modified", "mtime", "updated", "created")
-    keys = ("size", "ETag", "etag", "sha256", "md5Hash", *times)
-    return "-".join(str(info[key]) for key in keys if info.get(key) is not None)
+    tag = next((info[key] for key in ("ETag", "etag", "sha256", "md5Hash", *times) if info.get(key)), "")
+    return f"{info.get('size')}-{tag}"
 
 
 def require_unchanged(path: str, known: str, since: float) -> None:
