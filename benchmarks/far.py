@@ -4,8 +4,8 @@ The line is a relay in user space, as the kernel's own delay (netem) is a module
 on what it gets 15 ms later, lets a new connection wait for 30 ms, and carries 1 Gbit/s each way, all connections
 together. It loses nothing, and TCP's slow start is not modelled: both would make a real line slower.
 
-The server answers what s3fs asks to read: listings, HEAD, and GET with ranges. Its files lie in the page cache, and
-aiohttp sends them by `sendfile`; moto, which tests use, answers a tenth of the requests.
+The server answers what s3fs asks in order to read: listings, HEAD, and GET with ranges. Its files lie in the page
+cache, and aiohttp sends them by `sendfile`.
 """
 
 from __future__ import annotations

@@ -29,13 +29,15 @@ class Served:
     says_ranges: bool = True
     hangs: bool = False
     refuses: int = 0  # how many requests for data are answered with 503 before one is served
+    stumbles: int = 0  # how many requests of any kind are
+    drops: int = 0  # how many answers end in the middle of their body
 
     def reset(self) -> None:
         self.sent, self.requests = 0, []
 
 
 @contextmanager
-def http_server(root: Path) -> Iterator[Served]:
+def http_server(root: Path, port: int = 0) -> Iterator[Served]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -51,6 +53,9 @@ def http_server(root: Path) -> Iterator[Served]:
         def answer(self, body: bool) -> None:
             served.requests.append(self.command)
             path = served.root / unquote(self.path.partition("?")[0]).lstrip("/")
+            if served.stumbles:
+                served.stumbles -= 1
+                return self.refuse(503)
             if body and served.hangs:
                 time.sleep(5)
             if body and served.refuses:
@@ -79,6 +84,10 @@ def http_server(root: Path) -> Iterator[Served]:
                 self.send_header("Accept-Ranges", "bytes" if served.ranges else "none")
             self.end_headers()
             if body:
+                if served.drops:
+                    served.drops -= 1
+                    self.close_connection = True
+                    data = data[: len(data) // 2]
                 try:
                     self.wfile.write(data)
                 except (BrokenPipeError, ConnectionResetError):
@@ -96,7 +105,7 @@ def http_server(root: Path) -> Iterator[Served]:
         def handle_error(self, *args: object) -> None:
             pass  # a client that closed its connection
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     served = Served(f"http://127.0.0.1:{server.server_port}", root)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:

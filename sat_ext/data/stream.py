@@ -28,6 +28,9 @@ class Reader(Protocol):
     def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:
         """Visit `number` of a record, counted over the run. Raises `MediaError`: another takes its place."""
 
+    def expect(self, group: Group, records: Sequence[int]) -> None:
+        """These will be read after those of earlier calls."""
+
 
 class JointStream:
     """Batches of an index in the order of its schedule, for any rank and data worker, from any step on.
@@ -63,8 +66,18 @@ class JointStream:
 
     def batches(self, *, start: int, rank: int, worker: int = 0, workers: int = 1) -> Iterator[dict[str, Any]]:
         """Endless batches of `rank` from step `start` on; worker w of n makes every n-th, from the w-th."""
+        self._expect(start + worker, rank)
         for number in count(start + worker, workers):
+            self._expect(number + workers, rank)
             yield self.batch(number, rank)
+
+    def _expect(self, number: int, rank: int) -> None:
+        """Tell the reader what `batch` will ask it for."""
+        parts = self.schedule.step(number)
+        buckets = [self.schedule.cells[part.cell].bucket for part in parts]
+        for part in sorted(parts, key=lambda part: buckets.index(self.schedule.cells[part.cell].bucket)):
+            records = self.schedule.records(part.cell, self.schedule.positions(part, rank))
+            self.reader.expect(self.index.groups[part.cell], records.tolist())
 
     def batch(self, number: int, rank: int) -> dict[str, Any]:
         """The batch of one step: a pack's `groups`, or where steps have one bucket its only group.

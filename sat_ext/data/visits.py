@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from sat_ext.data.clips import sample_times
@@ -13,9 +14,10 @@ from sat_ext.data.index import Group, Index
 from sat_ext.data.params import DataConfig
 from sat_ext.data.parts import file_times, part_info
 from sat_ext.data.transform import Fit
-from sat_ext.files import require_unchanged, suffix_of
+from sat_ext.files import is_url, open_ahead, require_unchanged, suffix_of
 from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, MediaInfo, Sample
 
+_SOON = 32  # files that are opened before they are read
 _SLACK = 64  # bytes between the samples of a batch in shared memory
 
 ReadPixels = Callable[..., np.ndarray]  # `read_pixels`, or a guard of it
@@ -36,13 +38,14 @@ class Visit:
     fps: int
     seen: tuple[str, float]
 
-    def pixels(self, decoder: str, read: ReadPixels) -> torch.Tensor:
-        """The pixels, uint8 (T, 3, height, width), in memory that a guard reuses after its `release`.
+    def pixels(self, decoder: str, read: ReadPixels, soon: Sequence[str] = ()) -> torch.Tensor:
+        """The pixels, uint8 (T, 3, height, width), in memory that a guard reuses after its `release`. `soon`: see
+        `read_pixels`.
 
         Raises `MediaError`.
         """
         fit = Fit(self.bucket.height, self.bucket.width, self.item.crop)
-        return torch.from_numpy(read(self.item.path, self.times, decoder, fit, self.seen))
+        return torch.from_numpy(read(self.item.path, self.times, decoder, fit, self.seen, soon))
 
     def sample(self, pixels: torch.Tensor, caption: str, condition: torch.Tensor | None = None) -> Sample:
         """The sample of these pixels or latents."""
@@ -95,12 +98,20 @@ def draw_caption(item: Item, rng: np.random.Generator) -> str:
 
 
 def read_pixels(
-    path: str, times: Sequence[float] | None, decoder: str, fit: Fit, seen: tuple[str, float]
+    path: str,
+    times: Sequence[float] | None,
+    decoder: str,
+    fit: Fit,
+    seen: tuple[str, float],
+    soon: Sequence[str] = (),
 ) -> np.ndarray:
     """The pixels of one sample, uint8 (T, 3, height, width): the frames at `times`, or a still where that is None.
 
+    `soon`: remote files that will be read next, which are opened meanwhile.
+
     Raises `MediaError`, also for a file that has been replaced since it was `seen`.
     """
+    open_ahead((path, *soon))
     require_unchanged(path, *seen)  # here, in the guard's process, as a lost network file system hangs on it
     return read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
 
@@ -115,9 +126,20 @@ class MediaReader:
 
     def __init__(self, index: Index, config: DataConfig, read: ReadPixels) -> None:
         self.index, self.config, self._read = index, config, read
+        self._has_urls = pc.any(pc.match_substring(index.table["path"], "://")).as_py()
+        self._soon: list[str] = []
+
+    def expect(self, group: Group, records: Sequence[int]) -> None:
+        """These will be read after those of earlier calls."""
+        if self._has_urls:
+            paths = [self.index.item(int(group.rows[record]))[0].path for record in records]
+            self._soon += [path for path in paths if is_url(path)]
 
     def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:
         """A visit of a record, whatever its `number`. Raises `MediaError`."""
         visit = visit_of(self.index, self.config, group, record, rng)
         caption = draw_caption(visit.item, rng)
-        return visit.sample(visit.pixels(self.config.decoder, self._read), caption)
+        path, soon = visit.item.path, self._soon
+        if path in soon:  # what comes before it was found bad, and left out
+            self._soon = soon = soon[soon.index(path) + 1 :]
+        return visit.sample(visit.pixels(self.config.decoder, self._read, soon[:_SOON]), caption)

@@ -10,8 +10,10 @@ Tars and Parquet files may be URLs, too."""
 import io
 import os
 import stat
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -19,12 +21,17 @@ from sat_ext.errors import MediaError
 from sat_ext.files.cells import Cells
 from sat_ext.files.locations import ParquetCell, container_of, inside_of, is_local, is_url, suffix_of
 from sat_ext.files.ranged import EMPTY, MemberFile, RemoteFile, info_of, reason_of
+from sat_ext.types import IMAGE_EXTENSIONS
 
-__all__ = ["container_of", "fingerprint", "is_local", "is_url", "open_binary", "require_file", "require_unchanged",
-           "suffix_of"]  # fmt: skip
+__all__ = ["container_of", "expect", "fingerprint", "is_local", "is_url", "open_ahead", "open_binary",
+           "require_file", "require_unchanged", "suffix_of"]  # fmt: skip
 
 # Parquet files that stay open in a process. Each may hold a page: with large cells, a row group's column.
 _OPEN_TABLES = 2
+
+_AT_ONCE = 8  # files that are opened ahead
+_SMALL = 4 << 20  # bytes of a still that is fetched whole
+_START = 128 << 10  # bytes of a clip: FFmpeg reads its first frame before it seeks to another
 
 
 def require_file(path: str, named: str | None = None) -> os.stat_result:
@@ -44,11 +51,12 @@ def require_file(path: str, named: str | None = None) -> os.stat_result:
 def fingerprint(path: str) -> str:
     """Changes when the file (for members and cells, their container) does: size and time of a local file, what the
     server reports of a URL. Raises `MediaError`."""
+    opened = _opened_ahead(os.getpid()).get(path)
     path = container_of(path)
     if not is_url(path):
         status = require_file(path)
         return f"{status.st_size}-{status.st_mtime_ns}"
-    info = info_of(path)
+    info = opened.result().raw.info if opened else info_of(path)
     # The first that there is: MinIO and Ceph list an object's time in milliseconds, but report it in seconds.
     times = ("LastModified", "Last-Modified", "mtime", "updated", "created")
     tag = next((info[key] for key in ("ETag", "etag", "sha256", "md5Hash", *times) if info.get(key)), "")
@@ -74,6 +82,11 @@ def open_binary(path: str) -> BinaryIO:
 
     Raises `MediaError` if it is missing, empty or cannot be read, for URLs also from the file's own methods;
     `ConfigError` for a kind of URL that no installed package reads."""
+    opened = _opened_ahead(os.getpid()).pop(path, None)
+    return opened.result() if opened else _open(path)
+
+
+def _open(path: str) -> BinaryIO:
     inside = inside_of(path)
     if isinstance(inside, ParquetCell):
         return io.BytesIO(_read_cell(path, inside))
@@ -82,6 +95,41 @@ def open_binary(path: str) -> BinaryIO:
     container = container_of(path)
     whole = RemoteFile(container, path) if is_url(container) else _open_local(container, path)
     return io.BufferedReader(whole if inside is None else MemberFile(whole, path, inside))
+
+
+def open_ahead(paths: Iterable[str]) -> None:
+    """Begin to open those of `paths` that are behind URLs, and to fetch their starts, small stills as a whole.
+
+    What earlier calls have begun is dropped if it is not among them."""
+    opened = _opened_ahead(os.getpid())
+    wanted = [p for p in paths if is_url(p) and not isinstance(inside_of(p), ParquetCell)]
+    kept = {path: opened.get(path) or _pool(os.getpid()).submit(_open_and_peek, path) for path in wanted}
+    opened.clear()
+    opened.update(kept)
+
+
+def _open_and_peek(path: str) -> Any:
+    file: Any = _open(path)
+    is_small = suffix_of(path) in IMAGE_EXTENSIONS and file.raw.size <= _SMALL
+    expect(file, 0, file.raw.size if is_small else _START)
+    file.peek()
+    return file
+
+
+def expect(file: Any, start: int, stop: int) -> None:
+    """Tell a file of `open_binary` that it will be read from `start` to `stop`: a remote one does it at once."""
+    if is_told := getattr(getattr(file, "raw", None), "expect", None):
+        is_told(start, stop)
+
+
+@lru_cache(maxsize=1)  # of the process, as futures do not survive a fork
+def _opened_ahead(process: int) -> dict[str, Future[Any]]:
+    return {}
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_AT_ONCE)
 
 
 def _open_local(path: str, named: str) -> io.FileIO:

@@ -5,7 +5,8 @@ File systems are made in the process that uses them: fsspec's event loop does no
 import io
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -13,13 +14,16 @@ import fsspec
 from sat_ext.errors import ConfigError, MediaError
 from sat_ext.files.locations import TarMember
 
-# Bytes of a range request: the first, enough for a header, and the largest.
+T = TypeVar("T")
+
+# Bytes of a range request: the first, enough for a header; the largest, and the largest of what is expected.
 _FIRST_READ = 32 << 10
-_LARGEST_READ = 4 << 20
+_LARGEST_READ, _LARGEST_EXPECTED = 4 << 20, 16 << 20
 
 # Seconds until a silent server is given up, and for a whole request.
 _CONNECT_TIMEOUT, _READ_TIMEOUT, _REQUEST_TIMEOUT = 20.0, 30.0, 120.0
-_ATTEMPTS = 3
+# Until a server that refuses is given up, and the first pause, which doubles. botocore waits by itself.
+_PATIENCE, _PAUSE = 5.0, 0.25
 
 EMPTY = "the file is empty (0 bytes)"
 _NO_RANGES = "its server does not answer range requests; copy it to a disk, or use one that does"
@@ -62,6 +66,7 @@ def _timeouts(protocol: str) -> dict[str, Any]:
         options = {"client_kwargs": {"timeout": timeout}}
     elif protocol in ("s3", "s3a"):
         options = {"config_kwargs": {"connect_timeout": _CONNECT_TIMEOUT, "read_timeout": _READ_TIMEOUT}}
+        options["local_expiry_check"] = True  # of a file whose size is known, s3fs compares tags only so
     configured = fsspec.config.conf.get(protocol, {})
     return {key: value for key, value in options.items() if key not in configured}
 
@@ -69,10 +74,34 @@ def _timeouts(protocol: str) -> dict[str, Any]:
 def info_of(url: str) -> dict[str, Any]:
     """What the file system reports about a file without reading it. Raises `MediaError`."""
     fs, path = filesystem(url)
-    try:
-        return dict(fs.info(path))
-    except Exception as error:  # each of fsspec's file systems has its own errors
-        raise MediaError(url, reason_of(error)) from error
+    return dict(retried(url, lambda: fs.info(path)))
+
+
+def retried(path: str, call: Callable[[], T]) -> T:
+    """What `call` returns, tried again after pauses where the connection is lost or the server has trouble.
+
+    Raises `MediaError` of `path`."""
+    began, pause = time.monotonic(), _PAUSE
+    while True:
+        try:
+            return call()
+        except Exception as error:  # each of fsspec's file systems has its own errors
+            if _is_final(error) or time.monotonic() + pause > began + _PATIENCE:
+                raise MediaError(path, reason_of(error)) from error
+        time.sleep(pause)
+        pause *= 2
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether another attempt would get the same answer or, after a time-out, only double the wait."""
+    cause, status = error.__cause__, getattr(error, "status", None)
+    if (
+        isinstance(error, FileNotFoundError) and cause and not hasattr(cause, "response")
+    ):  # HTTP's: see `reason_of`
+        return _is_final(cause)
+    if status is not None:
+        return bool(status < 500 and status != 429)
+    return isinstance(error, (TimeoutError, ValueError, FileNotFoundError, PermissionError, MediaError))
 
 
 def reason_of(error: BaseException) -> str:
@@ -106,6 +135,9 @@ class _RangedFile(io.RawIOBase):
         """Read from `position` into the start of `buffer`; returns the number of bytes, at least 1."""
         raise NotImplementedError
 
+    def expect(self, start: int, stop: int) -> None:
+        """From `start` on, all will be read up to `stop`: one request is enough."""
+
     def readable(self) -> bool:
         return True
 
@@ -131,6 +163,12 @@ class MemberFile(_RangedFile):
     def __init__(self, whole: io.RawIOBase, path: str, member: TarMember) -> None:
         super().__init__(member.name, member.size)
         self._whole, self._path, self._offset = whole, path, member.offset
+        self.info = getattr(whole, "info", {})
+
+    def expect(self, start: int, stop: int) -> None:
+        """As for the tar."""
+        if isinstance(self._whole, RemoteFile):
+            self._whole.expect(self._offset + start, self._offset + stop)
 
     def _read_at(self, position: int, buffer: memoryview) -> int:
         self._whole.seek(self._offset + position)
@@ -148,55 +186,62 @@ class MemberFile(_RangedFile):
 class RemoteFile(_RangedFile):
     """A file behind a URL; errors name `path`.
 
-    It holds one range. Each range that follows the last one, or starts a little after it, is twice as long: a
-    header costs little, and sequential reading few requests. Raises `MediaError` at once if the file is missing or
-    empty, or its server does not support ranges."""
+    It holds the first range, to which decoders return, and the last one. Each range that follows that, or starts a
+    little after it, is twice as long: a header costs little, and sequential reading few requests. `info` is what
+    `info_of` returns. Raises `MediaError` at once if the file is missing or empty, or its server does not support
+    ranges."""
 
     _file: Any = None
+    _expected = range(0)
 
     def __init__(self, url: str, path: str) -> None:
         self._path = path
         fs, inner = filesystem(url)
-        try:
-            self._file = fs.open(inner, "rb", block_size=_FIRST_READ, cache_type="none")
-        except Exception as error:  # each of fsspec's file systems has its own errors
-            raise MediaError(path, reason_of(error)) from error
-        size = getattr(self._file, "size", None)
-        if size is None:  # fsspec would stream it, without seeking
+        self.info = retried(path, lambda: fs.info(inner))
+        size = self.info.get("size")
+        if size is None or not self.info.get("partial", True):  # fsspec would stream it, without seeking
             raise MediaError(path, _NO_RANGES)
         if size == 0:
-            raise MediaError(path, EMPTY)
+            raise MediaError(path, EMPTY if self.info.get("type") != "directory" else "no such file")
+        self._file = retried(
+            path, lambda: fs.open(inner, "rb", block_size=_FIRST_READ, cache_type="none", size=size)
+        )
+        self._file.details = self.info  # else S3 would ask for it again
         super().__init__(urlsplit(url).path, int(size))
-        self._held, self._held_at = memoryview(b""), 0
+        self._held = [(0, memoryview(b""))]
         self._ahead = _FIRST_READ // 2
 
     def _read_at(self, position: int, buffer: memoryview) -> int:
-        at = position - self._held_at
-        if not 0 <= at < len(self._held):
-            gap = at - len(self._held)
+        if not (part := self._held_from(position)):
+            at, last = self._held[-1]
+            gap = position - at - len(last)
             self._ahead = min(2 * self._ahead, _LARGEST_READ) if 0 <= gap <= self._ahead else _FIRST_READ
-            self._held = memoryview(self._fetch(position, max(len(buffer), self._ahead)))
-            self._held_at, at = position, 0
-        part = self._held[at : at + len(buffer)]
+            expected = self._expected.stop - position if position in self._expected else 0
+            part = memoryview(self._fetch(position, max(len(buffer), expected or self._ahead)))
+            self._held = [self._held[0] if self._held[0][1] else (position, part), (position, part)]
+        part = part[: len(buffer)]
         buffer[: len(part)] = part
         return len(part)
 
+    def _held_from(self, position: int) -> memoryview:
+        for at, data in self._held:
+            if 0 <= position - at < len(data):
+                return data[position - at :]
+        return memoryview(b"")
+
     def _fetch(self, start: int, length: int) -> bytes:
-        data = b""
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                self._file.seek(start)
-                data = self._file.read(min(length, self.size - start))
-                break
-            except Exception as error:
-                # Another attempt would only double the wait, or get the same answer.
-                is_final = isinstance(error, (TimeoutError, ValueError, FileNotFoundError, PermissionError))
-                if is_final or attempt == _ATTEMPTS:
-                    raise MediaError(self._path, reason_of(error)) from error
-                time.sleep(0.2 * attempt)
+        def read() -> bytes:
+            self._file.seek(start)
+            return bytes(self._file.read(min(length, self.size - start)))
+
+        data = retried(self._path, read)
         if not data:
             raise MediaError(self._path, f"ends at byte {start} of {self.size}: it changed while it was read")
         return data
+
+    def expect(self, start: int, stop: int) -> None:
+        """As described; at most 16 MiB."""
+        self._expected = range(start, min(stop, self.size, start + _LARGEST_EXPECTED))
 
     def close(self) -> None:
         """Close the connection."""

@@ -111,6 +111,9 @@ class LatentReader:
     draws: bool
     conditions: bool
 
+    def expect(self, group: Group, records: Sequence[int]) -> None:
+        """Nothing: the store is mapped."""
+
     def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:
         """Visit `number` of a record, with the caption that `MediaReader` draws. Raises `MediaError`."""
         visit, entry = self.entries.find(group, record, number)

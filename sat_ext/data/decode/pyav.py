@@ -16,7 +16,7 @@ from sat_ext.data.decode.pick import DEEPEST_REORDER, Damage, Needed, pick
 from sat_ext.data.decode.rgb import Converter, Decoded
 from sat_ext.data.transform import Fit
 from sat_ext.errors import MediaError
-from sat_ext.files import suffix_of
+from sat_ext.files import expect, suffix_of
 from sat_ext.media import UNTIMED_FORMATS, decoder_of, open_video
 from sat_ext.types import TIME_TOLERANCE
 
@@ -35,6 +35,7 @@ _SKIPPING_CODECS = frozenset({"h264", "hevc"})
 # MP4's headers say how far B-frames reach in these; codecs with only key frames have no B-frames.
 _ORDERED_CODECS = frozenset({"h264", "hevc", "vp9", "libdav1d", "av1"})
 
+_BUFFER = 32 << 10  # bytes that FFmpeg reads at once
 _LOOKAHEAD = 2 * DEEPEST_REORDER  # packets that are known before one is judged
 
 
@@ -42,6 +43,7 @@ def read_pyav(path: str, times: Sequence[float], fit: Fit) -> np.ndarray:
     """As `read_frames`."""
     for lead in _SEEK_LEADS:
         with _open(path) as (container, stream):
+            _expect(container, stream, min(times) - lead, max(times))
             frames = _decode(path, container, stream, times, lead)
             if frames is not None:
                 return pick(path, frames, times, Converter(path, stream), fit)
@@ -60,6 +62,23 @@ def _open(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
                 return
     with open_video(path) as opened:
         yield opened
+
+
+def _expect(container: InputContainer, stream: VideoStream, first: float, last: float) -> None:
+    """Tell a remote file which of its bytes the frames between two times take, by the index of MP4."""
+    entries, base, file = stream.index_entries, stream.time_base, getattr(container.file, "file", None)
+    if not file or not base or "mp4" not in container.format.name or not len(entries):
+        return
+    begin, end = (
+        max(
+            0, entries.search_timestamp(math.floor((stream.start_time or 0) + max(t, 0) / base), any_frame=is_last)
+        )
+        for t, is_last in ((first, False), (last, True))
+    )
+    if last > 0:  # then those are read, too, that may be shown before
+        end = min(end + DEEPEST_REORDER + 4, len(entries) - 1)
+    # FFmpeg's buffer reaches further than the frame
+    expect(file, entries[begin].pos, entries[end].pos + entries[end].size + _BUFFER)
 
 
 def _decode(

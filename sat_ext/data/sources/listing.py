@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sat_ext.data.sources.reach import Reach, leads_out
 from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, encoding_of, is_text, listed, open_text
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import is_url
-from sat_ext.files.ranged import filesystem, reason_of
+from sat_ext.files.ranged import filesystem, retried
 from sat_ext.types import MEDIA_EXTENSIONS, OTHER_EXTENSIONS
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,11 @@ class Folder:
                 if not isinstance(data, bytes) and _is_empty(fs, path):
                     data = b""  # a server has no range to answer with
                 if not isinstance(data, bytes):
-                    raise DataError(f"{self.location(name)}: cannot be read: {data}; check the server.")
+                    again = partial(fs.cat_file, path, start=0, end=MAX_CAPTION_BYTES + 1)
+                    try:
+                        data = retried(self.location(name), again)
+                    except MediaError as error:
+                        raise DataError(f"{error}; check the server.") from error
                 yield notes.decode(data, name)
 
 
@@ -184,11 +189,10 @@ def _list_remote(root: str) -> Folder:
     inner = inner.rstrip("/")
     try:
         # `find` returns nothing if the server is down; `ls` raises.
-        found = fs.find(inner) or fs.ls(inner)[:0]
-    except Exception as error:  # each of fsspec's file systems has its own errors
-        reason = reason_of(error)
-        if reason != "no such file":
-            raise DataError(f"{root}: {reason}; check the address and your rights.") from error
+        found = retried(root, lambda: fs.find(inner) or fs.ls(inner)[:0])
+    except MediaError as error:
+        if error.reason != "no such file":
+            raise DataError(f"{error}; check the address and your rights.") from error
         found = []
     names = (path.removeprefix(inner).lstrip("/") for path in found)
     return Folder(root, [n for n in names if n and not any(p.startswith(".") for p in n.split("/"))])
