@@ -11,6 +11,7 @@ cache, and aiohttp sends them by `sendfile`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ def _start(core: int, run: Any, *args: Any) -> _Started:
 
     def main() -> None:
         os.sched_setaffinity(0, {core})
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # of a reader that left, curl's end
         asyncio.run(run(*args, there))
 
     process = Process(target=main, daemon=True)

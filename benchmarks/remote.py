@@ -21,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the figures go as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
     first, *others = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -129,7 +131,7 @@ def goals_of(rows: list[Row], line: float, workers: int) -> Iterator[tuple[str, 
     for what in dict.fromkeys(row.what for row in rows):
         local, far = by_key[what, "local", workers], by_key[what, "S3", workers]
         share = far.rate / min(local.rate, line / far.size)
-        yield f"{what}: speed, {workers} workers", f"{share:.0%}", f">= {SPEED:.0%}", share >= SPEED
+        yield f"{what}: speed, {workers} workers", f"{share:.0%}", f">= {SPEED:.0%}", bool(share >= SPEED)
 
 
 def lay_out(bucket: Path, media: dict[str, list[Path]]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 
 import numpy as np
@@ -20,6 +21,7 @@ from sat_ext.types import IMAGE_EXTENSIONS, Bucket, Item, MediaInfo, Sample
 _SOON = 32  # files that are opened before they are read
 _SLACK = 64  # bytes between the samples of a batch in shared memory
 
+Soon = Sequence[tuple[str, str]]  # paths and fingerprints
 ReadPixels = Callable[..., np.ndarray]  # `read_pixels`, or a guard of it
 
 
@@ -38,7 +40,7 @@ class Visit:
     fps: int
     seen: tuple[str, float]
 
-    def pixels(self, decoder: str, read: ReadPixels, soon: Sequence[str] = ()) -> torch.Tensor:
+    def pixels(self, decoder: str, read: ReadPixels, soon: Soon = ()) -> torch.Tensor:
         """The pixels, uint8 (T, 3, height, width), in memory that a guard reuses after its `release`. `soon`: see
         `read_pixels`.
 
@@ -103,15 +105,15 @@ def read_pixels(
     decoder: str,
     fit: Fit,
     seen: tuple[str, float],
-    soon: Sequence[str] = (),
+    soon: Soon = (),
 ) -> np.ndarray:
     """The pixels of one sample, uint8 (T, 3, height, width): the frames at `times`, or a still where that is None.
 
-    `soon`: remote files that will be read next, which are opened meanwhile.
+    `soon`: remote files that will be read next, as `open_ahead` takes them.
 
     Raises `MediaError`, also for a file that has been replaced since it was `seen`.
     """
-    open_ahead((path, *soon))
+    open_ahead(((path, seen[0]), *soon))
     require_unchanged(path, *seen)  # here, in the guard's process, as a lost network file system hangs on it
     return read_still(path, fit=fit) if times is None else read_frames(path, times, decoder=decoder, fit=fit)
 
@@ -127,19 +129,23 @@ class MediaReader:
     def __init__(self, index: Index, config: DataConfig, read: ReadPixels) -> None:
         self.index, self.config, self._read = index, config, read
         self._has_urls = pc.any(pc.match_substring(index.table["path"], "://")).as_py()
-        self._soon: list[str] = []
+        self._soon: dict[str, str] = {}
 
     def expect(self, group: Group, records: Sequence[int]) -> None:
         """These will be read after those of earlier calls."""
         if self._has_urls:
-            paths = [self.index.item(int(group.rows[record]))[0].path for record in records]
-            self._soon += [path for path in paths if is_url(path)]
+            for record in records:
+                item, _, fingerprint = next(self.index.items(group.rows[record : record + 1]))
+                if is_url(item.path):
+                    self._soon.setdefault(item.path, fingerprint)
 
     def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:
         """A visit of a record, whatever its `number`. Raises `MediaError`."""
         visit = visit_of(self.index, self.config, group, record, rng)
         caption = draw_caption(visit.item, rng)
-        path, soon = visit.item.path, self._soon
-        if path in soon:  # what comes before it was found bad, and left out
-            self._soon = soon = soon[soon.index(path) + 1 :]
-        return visit.sample(visit.pixels(self.config.decoder, self._read, soon[:_SOON]), caption)
+        if visit.item.path in self._soon:  # what comes before it was found bad, and left out
+            while next(iter(self._soon)) != visit.item.path:
+                del self._soon[next(iter(self._soon))]
+            del self._soon[visit.item.path]
+        soon = tuple(islice(self._soon.items(), _SOON))
+        return visit.sample(visit.pixels(self.config.decoder, self._read, soon), caption)

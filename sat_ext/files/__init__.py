@@ -20,7 +20,7 @@ import pyarrow as pa
 from sat_ext.errors import MediaError
 from sat_ext.files.cells import Cells
 from sat_ext.files.locations import ParquetCell, container_of, inside_of, is_local, is_url, suffix_of
-from sat_ext.files.ranged import EMPTY, MemberFile, RemoteFile, info_of, reason_of
+from sat_ext.files.ranged import EMPTY, REPLACED, MemberFile, RemoteFile, info_of, reason_of
 from sat_ext.types import IMAGE_EXTENSIONS
 
 __all__ = ["container_of", "expect", "fingerprint", "is_local", "is_url", "open_ahead", "open_binary",
@@ -74,7 +74,7 @@ def require_unchanged(path: str, known: str, since: float) -> None:
         status = require_file(container)
         if max(status.st_mtime, status.st_ctime) < since:
             return
-    raise MediaError(path, "replaced since it was indexed; the new file is used from the next start on")
+    raise MediaError(path, REPLACED)
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -86,30 +86,29 @@ def open_binary(path: str) -> BinaryIO:
     return opened.result() if opened else _open(path)
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str, known: str = "") -> BinaryIO:
     inside = inside_of(path)
     if isinstance(inside, ParquetCell):
         return io.BytesIO(_read_cell(path, inside))
     if inside is not None and not inside.size:
         raise MediaError(path, EMPTY)
     container = container_of(path)
-    whole = RemoteFile(container, path) if is_url(container) else _open_local(container, path)
+    whole = RemoteFile(container, path, known) if is_url(container) else _open_local(container, path)
     return io.BufferedReader(whole if inside is None else MemberFile(whole, path, inside))
 
 
-def open_ahead(paths: Iterable[str]) -> None:
-    """Begin to open those of `paths` that are behind URLs, and to fetch their starts, small stills as a whole.
-
-    What earlier calls have begun is dropped if it is not among them."""
+def open_ahead(known: Iterable[tuple[str, str]]) -> None:
+    """Begin to open those of `known` (path, fingerprint) that are behind URLs, and to fetch their starts, small
+    stills as a whole. What earlier calls have begun is dropped if it is not among them."""
     opened = _opened_ahead(os.getpid())
-    wanted = [p for p in paths if is_url(p) and not isinstance(inside_of(p), ParquetCell)]
-    kept = {path: opened.get(path) or _pool(os.getpid()).submit(_open_and_peek, path) for path in wanted}
+    wanted = {p: seen for p, seen in known if is_url(p) and not isinstance(inside_of(p), ParquetCell)}
+    kept = {p: opened.get(p) or _pool(os.getpid()).submit(_open_and_peek, p, seen) for p, seen in wanted.items()}
     opened.clear()
     opened.update(kept)
 
 
-def _open_and_peek(path: str) -> Any:
-    file: Any = _open(path)
+def _open_and_peek(path: str, known: str) -> Any:
+    file: Any = _open(path, known)
     is_small = suffix_of(path) in IMAGE_EXTENSIONS and file.raw.size <= _SMALL
     expect(file, 0, file.raw.size if is_small else _START)
     file.peek()

@@ -26,6 +26,7 @@ _CONNECT_TIMEOUT, _READ_TIMEOUT, _REQUEST_TIMEOUT = 20.0, 30.0, 120.0
 _PATIENCE, _PAUSE = 5.0, 0.25
 
 EMPTY = "the file is empty (0 bytes)"
+REPLACED = "replaced since it was indexed; the new file is used from the next start on"
 _NO_RANGES = "its server does not answer range requests; copy it to a disk, or use one that does"
 _EXTRAS = {"s3": "sat_ext[s3]", "s3a": "sat_ext[s3]", "http": "sat_ext[http]", "https": "sat_ext[http]"}
 
@@ -95,13 +96,12 @@ def retried(path: str, call: Callable[[], T]) -> T:
 def _is_final(error: BaseException) -> bool:
     """Whether another attempt would get the same answer or, after a time-out, only double the wait."""
     cause, status = error.__cause__, getattr(error, "status", None)
-    if (
-        isinstance(error, FileNotFoundError) and cause and not hasattr(cause, "response")
-    ):  # HTTP's: see `reason_of`
-        return _is_final(cause)
+    if isinstance(error, FileNotFoundError) and cause and not hasattr(cause, "response"):
+        return _is_final(cause)  # of HTTP, as in `reason_of`; botocore's errors have a `response`
     if status is not None:
         return bool(status < 500 and status != 429)
-    return isinstance(error, (TimeoutError, ValueError, FileNotFoundError, PermissionError, MediaError))
+    finals = (TimeoutError, ValueError, FileNotFoundError, PermissionError)
+    return isinstance(error, finals) or type(error).__name__ == "FileExpired"
 
 
 def reason_of(error: BaseException) -> str:
@@ -115,6 +115,8 @@ def reason_of(error: BaseException) -> str:
             return f"its server refuses it with status {status}"
     if isinstance(error, (FileNotFoundError, NotADirectoryError)) or "null byte" in str(error):
         return "no such file"
+    if type(error).__name__ == "FileExpired":  # s3fs's
+        return REPLACED
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, TimeoutError):
@@ -188,16 +190,21 @@ class RemoteFile(_RangedFile):
 
     It holds the first range, to which decoders return, and the last one. Each range that follows that, or starts a
     little after it, is twice as long: a header costs little, and sequential reading few requests. `info` is what
-    `info_of` returns. Raises `MediaError` at once if the file is missing or empty, or its server does not support
-    ranges."""
+    `info_of` returns; S3 is not asked for it where the fingerprint is `known`.
+
+    Raises `MediaError` at once if the file is missing or empty, or its server does not support ranges."""
 
     _file: Any = None
     _expected = range(0)
 
-    def __init__(self, url: str, path: str) -> None:
+    def __init__(self, url: str, path: str, known: str = "") -> None:
         self._path = path
         fs, inner = filesystem(url)
-        self.info = retried(path, lambda: fs.info(inner))
+        length, _, tag = known.partition("-")
+        if tag.startswith('"') and url.startswith(("s3://", "s3a://")):  # s3fs compares it with each answer's
+            self.info: dict[str, Any] = {"name": inner, "size": int(length), "ETag": tag}
+        else:
+            self.info = retried(path, lambda: fs.info(inner))
         size = self.info.get("size")
         if size is None or not self.info.get("partial", True):  # fsspec would stream it, without seeking
             raise MediaError(path, _NO_RANGES)

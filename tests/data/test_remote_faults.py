@@ -149,13 +149,25 @@ def test_the_files_of_the_next_batch_are_opened_meanwhile(tmp_path: Path, server
 
 def test_a_file_that_was_opened_ahead_is_taken_once(server: Served) -> None:
     url = f"{server.url}/set/a.bin"
-    open_ahead([url])
+    open_ahead([(url, "")])
     assert fingerprint(url).startswith(str(len(DATA))) and read(url) == DATA
     server.reset()
     assert read(url) == DATA and server.requests.count("HEAD") == 1
-    open_ahead([f"{server.url}/set/none.bin"])
+    open_ahead([(f"{server.url}/set/none.bin", "")])
     with pytest.raises(MediaError, match="no such file"):
         read(f"{server.url}/set/none.bin")
+
+
+def test_a_file_on_s3_that_was_replaced_is_noticed_without_asking_for_it(server: Served, monkeypatch) -> None:
+    url = f"{url_of(server, 's3', monkeypatch)}/a.bin"
+    known = fingerprint(url)
+    server.reset()
+    open_ahead([(url, known)])
+    assert fingerprint(url) == known and read(url) == DATA and "HEAD" not in server.requests
+    (server.root / "set" / "a.bin").write_bytes(DATA[:-1])  # the server's tag is the size
+    open_ahead([(url, known)])
+    with pytest.raises(MediaError, match="replaced since it was indexed"):
+        fingerprint(url)
 
 
 def test_a_listing_that_tells_times_more_exactly_than_head_changes_no_file(monkeypatch) -> None:
