@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from sat_ext.errors import DataError, SatExtError
 from sat_ext.files import is_url
@@ -26,17 +27,20 @@ T = TypeVar("T")
 HEARTBEAT = 5.0  # seconds between messages to the ranks that wait; they give up after `args.timeout_minutes`
 _CHUNK = 64 << 20  # bytes in one message
 _ALIGNMENT = 64  # of buffers, which Arrow recommends
+_PIECE = 4 << 20  # bytes of one value of the store, which takes at most 8 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What rank 0 asks of all ranks while they wait for it."""
+    """What rank 0 asks of all ranks while they wait for it; their parts are in the store under `name`."""
 
     do: Callable[[Any], Any]
-    parts: Sequence[Any]
+    name: str
 
 
-_asked: "SimpleQueue[tuple[_Work, Future[list[Any]]] | None]" = SimpleQueue()  # None: there will be no more
+_asked: "SimpleQueue[tuple[Callable[[Any], Any], Sequence[Any], Future[list[Any]]] | None]" = (
+    SimpleQueue()
+)  # None: there will be no more
 
 
 def on_all_ranks(do: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
@@ -46,7 +50,7 @@ def on_all_ranks(do: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
     rank is raised here.
     """
     answer: Future[list[T]] = Future()
-    _asked.put((_Work(do, parts), answer))
+    _asked.put((do, parts, answer))
     return answer.result()
 
 
@@ -65,7 +69,7 @@ def share_from_first_rank(make: Callable[[], T], *, heartbeat: float = HEARTBEAT
     while message is None or isinstance(message, _Work):
         message = _broadcast(None)
         if isinstance(message, _Work):
-            gather(_own_part(message))
+            _do_own_part(message)
     if isinstance(message, SatExtError):
         raise message
     header, spans, name = message
@@ -110,12 +114,18 @@ def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat
             continue
         if asked is None:
             break
-        _broadcast(asked[0])
-        found = gather(_own_part(asked[0]))
+        do, parts, answer = asked
+        work = _Work(do, f"sat_ext/work/{uuid.uuid4().hex}")
+        # by the store, because with a broadcast and a gather every rank would hold the parts and results of all
+        for rank, part in enumerate(parts):
+            _put(f"{work.name}/{rank}", part)
+        _broadcast(work)
+        _do_own_part(work)
+        found = [_take(f"{work.name}/{rank}") for rank in range(len(parts))]
         if errors := [error for _, error in found if error is not None]:
-            asked[1].set_exception(errors[0])
+            answer.set_exception(errors[0])
         else:
-            asked[1].set_result([result for result, _ in found])
+            answer.set_result([result for result, _ in found])
     if isinstance(error := future.exception(), SatExtError):
         return _broadcast(error)
     header = pickle.dumps(future.result(), protocol=5, buffer_callback=buffers.append)
@@ -127,11 +137,33 @@ def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat
     return _broadcast((header, spans, f"sat_ext-{uuid.uuid4().hex}"))
 
 
-def _own_part(work: _Work) -> tuple[Any, SatExtError | None]:
+def _do_own_part(work: _Work) -> None:
+    """Returns when all ranks have done theirs."""
+    name, error = f"{work.name}/{dist.get_rank()}", None
     try:
-        return work.do(work.parts[dist.get_rank()]), None
-    except SatExtError as error:
-        return None, error
+        found = work.do(_take(name))
+    except SatExtError as own:
+        found, error = None, own
+    _put(name, (found, error))
+    dist.barrier()
+
+
+def _put(name: str, value: Any) -> None:
+    store: Any = distributed_c10d._get_default_store()
+    data = pickle.dumps(value)
+    for start in range(0, len(data) + 1, _PIECE):  # the last one is shorter, perhaps empty
+        store.set(f"{name}/{start}", data[start : start + _PIECE])
+
+
+def _take(name: str) -> Any:
+    store, data, is_last = distributed_c10d._get_default_store(), bytearray(), False
+    while not is_last:
+        key = f"{name}/{len(data)}"
+        piece = store.get(key)
+        store.delete_key(key)
+        data += piece
+        is_last = len(piece) < _PIECE
+    return pickle.loads(data)
 
 
 def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], path: Path) -> memoryview:
@@ -148,13 +180,17 @@ def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], pa
     dist.barrier()  # so that a rank without memory sees whether there is a file
     if memory is None and not path.exists():  # the rank that made it found the disk full
         memory = mmap.mmap(-1, size)
-    is_filled = first or memory is None
-    if not all(gather(is_filled)):
-        for start in range(0, size, _CHUNK):
-            chunk = _broadcast(memory[start : start + _CHUNK] if first else None)
-            if not is_filled:
+    is_filled = gather(first or memory is None)
+    if not all(is_filled):
+        # one rank of each other machine; its other ranks would receive the bytes only to drop them
+        receivers = [rank for rank, filled in enumerate(is_filled) if not filled]
+        group = dist.new_group([0, *receivers])
+        for start in range(0, size, _CHUNK) if first or dist.get_rank() in receivers else ():
+            chunk = _broadcast(memory[start : start + _CHUNK] if first else None, group)
+            if not first:
                 memory[start : start + _CHUNK] = chunk
         dist.barrier()
+        dist.destroy_process_group(group)
     if memory is None:
         with open(path, "rb") as file:
             memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
@@ -184,7 +220,7 @@ def _create(path: Path, size: int) -> mmap.mmap | None:
         os.close(file)
 
 
-def _broadcast(message: Any) -> Any:
+def _broadcast(message: Any, group: dist.ProcessGroup | None = None) -> Any:
     box = [message]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]

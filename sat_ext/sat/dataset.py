@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from webdataset import DataPipeline
 
 from sat_ext.data.held_out import HeldOut
-from sat_ext.data.index import build_index, clip_lengths, longest_is_rare
+from sat_ext.data.index import Index, build_index, clip_lengths, longest_is_rare
 from sat_ext.data.stream import JointStream
 from sat_ext.errors import ConfigError
 from sat_ext.latents.reader import open_reader
@@ -133,11 +133,14 @@ def _stream(args: argparse.Namespace, recipe: Recipe, split: str, *, world: int)
     sources = recipe.lists[split]
     folders = [data.cache.folder] if data.cache else [s.path for s in sources]  # media, or what is read instead
     require_everywhere(folders, "data.params.cache.folder" if data.cache else f"args.{split}")
-    index = share_from_first_rank(
-        lambda: build_index(sources, data, probing=_with_progress_bar, probe=probe_on_all_ranks)
-    )
+
+    def make() -> tuple[Index, tuple[str, str] | None]:
+        index = build_index(sources, data, probing=_with_progress_bar, probe=probe_on_all_ranks)
+        return index, longest_is_rare(clip_lengths(index), data)  # which goes through every record
+
+    index, rare = share_from_first_rank(make)
     print_rank0(f"{split}: {index.summary()}")
-    if rare := longest_is_rare(clip_lengths(index), data):
+    if rare:
         print_rank0(f"{split}: warning: {'; '.join(rare)}.")
     largest = recipe.micro_batch if trains else args.eval_batch_size or recipe.micro_batch
     packs = trains and engine.takes_packs

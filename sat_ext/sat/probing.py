@@ -13,6 +13,7 @@ from sat_ext.errors import MediaError
 from sat_ext.sat.broadcast import on_all_ranks
 
 ROUND = 4096  # files of one rank between two exchanges: each starts processes
+MOST = 1 << 18  # files of all ranks between two exchanges: the first holds what was found as Python objects
 SECONDS = 20.0  # after which a rank reports what it has: the others wait for it, for a limited time
 
 
@@ -27,7 +28,7 @@ def probe_on_all_ranks(paths: Iterable[str], **options: Any) -> Iterator[Outcome
         yield from probe_files(paths, **options)
         return
     remaining = iter(paths)
-    while some := list(islice(remaining, ROUND * world)):
+    while some := list(islice(remaining, min(MOST, ROUND * world))):
         found: dict[str, Outcome] = {}
         doubtful: list[str] = []
         while rest := [path for path in some if path not in found]:

@@ -94,7 +94,7 @@ class RunLog:
         facts = {
             "records": [[g.source, str(g.bucket), len(g.rows)] for g in index.groups],
             "bad": [len(index.bad), list(index.bad[:MOST_FILES])],
-            "dropped": [len(index.dropped), list(index.dropped[:MOST_FILES])],
+            "dropped": [len(dropped := index.dropped), dropped[:MOST_FILES]],
             "unread": dict(index.unread),
         }
         write_side_file(self.args.save, DATA, json.dumps(facts) + "\n")

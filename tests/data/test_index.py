@@ -191,7 +191,7 @@ def test_weights_too_far_apart_are_refused(media: Path) -> None:
 def test_a_weight_of_zero_leaves_the_record_out(media: Path) -> None:
     rows = [{"path": "still.png", "caption": "never", "weight": 0}, {"path": "long.mp4", "caption": "c"}]
     index = build_index([write_table(media, rows)], config())
-    assert index.dropped == ((str(media / "still.png"), "its weight is 0"),)
+    assert index.dropped == [(str(media / "still.png"), "its weight is 0")]
     assert keys(index) == ["long.mp4"]
 
 

@@ -53,10 +53,10 @@ class Index:
     """`table` holds every row that can be trained on; `groups` sorts them by source and bucket.
 
     `samplers` and `shares` are by source name; the default share is the number of the source's records.
-    `by_base` names the sources of the target "base". `bad` are
-    files, or parts of files, that cannot be read, `dropped` those that fit no bucket or have the weight 0, each as
-    (path, reason). `made` is the time (`time.time`) of indexing. `unread` counts files that may be media but are
-    not read, by suffix.
+    `by_base` names the sources of the target "base". `bad` are files, or parts of files, that cannot be read, as
+    (path, reason); `left_out` has the columns path and reason of those that fit no bucket or have the weight 0,
+    which may be most. `made` is the time (`time.time`) of indexing. `unread` counts files that may be media but
+    are not read, by suffix.
     """
 
     table: pa.Table
@@ -64,10 +64,15 @@ class Index:
     samplers: dict[str, str]
     shares: dict[str, float]
     bad: tuple[tuple[str, str], ...]
-    dropped: tuple[tuple[str, str], ...]
+    left_out: pa.Table
     made: float
     unread: Mapping[str, int] = field(default_factory=dict)
     by_base: frozenset[str] = frozenset()
+
+    @property
+    def dropped(self) -> list[tuple[str, str]]:
+        """`left_out` as (path, reason)."""
+        return _pairs(self.left_out)
 
     def item(self, row: int) -> tuple[Item, MediaInfo]:
         """The item of one row, and what its whole file holds."""
@@ -86,7 +91,7 @@ class Index:
         """One line for the log: records by source and bucket, and what was left out."""
         parts = [f"{g.source} {g.bucket}: {len(g.rows)}" for g in self.groups]
         total = sum(len(g.rows) for g in self.groups)
-        left_out = f"{len(self.bad)} unreadable, {len(self.dropped)} in no bucket"
+        left_out = f"{len(self.bad)} unreadable, {self.left_out.num_rows} in no bucket"
         if self.unread:
             left_out += f", {sum(self.unread.values())} of endings that are not read ({', '.join(self.unread)})"
         return f"{total} records ({', '.join(parts)}); {left_out}"
@@ -147,7 +152,7 @@ def build_index(
         samplers={name: s.sampler for name, s in named.items()},
         shares=shares_of(named, counts, config.mix),
         bad=bad,
-        dropped=tuple(entry for found in placed.values() for entry in found.dropped),
+        left_out=pa.concat_tables(found.dropped for found in placed.values()),
         unread=dict(sorted(unread.items())),
         made=made,
         by_base=frozenset(name for name, s in named.items() if s.target == "base"),
@@ -219,11 +224,15 @@ def _refuse_if_spoilt(
         )
     for name, source in named.items():
         if not len(placed[name].bucket):
-            left_out = [*placed[name].bad, *placed[name].dropped]
+            left_out = [*placed[name].bad, *_pairs(placed[name].dropped)]
             raise DataError(
                 f"source '{name}' ({source.path}): not one record can be used: {_first(left_out)}; "
                 "fix the files, or change data.params.buckets."
             )
+
+
+def _pairs(left_out: pa.Table) -> list[tuple[str, str]]:
+    return list(zip(*(left_out[name].to_pylist() for name in left_out.column_names)))
 
 
 def _first(entries: Sequence[tuple[str, str]], count: int = 3) -> str:

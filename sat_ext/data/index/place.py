@@ -20,6 +20,8 @@ from sat_ext.types import Bucket, Item, MediaInfo
 _MOST_WANTED = 1e15  # visits: more than any run makes, and still a whole number
 WEIGHT_TOLERANCE = 0.05  # by how much the visits of a record may miss its weight, as a part of it
 
+LEFT_OUT = pa.schema([("path", pa.string()), ("reason", pa.string())])
+
 # What a row holds -> its bucket's number and its number of windows, or why it has no bucket; None: the source
 # does not use it
 Place = Callable[[MediaInfo], "tuple[int, int] | str | None"]
@@ -27,13 +29,15 @@ Place = Callable[[MediaInfo], "tuple[int, int] | str | None"]
 _PART = ["path", "weight", "start", "end", "crop", "item_fps"]
 _MEASURES = ("width", "height", "frames", "fps", "duration")
 _NOWHERE, _BY_ITSELF = (-1, -1), (-2, -2)
+_DROPPED = -3  # beside the number of its reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """The rows of a source that can be used, and what was left out, as (path, reason).
+    """The rows of a source that can be used, and what was left out, by path and reason.
 
     `batches` have `ITEM_COLUMNS` and `FILE_COLUMNS`; `bucket` (a number), `windows` and `weight` an entry a row.
+    `dropped` is a table, as it may be most of the source.
     """
 
     batches: list[pa.RecordBatch]
@@ -41,18 +45,18 @@ class Placed:
     windows: np.ndarray
     weight: np.ndarray
     bad: list[tuple[str, str]]
-    dropped: list[tuple[str, str]]
+    dropped: pa.Table
 
 
 def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place: Place) -> Placed:
     """Put every row into its bucket. `infos` describe its file: `FILE_COLUMNS`, and `reason` if it is bad."""
     batches, numbers = [], []
     bad: list[tuple[str, str]] = []
-    dropped: list[tuple[str, str]] = []
+    dropped: list[pa.RecordBatch] = []
     alike = _Alike(place)
     for batch, info in zip(items, infos):
         found = alike.places(info)
-        rows = np.flatnonzero((found[:, 0] == _BY_ITSELF[0]) | ~_is_whole(batch))
+        rows = np.flatnonzero((found[:, 0] == _BY_ITSELF[0]) | ~_is_whole(batch))  # the others go all at once
         found[rows] = _NOWHERE
         given, held = (table.take(pa.array(rows)).to_pylist() for table in (batch.select(_PART), info))
         for row, own, entry in zip(rows.tolist(), given, held):
@@ -65,18 +69,20 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
             except MediaError as error:
                 bad.append((path, error.reason))
                 continue
-            if isinstance(verdict, str):
-                dropped.append((path, verdict))
-            elif verdict is not None:
-                found[row] = verdict
-        kept = found[:, 0] >= 0
+            if verdict is not None:
+                found[row] = alike.numbers(verdict)
+        kept, gone = found[:, 0] >= 0, found[:, 0] == _DROPPED
+        dropped.append(
+            pa.record_batch([batch["path"].filter(gone), alike.reasons_of(found[gone, 1])], schema=LEFT_OUT)
+        )
         columns = [*batch.columns, *(info[name].combine_chunks() for name in FILE_COLUMNS.names)]
         whole_batch = pa.record_batch(columns, names=[*ITEM_COLUMNS.names, *FILE_COLUMNS.names])
         batches.append(whole_batch if kept.all() else whole_batch.filter(pa.array(kept)))
         numbers.append(found[kept])
     bucket, windows = np.concatenate(numbers).T
     weights = np.concatenate([batch.column("weight").to_numpy() for batch in batches])
-    return Placed(batches=batches, bucket=bucket, windows=windows, weight=weights, bad=bad, dropped=dropped)
+    left_out = pa.Table.from_batches(dropped)
+    return Placed(batches=batches, bucket=bucket, windows=windows, weight=weights, bad=bad, dropped=left_out)
 
 
 class _Alike:
@@ -85,9 +91,21 @@ class _Alike:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._known: dict[bytes, tuple[int, int]] = {}
+        self._reasons: dict[str, int] = {}
+
+    def numbers(self, verdict: "tuple[int, int] | str") -> tuple[int, int]:
+        """A bucket and windows; for a reason `_DROPPED` and its number."""
+        return (
+            (_DROPPED, self._reasons.setdefault(verdict, len(self._reasons)))
+            if isinstance(verdict, str)
+            else verdict
+        )
+
+    def reasons_of(self, numbers: np.ndarray) -> pa.Array:
+        return pa.array([*self._reasons], pa.string()).take(pa.array(numbers))
 
     def places(self, info: pa.Table) -> np.ndarray:
-        """A bucket and windows for each row, `_NOWHERE`, or `_BY_ITSELF` where there is something to report."""
+        """The `numbers` of each row, `_NOWHERE`, or `_BY_ITSELF` for a bad file."""
         columns = [info[name].to_numpy().astype(np.float64) for name in _MEASURES]
         measures = np.stack([*columns, info["reason"].is_valid().to_numpy()], axis=1)
         rows = measures.view(np.dtype((np.void, measures.itemsize * measures.shape[1])))[:, 0]
@@ -100,8 +118,7 @@ class _Alike:
             width, height, frames, fps, duration, is_bad = measures.tolist()
             size = {"width": int(width), "height": int(height), "frames": int(frames)}
             info = MediaInfo(**size, fps=fps, duration=duration, codec="")
-            verdict = "" if is_bad else self._place(info)
-            self._known[key] = _BY_ITSELF if isinstance(verdict, str) else verdict or _NOWHERE
+            self._known[key] = _BY_ITSELF if is_bad else self.numbers(self._place(info) or _NOWHERE)
         return self._known[key]
 
 
