@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_ext.data.sources import SourceConfig, read_source
+from sat_ext.data.sources import SourceConfig, listing, read_source
 from sat_ext.errors import ConfigError, DataError
 
 
@@ -106,6 +106,52 @@ def test_a_caption_that_is_not_utf8_is_repaired_and_named(tmp_path, caplog):
     (tmp_path / "a.txt").write_bytes("a café".encode("latin-1"))
     assert [i.captions for i in read_source(str(tmp_path))] == [("a caf\ufffd",), ("a caption",)]
     assert "captions that are not UTF-8, their bad bytes replaced; save them as UTF-8: 1 ('a.txt')" in caplog.text
+
+
+def test_captions_are_not_opened_again_before_they_change(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SAT_EXT_CACHE", str(tmp_path / "cache"))
+    opened: list[str] = []
+    head = listing._head
+    monkeypatch.setattr(listing, "_head", lambda path: opened.append(Path(path).name) or head(path))
+
+    def read() -> tuple[list[str], list[str]]:
+        opened.clear()
+        return [i.captions[0] for i in read_source(str(tmp_path / "set"))], sorted(opened)
+
+    for number in range(3):
+        pair(tmp_path / "set", f"{number}.mp4", f"caption {number}")
+    captions = ["caption 0", "caption 1", "caption 2"]
+    assert read() == (captions, ["0.txt", "1.txt", "2.txt"])
+    assert read() == (captions, [])
+    pair(tmp_path / "set", "1.mp4", "another")
+    pair(tmp_path / "set", "3.mp4", "a new one")
+    assert read() == (["caption 0", "another", "caption 2", "a new one"], ["1.txt", "3.txt"])
+    status = os.stat(put(tmp_path / "set" / "2.txt", "Caption 2"))
+    os.utime(tmp_path / "set" / "2.txt", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert read() == (["caption 0", "another", "Caption 2", "a new one"], ["2.txt"])
+    (tmp_path / "set" / "3.mp4").unlink()
+    assert read() == (["caption 0", "another", "Caption 2"], [])
+
+    (tmp_path / "set" / "0.txt").write_bytes(b"caf\xe9")  # what is odd is said at every start
+    for _ in range(2):
+        caplog.clear()
+        assert read() == (["caf\ufffd", "another", "Caption 2"], ["0.txt"])
+        assert "captions that are not UTF-8" in caplog.text
+
+    for kept in (tmp_path / "cache" / "captions").iterdir():  # damaged, and never beside the data
+        kept.write_bytes(kept.read_bytes()[:-100])
+    assert read()[1] == ["0.txt", "1.txt", "2.txt"]
+    assert {p.name for p in (tmp_path / "set").iterdir()} == {
+        f"{n}.{s}" for n in range(3) for s in ("mp4", "txt")
+    } | {"3.txt"}
+
+    (tmp_path / "secret").write_bytes(b"another")  # nor does it open what a link leads to
+    status = os.stat(tmp_path / "set" / "1.txt")
+    os.utime(tmp_path / "secret", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (tmp_path / "set" / "1.txt").unlink()
+    os.symlink(tmp_path / "secret", tmp_path / "set" / "1.txt")
+    with pytest.raises(DataError, match=r"1\.txt leads to .*secret, out of the source's folder"):
+        read()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])

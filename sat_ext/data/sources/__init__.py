@@ -111,7 +111,7 @@ def _read(path: str, notes: Notes) -> Iterable[pa.RecordBatch]:
         return read_folder(list_folder(path, notes), notes)
     if os.path.exists(path) if local else suffix_of(path):
         return _read_files(path, [path], notes)
-    if not local and (folder := list_folder(path, notes)).names:
+    if not local and len((folder := list_folder(path, notes)).names):
         return read_folder(folder, notes)
     raise DataError(f"{path}: no such file or folder; check sources or train_data.")
 

@@ -75,18 +75,23 @@ def plain_items(rows: pa.RecordBatch, base: str, reach: Reach) -> pa.RecordBatch
     path = pc.if_else(inside, pc.binary_join_element_wise(folder, name, ""), name)
     if pc.max(pc.binary_length(caption)).as_py() > MAX_CAPTION_BYTES:
         return None
-    if not reach.holds(path.filter(pc.invert(remote)).to_pylist()):
+    if not reach.holds(path.filter(pc.invert(remote))):
         return None
     spread = pc.match_substring_regex(caption, _SEVERAL_LINES)
     if pc.any(spread).as_py():
         lines = map(one_line, caption.filter(spread).to_pylist())
         caption = pc.replace_with_mask(caption, spread, pa.array(lines, pa.string()))
-    count = len(rows)
+    return items_of(path, name, caption, numbers)
+
+
+def items_of(path: pa.Array, key: pa.Array, caption: pa.Array, numbers: Sequence[pa.Array]) -> pa.RecordBatch:
+    """`ITEM_COLUMNS` with one caption each, none where it is null. `numbers` are start, end, fps and weight."""
+    count, (start, end, fps, weight) = len(path), numbers
     no_weights = pa.ListArray.from_arrays(pa.array(np.zeros(count + 1, np.int32)), pa.array([], pa.float64()))
-    one_each = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32)), caption)
-    start, end, fps, weight = numbers
+    ends = np.append(np.int32(0), np.cumsum(caption.is_valid().to_numpy(False), dtype=np.int32))
+    captions = pa.ListArray.from_arrays(pa.array(ends), caption.drop_null())
     return pa.record_batch(
-        [path, name, one_each, no_weights, start, end, pa.nulls(count, pa.list_(pa.int32())), fps, weight],
+        [path, key, captions, no_weights, start, end, pa.nulls(count, pa.list_(pa.int32())), fps, weight],
         schema=ITEM_COLUMNS,
     )
 

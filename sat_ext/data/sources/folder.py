@@ -2,20 +2,23 @@
 
 import os
 import re
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from typing import NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from sat_ext.data.columns import item_batches
-from sat_ext.data.sources.listing import Folder, Notes, is_media, list_folder
+from sat_ext.data.columns import ROWS
+from sat_ext.data.sources.arrow import items_of
+from sat_ext.data.sources.listing import Folder, Notes, list_folder
 from sat_ext.data.sources.reach import resolve
 from sat_ext.data.sources.shards import read_shards
 from sat_ext.data.sources.tables import ReadRow, collect, read_tables
-from sat_ext.data.sources.texts import by_folded, folded, lines_of, listed, one_line
+from sat_ext.data.sources.texts import LISTED, by_folded, folded, lines_of, listed, one_line
 from sat_ext.errors import DataError
 from sat_ext.files import is_url
-from sat_ext.types import MEDIA_EXTENSIONS, Item
+from sat_ext.types import MEDIA_EXTENSIONS, OTHER_EXTENSIONS
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # Hugging Face's ImageFolder and VideoFolder
 _PROMPTS = ("prompts.txt", "prompt.txt")
@@ -24,6 +27,11 @@ _SPLIT = re.compile(rf"({'|'.join(_TRAIN + _OTHER_SPLITS)})(?=[-_./]|$)")
 
 # CogVideo's layout: videos/x.mp4 has its caption in labels/x.txt.
 _LABELLED_FOLDERS = frozenset({"videos", "images"})
+_LABELLED = r"^((?:.*/)?)(?i:videos|images)/"  # the innermost of them
+_MEDIA, _READ = (
+    rf"(?i)\.(?:{'|'.join(sorted(suffix[1:] for suffix in suffixes))})$"
+    for suffixes in (MEDIA_EXTENSIONS, MEDIA_EXTENSIONS | OTHER_EXTENSIONS)
+)
 
 
 def read_folder(folder: Folder, notes: Notes) -> Iterable[pa.RecordBatch]:
@@ -36,14 +44,16 @@ def read_folder(folder: Folder, notes: Notes) -> Iterable[pa.RecordBatch]:
 
     Of a data set with splits (train, test, ...) only the training split is read. Raises `DataError`.
     """
-    names = {n.lower(): n for n in folder.names if "/" not in n}
+    names = {n.lower(): n for n in matching(folder.names, r"(?i)^(?:prompts?|videos|images)\.txt$").to_pylist()}
     prompts = next((p for p in _PROMPTS if p in names), None)
     if prompts and names.keys() & {"videos.txt", "images.txt"}:
         return _read_lists(folder, prompts, names, notes)
-    metadata = [n for n in folder.names if n.rpartition("/")[2].lower() in _METADATA]
-    parquet = metadata or [n for n in folder.names if n.lower().endswith(".parquet")]
-    tars = [n for n in folder.names if n.lower().endswith(".tar")]
-    kinds = [*parquet[:1], *tars[:1], *([n for n in folder.names if is_media(n)][:1])]
+    others = matching(folder.names, r"(?i)\.(?:parquet|tar|jsonl|csv)$").to_pylist()
+    metadata = [n for n in others if n.rpartition("/")[2].lower() in _METADATA]
+    parquet = metadata or [n for n in others if n.lower().endswith(".parquet")]
+    tars = [n for n in others if n.lower().endswith(".tar")]
+    media = matching(folder.names, _MEDIA)
+    kinds = [*parquet[:1], *tars[:1], *media[:1].to_pylist()]
     if len(kinds) > 1 and not metadata:
         raise DataError(
             f"{folder.root}: it holds '{kinds[0]}' and '{kinds[1]}', which may be the same data twice; put the "
@@ -54,7 +64,13 @@ def read_folder(folder: Folder, notes: Notes) -> Iterable[pa.RecordBatch]:
         return read_tables([(folder.location(n), n[: n.rfind("/") + 1]) for n in tables], notes)
     if tars:
         return read_shards([(folder.location(n), n) for n in _one_split(tars, notes)], notes)
-    return _read_sidecars(folder, notes)
+    return _read_sidecars(folder, media, notes)
+
+
+def matching(names: pa.Array, pattern: str, *, not_these: bool = False) -> pa.Array:
+    """Those of the names that match, or that do not."""
+    found = pc.match_substring_regex(names, pattern)
+    return names.filter(pc.invert(found) if not_these else found)
 
 
 def _one_split(names: list[str], notes: Notes) -> list[str]:
@@ -100,43 +116,44 @@ def _read_lists(folder: Folder, prompts: str, names: dict[str, str], notes: Note
     return collect(rows, folder.root, "", notes)
 
 
-def _read_sidecars(folder: Folder, notes: Notes) -> Iterable[pa.RecordBatch]:
+def _read_sidecars(folder: Folder, media: pa.Array, notes: Notes) -> Iterator[pa.RecordBatch]:
     """Images and videos with their captions: x.txt beside x, or labels/x.txt if x lies in videos/ or images/."""
+    for name in matching(folder.names, _READ, not_these=True).to_pylist():
+        notes.leave_out(name)
     captions = _Captions(folder, notes)
-    found: dict[str, tuple[str, str] | None] = {}
-    for name in folder.names:
-        if is_media(name):
-            found[name] = captions.find(name)
-        else:
-            notes.leave_out(name)
-    bare = sorted(name for name, place in found.items() if place is None)
-    if bare and notes.captions_required:
-        looked = " and ".join(f"'{root}/{wanted}'" for root, wanted in captions.candidates(bare[0]))
+    found = captions.find(media)
+    captioned = reduce(pc.or_, (names.is_valid() for _, names in found))
+    bare = media.filter(pc.invert(captioned))
+    if len(bare) and notes.captions_required:
+        some = bare.take(pc.array_sort_indices(bare)[:LISTED]).to_pylist()
+        looked = " and ".join(f"'{root}/{wanted}'" for root, wanted in captions.candidates(some[0]))
         raise DataError(
-            f"{folder.root}: {len(bare)} of {len(found)} media files have no caption ({listed(bare)}; looked for "
-            f"{looked}); write one text file for each, or list the files in a .jsonl or .csv."
+            f"{folder.root}: {len(bare)} of {len(media)} media files have no caption ({listed(some, len(bare))}; "
+            f"looked for {looked}); write one text file for each, or list the files in a .jsonl or .csv."
         )
-    if not found:
+    if not len(media):
         others = f", but {sum(notes.unread.values())} files ending in {', '.join(sorted(notes.unread))}"
         raise DataError(
             f"{folder.root}: no image or video in this folder or below it{others if notes.unread else ''}; "
             f"known are {' '.join(sorted(MEDIA_EXTENSIONS))}."
         )
-    captions_of: dict[str, tuple[str]] = {}
-    for root, texts in captions.texts.items():
-        own = {media: place[1] for media, place in found.items() if place and place[0] == root}
-        for media, text in zip(own, texts.folder.captions(list(own.values()), notes), strict=True):
-            captions_of[media] = (one_line(text),)
-    return item_batches(
-        Item(path=folder.location(name), key=name, captions=captions_of.get(name, ())) for name in found
-    )
+    texts = pa.nulls(len(media), pa.large_string())
+    for texts_folder, names in found:
+        texts = pc.replace_with_mask(texts, names.is_valid(), texts_folder.captions(names.drop_null(), notes))
+    paths = folder.locations(media)
+    for first in range(0, len(media), ROWS):
+        rows = pa.array(range(first, min(first + ROWS, len(media))))
+        # no slices: Arrow's `ascii_lower` of one that was cast is damaged
+        path, key, text = (column.take(rows).cast(pa.string()) for column in (paths, media, texts))
+        numbers = [pa.array([value] * len(path), pa.float64()) for value in (0.0, None, None, 1.0)]
+        yield items_of(path, key, text, numbers)
 
 
 class _Captions:
     """Finds the captions of a folder's files. If it is `videos/` itself, `labels/` lies beside it."""
 
     def __init__(self, folder: Folder, notes: Notes) -> None:
-        self.texts = {folder.root: _Texts(folder)}
+        self._texts = _Texts(folder)
         self._root, self._notes = folder.root, notes
         root = folder.root if is_url(folder.root) else os.path.abspath(folder.root)
         self._outer_root, up = _labels(root, 3 if is_url(root) else 1)
@@ -151,14 +168,25 @@ class _Captions:
             return [(self._root, beside), (self._root, label)]
         return [(self._root, beside)] + ([(self._outer_root, beside)] if self._outer_root is not None else [])
 
-    def find(self, media: str) -> tuple[str, str] | None:
-        """The one of `candidates` that is there, by the name that it has there."""
-        for root, wanted in self.candidates(media):
-            if root not in self.texts:  # the folder outside, which may be large, or not ours to read
-                self.texts[root] = _Texts(list_folder(root, self._notes))
-            if name := self.texts[root].find(wanted):
-                return root, name
-        return None
+    def find(self, media: pa.Array) -> list[tuple[Folder, pa.Array]]:
+        """Folders, and for each of `media` the name that its caption has in it: the first of `candidates` that is
+        there. Null where that is not in this folder."""
+        beside = pc.replace_substring_regex(media, r"\.[^./]*$", ".txt")
+        names = self._texts.find(beside)
+        found = [(self._texts.folder, names)]
+        if not names.null_count:
+            return found
+        label = pc.replace_substring_regex(beside, _LABELLED, r"\1labels/")
+        has_label = pc.not_equal(label, beside)
+        rows = pc.and_(names.is_null(), has_label)
+        found = [(self._texts.folder, pc.replace_with_mask(names, rows, self._texts.find(label.filter(rows))))]
+        rows = pc.and_(names.is_null(), pc.invert(has_label))
+        if self._outer_root is not None and pc.any(rows).as_py():
+            # the folder outside may be large, or not ours to read
+            outer = _Texts(list_folder(self._outer_root, self._notes))
+            none = pa.nulls(len(media), pa.large_string())
+            found.append((outer.folder, pc.replace_with_mask(none, rows, outer.find(beside.filter(rows)))))
+        return found
 
 
 def _labels(path: str, first: int, last: int | None = None) -> tuple[str | None, str]:
@@ -175,28 +203,46 @@ class _Texts:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self._names = {n for n in folder.names if n.lower().endswith(".txt")}
-        self._taken: dict[str, str] = {}
+        self._names = matching(folder.names, r"(?i)\.txt$")
+        self._exact: list[pa.Array] = []  # names that were found as they are
+        self._alike: dict[str, str] = {}  # others, and as what they were wanted
 
-    @cached_property
-    def _alike(self) -> dict[str, list[str]]:
-        return by_folded(self._names)
+    def find(self, wanted: pa.Array) -> pa.Array:
+        """The name of each caption that is `wanted`, null where it is not there. Raises `DataError` if that is
+        ambiguous."""
+        is_here = pc.is_in(wanted, self._names)
+        found = pc.if_else(is_here, wanted, pa.scalar(None, wanted.type))
+        self._exact.append(found.drop_null())
+        missing = wanted.filter(pc.invert(is_here))
+        # only names that are alike become Python objects
+        alike = by_folded(self._names.filter(pc.is_in(_folded(self._names), _folded(missing))).to_pylist())
+        if alike:
+            names = [self._one_of(alike.get(folded(name), []), name) for name in missing.to_pylist()]
+            found = pc.replace_with_mask(found, pc.invert(is_here), pa.array(names, wanted.type))
+        taken = pa.array(self._alike, wanted.type)
+        for name in (name for exact in self._exact for name in exact.filter(pc.is_in(exact, taken)).to_pylist()):
+            self._refuse(name, name)
+        return found
 
-    def find(self, wanted: str) -> str | None:
-        """The name of the caption `wanted`. Raises `DataError` if that is ambiguous."""
-        name: str | None = wanted
-        if wanted not in self._names:
-            alike = self._alike.get(folded(wanted), [])
-            if len(alike) > 1:
-                raise DataError(
-                    f"{self.folder.root}: '{wanted}' is not there, and {listed(sorted(alike))} may be meant; give "
-                    "the file and its caption the same name."
-                )
-            name = alike[0] if alike else None
-        # x.jpg and X.jpg would share x.txt; x.jpg and x.mp4 may, as they want the same name.
-        if name is not None and self._taken.setdefault(name, wanted) != wanted:
+    def _one_of(self, alike: list[str], wanted: str) -> str | None:
+        if len(alike) > 1:
             raise DataError(
-                f"{self.folder.root}: '{name}' may be the caption of two files, as '{wanted}' and as "
-                f"'{self._taken[name]}'; give each file a caption of the same name."
+                f"{self.folder.root}: '{wanted}' is not there, and {listed(sorted(alike))} may be meant; give "
+                "the file and its caption the same name."
             )
-        return name
+        # x.jpg and X.jpg would share x.txt; x.jpg and x.mp4 may, as they want the same name.
+        if alike and self._alike.setdefault(alike[0], wanted) != wanted:
+            self._refuse(alike[0], wanted)
+        return alike[0] if alike else None
+
+    def _refuse(self, name: str, wanted: str) -> NoReturn:
+        raise DataError(
+            f"{self.folder.root}: '{name}' may be the caption of two files, as '{wanted}' and as "
+            f"'{self._alike[name]}'; give each file a caption of the same name."
+        )
+
+
+def _folded(names: pa.Array) -> pa.Array:
+    if pc.all(pc.string_is_ascii(names)).as_py():
+        return pc.ascii_lower(names)
+    return pa.array((folded(name.as_py()) for name in names), names.type)

@@ -12,8 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sat_ext.data.columns import ROWS
+from sat_ext.data.sources import kept
 from sat_ext.data.sources.reach import Reach, leads_out
-from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, encoding_of, is_text, listed, open_text
+from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, encoding_of, is_text, listed, one_line, open_text
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import is_url
 from sat_ext.files.ranged import filesystem, retried
@@ -22,6 +28,10 @@ from sat_ext.types import MEDIA_EXTENSIONS, OTHER_EXTENSIONS
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 256  # small files that are fetched together from a server
+_KEPT = pa.schema(
+    [("name", pa.large_string()), ("size", pa.int64()), ("changed", pa.int64()), ("text", pa.large_string())]
+)
+_KEPT_VERSION = "1"  # raise it when a caption is read in another way than before
 
 
 def is_media(name: str) -> bool:
@@ -88,13 +98,13 @@ class Notes:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Every file below `root` but hidden ones: `names` are relative to it, with forward slashes.
+    """Every file below `root` but hidden ones: `names` (large_string) are relative to it, with forward slashes.
 
     `links`: where links among them lead out of the source; these may not be opened.
     """
 
     root: str
-    names: list[str]
+    names: pa.Array
     links: Mapping[str, str] = field(default_factory=dict)
 
     def location(self, name: str) -> str:
@@ -103,15 +113,55 @@ class Folder:
             raise DataError(leads_out(f"{self.root}/{name}", self.links[name]))
         return f"{self.root}/{name}"
 
-    def captions(self, names: Sequence[str], notes: Notes) -> Iterator[str]:
-        """The text of each of the small files `names`."""
-        if not is_url(self.root):
-            for name in names:
-                try:
-                    yield notes.decode(_head(self.location(name)), name)
-                except MediaError as error:
-                    raise DataError(f"{error}; fix or remove it.") from error
-            return
+    def locations(self, names: pa.Array) -> pa.Array:
+        """As `location`, of many files."""
+        for name in names.filter(pc.is_in(names, pa.array([*self.links], names.type))).to_pylist():
+            self.location(name)
+        return pc.binary_join_element_wise(pa.scalar(self.root, names.type), names, pa.scalar("/", names.type))
+
+    def captions(self, names: pa.Array, notes: Notes) -> pa.Array:
+        """The captions in the small files `names`, each on one line (large_string).
+
+        Local files are not opened again before they change. Those in which something is odd are, to say so again.
+        """
+        if is_url(self.root):
+            texts = self._fetched(names.to_pylist(), notes)
+            return pa.array([one_line(text) for text in texts], pa.large_string())
+        paths, place = self.locations(names), kept.place_of("captions", os.path.abspath(self.root))
+        known = kept.load(place, _KEPT, _KEPT_VERSION)
+        known = (_KEPT.empty_table() if known is None else known).combine_chunks()
+        sizes, times = _states(paths)
+        rows = pc.index_in(names, known["name"])
+        same = [
+            pc.equal(known[c].take(rows).combine_chunks(), v) for c, v in (("size", sizes), ("changed", times))
+        ]
+        is_same = pc.fill_null(pc.and_(*same), False)
+        texts, is_new = known["text"].take(rows).combine_chunks(), pc.invert(is_same)
+        if not (changed := pc.any(is_new).as_py()) and len(names) == known.num_rows:
+            return texts
+        odd = np.zeros(len(names), bool)
+        if changed:
+            places = np.flatnonzero(is_new)
+            some = names.take(pa.array(places))
+            read = pa.array(self._read(some, odd, places, notes), pa.large_string())
+            texts = pc.replace_with_mask(texts, is_new, read)
+        if not odd.all():
+            table = pa.table([names, sizes, times, texts], schema=_KEPT)
+            kept.save(place, table.filter(pa.array(~odd)), _KEPT_VERSION)
+        return texts
+
+    def _read(self, names: pa.Array, odd: np.ndarray, places: np.ndarray, notes: Notes) -> Iterator[str]:
+        """The captions in local files; `odd` is set at the `places` of those that `notes` are about."""
+        for name, place in zip(names, places):
+            own = Notes(captions_required=True, reach=notes.reach)
+            try:
+                yield one_line(own.decode(_head(self.location(name.as_py())), name.as_py()))
+            except MediaError as error:
+                raise DataError(f"{error}; fix or remove it.") from error
+            odd[place] = notes.take(own)
+
+    def _fetched(self, names: Sequence[str], notes: Notes) -> Iterator[str]:
+        """The texts of small files on a server."""
         fs, inner = filesystem(self.root)
         for first in range(0, len(names), _AT_ONCE):
             some = names[first : first + _AT_ONCE]
@@ -146,6 +196,17 @@ def _head(path: str) -> bytes:
         return whole.read(MAX_CAPTION_BYTES + 1)
 
 
+def _states(paths: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Sizes and modification times of local files; -1 for those that cannot be opened."""
+    found = np.full((len(paths), 2), -1, np.int64)
+    for first in range(0, len(paths), ROWS):
+        for row, path in enumerate(paths[first : first + ROWS].to_pylist(), start=first):
+            with suppress(OSError):
+                status = os.stat(path)
+                found[row] = status.st_size, status.st_mtime_ns
+    return pa.array(found[:, 0]), pa.array(found[:, 1])
+
+
 def _is_empty(fs: Any, path: str) -> bool:
     with suppress(Exception):  # each of fsspec's file systems has its own errors
         return bool(fs.info(path).get("size") == 0)
@@ -158,7 +219,8 @@ def list_folder(root: str, notes: Notes) -> Folder:
 
 
 def _list_local(root: str, notes: Notes) -> Folder:
-    kept: list[str] = []
+    found: list[pa.Array] = []
+    some: list[str] = []  # as Python objects
     links: dict[str, str] = {}
     seen = {os.path.realpath(root)}  # a folder that several links lead to is read once, so loops of links end
     for folder, below, names in os.walk(root, followlinks=True):
@@ -170,18 +232,27 @@ def _list_local(root: str, notes: Notes) -> Folder:
                 seen.add(real)
                 inner.append(name)
         below[:] = inner
-        start = os.path.join(folder, "")
-        paths = [start + name for name in sorted(names) if not name.startswith(".")]
-        are_inside = notes.reach.holds(paths)  # one look at the folder instead of one at each file
-        for path in paths:
-            name = path.removeprefix(os.path.join(root, ""))
-            if not is_text(name):
-                notes.add("files left out for their names, which are not UTF-8", repr(name))
-                continue
-            if not are_inside and (target := notes.reach.leaves(path)) is not None:
+        start = os.path.join(folder, "").removeprefix(os.path.join(root, ""))
+        own = [start + name for name in sorted(names) if not name.startswith(".")]
+        # one look at the folder instead of one at each file
+        for name in own if own and not notes.reach.holds_all_of(folder) else ():
+            if (target := notes.reach.leaves(os.path.join(root, name))) is not None:
                 links[name] = target
-            kept.append(name)
-    return Folder(root, kept, links)
+        some += own
+        if len(some) >= ROWS:
+            found.append(_texts(some, notes))
+            some.clear()
+    return Folder(root, pa.concat_arrays([*found, _texts(some, notes)]), links)
+
+
+def _texts(names: list[str], notes: Notes) -> pa.Array:
+    """Those of the names that are UTF-8."""
+    with suppress(UnicodeEncodeError):
+        return pa.array(names, pa.large_string())
+    for name in names:
+        if not is_text(name):
+            notes.add("files left out for their names, which are not UTF-8", repr(name))
+    return pa.array(filter(is_text, names), pa.large_string())
 
 
 def _list_remote(root: str) -> Folder:
@@ -195,4 +266,5 @@ def _list_remote(root: str) -> Folder:
             raise DataError(f"{error}; check the address and your rights.") from error
         found = []
     names = (path.removeprefix(inner).lstrip("/") for path in found)
-    return Folder(root, [n for n in names if n and not any(p.startswith(".") for p in n.split("/"))])
+    shown = [n for n in names if n and not any(p.startswith(".") for p in n.split("/"))]
+    return Folder(root, pa.array(shown, pa.large_string()))

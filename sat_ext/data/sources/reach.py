@@ -1,10 +1,12 @@
 """How far the names and links in a data set may lead: whoever made it must not choose what this machine reads."""
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import quote, urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from sat_ext.data.sources.texts import by_folded, folded, listed, shown
 from sat_ext.errors import ConfigError, DataError
@@ -63,24 +65,29 @@ class Reach:
             self._folders[folder] = real, os.path.join(real, "").startswith(self._roots)
         return self._folders[folder]
 
-    def holds(self, paths: Sequence[str]) -> bool:
+    def holds(self, paths: pa.Array) -> bool:
         """Whether all of the local files `paths` are no links, and in allowed folders. False: ask for each."""
-        folders = Counter(path.rpartition("/")[0] for path in paths)
-        for folder, files in folders.items():
-            if not self._folder(folder or "/")[1]:
+        folders = pc.value_counts(pc.replace_substring_regex(paths, "(?:^|/)[^/]*$", ""))
+        counts = dict(zip(*(field.to_pylist() for field in folders.flatten())))
+        for folder, files in counts.items():
+            if files >= _MANY and not self.holds_all_of(folder):
                 return False
-            if files >= _MANY and folder not in self._linked:
-                try:
-                    with os.scandir(folder or "/") as found:
-                        self._linked[folder] = any(file.is_symlink() for file in found)
-                except FileNotFoundError:
-                    self._linked[folder] = False
-                except OSError:
-                    return False
-            if self._linked.get(folder):
+            if self._linked.get(folder) or not self._folder(folder or "/")[1]:
                 return False
-        few = folders.keys() - self._linked.keys()
-        return not few or not any(os.path.islink(path) for path in paths if path.rpartition("/")[0] in few)
+        few = counts.keys() - self._linked.keys()
+        return not few or not any(os.path.islink(p) for p in paths.to_pylist() if p.rpartition("/")[0] in few)
+
+    def holds_all_of(self, folder: str) -> bool:
+        """Whether the folder is an allowed one, and has no links in it."""
+        if folder not in self._linked:
+            try:
+                with os.scandir(folder or "/") as found:
+                    self._linked[folder] = any(file.is_symlink() for file in found)
+            except FileNotFoundError:
+                self._linked[folder] = False
+            except OSError:
+                return False
+        return not self._linked[folder] and self._folder(folder or "/")[1]
 
     def check(self, path: str, where: str) -> None:
         """Raise `DataError`, which begins with `where`, for a location that leads too far."""

@@ -3,7 +3,6 @@
 Nothing is unpacked, and nothing but media, text and JSON is looked at: a `.pyd` or `.pth` member stays closed.
 """
 
-import hashlib
 import os
 import re
 import tarfile
@@ -16,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 from typing_extensions import Self
 
-from sat_ext.data.columns import item_batches
+from sat_ext.data.columns import ITEM_COLUMNS, item_batches
+from sat_ext.data.sources import kept
 from sat_ext.data.sources.listing import Notes, is_media
 from sat_ext.data.sources.rows import CAPTION_COLUMNS, fields_of
 from sat_ext.data.sources.texts import (
@@ -31,7 +31,6 @@ from sat_ext.data.sources.texts import (
 )
 from sat_ext.errors import DataError, MediaError, SatExtError
 from sat_ext.files import fingerprint, is_url, open_binary, suffix_of
-from sat_ext.files.atomic import cache_folder, written_aside
 from sat_ext.files.locations import member_location
 from sat_ext.files.ranged import filesystem
 from sat_ext.types import IMAGE_EXTENSIONS, Item
@@ -79,34 +78,22 @@ def read_shards(shards: Sequence[tuple[str, str]], notes: Notes) -> list[pa.Reco
 
 
 def _batches(tar: str, prefix: str, notes: Notes) -> list[pa.RecordBatch]:
-    """The samples of a tar: as an earlier run has kept them or, if that found anything odd, from its headers.
-
-    They are kept in our own cache and not beside the data: whoever made these could have them name any file.
-    """
-    name = hashlib.sha256(os.fsencode(f"{tar}\n{prefix}")).hexdigest()[:32]
-    kept = cache_folder() / "tars" / f"{name}.arrow"
-    state = ""
+    """The samples of a tar: as an earlier run has kept them or, if that found anything odd, from its headers."""
+    place, state = kept.place_of("tars", f"{tar}\n{prefix}"), ""
     files = [tar, *(path for path in _meta_paths(tar) if _exists(path))]
     with suppress(MediaError):  # of the tar, which reading it reports
         state = "\n".join([str(_VERSION), *(f"{file} {fingerprint(file)}" for file in files)])
-    with suppress(OSError, pa.ArrowException), pa.memory_map(str(kept)) as file:
-        table = pa.ipc.open_file(file).read_all()
-        for meta in files[1:]:
-            notes.reach.check(meta, tar)
-        if state and table.schema.metadata == {b"state": os.fsencode(state)}:
-            table.validate(full=True)
-            return table.replace_schema_metadata(None).to_batches()
+    for meta in files[1:]:
+        notes.reach.check(meta, tar)
+    if state and (table := kept.load(place, ITEM_COLUMNS, state)) is not None:
+        return table.to_batches()
     own = Notes(captions_required=notes.captions_required, reach=notes.reach)
     try:
         batches = list(item_batches(_read_shard(tar, prefix, own)))
     finally:
         was_odd = notes.take(own)
     if batches and state and notes.captions_required and not was_odd:
-        table = pa.Table.from_batches(batches).replace_schema_metadata({"state": os.fsencode(state)})
-        with suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(kept, shared=True) as draft, pa.ipc.new_file(str(draft), table.schema) as writer:
-                writer.write_table(table)
+        kept.save(place, pa.Table.from_batches(batches), state)
     return batches
 
 

@@ -18,7 +18,7 @@ MAX_CAPTION_BYTES = 1 << 20
 LONGEST_LINE = 4 << 20
 
 _HEAD = 4096  # bytes that show the encoding
-_LISTED = 3  # examples in a message
+LISTED = 3  # examples in a message
 _LONGEST_SHOWN = 200  # letters of a value in a message
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a name that is not UTF-8, and half a pair of UTF-16
@@ -36,7 +36,7 @@ _MARKS = (
 def listed(names: Sequence[str], count: int | None = None) -> str:
     """The first few names for a message, out of `count`."""
     count = len(names) if count is None else count
-    return ", ".join(f"'{n}'" for n in names[:_LISTED]) + (", ..." if count > _LISTED else "")
+    return ", ".join(f"'{n}'" for n in names[:LISTED]) + (", ..." if count > LISTED else "")
 
 
 def shown(value: Any) -> str:
