@@ -30,11 +30,11 @@ _SPACE = r"[\x00-\x20\x7f-\x{a0}\x{1680}\x{2000}-\x{206f}\x{3000}]"  # or what m
 _SEVERAL_LINES = rf"[\r\n]|^{_SPACE}|{_SPACE}$"
 
 
-def plain_objects(lines: Sequence[str]) -> pa.RecordBatch | None:
+def plain_objects(text: str) -> pa.RecordBatch | None:
     """The objects of lines of JSONL; None unless all can be read alike by any parser of JSON."""
-    text = "".join(lines).replace("\r\n", "\n").rstrip("\n") + "\n"
-    starts = text.startswith("{") + text.count("\n{")
-    if not starts == text.count("}\n") == len(lines):
+    text = text.replace("\r\n", "\n").removesuffix("\n") + "\n"
+    count = text.count("\n")
+    if "\r" in text or not text.startswith("{") + text.count("\n{") == text.count("}\n") == count:
         return None
     # `null` is not the same as nothing, and Arrow knows numbers that JSON does not
     if any(word in text for word in _ODD) and re.search(_ODD_VALUE, text):
@@ -47,7 +47,7 @@ def plain_objects(lines: Sequence[str]) -> pa.RecordBatch | None:
         table.validate(full=True)
     except pa.ArrowException:
         return None
-    return table.to_batches()[0] if table.num_rows == len(lines) else None
+    return table.to_batches()[0] if table.num_rows == count else None
 
 
 def plain_items(rows: pa.RecordBatch, base: str, reach: Reach) -> pa.RecordBatch | None:

@@ -82,7 +82,7 @@ class Reach:
         if folder not in self._linked:
             try:
                 with os.scandir(folder or "/") as found:
-                    self._linked[folder] = any(file.is_symlink() for file in found)
+                    self._linked[folder] = any(map(os.DirEntry.is_symlink, found))
             except FileNotFoundError:
                 self._linked[folder] = False
             except OSError:

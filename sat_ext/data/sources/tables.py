@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +26,16 @@ from sat_ext.data.sources.rows import (
     fields_of,
     require_captions,
 )
-from sat_ext.data.sources.texts import LONGEST_LINE, is_text, lines_of, objects_of, open_text, shown
+from sat_ext.data.sources.texts import (
+    LONGEST_LINE,
+    blocks_of,
+    is_text,
+    lines_in,
+    lines_of,
+    objects_of,
+    open_text,
+    shown,
+)
 from sat_ext.errors import DataError, MediaError
 from sat_ext.files import is_url, suffix_of
 from sat_ext.files.cells import Cells
@@ -84,27 +93,17 @@ def collect(
 
 def _jsonl(table: str, reach: Reach) -> ReadRows:
     base, first = folder_of(table), 1
-    lines = lines_of(table)
-    while some := _some(lines):
-        rows = plain_objects(some)
+    for block in blocks_of(table):
+        rows = plain_objects(block)
         batch = plain_items(rows, base, reach) if rows is not None else None
         if batch is not None:
             yield batch
-        else:
-            for place, row in objects_of(table, '{"path": "a.mp4", "caption": "A cat."}', some, first):
-                yield _named_file(row, base, place, f"{table}, {place}", reach)
-        first += len(some)
-
-
-def _some(lines: Iterator[str]) -> list[str]:
-    """The next lines, as many as a batch has or a few of the longest."""
-    some, letters = [], 0
-    for line in islice(lines, ROWS):
-        some.append(line)
-        letters += len(line)
-        if letters > LONGEST_LINE:
-            break
-    return some
+            first += batch.num_rows
+            continue
+        lines = list(lines_in(block, table, first))
+        for place, row in objects_of(table, '{"path": "a.mp4", "caption": "A cat."}', lines, first):
+            yield _named_file(row, base, place, f"{table}, {place}", reach)
+        first += len(lines)
 
 
 def _csv(table: str, reach: Reach) -> ReadRows:

@@ -17,6 +17,7 @@ MAX_CAPTION_BYTES = 1 << 20
 # In letters; Python's own limit for a cell of CSV is 128 KiB. Parsed JSON takes up to 20 times as much.
 LONGEST_LINE = 4 << 20
 
+_BLOCK = 1 << 19  # letters, and the rest of a line
 _HEAD = 4096  # bytes that show the encoding
 LISTED = 3  # examples in a message
 _LONGEST_SHOWN = 200  # letters of a value in a message
@@ -53,19 +54,31 @@ def open_text(path: str) -> BinaryIO:
 
 def lines_of(path: str) -> Iterator[str]:
     """The lines of a table or list, with their ends. Raises `DataError`, also for a line without end."""
+    first = 1
+    for block in blocks_of(path):
+        for line in lines_in(block, path, first):
+            yield line
+            first += 1
+
+
+def lines_in(block: str, path: str, first: int) -> Iterator[str]:
+    """The lines of a part of `path`. Raises `DataError` for a line without end."""
+    for number, line in enumerate(io.StringIO(block, newline=""), start=first):
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"{path}, line {number}: longer than {LONGEST_LINE} letters; a line is for one file.")
+        yield line
+
+
+def blocks_of(path: str) -> Iterator[str]:
+    """Whole lines of a table or list, many at once; of one without end, more than `LONGEST_LINE`. Raises
+    `DataError`."""
     try:
         with open_text(path) as raw:
             encoding = encoding_of(raw.read(_HEAD), path)
             raw.seek(0)
             with io.TextIOWrapper(raw, encoding=encoding, newline="") as file:
-                number = 0
-                while line := file.readline(LONGEST_LINE + 1):
-                    number += 1
-                    if len(line) > LONGEST_LINE:
-                        raise DataError(
-                            f"{path}, line {number}: longer than {LONGEST_LINE} letters; a line is for one file."
-                        )
-                    yield line
+                while block := file.read(_BLOCK):
+                    yield block + file.readline(LONGEST_LINE + 1)
     except UnicodeDecodeError as error:
         which = "it" if path.endswith(".txt") else "the table"
         raise DataError(f"{path}: not UTF-8 ({error.reason}); save {which} as UTF-8.") from None
