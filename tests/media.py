@@ -116,9 +116,12 @@ def write_clip(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     ticks = 12800 if codec != "gif" else 100
+    options = dict(options or {})
+    if codec == "libx265":  # with threads, a busy machine once made a packet that MP4's muxer refuses
+        options["x265-params"] = "pools=none:" + options.get("x265-params", "log-level=none")
     with av.open(str(path), "w", options=container_options or {}) as container:
         container.metadata.update(metadata or {})
-        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = size
         stream.pix_fmt = pixel_format
         context = stream.codec_context
