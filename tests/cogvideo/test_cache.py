@@ -108,7 +108,7 @@ def test_a_cache_is_of_the_scale_that_its_conditions_were_written_with() -> None
 @pytest.mark.parametrize(
     ("overlays", "settings", "message"),
     [
-        (["cached"], {}, "12 of 12 samples are not in this cache (first: train/"),
+        (["cached"], {}, "error: cache: there are no text embeddings here; write them with sat-ext cache."),
         ([], {"data": {"params": {"cache": {"folder": "nowhere"}}}}, "append configs/cogvideo/cached.yaml"),
         (
             ["cached"],
