@@ -136,6 +136,7 @@ def make_rows(table: Path, count: int, name_of: Callable[[int], str]) -> None:
     """A table of `count` rows, JSONL or Parquet."""
     if table.exists():
         return
+    table.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([("path", pa.string()), ("caption", pa.string())])
     numbers = iter(range(count))
     with table.open("w") as text, pq.ParquetWriter(table.with_suffix(".draft"), schema) as writer:

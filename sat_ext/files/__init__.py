@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
 from sat_ext.errors import MediaError
@@ -24,7 +25,7 @@ from sat_ext.files.ranged import EMPTY, REPLACED, MemberFile, RemoteFile, info_o
 from sat_ext.types import IMAGE_EXTENSIONS
 
 __all__ = ["container_of", "expect", "fingerprint", "is_local", "is_url", "open_ahead", "open_binary",
-           "require_file", "require_unchanged", "suffix_of"]  # fmt: skip
+           "require_file", "require_unchanged", "states", "suffix_of"]  # fmt: skip
 
 # Parquet files that stay open in a process. Each may hold a page: with large cells, a row group's column.
 _OPEN_TABLES = 2
@@ -61,6 +62,24 @@ def fingerprint(path: str) -> str:
     times = ("LastModified", "Last-Modified", "mtime", "updated", "created")
     tag = next((info[key] for key in ("ETag", "etag", "sha256", "md5Hash", *times) if info.get(key)), "")
     return f"{info.get('size')}-{tag}"
+
+
+def states(paths: Iterable[str]) -> tuple[pa.Array, pa.Array]:
+    """Sizes and modification times in nanoseconds of local files; -1 for what is missing or not a regular file.
+
+    With a dash between, the two are the `fingerprint` of a file that is not empty.
+    """
+    found: list[tuple[int, int]] = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            found.append((-1, -1))
+        else:
+            regular = stat.S_ISREG(status.st_mode)
+            found.append((status.st_size, status.st_mtime_ns) if regular else (-1, -1))
+    sizes, times = np.array(found, np.int64).reshape(-1, 2).T
+    return pa.array(sizes), pa.array(times)
 
 
 def require_unchanged(path: str, known: str, since: float) -> None:

@@ -21,7 +21,7 @@ from sat_ext.data.sources import kept
 from sat_ext.data.sources.reach import Reach, leads_out
 from sat_ext.data.sources.texts import MAX_CAPTION_BYTES, encoding_of, is_text, listed, one_line, open_text
 from sat_ext.errors import DataError, MediaError
-from sat_ext.files import is_url
+from sat_ext.files import is_url, states
 from sat_ext.files.ranged import filesystem, retried
 from sat_ext.types import MEDIA_EXTENSIONS, OTHER_EXTENSIONS
 
@@ -124,13 +124,14 @@ class Folder:
 
         Local files are not opened again before they change. Those in which something is odd are, to say so again.
         """
-        if is_url(self.root):
+        if is_url(self.root) or not len(names):
             texts = self._fetched(names.to_pylist(), notes)
             return pa.array([one_line(text) for text in texts], pa.large_string())
         paths, place = self.locations(names), kept.place_of("captions", os.path.abspath(self.root))
         known = kept.load(place, _KEPT, _KEPT_VERSION)
         known = (_KEPT.empty_table() if known is None else known).combine_chunks()
-        sizes, times = _states(paths)
+        parts = [states(paths[first : first + ROWS].to_pylist()) for first in range(0, len(paths), ROWS)]
+        sizes, times = map(pa.concat_arrays, zip(*parts))
         rows = pc.index_in(names, known["name"])
         same = [
             pc.equal(known[c].take(rows).combine_chunks(), v) for c, v in (("size", sizes), ("changed", times))
@@ -196,17 +197,6 @@ def _head(path: str) -> bytes:
         return whole.read(MAX_CAPTION_BYTES + 1)
 
 
-def _states(paths: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Sizes and modification times of local files; -1 for those that cannot be opened."""
-    found = np.full((len(paths), 2), -1, np.int64)
-    for first in range(0, len(paths), ROWS):
-        for row, path in enumerate(paths[first : first + ROWS].to_pylist(), start=first):
-            with suppress(OSError):
-                status = os.stat(path)
-                found[row] = status.st_size, status.st_mtime_ns
-    return pa.array(found[:, 0]), pa.array(found[:, 1])
-
-
 def _is_empty(fs: Any, path: str) -> bool:
     with suppress(Exception):  # each of fsspec's file systems has its own errors
         return bool(fs.info(path).get("size") == 0)
@@ -223,19 +213,25 @@ def _list_local(root: str, notes: Notes) -> Folder:
     some: list[str] = []  # as Python objects
     links: dict[str, str] = {}
     seen = {os.path.realpath(root)}  # a folder that several links lead to is read once, so loops of links end
-    for folder, below, names in os.walk(root, followlinks=True):
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        entries: list[os.DirEntry[str]] = []
+        with suppress(OSError), os.scandir(folder) as scanned:
+            # A leading dot marks what tools leave beside the files, such as macOS's '._clip.mp4'.
+            entries += (entry for entry in scanned if not entry.name.startswith("."))
+        below = {entry.name for entry in entries if entry.is_dir()}
         inner = []
         for name in sorted(below):
             real = os.path.realpath(os.path.join(folder, name))
-            # A leading dot marks what tools leave beside the files, such as macOS's '._clip.mp4'.
-            if not name.startswith(".") and real not in seen:
+            if real not in seen:
                 seen.add(real)
-                inner.append(name)
-        below[:] = inner
+                inner.append(os.path.join(folder, name))
+        waiting += reversed(inner)
         start = os.path.join(folder, "").removeprefix(os.path.join(root, ""))
-        own = [start + name for name in sorted(names) if not name.startswith(".")]
-        # one look at the folder instead of one at each file
-        for name in own if own and not notes.reach.holds_all_of(folder) else ():
+        own = [start + name for name in sorted({entry.name for entry in entries} - below)]
+        has_links = any(map(os.DirEntry.is_symlink, entries))
+        for name in own if own and (has_links or not notes.reach.allows(folder)) else ():
             if (target := notes.reach.leaves(os.path.join(root, name))) is not None:
                 links[name] = target
         some += own

@@ -59,6 +59,10 @@ class Reach:
             return None
         return None if inside else file
 
+    def allows(self, folder: str) -> bool:
+        """Whether the folder itself is an allowed one."""
+        return self._folder(folder or "/")[1]
+
     def _folder(self, folder: str) -> tuple[str, bool]:
         if folder not in self._folders:
             real = os.path.realpath(folder)
@@ -70,24 +74,18 @@ class Reach:
         folders = pc.value_counts(pc.replace_substring_regex(paths, "(?:^|/)[^/]*$", ""))
         counts = dict(zip(*(field.to_pylist() for field in folders.flatten())))
         for folder, files in counts.items():
-            if files >= _MANY and not self.holds_all_of(folder):
-                return False
-            if self._linked.get(folder) or not self._folder(folder or "/")[1]:
+            if files >= _MANY and folder not in self._linked:
+                try:
+                    with os.scandir(folder or "/") as found:
+                        self._linked[folder] = any(map(os.DirEntry.is_symlink, found))
+                except FileNotFoundError:
+                    self._linked[folder] = False
+                except OSError:
+                    return False
+            if self._linked.get(folder) or not self.allows(folder):
                 return False
         few = counts.keys() - self._linked.keys()
         return not few or not any(os.path.islink(p) for p in paths.to_pylist() if p.rpartition("/")[0] in few)
-
-    def holds_all_of(self, folder: str) -> bool:
-        """Whether the folder is an allowed one, and has no links in it."""
-        if folder not in self._linked:
-            try:
-                with os.scandir(folder or "/") as found:
-                    self._linked[folder] = any(map(os.DirEntry.is_symlink, found))
-            except FileNotFoundError:
-                self._linked[folder] = False
-            except OSError:
-                return False
-        return not self._linked[folder] and self._folder(folder or "/")[1]
 
     def check(self, path: str, where: str) -> None:
         """Raise `DataError`, which begins with `where`, for a location that leads too far."""
