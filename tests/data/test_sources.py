@@ -74,6 +74,7 @@ def test_links_are_followed_and_loops_of_links_end(tmp_path):
     os.symlink(tmp_path / "set", tmp_path / "set" / "sub" / "up")
     os.symlink(tmp_path / "set" / "sub", tmp_path / "set" / "again")
     os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "linked")
+    os.symlink("itself", tmp_path / "set" / "itself")
     items = read_source(str(tmp_path / "set"), allowed_roots=[str(tmp_path)])
     assert [Path(i.path).name for i in items] == ["a.mp4", "b.mp4"]
 

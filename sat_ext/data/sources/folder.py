@@ -27,7 +27,7 @@ _SPLIT = re.compile(rf"({'|'.join(_TRAIN + _OTHER_SPLITS)})(?=[-_./]|$)")
 
 # CogVideo's layout: videos/x.mp4 has its caption in labels/x.txt.
 _LABELLED_FOLDERS = frozenset({"videos", "images"})
-_LABELLED = r"^((?:.*/)?)(?i:videos|images)/"  # the innermost of them
+_LABELLED = r"(?s)^((?:.*/)?)(?i:videos|images)/"  # the innermost of them
 _MEDIA, _READ = (
     rf"(?i)\.(?:{'|'.join(sorted(suffix[1:] for suffix in suffixes))})$"
     for suffixes in (MEDIA_EXTENSIONS, MEDIA_EXTENSIONS | OTHER_EXTENSIONS)

@@ -138,15 +138,10 @@ class Folder:
         ]
         is_same = pc.fill_null(pc.and_(*same), False)
         texts, is_new = known["text"].take(rows).combine_chunks(), pc.invert(is_same)
-        if not (changed := pc.any(is_new).as_py()) and len(names) == known.num_rows:
-            return texts
-        odd = np.zeros(len(names), bool)
-        if changed:
-            places = np.flatnonzero(is_new)
-            some = names.take(pa.array(places))
-            read = pa.array(self._read(some, odd, places, notes), pa.large_string())
-            texts = pc.replace_with_mask(texts, is_new, read)
-        if not odd.all():
+        places, odd = np.flatnonzero(is_new), np.zeros(len(names), bool)
+        read = self._read(names.take(pa.array(places)), odd, places, notes)
+        texts = pc.replace_with_mask(texts, is_new, pa.array(read, pa.large_string()))
+        if not odd[places].all() or np.count_nonzero(~odd) != known.num_rows:
             table = pa.table([names, sizes, times, texts], schema=_KEPT)
             kept.save(place, table.filter(pa.array(~odd)), _KEPT_VERSION)
         return texts
@@ -219,8 +214,8 @@ def _list_local(root: str, notes: Notes) -> Folder:
         entries: list[os.DirEntry[str]] = []
         with suppress(OSError), os.scandir(folder) as scanned:
             # A leading dot marks what tools leave beside the files, such as macOS's '._clip.mp4'.
-            entries += (entry for entry in scanned if not entry.name.startswith("."))
-        below = {entry.name for entry in entries if entry.is_dir()}
+            entries = [entry for entry in scanned if not entry.name.startswith(".")]
+        below = {entry.name for entry in entries if _is_folder(entry)}
         inner = []
         for name in sorted(below):
             real = os.path.realpath(os.path.join(folder, name))
@@ -239,6 +234,13 @@ def _list_local(root: str, notes: Notes) -> Folder:
             found.append(_texts(some, notes))
             some.clear()
     return Folder(root, pa.concat_arrays([*found, _texts(some, notes)]), links)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def _texts(names: list[str], notes: Notes) -> pa.Array:
