@@ -15,6 +15,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -129,11 +130,14 @@ def _made(make: Callable[[], Any], buffers: list[pickle.PickleBuffer], heartbeat
     if isinstance(error := future.exception(), SatExtError):
         return _broadcast(error)
     header = pickle.dumps(future.result(), protocol=5, buffer_callback=buffers.append)
+    places: dict[tuple[int, int], tuple[int, int]] = {}  # memory that several arrays share is sent once
     spans, end = [], 0
-    for buffer in buffers:
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + buffer.raw().nbytes
-        spans.append((start, end))
+    for buffer in map(pa.py_buffer, buffers):
+        if (own := (buffer.address, buffer.size)) not in places:
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = start + buffer.size
+            places[own] = start, end
+        spans.append(places[own])
     return _broadcast((header, spans, f"sat_ext-{uuid.uuid4().hex}"))
 
 
@@ -168,7 +172,7 @@ def _take(name: str) -> Any:
 
 def _spread(buffers: list[pickle.PickleBuffer], spans: list[tuple[int, int]], path: Path) -> memoryview:
     """The memory of all buffers, which rank 0 has: on each machine a file at `path`, if one can be made there."""
-    first, size = dist.get_rank() == 0, max(1, spans[-1][1] if spans else 0)
+    first, size = dist.get_rank() == 0, max((end for _, end in spans), default=0) or 1
     memory: Any = None
     if first:
         memory = _create(path, size)

@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +65,7 @@ def plain_items(rows: pa.RecordBatch, base: str, reach: Reach) -> pa.RecordBatch
     if not names or not captions or any(not _is_text(c) and c.null_count < len(c) for c in others):
         return None
     name, caption = pc.coalesce(*names), pc.coalesce(*captions)
-    numbers = _numbers(columns, len(rows))
+    numbers = _numbers(columns)
     if name.null_count or caption.null_count or numbers is None or is_url(base) or "#" in base:
         return None
     remote = pc.match_substring_regex(name, rf"^(?i:{'|'.join(sorted(reach.protocols))})://[^#]*$")
@@ -84,27 +85,40 @@ def plain_items(rows: pa.RecordBatch, base: str, reach: Reach) -> pa.RecordBatch
     return items_of(path, name, caption, numbers)
 
 
-def items_of(path: pa.Array, key: pa.Array, caption: pa.Array, numbers: Sequence[pa.Array]) -> pa.RecordBatch:
+def items_of(
+    path: pa.Array, key: pa.Array, caption: pa.Array, numbers: Sequence[pa.Array | None] = (None,) * 4
+) -> pa.RecordBatch:
     """`ITEM_COLUMNS` with one caption each, none where it is null. `numbers` are start, end, fps and weight."""
-    count, (start, end, fps, weight) = len(path), numbers
-    no_weights = pa.ListArray.from_arrays(pa.array(np.zeros(count + 1, np.int32)), pa.array([], pa.float64()))
+    *defaults, no_weights, no_crop = _defaults(len(path))
+    start, end, fps, weight = (default if own is None else own for own, default in zip(numbers, defaults))
     ends = np.append(np.int32(0), np.cumsum(caption.is_valid().to_numpy(False), dtype=np.int32))
     captions = pa.ListArray.from_arrays(pa.array(ends), caption.drop_null())
     return pa.record_batch(
-        [path, key, captions, no_weights, start, end, pa.nulls(count, pa.list_(pa.int32())), fps, weight],
-        schema=ITEM_COLUMNS,
+        [path, key, captions, no_weights, start, end, no_crop, fps, weight], schema=ITEM_COLUMNS
     )
+
+
+@lru_cache(maxsize=64)  # of many batches of one size these columns are the same memory
+def _defaults(count: int) -> tuple[pa.Array, ...]:
+    """Start, end, fps and weight, caption weights and crop of rows that have none."""
+    nothing = pa.nulls(count, pa.float64())
+    no_weights = pa.ListArray.from_arrays(pa.array(np.zeros(count + 1, np.int32)), pa.array([], pa.float64()))
+    start, weight = (pa.array(np.full(count, value)) for value in (0.0, 1.0))
+    return start, nothing, nothing, weight, no_weights, pa.nulls(count, pa.list_(pa.int32()))
 
 
 def _is_text(column: pa.Array) -> bool:
     return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
 
 
-def _numbers(columns: dict[str, pa.Array], rows: int) -> list[pa.Array] | None:
-    """Start, end, fps and weight; None if one of them is not valid."""
-    found = []
+def _numbers(columns: dict[str, pa.Array]) -> list[pa.Array | None] | None:
+    """Start, end, fps and weight, None for a column without values; None if a value is not valid."""
+    found: list[pa.Array | None] = []
     for name in _NUMBERS:
-        column = columns.get(name, pa.nulls(rows, pa.float64()))
+        column = columns.get(name)
+        if column is None or column.null_count == len(column):
+            found.append(None)
+            continue
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
             return None
         column = column.cast(pa.float64(), safe=False)
@@ -114,15 +128,21 @@ def _numbers(columns: dict[str, pa.Array], rows: int) -> list[pa.Array] | None:
             return None
         default = {"start": 0.0, "weight": 1.0}.get(name)
         found.append(column if default is None else column.fill_null(default))
-    return None if pc.any(pc.less_equal(found[1], found[0])).as_py() else found
+    start, end = found[:2]
+    is_empty = end is not None and pc.any(pc.less_equal(end, 0.0 if start is None else start)).as_py()
+    return None if is_empty else found
 
 
 def with_unique_keys(batches: Sequence[pa.RecordBatch], prefix: str) -> list[pa.RecordBatch]:
     """`prefix` before each key, and `#2` after a key that comes again: a file may have several rows."""
-    keys = pa.chunked_array([batch["key"] for batch in batches]).cast(pa.large_string()).combine_chunks()
-    codes = keys.dictionary_encode()
+    if (in_order := _rise([batch["key"] for batch in batches])) and not prefix:
+        return list(batches)
+    keys = pa.chunked_array([batch["key"] for batch in batches]).cast(pa.large_string())
     use = np.zeros(len(keys), np.int64)
-    if len(codes.dictionary) < len(keys):
+    codes = (
+        None if in_order else keys.combine_chunks().dictionary_encode()
+    )  # takes three times as much as the keys
+    if codes is not None and len(codes.dictionary) < len(keys):
         numbers = codes.indices.to_numpy()
         order = np.argsort(numbers, kind="stable")
         starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
@@ -141,15 +161,19 @@ def with_unique_keys(batches: Sequence[pa.RecordBatch], prefix: str) -> list[pa.
     return found
 
 
+def _rise(columns: Iterable[pa.Array]) -> bool:
+    """Whether each text comes after the one before it, so that none comes twice."""
+    last = ""
+    for texts in columns:
+        if texts[0].as_py() <= last or not pc.all(pc.less(texts[:-1], texts[1:])).as_py():
+            return False
+        last = texts[-1].as_py()
+    return True
+
+
 def in_natural_order(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
     """The items by the numbers inside their keys, then by case; `batches` is emptied, as memory holds it once."""
-    last = ""
-    for batch in batches:
-        keys = _natural(batch["key"])
-        if keys[0].as_py() <= last or not pc.all(pc.less(keys[:-1], keys[1:])).as_py():
-            break
-        last = keys[-1].as_py()
-    else:
+    if _rise(_natural(batch["key"]) for batch in batches):
         return batches
     table = pa.Table.from_batches(batches, ITEM_COLUMNS)
     batches.clear()

@@ -145,8 +145,7 @@ def _read_sidecars(folder: Folder, media: pa.Array, notes: Notes) -> Iterator[pa
         rows = pa.array(range(first, min(first + ROWS, len(media))))
         # no slices: Arrow's `ascii_lower` of one that was cast is damaged
         path, key, text = (column.take(rows).cast(pa.string()) for column in (paths, media, texts))
-        numbers = [pa.array([value] * len(path), pa.float64()) for value in (0.0, None, None, 1.0)]
-        yield items_of(path, key, text, numbers)
+        yield items_of(path, key, text)
 
 
 class _Captions:
