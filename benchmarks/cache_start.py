@@ -26,7 +26,7 @@ from report import report
 from sat_ext.config import load
 from sat_ext.data.index import Group, Index
 from sat_ext.data.index.build import COLUMNS
-from sat_ext.data.index.place import LEFT_OUT
+from sat_ext.data.index.place import LEFT_OUT_COLUMNS
 from sat_ext.data.params import DataConfig
 from sat_ext.latents.encoders import Fingerprints
 from sat_ext.latents.reader import Entries, open_reader
@@ -151,7 +151,7 @@ def index_of(count: int) -> Index:
     group = Group(source="all", bucket=bucket, rows=np.arange(count, dtype=np.uint32))
     return Index(
         table=pa.Table.from_batches(batches, COLUMNS), groups=(group,), samplers={"all": "start"},
-        shares={"all": 1.0}, bad=(), left_out=LEFT_OUT.empty_table(), made=time.time(),
+        shares={"all": 1.0}, bad=(), left_out=LEFT_OUT_COLUMNS.empty_table(), made=time.time(),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 
 Kind = Literal["image", "video"]
-KINDS: dict[str, str] = {"image": "stills", "video": "clips"}  # as people are told of them
+KINDS: dict[str, str] = {"image": "stills", "video": "clips"}  # what people call them
 MixPart = Literal["image", "video", "first_frame"]  # what `data.params.mix` gives shares to
 Target = Literal["data", "base"]  # whose velocity a sample is trained on
 

@@ -1,8 +1,8 @@
 """The composer: schedule -> reader -> collate. A step is a pack of groups, or one batch of one bucket."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count, islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,12 +14,12 @@ from sat_ext.data.faults import Faults
 from sat_ext.data.guard import Guard
 from sat_ext.data.index import Group, Index
 from sat_ext.data.params import DataConfig
-from sat_ext.data.schedule import Cell, Schedule
+from sat_ext.data.schedule import Cell, Part, Schedule
 from sat_ext.data.timesteps import stratified_places
 from sat_ext.data.visits import MediaReader, read_pixels, sample_capacity
 from sat_ext.errors import MediaError
 from sat_ext.pixels import to_model_range
-from sat_ext.types import Sample
+from sat_ext.types import Bucket, Sample
 
 
 class Reader(Protocol):
@@ -28,8 +28,8 @@ class Reader(Protocol):
     def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:
         """Visit `number` of a record, counted over the run. Raises `MediaError`: another takes its place."""
 
-    def expect(self, group: Group, records: Sequence[int]) -> None:
-        """These will be read after those of earlier calls."""
+    def expect(self, coming: Iterable[tuple[Group, Sequence[int]]]) -> None:
+        """These records will be read after those of earlier calls."""
 
 
 class JointStream:
@@ -66,18 +66,24 @@ class JointStream:
 
     def batches(self, *, start: int, rank: int, worker: int = 0, workers: int = 1) -> Iterator[dict[str, Any]]:
         """Endless batches of `rank` from step `start` on; worker w of n makes every n-th, from the w-th."""
-        self._expect(start + worker, rank)
+        self.reader.expect(self._coming(start + worker, rank))
         for number in count(start + worker, workers):
-            self._expect(number + workers, rank)
+            self.reader.expect(self._coming(number + workers, rank))
             yield self.batch(number, rank)
 
-    def _expect(self, number: int, rank: int) -> None:
-        """Tell the reader what `batch` will ask it for."""
+    def _coming(self, number: int, rank: int) -> Iterator[tuple[Group, Sequence[int]]]:
+        """What `batch` will ask the reader for."""
         parts = self.schedule.step(number)
-        buckets = [self.schedule.cells[part.cell].bucket for part in parts]
-        for part in sorted(parts, key=lambda part: buckets.index(self.schedule.cells[part.cell].bucket)):
-            records = self.schedule.records(part.cell, self.schedule.positions(part, rank))
-            self.reader.expect(self.index.groups[part.cell], records.tolist())
+        for i in chain.from_iterable(self._by_bucket(parts)):
+            records = self.schedule.records(parts[i].cell, self.schedule.positions(parts[i], rank))
+            yield self.index.groups[parts[i].cell], records.tolist()
+
+    def _by_bucket(self, parts: Sequence[Part]) -> list[list[int]]:
+        """Which parts make a group: the cells of several sources with one bucket make one."""
+        found: dict[Bucket, list[int]] = {}
+        for i, part in enumerate(parts):
+            found.setdefault(self.schedule.cells[part.cell].bucket, []).append(i)
+        return list(found.values())
 
     def batch(self, number: int, rank: int) -> dict[str, Any]:
         """The batch of one step: a pack's `groups`, or where steps have one bucket its only group.
@@ -92,9 +98,7 @@ class JointStream:
         groups = []
         parts = self.schedule.step(number)
         places = stratified_places(self.schedule, number, rank, accumulation=self.accumulation, origin=self.origin)
-        buckets = [self.schedule.cells[part.cell].bucket for part in parts]
-        for bucket in dict.fromkeys(buckets):  # the cells of several sources with one bucket make one group
-            own = [i for i, of in enumerate(buckets) if of == bucket]
+        for own in self._by_bucket(parts):
             group = self._group([(parts[i].cell, self.schedule.positions(parts[i], rank)) for i in own])
             samples = len(group["txt"])
             group["loss_weight"] = torch.full((samples,), samples / self.schedule.mean_samples)

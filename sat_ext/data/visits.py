@@ -1,6 +1,6 @@
 """Visits of records: which moments of its file and which of its captions a sample shows, and its pixels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -131,9 +131,9 @@ class MediaReader:
         self._has_urls = pc.any(pc.match_substring(index.table["path"], "://")).as_py()
         self._soon: dict[str, str] = {}
 
-    def expect(self, group: Group, records: Sequence[int]) -> None:
-        """These will be read after those of earlier calls."""
-        if self._has_urls:
+    def expect(self, coming: Iterable[tuple[Group, Sequence[int]]]) -> None:
+        """These records will be read after those of earlier calls."""
+        for group, records in coming if self._has_urls else ():
             for record in records:
                 item, _, fingerprint = next(self.index.items(group.rows[record : record + 1]))
                 if is_url(item.path):

@@ -1,6 +1,6 @@
 """Samples from a cache: the entries of an index's records, and their latents in place of media."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,7 +111,7 @@ class LatentReader:
     draws: bool
     conditions: bool
 
-    def expect(self, group: Group, records: Sequence[int]) -> None:
+    def expect(self, coming: Iterable[tuple[Group, Sequence[int]]]) -> None:
         """Nothing: the store is mapped."""
 
     def read(self, group: Group, record: int, number: int, rng: np.random.Generator) -> Sample:

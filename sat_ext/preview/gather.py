@@ -28,7 +28,7 @@ _MOST_LEFT_OUT = 2000  # files without a bucket that are probed again for the hi
 def gather(yaml: Sequence[str], stream: JointStream, recipe: Recipe) -> Report:
     """The page of one stream, which reads the data of `recipe`."""
     index, schedule = stream.index, stream.schedule
-    dropped = [path for path, _ in index.dropped[:_MOST_LEFT_OUT]]
+    dropped = index.left_out["path"][:_MOST_LEFT_OUT].to_pylist()
     outcomes = probe_files(dropped, timeout=recipe.data.on_bad_sample.timeout)
     uses = uses_of(index, recipe.data.fps, [info for info, _ in outcomes if isinstance(info, MediaInfo)])
     clips, seconds, stills = _files(index, uses)

@@ -39,9 +39,8 @@ class _Work:
     name: str
 
 
-_asked: "SimpleQueue[tuple[Callable[[Any], Any], Sequence[Any], Future[list[Any]]] | None]" = (
-    SimpleQueue()
-)  # None: there will be no more
+# what to do, the part of each rank, and where the answer goes; None: there will be no more
+_asked: "SimpleQueue[tuple[Callable[[Any], Any], Sequence[Any], Future[list[Any]]] | None]" = SimpleQueue()
 
 
 def on_all_ranks(do: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:

@@ -91,10 +91,11 @@ class RunLog:
         if self.stream is None:
             return
         index = self.stream.index
+        left_out = index.left_out.slice(0, MOST_FILES)
         facts = {
             "records": [[g.source, str(g.bucket), len(g.rows)] for g in index.groups],
             "bad": [len(index.bad), list(index.bad[:MOST_FILES])],
-            "dropped": [len(dropped := index.dropped), dropped[:MOST_FILES]],
+            "dropped": [index.left_out.num_rows, [[*row.values()] for row in left_out.to_pylist()]],
             "unread": dict(index.unread),
         }
         write_side_file(self.args.save, DATA, json.dumps(facts) + "\n")

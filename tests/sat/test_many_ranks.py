@@ -49,9 +49,8 @@ class Ranks:
         self.stored: Counter[int] = Counter()  # bytes that a rank has written to the store or read from it
         self.opened: Counter[int] = Counter()  # files and folders of the data
         self.probed: Counter[int] = Counter()
-        self.mapped: dict[
-            int, set[tuple[int, int]]
-        ] = {}  # by machine: file (or rank, for its own memory) and size
+        # by machine: file (or rank, for its own memory) and size
+        self.mapped: dict[int, set[tuple[int, int]]] = {}
         self.largest_gather = 0
         self._own, self._box, self._boxes = threading.local(), b"", [b""] * world
         self._all = tuple(range(world))
@@ -246,9 +245,8 @@ def test_a_start_grows_with_ranks_or_with_records_but_not_with_their_product(sta
         assert sum(ranks.probed.values()) == records
         assert max(ranks.probed.values()) <= -(-records // world)
         assert all(ranks.opened[rank] == ranks.probed[rank] for rank in range(1, world))
-        assert (
-            ranks.opened[0] <= records + ranks.probed[0] + 2 * records // 100 + OTHERS
-        )  # folders: for names, for links
+        folders = 2 * records // 100  # for names, and for links
+        assert ranks.opened[0] <= records + ranks.probed[0] + folders + OTHERS
 
         # memory: each machine holds the index once, as a file that its ranks map
         assert len(ranks.mapped) == machines

@@ -20,7 +20,8 @@ def clip_lengths(index: Index) -> Counter[int]:
     for group in index.groups:
         if not find_sampler(index.samplers[group.source]).still:
             found[group.bucket.frames] += int((frames[np.unique(group.rows)] > 1).sum())
-    found[LEFT_OUT] += sum(is_too_short(reason) for _, reason in index.dropped)
+    reasons = index.left_out["reason"].value_counts().to_pylist()
+    found[LEFT_OUT] += sum(reason["counts"] for reason in reasons if is_too_short(reason["values"]))
     return found
 
 

@@ -20,7 +20,7 @@ from sat_ext.types import Bucket, Item, MediaInfo
 _MOST_WANTED = 1e15  # visits: more than any run makes, and still a whole number
 WEIGHT_TOLERANCE = 0.05  # by how much the visits of a record may miss its weight, as a part of it
 
-LEFT_OUT = pa.schema([("path", pa.string()), ("reason", pa.string())])
+LEFT_OUT_COLUMNS = pa.schema([("path", pa.string()), ("reason", pa.string())])
 
 # What a row holds -> its bucket's number and its number of windows, or why it has no bucket; None: the source
 # does not use it
@@ -73,7 +73,9 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
                 found[row] = alike.numbers(verdict)
         kept, gone = found[:, 0] >= 0, found[:, 0] == _DROPPED
         dropped.append(
-            pa.record_batch([batch["path"].filter(gone), alike.reasons_of(found[gone, 1])], schema=LEFT_OUT)
+            pa.record_batch(
+                [batch["path"].filter(gone), alike.reasons_of(found[gone, 1])], schema=LEFT_OUT_COLUMNS
+            )
         )
         columns = [*batch.columns, *(info[name].combine_chunks() for name in FILE_COLUMNS.names)]
         whole_batch = pa.record_batch(columns, names=[*ITEM_COLUMNS.names, *FILE_COLUMNS.names])
@@ -81,8 +83,10 @@ def place_rows(items: Sequence[pa.RecordBatch], infos: Sequence[pa.Table], place
         numbers.append(found[kept])
     bucket, windows = np.concatenate(numbers).T
     weights = np.concatenate([batch.column("weight").to_numpy() for batch in batches])
-    left_out = pa.Table.from_batches(dropped)
-    return Placed(batches=batches, bucket=bucket, windows=windows, weight=weights, bad=bad, dropped=left_out)
+    return Placed(
+        batches=batches, bucket=bucket, windows=windows, weight=weights, bad=bad,
+        dropped=pa.Table.from_batches(dropped),
+    )  # fmt: skip
 
 
 class _Alike:
@@ -95,11 +99,9 @@ class _Alike:
 
     def numbers(self, verdict: "tuple[int, int] | str") -> tuple[int, int]:
         """A bucket and windows; for a reason `_DROPPED` and its number."""
-        return (
-            (_DROPPED, self._reasons.setdefault(verdict, len(self._reasons)))
-            if isinstance(verdict, str)
-            else verdict
-        )
+        if isinstance(verdict, str):
+            return _DROPPED, self._reasons.setdefault(verdict, len(self._reasons))
+        return verdict
 
     def reasons_of(self, numbers: np.ndarray) -> pa.Array:
         return pa.array([*self._reasons], pa.string()).take(pa.array(numbers))

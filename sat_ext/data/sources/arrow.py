@@ -139,9 +139,8 @@ def with_unique_keys(batches: Sequence[pa.RecordBatch], prefix: str) -> list[pa.
         return list(batches)
     keys = pa.chunked_array([batch["key"] for batch in batches]).cast(pa.large_string())
     use = np.zeros(len(keys), np.int64)
-    codes = (
-        None if in_order else keys.combine_chunks().dictionary_encode()
-    )  # takes three times as much as the keys
+    # a dictionary takes three times as much memory as the keys
+    codes = None if in_order else keys.combine_chunks().dictionary_encode()
     if codes is not None and len(codes.dictionary) < len(keys):
         numbers = codes.indices.to_numpy()
         order = np.argsort(numbers, kind="stable")
